@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of the preference-conditioned adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from torch import nn
+
+from .cores import PBLoraCore
+from .preference import as_preference, check_objectives
+from .registration import PeftType
+
+
+@dataclass
+class PreferenceConfig(PeftConfig):
+    """What every preference-conditioned adapter has in common; use a subclass such as [`PBLoraConfig`].
+
+    Args:
+        objectives (`list[str]`):
+            Names of the objectives, in the order of the preference vector. They are stored in the adapter, so that
+            `{"helpful": 0.7, "harmless": 0.3}` works wherever it travels.
+        default_preference (`list[float]`, *optional*):
+            The preference a freshly built or loaded model starts with. Uniform if not given.
+        target_modules (`list[str]` or `str`, *optional*):
+            Modules to adapt: names, a regex, or `"all-linear"`. Chosen by architecture if not given.
+        exclude_modules (`list[str]` or `str`, *optional*): Modules to leave out, as names or a regex.
+        lora_dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
+        fan_in_fan_out (`bool`, *optional*, defaults to `False`): Set for layers that store `(in, out)`, like Conv1D.
+        bias (`str`, *optional*, defaults to `"none"`): `"none"`, `"all"`, or `"<method>_only"`.
+        modules_to_save (`list[str]`, *optional*): Further modules to train and save.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Start as the identity (B is zero). `False` draws B at random, which is only useful in tests.
+        layers_to_transform (`list[int]` or `int`, *optional*): Layer indices to adapt.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the layer list for `layers_to_transform`.
+        trainable_token_indices (*optional*): Not supported by these adapters; present because TRL reads it.
+    """
+
+    objectives: list[str] = field(
+        default_factory=lambda: ["objective_1", "objective_2"],
+        metadata={"help": "Names of the objectives, in the order of the preference vector."},
+    )
+    default_preference: list[float] | None = field(
+        default=None, metadata={"help": "The preference a fresh or loaded model starts with. Uniform if not given."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules to leave out."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Set for layers that store (in, out)."})
+    bias: str = field(default="none", metadata={"help": "'none', 'all' or '<method>_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules apart from the adapter to train and save."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, used with layers_to_transform."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Not supported by these adapters."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.objectives = check_objectives(self.objectives)
+        if self.default_preference is not None:
+            self.default_preference = as_preference(self.default_preference, self.objectives).tolist()
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        if self.trainable_token_indices is not None:
+            raise ValueError("`trainable_token_indices` is not supported by preference-conditioned adapters.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` is {self.lora_dropout}, but it must lie in [0, 1).")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    @property
+    def initial_preference(self) -> list[float]:
+        """The preference a model starts with: `default_preference`, or uniform."""
+        return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
+
+    def build_core(self) -> nn.Module:
+        """A fresh core, the module that computes W(α)."""
+        raise NotImplementedError
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of ΔW(α) = s · B W(α) A."""
+        raise NotImplementedError
+
+
+@dataclass
+class PBLoraConfig(PreferenceConfig):
+    """Preference-aware bilinear LoRA (PARM, ICML 2025, arXiv 2505.06274).
+
+        y = W0 x + s · B blockdiag(W1, reshape(α φ, r2, r2)) A x,   s = lora_alpha / r2
+
+    Args:
+        r1 (`int`, *optional*, defaults to 4): Rank of the preference-agnostic block; 0 leaves it out.
+        r2 (`int`, *optional*, defaults to 4): Rank of the preference-aware block; 0 leaves it out.
+        lora_alpha (`float`, *optional*, defaults to 8):
+            The scaling s is `lora_alpha / r2` on both blocks, or `lora_alpha / r1` where `r2` is 0.
+
+    The other arguments are those of [`PreferenceConfig`].
+
+    Example:
+
+    ```python
+    >>> from peft_pblora import PBLoraConfig
+    >>> PBLoraConfig(objectives=["helpful", "harmless"], r1=4, r2=4, lora_alpha=8).scaling
+    2.0
+
+    ```
+    """
+
+    r1: int = field(default=4, metadata={"help": "Rank of the preference-agnostic block."})
+    r2: int = field(default=4, metadata={"help": "Rank of the preference-aware block."})
+    lora_alpha: float = field(default=8, metadata={"help": "The scaling is lora_alpha / r2."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PBLORA
+        if min(self.r1, self.r2) < 0 or self.r1 + self.r2 == 0:
+            raise ValueError(
+                f"`r1` is {self.r1} and `r2` is {self.r2}, but both must be 0 or larger and one must be positive."
+            )
+
+    def build_core(self) -> PBLoraCore:
+        return PBLoraCore(len(self.objectives), self.r1, self.r2)
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (self.r2 or self.r1)
+
+
+def _as_set(modules: Sequence[str] | str | None):
+    return set(modules) if isinstance(modules, list) else modules

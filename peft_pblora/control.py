@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Setting and reading the preference of a model's adapters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .layer import PreferenceLinear
+from .preference import Preference, as_preference
+
+
+def set_preference(
+    model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
+) -> None:
+    """Sets the preference α of a model's adapters, in place and in O(number of adapted layers).
+
+    Args:
+        model (`nn.Module`): A model with preference-conditioned adapters, wrapped in a `PeftModel` or not.
+        preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
+            Weights on the simplex, by objective name or in the adapter's order; shape `(k,)`, or `(rows, k)` for one
+            preference for each row of the batch.
+        adapter_name (`str`, *optional*): The adapter to set; all preference-conditioned adapters if not given.
+        normalize (`bool`, *optional*, defaults to `False`): Rescale to sum 1 instead of refusing.
+
+    Raises:
+        ValueError: the model has no such adapter, the adapter is merged, or the preference is not on the simplex of
+            its objectives.
+
+    Example:
+
+    ```python
+    set_preference(model, {"helpful": 0.7, "harmless": 0.3})
+    ```
+    """
+    layers = [(layer, name) for layer, name in _adapted_layers(model, adapter_name)]
+    valid: dict[tuple[str, ...], torch.Tensor] = {}
+    for layer, name in layers:
+        objectives = tuple(layer.adapters[name].objectives)
+        if objectives not in valid:
+            valid[objectives] = as_preference(preference, objectives, normalize)
+        if name in layer.merged_adapters:
+            raise ValueError(
+                f"Adapter {name!r} is merged into the base weights at one preference. Call `unmerge_adapter()` "
+                "before setting another."
+            )
+    for layer, name in layers:
+        adapter = layer.adapters[name]
+        adapter.set_preference(valid[tuple(adapter.objectives)])
+
+
+def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.Tensor:
+    """Returns a copy of the preference of an adapter, the active one if `adapter_name` is not given.
+
+    Returns:
+        `torch.Tensor` of shape `(k,)` or `(rows, k)`, float32, in the order of [`get_objectives`].
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
+    return _one_adapter(model, adapter_name).preference.clone()
+
+
+def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[str]:
+    """Returns the objective names of an adapter, in the order of its preference vector."""
+    return list(_one_adapter(model, adapter_name).objectives)
+
+
+def has_preference(model: nn.Module) -> bool:
+    """Whether the model has a preference-conditioned adapter."""
+    return any(isinstance(module, PreferenceLinear) for module in model.modules())
+
+
+@contextlib.contextmanager
+def use_preference(
+    model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
+) -> Iterator[None]:
+    """Sets a preference for the time of a `with` block and restores the former ones after it, also on an error.
+
+    Example:
+
+    ```python
+    with use_preference(model, {"helpful": 1.0, "harmless": 0.0}):
+        model.generate(**inputs)
+    ```
+    """
+    adapters = [layer.adapters[name] for layer, name in _adapted_layers(model, adapter_name)]
+    former = [(adapter.preference.clone(), adapter.preference_was_set) for adapter in adapters]
+    set_preference(model, preference, adapter_name, normalize)
+    try:
+        yield
+    finally:
+        for adapter, (old, was_set) in zip(adapters, former, strict=True):
+            adapter.set_preference(old)
+            adapter.preference_was_set = was_set
+
+
+def _adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
+    layers = [module for module in model.modules() if isinstance(module, PreferenceLinear)]
+    pairs = [(layer, name) for layer in layers for name in layer.adapters if adapter_name in (None, name)]
+    if not pairs:
+        known = sorted({name for layer in layers for name in layer.adapters})
+        raise ValueError(
+            f"The model has no preference-conditioned adapter {adapter_name!r}; it has {known}."
+            if known
+            else "The model has no preference-conditioned adapter. Make one with "
+            "`get_peft_model(model, PBLoraConfig(objectives=[...]))`."
+        )
+    return pairs
+
+
+def _one_adapter(model: nn.Module, adapter_name: str | None):
+    pairs = _adapted_layers(model, adapter_name)
+    active = [(layer, name) for layer, name in pairs if name in layer.active_adapters]
+    layer, name = (active or pairs)[0]
+    return layer.adapters[name]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's side of a preference-conditioned linear layer: several adapters, merging, disabling.
+
+The arithmetic is [`LowRankAdapter`]; this file only obeys PEFT's tuner contract and never names a method.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+
+from .adapter import LowRankAdapter
+from .config import PreferenceConfig
+
+
+class PreferenceLinear(nn.Module, BaseTunerLayer):
+    """A linear layer (`nn.Linear`, `Conv1D` or quantized) with preference-conditioned adapters beside it.
+
+    All that belongs to an adapter lives in one [`LowRankAdapter`] under `<prefix>adapter.<name>`. Subclasses set
+    `prefix`, which PEFT needs to be different for each method.
+    """
+
+    prefix: ClassVar[str]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PreferenceConfig, **kwargs: Any) -> None:
+        super().__init__()
+        self.adapter_layer_names = (f"{self.prefix}adapter",)
+        self.other_param_names = ("merged_preference",)
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        self.merged_preference: dict[str, torch.Tensor] = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self.kwargs = kwargs
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        if self.in_features is None or self.out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, **kwargs)
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The [`LowRankAdapter`] of each adapter name."""
+        return getattr(self, self.adapter_layer_names[0])
+
+    def update_layer(
+        self, adapter_name: str, config: PreferenceConfig, inference_mode: bool = False, **kwargs: Any
+    ) -> None:
+        """Adds an adapter, or replaces the one of this name."""
+        self.adapters[adapter_name] = LowRankAdapter(
+            self.in_features,
+            self.out_features,
+            core=config.build_core(),
+            scaling=config.scaling,
+            objectives=config.objectives,
+            preference=config.initial_preference,
+            dropout=config.lora_dropout,
+            identity=config.init_weights,
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def get_delta_weight(self, adapter: str, preference: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense ΔW(α) in the base layer's orientation, at the adapter's own preference unless one is given."""
+        delta = self.adapters[adapter].delta_weight(preference)
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds ΔW(α) to the base weight and remembers α.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Refuse a merge that would write NaN or infinity.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; all active ones if not given.
+
+        Raises:
+            ValueError: a preference for each row is set, or `safe_merge` found a broken adapter.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.adapters:
+                continue
+            weight = self.get_base_weight()
+            merged = weight + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.set_base_weight(merged)
+            self.merged_preference[name] = self.adapters[name].preference.clone()
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtracts what `merge` added, at the preference it was merged with."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(name, self.merged_preference.pop(name))
+            self.set_base_weight(weight - delta.to(weight.dtype))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.active_adapters:
+            if name in self.adapters:
+                result = self.adapters[name](x, result)
+        return result
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return self.prefix.rstrip("_") + "." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class PBLoraLinear(PreferenceLinear):
+    """A linear layer with PBLoRA adapters."""
+
+    prefix = "pblora_"

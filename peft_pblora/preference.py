@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preference vectors: naming, validation, sampling and grids.
+
+A preference α is a point of the simplex: one non-negative weight for each objective, summing to 1. Users write it as
+a mapping by objective name, a sequence, or a tensor; everywhere inside the library it is a float32 tensor whose last
+axis follows the order of `objectives`. This module knows nothing of models.
+"""
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+
+Preference = Mapping[str, float] | Sequence[float] | torch.Tensor
+
+SUM_TOLERANCE = 1e-4
+"""How far the weights' sum may be from 1 before a preference is refused."""
+
+
+def as_preference(preference: Preference, objectives: Sequence[str], normalize: bool = False) -> torch.Tensor:
+    """Checks a preference and brings it into its one internal form.
+
+    Args:
+        preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
+            Weights by objective name, weights in the order of `objectives`, or a tensor of shape `(k,)` or
+            `(rows, k)` with one preference for each row of a batch. A sequence of mappings is one preference a row.
+        objectives (`Sequence[str]`):
+            The `k` objective names, in the adapter's order.
+        normalize (`bool`, *optional*, defaults to `False`):
+            Divide by the sum instead of refusing weights that do not sum to 1.
+
+    Returns:
+        `torch.Tensor` of shape `(k,)` or `(rows, k)`, float32, on the CPU unless a tensor on a device came.
+
+    Raises:
+        ValueError: unknown or missing names, wrong length, negative or non-finite weights, or a sum other than 1.
+        TypeError: anything that is not a preference, such as a string.
+
+    Example:
+
+    ```python
+    >>> from peft_pblora.preference import as_preference
+    >>> as_preference({"harmless": 0.25, "helpful": 0.75}, ["helpful", "harmless"])
+    tensor([0.7500, 0.2500])
+
+    ```
+    """
+    weights = _to_tensor(preference, objectives)
+    _check_shape(weights, objectives)
+    if not torch.isfinite(weights).all():
+        raise ValueError(f"`preference` has a NaN or infinite weight: {weights.tolist()}. Give finite weights.")
+    if (weights < 0).any():
+        raise ValueError(f"`preference` has a negative weight: {weights.tolist()}. Weights must be 0 or larger.")
+    totals = weights.sum(-1, keepdim=True)
+    if normalize:
+        if (totals <= 0).any():
+            raise ValueError("`preference` sums to 0 and can't be normalized. Give at least one positive weight.")
+        return weights / totals
+    if ((totals - 1).abs() > SUM_TOLERANCE).any():
+        raise ValueError(
+            f"`preference` {weights.tolist()} sums to {totals.flatten().tolist()}, but the weights must sum to 1. "
+            "Rescale it or pass `normalize=True`."
+        )
+    return weights
+
+
+def name_preference(preference: Preference, objectives: Sequence[str]) -> str:
+    """A short label for one preference: the objective's name at a vertex, `uniform`, else the weights.
+
+    Example:
+
+    ```python
+    >>> from peft_pblora.preference import name_preference
+    >>> [name_preference(p, ["helpful", "harmless"]) for p in ([1, 0], [0.5, 0.5], [0.25, 0.75])]
+    ['helpful', 'uniform', 'helpful=0.25,harmless=0.75']
+
+    ```
+    """
+    weights = as_preference(preference, objectives)
+    if weights.ndim != 1:
+        raise ValueError(f"`preference` of shape {tuple(weights.shape)} has no single name. Name its rows one by one.")
+    values = weights.tolist()
+    for name, value in zip(objectives, values, strict=True):
+        if math.isclose(value, 1.0, abs_tol=1e-6):
+            return name
+    if all(math.isclose(value, 1 / len(values), abs_tol=1e-6) for value in values):
+        return "uniform"
+    return ",".join(f"{name}={value:.4g}" for name, value in zip(objectives, values, strict=True))
+
+
+def sample_preferences(
+    n: int,
+    objectives: Sequence[str],
+    concentration: float | Sequence[float] = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draws preferences α ~ Dirichlet(concentration), as PARM does in training (arXiv 2505.06274, algorithm 1).
+
+    Args:
+        n (`int`): How many preferences, 1 or more.
+        objectives (`Sequence[str]`): The `k` objective names.
+        concentration (`float` or `Sequence[float]`, *optional*, defaults to 1.0):
+            Dirichlet parameter, one for all objectives or one for each, all positive. 1 is uniform on the simplex;
+            below 1 the draws lie near the vertices.
+        generator (`torch.Generator`, *optional*): Source of randomness; torch's global one if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(n, k)`, float32, rows on the simplex.
+
+    Raises:
+        ValueError: `n` below 1, or a concentration that is not positive or has the wrong length.
+    """
+    if n < 1:
+        raise ValueError(f"`n` is {n}, but at least one preference must be drawn.")
+    k = len(objectives)
+    shape = torch.as_tensor(concentration, dtype=torch.float64)
+    if shape.ndim > 1 or (shape.ndim == 1 and len(shape) != k):
+        raise ValueError(f"`concentration` has shape {tuple(shape.shape)}, but there are {k} objectives.")
+    if not (torch.isfinite(shape) & (shape > 0)).all():
+        raise ValueError(f"`concentration` is {concentration}, but it must be positive and finite.")
+    gammas = torch._standard_gamma(shape.expand(n, k).contiguous(), generator=generator)
+    # For a tiny concentration every gamma of a row can underflow to 0: the limit is a random vertex.
+    degenerate = gammas.sum(-1) == 0
+    if degenerate.any():
+        corner = torch.randint(k, (int(degenerate.sum()),), generator=generator)
+        gammas[degenerate] = torch.nn.functional.one_hot(corner, k).to(gammas.dtype)
+    return (gammas / gammas.sum(-1, keepdim=True)).float()
+
+
+def preference_grid(objectives: Sequence[str], steps: int) -> torch.Tensor:
+    """The regular grid on the simplex with `steps` intervals on each edge, in lexicographic order.
+
+    Two objectives and `steps=10` give the papers' 11 points from `(0, 1)` to `(1, 0)`.
+
+    Args:
+        objectives (`Sequence[str]`): The `k` objective names.
+        steps (`int`): Intervals on each edge, 1 or more. The grid has `C(steps + k - 1, k - 1)` points.
+
+    Returns:
+        `torch.Tensor` of shape `(points, k)`, float32.
+
+    Example:
+
+    ```python
+    >>> from peft_pblora import preference_grid
+    >>> preference_grid(["helpful", "harmless"], steps=2)
+    tensor([[0.0000, 1.0000],
+            [0.5000, 0.5000],
+            [1.0000, 0.0000]])
+
+    ```
+    """
+    if steps < 1:
+        raise ValueError(f"`steps` is {steps}, but the grid needs at least one interval.")
+    counts = itertools.product(range(steps + 1), repeat=len(objectives))
+    points = [c for c in counts if sum(c) == steps]
+    return torch.tensor(points, dtype=torch.float32) / steps
+
+
+def check_objectives(objectives: Iterable[str]) -> list[str]:
+    """Returns the names as a list; raises `ValueError` unless they are distinct, non-empty strings."""
+    if isinstance(objectives, str):
+        raise ValueError(f"`objectives` is the string {objectives!r}. Give a list of names, such as [{objectives!r}].")
+    names = list(objectives)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"`objectives` is {names!r}, but it must be a list of one or more non-empty names.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"`objectives` {names} has a name twice. Every objective needs its own name.")
+    return names
+
+
+def _to_tensor(preference: Preference, objectives: Sequence[str]) -> torch.Tensor:
+    if isinstance(preference, Mapping):
+        return torch.tensor(_by_name(preference, objectives), dtype=torch.float32)
+    if isinstance(preference, torch.Tensor):
+        return preference.detach().to(torch.float32)
+    if isinstance(preference, Sequence) and preference and all(isinstance(row, Mapping) for row in preference):
+        return torch.tensor([_by_name(row, objectives) for row in preference], dtype=torch.float32)
+    try:
+        if isinstance(preference, str):
+            raise TypeError
+        return torch.as_tensor(preference, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"`preference` is {preference!r}. Give a mapping such as {{{objectives[0]!r}: 1.0, ...}}, a sequence of "
+            f"{len(objectives)} numbers, or a tensor of shape ({len(objectives)},) or (rows, {len(objectives)})."
+        ) from None
+
+
+def _by_name(preference: Mapping[str, float], objectives: Sequence[str]) -> list[float]:
+    unknown = [name for name in preference if name not in objectives]
+    if unknown:
+        close = difflib.get_close_matches(str(unknown[0]), objectives, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"`preference` names {unknown}, but the objectives are {list(objectives)}.{hint}")
+    missing = [name for name in objectives if name not in preference]
+    if missing:
+        raise ValueError(
+            f"`preference` has no weight for {missing}. Name all of {list(objectives)}; a weight may be 0."
+        )
+    return [float(preference[name]) for name in objectives]
+
+
+def _check_shape(weights: torch.Tensor, objectives: Sequence[str]) -> None:
+    k = len(objectives)
+    if weights.ndim not in (1, 2) or weights.numel() == 0:
+        raise ValueError(
+            f"`preference` has shape {tuple(weights.shape)}. Give ({k},), or (rows, {k}) for one preference a row."
+        )
+    if weights.shape[-1] != k:
+        raise ValueError(
+            f"`preference` has {weights.shape[-1]} entries, but this adapter was trained for {k} objectives "
+            f"({', '.join(objectives)})."
+        )
