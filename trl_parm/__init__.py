@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preference-conditioned alignment at decoding time: train an autoregressive reward model, guide a frozen model.
+
+Names load on first use, so that guidance works without the libraries of training or evaluation being imported.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .decoding import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, Scorer
+    from .evaluation import hypervolume, mean_inner_product, pareto_front
+    from .training import PreferenceARMConfig, PreferenceARMTrainer
+
+_HOMES = {
+    "decoding": ("BASE", "LM", "GuidedLogitsProcessor", "PARMLogitsProcessor", "Scorer"),
+    "evaluation": ("hypervolume", "mean_inner_product", "pareto_front"),
+    "training": ("PreferenceARMConfig", "PreferenceARMTrainer"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BASE",
+    "LM",
+    "GuidedLogitsProcessor",
+    "PARMLogitsProcessor",
+    "PreferenceARMConfig",
+    "PreferenceARMTrainer",
+    "Scorer",
+    "__version__",
+    "hypervolume",
+    "mean_inner_product",
+    "pareto_front",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

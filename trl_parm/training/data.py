@@ -121,9 +121,7 @@ class PreferenceCollator:
         return {
             "input_ids": self._pad([torch.cat(row) for row in rows], self.pad_token_id),
             "attention_mask": self._pad([torch.ones(len(p) + len(r), dtype=torch.long) for p, r in rows], 0),
-            "completion_mask": self._pad(
-                [torch.cat([torch.zeros_like(p), torch.ones_like(r)]) for p, r in rows], 0
-            ),
+            "completion_mask": self._pad([torch.cat([torch.zeros_like(p), torch.ones_like(r)]) for p, r in rows], 0),
             "pair_labels": torch.tensor(labels),
         }
 

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import torch
+
 from peft_pblora import sample_preferences
 
 

@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft_pblora import as_preference, name_preference, set_preference
-from peft_pblora.control import get_objectives, has_preference
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+
+from peft_pblora import as_preference, name_preference, set_preference
+from peft_pblora.control import get_objectives, has_preference
 
 from .compat import BaseTrainer, create_model_from_path, get_config_model_id
 from .config import PreferenceARMConfig
@@ -114,9 +115,7 @@ class PreferenceARMTrainer(BaseTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss Σ_i α_i l_i of one batch, at the preference that this step draws."""
-        preference = step_preference(
-            self.args.seed, self.state.global_step, self.objectives, self.args.concentration
-        )
+        preference = step_preference(self.args.seed, self.state.global_step, self.objectives, self.args.concentration)
         margins, losses = self._pair_margins_and_losses(model, inputs, preference)
         labels = inputs["pair_labels"]
         by_objective = objective_losses(losses, labels)

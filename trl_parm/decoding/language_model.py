@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model as a scorer, with a key-value cache that is addressed by the prefix.
+
+`generate` may call a processor for any prefix: one token further, another beam order, rolled back, another batch.
+So nothing here counts calls. Every call compares the tokens it gets with the tokens in the cache and feeds the
+difference; what it returns is a function of the tokens alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import DynamicCache, PreTrainedModel
+
+from peft_pblora import as_preference, get_objectives, set_preference
+from peft_pblora.control import has_preference
+from peft_pblora.preference import Preference
+
+from .scorers import Scorer
+
+
+class LM(Scorer):
+    """log π of a second language model given the tokens so far.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): A causal language model with the base model's vocabulary.
+        preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`, *optional*):
+            The preference of the model's adapter, set before every forward; the one set in the model if not given.
+        disable_adapter (`bool`, *optional*, defaults to `False`):
+            Use the model without its adapter: for an ARM, the untrained ARM.
+        prompt_attention_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*):
+            The prompt's attention mask, since `generate` does not hand it to processors. Where it is not given, a
+            leading run of pad tokens, beyond one that all rows share, counts as padding.
+
+    Raises:
+        ValueError: a preference for a model without such an adapter, or one off the simplex; at the first call, a
+            vocabulary of another size or a batch that does not fit the mask.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        preference: Preference | None = None,
+        disable_adapter: bool = False,
+        prompt_attention_mask: torch.Tensor | None = None,
+    ) -> None:
+        if model.config.is_encoder_decoder:
+            raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
+        if disable_adapter and not is_peft_model(model):
+            raise ValueError("`disable_adapter=True` needs a PeftModel, but the guiding model has no adapter.")
+        self.model = model.eval()
+        self.preference = None
+        if preference is not None:
+            self.preference = as_preference(preference, _objectives(model))
+        self.disable_adapter = disable_adapter
+        self.prompt_attention_mask = prompt_attention_mask
+        self.pad_token_id = _pad_token_id(model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens. Never needed for correctness, since the cache is a function of the prefix."""
+        self._cache: DynamicCache | None = None
+        self._tokens = self._mask = torch.empty(0, 0, dtype=torch.long)
+        self._log_probs: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = input_ids.to(self.model.device)
+        mask = self._attention_mask(tokens)
+        kept = self._align(tokens, mask)
+        if kept < tokens.shape[1]:
+            self._log_probs = self._forward(tokens, mask, kept)
+            self._tokens, self._mask = tokens.clone(), mask
+        if self._log_probs.shape[-1] != scores.shape[-1]:
+            raise ValueError(
+                f"The guiding model has a vocabulary of {self._log_probs.shape[-1]}, but the base model one of "
+                f"{scores.shape[-1]}. Both must share one tokenizer."
+            )
+        return self._log_probs.to(scores.device)
+
+    def _align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+        """Makes the cache hold a prefix of `tokens` and returns its length; the full length if nothing is to do."""
+        length = min(tokens.shape[1], self._tokens.shape[1])
+        if self._cache is None or length == 0:
+            self._cache = DynamicCache(config=self.model.config.get_text_config())
+            return 0
+        old = torch.where(self._mask[:, :length].bool(), self._tokens[:, :length], -1)
+        new = torch.where(mask[:, :length].bool(), tokens[:, :length], -1)
+        if not torch.equal(old, new):
+            length = self._follow_rows(old, new)
+        if length == tokens.shape[1] == self._tokens.shape[1]:
+            return length
+        kept = min(length, tokens.shape[1] - 1)
+        if kept == 0:
+            self._cache = DynamicCache(config=self.model.config.get_text_config())
+        elif kept < self._tokens.shape[1]:
+            self._cache.crop(kept)
+        return kept
+
+    def _follow_rows(self, old: torch.Tensor, new: torch.Tensor) -> int:
+        """Reorders the cache where every new row continues some cached row; else finds the prefix all rows share."""
+        matches = (new[:, None] == old[None]).all(-1)
+        if matches.any(1).all():
+            rows = matches.int().argmax(1)
+            self._cache.reorder_cache(rows)
+            self._tokens, self._mask, self._log_probs = (
+                t.index_select(0, rows) for t in (self._tokens, self._mask, self._log_probs)
+            )
+            return new.shape[1]
+        return int((old == new).all(0).cumprod(0).sum()) if len(old) == len(new) else 0
+
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int) -> torch.Tensor:
+        if self.preference is not None:
+            set_preference(self.model, self.preference)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with self.model.disable_adapter() if self.disable_adapter else nullcontext():
+            logits = self.model(
+                input_ids=tokens[:, kept:],
+                attention_mask=mask,
+                position_ids=positions[:, kept:],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+        return torch.log_softmax(logits[:, -1].float(), dim=-1)
+
+    def _attention_mask(self, tokens: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(tokens)
+        if self.prompt_attention_mask is not None:
+            given = self.prompt_attention_mask.to(tokens)
+            if len(tokens) % len(given) or given.shape[1] > tokens.shape[1]:
+                raise ValueError(
+                    f"`prompt_attention_mask` has shape {tuple(given.shape)}, which does not fit input ids of shape "
+                    f"{tuple(tokens.shape)}. Make one processor for each batch of prompts."
+                )
+            mask[:, : given.shape[1]] = given.repeat_interleave(len(tokens) // len(given), dim=0)
+        elif len(tokens) > 1 and self.pad_token_id is not None:
+            padding = (tokens == self.pad_token_id).cumprod(-1)
+            shared = padding.sum(-1).min()
+            mask -= padding * (torch.arange(tokens.shape[1], device=tokens.device) >= shared) if shared else padding
+        return mask
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        if self.disable_adapter:
+            return f"LM({name}, adapter off)"
+        if self.preference is None:
+            return f"LM({name})"
+        weights = dict(zip(_objectives(self.model), self.preference.tolist(), strict=True))
+        return f"LM({name}, {', '.join(f'{k}={v:g}' for k, v in weights.items())})"
+
+
+def _objectives(model: PreTrainedModel) -> list[str]:
+    if not has_preference(model):
+        raise ValueError(
+            "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
+            "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
+        )
+    return get_objectives(model)
+
+
+def _pad_token_id(model: PreTrainedModel) -> int | None:
+    for config in (model.generation_config, model.config.get_text_config()):
+        if getattr(config, "pad_token_id", None) is not None:
+            return config.pad_token_id
+    end = model.generation_config.eos_token_id
+    return end[0] if isinstance(end, list) else end

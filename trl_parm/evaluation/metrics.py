@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures of a Pareto front. Rewards are always maximised; a cost enters as −cost. Mathematics only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import moocore
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """The volume that the points dominate above the reference point.
+
+    The order of methods depends on the reference point, so it is always an argument: print it beside the value.
+
+    Args:
+        points (`ArrayLike` of shape `(n, k)`): Mean rewards of n preferences, higher is better.
+        reference (`ArrayLike` of shape `(k,)`): A point that good points dominate.
+
+    Returns:
+        `float`, 0 or larger, in units of the product of the rewards.
+
+    Raises:
+        ValueError: no points, NaN, or a reference point of another length.
+
+    Example:
+
+    ```python
+    >>> from trl_parm import hypervolume
+    >>> hypervolume([[1.0, 3.0], [2.0, 1.0]], reference=[0.0, 0.0])
+    4.0
+
+    ```
+    """
+    points, reference = _finite(points, "points", 2), _finite(reference, "reference", 1)
+    if points.shape[1] != len(reference):
+        raise ValueError(f"`points` have {points.shape[1]} objectives, but `reference` has {len(reference)}.")
+    volume = float(moocore.hypervolume(points, ref=reference, maximise=True))
+    if volume == 0:
+        warnings.warn(f"No point lies above the reference point {reference.tolist()}: the hypervolume is 0.")
+    return volume
+
+
+def mean_inner_product(preferences: ArrayLike, rewards: ArrayLike) -> float:
+    """MIP = (1/N) Σ_j α_j · R(α_j): how well the rewards follow the preferences (PARM, arXiv 2505.06274, section 4).
+
+    Args:
+        preferences (`ArrayLike` of shape `(n, k)`): The preferences α_j.
+        rewards (`ArrayLike` of shape `(n, k)`): Mean raw rewards of the responses decoded with α_j, higher is better.
+
+    Returns:
+        `float`, in the units of the rewards.
+
+    Raises:
+        ValueError: shapes that differ, or NaN.
+    """
+    preferences, rewards = _finite(preferences, "preferences", 2), _finite(rewards, "rewards", 2)
+    if preferences.shape != rewards.shape:
+        raise ValueError(f"`preferences` have shape {preferences.shape}, but `rewards` {rewards.shape}.")
+    return float((preferences * rewards).sum(-1).mean())
+
+
+def pareto_front(points: ArrayLike) -> np.ndarray:
+    """Which points no other point dominates (at least as good in all objectives, better in one).
+
+    Args:
+        points (`ArrayLike` of shape `(n, k)`): Rewards, higher is better.
+
+    Returns:
+        `np.ndarray` of shape `(n,)`, bool. Of equal points all are kept.
+    """
+    return np.asarray(moocore.is_nondominated(_finite(points, "points", 2), maximise=True, keep_weakly=True))
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error (NaN for a single value)."""
+    values = np.asarray(values, dtype=float)
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def _finite(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != ndim or array.size == 0:
+        raise ValueError(f"`{name}` has shape {array.shape}, but it needs {ndim} dimension(s) and at least one entry.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"`{name}` has NaN or infinite values. Find out where they come from before measuring.")
+    return array
