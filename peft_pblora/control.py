@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .adapter import LowRankAdapter
 from .layer import PreferenceLinear
 from .preference import Preference, as_preference
 
@@ -61,12 +62,12 @@ def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.T
     Raises:
         ValueError: the model has no such adapter.
     """
-    return _one_adapter(model, adapter_name).preference.clone()
+    return active_adapter(model, adapter_name).preference.clone()
 
 
 def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """Returns the objective names of an adapter, in the order of its preference vector."""
-    return list(_one_adapter(model, adapter_name).objectives)
+    return list(active_adapter(model, adapter_name).objectives)
 
 
 def has_preference(model: nn.Module) -> bool:
@@ -112,7 +113,12 @@ def _adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[Pr
     return pairs
 
 
-def _one_adapter(model: nn.Module, adapter_name: str | None):
+def active_adapter(model: nn.Module, adapter_name: str | None = None) -> LowRankAdapter:
+    """The adapter of the first adapted layer: of the given name, else an active one. All layers share its preference.
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
     pairs = _adapted_layers(model, adapter_name)
     active = [(layer, name) for layer, name in pairs if name in layer.active_adapters]
     layer, name = (active or pairs)[0]

@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from transformers import DynamicCache, PreTrainedModel
 
 from peft_pblora import as_preference, get_objectives, set_preference
-from peft_pblora.control import has_preference
+from peft_pblora.control import active_adapter, has_preference
 from peft_pblora.preference import Preference
 
 from .scorers import Scorer
@@ -57,16 +57,22 @@ class LM(Scorer):
         self.disable_adapter = disable_adapter
         self.prompt_attention_mask = prompt_attention_mask
         self.pad_token_id = _pad_token_id(model)
+        self._parameters = list(model.parameters())
+        self._preference_of = active_adapter(model) if has_preference(model) else None
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all tokens. Never needed for correctness, since the cache is a function of the prefix."""
+        """Forgets all tokens. Only needed after changing the model behind PyTorch's back, such as through `.data`."""
         self._cache: DynamicCache | None = None
         self._tokens = self._mask = torch.empty(0, 0, dtype=torch.long)
         self._log_probs: torch.Tensor | None = None
+        self._built_with = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if (state := self._model_state()) != self._built_with:
+            self.reset()
+            self._built_with = state
         tokens = input_ids.to(self.model.device)
         mask = self._attention_mask(tokens)
         kept = self._align(tokens, mask)
@@ -79,6 +85,14 @@ class LM(Scorer):
                 f"{scores.shape[-1]}. Both must share one tokenizer."
             )
         return self._log_probs.to(scores.device)
+
+    def _model_state(self) -> tuple:
+        """What the cache depends on beside the tokens: the preference and the weights."""
+        preference = self.preference
+        if preference is None and self._preference_of is not None:
+            preference = self._preference_of.preference
+        weights = sum(parameter._version for parameter in self._parameters)
+        return weights, None if preference is None else preference.tolist()
 
     def _align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
         """Makes the cache hold a prefix of `tokens` and returns its length; the full length if nothing is to do."""
@@ -96,7 +110,7 @@ class LM(Scorer):
         if kept == 0:
             self._cache = DynamicCache(config=self.model.config.get_text_config())
         elif kept < self._tokens.shape[1]:
-            self._cache.crop(kept)
+            self._cache.crop(kept - self._tokens.shape[1])
         return kept
 
     def _follow_rows(self, old: torch.Tensor, new: torch.Tensor) -> int:

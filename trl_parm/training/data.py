@@ -79,16 +79,22 @@ class JointPreferenceDataset(torch.utils.data.Dataset):
 
     Args:
         datasets (`Mapping[str, Dataset]`): Objective name → tokenized data set.
+        once (`bool`, *optional*, defaults to `False`):
+            For evaluation: a pair that comes again, since its data set is shorter, is marked `repeated`, and the
+            collator gives it no label. So every pair counts once.
     """
 
-    def __init__(self, datasets: Mapping[str, Dataset]) -> None:
-        self.datasets = dict(datasets)
+    def __init__(self, datasets: Mapping[str, Dataset], once: bool = False) -> None:
+        self.datasets, self.once = dict(datasets), once
 
     def __len__(self) -> int:
         return max(len(dataset) for dataset in self.datasets.values())
 
-    def __getitem__(self, index: int) -> dict[str, dict[str, list[int]]]:
-        return {name: dataset[index % len(dataset)] for name, dataset in self.datasets.items()}
+    def __getitem__(self, index: int) -> dict[str, dict[str, Any]]:
+        return {
+            name: {**dataset[index % len(dataset)], "repeated": self.once and index >= len(dataset)}
+            for name, dataset in self.datasets.items()
+        }
 
 
 @dataclass
@@ -97,7 +103,8 @@ class PreferenceCollator:
 
     Returns a dictionary with `input_ids`, `attention_mask` and `completion_mask` of shape `(2 * pairs, length)`, the
     chosen responses first and the rejected ones after them, and `pair_labels` of shape `(pairs, k)`: +1 where the
-    first response is the better one for an objective, −1 where the second is, 0 where the pair has no label.
+    first response is the better one for an objective, −1 where the second is, 0 where the pair has no label. The
+    pairs of one joint row stand together, in the order of `objectives`.
 
     Args:
         pad_token_id (`int`): Id for padding.
@@ -109,12 +116,10 @@ class PreferenceCollator:
     objectives: Sequence[str]
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, examples: list[dict[str, dict[str, list[int]]]]) -> dict[str, torch.Tensor]:
-        pairs, labels = [], []
-        for index, name in enumerate(self.objectives):
-            for example in examples:
-                pairs.append(example[name])
-                labels.append([float(i == index) for i in range(len(self.objectives))])
+    def __call__(self, examples: list[dict[str, dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        pairs = [example[name] for example in examples for name in self.objectives]
+        labels = torch.eye(len(self.objectives)).repeat(len(examples), 1)
+        labels[torch.tensor([pair.get("repeated", False) for pair in pairs])] = 0
         prompts = [torch.tensor(pair["prompt_ids"]) for pair in pairs] * 2
         responses = [torch.tensor(pair[key]) for key in ("chosen_ids", "rejected_ids") for pair in pairs]
         rows = list(zip(prompts, responses, strict=True))
@@ -122,7 +127,7 @@ class PreferenceCollator:
             "input_ids": self._pad([torch.cat(row) for row in rows], self.pad_token_id),
             "attention_mask": self._pad([torch.ones(len(p) + len(r), dtype=torch.long) for p, r in rows], 0),
             "completion_mask": self._pad([torch.cat([torch.zeros_like(p), torch.ones_like(r)]) for p, r in rows], 0),
-            "pair_labels": torch.tensor(labels),
+            "pair_labels": labels,
         }
 
     def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:

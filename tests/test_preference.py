@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peft_pblora import as_preference, name_preference, preference_grid, sample_preferences
+
+
+OBJECTIVES = ["helpful", "harmless", "humorous"]
+
+
+def test_mapping_sequence_and_tensor_agree():
+    expected = torch.tensor([0.2, 0.3, 0.5])
+    given_by_name = {"humorous": 0.5, "helpful": 0.2, "harmless": 0.3}
+    for preference in (given_by_name, [0.2, 0.3, 0.5], (0.2, 0.3, 0.5), torch.tensor([0.2, 0.3, 0.5]).double()):
+        result = as_preference(preference, OBJECTIVES)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, expected)
+
+
+def test_one_preference_a_row():
+    rows = as_preference([{"helpful": 1, "harmless": 0, "humorous": 0}, dict.fromkeys(OBJECTIVES, 1 / 3)], OBJECTIVES)
+    torch.testing.assert_close(rows, torch.tensor([[1.0, 0, 0], [1 / 3, 1 / 3, 1 / 3]]))
+
+
+@pytest.mark.parametrize(
+    ("preference", "message"),
+    [
+        ({"helpfull": 1.0}, r"names \['helpfull'\].*Did you mean 'helpful'\?"),
+        ({"helpful": 1.0, "harmless": 0.0}, r"no weight for \['humorous'\]"),
+        ([0.5, 0.5], r"has 2 entries, but this adapter was trained for 3 objectives \(helpful, harmless, humorous\)"),
+        ([1.5, -0.5, 0.0], "negative weight"),
+        ([float("nan"), 0.5, 0.5], "NaN or infinite"),
+        ([0.5, 0.4, 0.2], "must sum to 1"),
+        ([[[1.0, 0.0, 0.0]]], "has shape"),
+        ([], "has shape"),
+    ],
+)
+def test_bad_preference(preference, message):
+    with pytest.raises(ValueError, match=message):
+        as_preference(preference, OBJECTIVES)
+
+
+@pytest.mark.parametrize("preference", ["helpful", None, object()])
+def test_not_a_preference(preference):
+    with pytest.raises(TypeError, match="Give a mapping"):
+        as_preference(preference, OBJECTIVES)
+
+
+def test_normalize():
+    torch.testing.assert_close(as_preference([2, 1, 1], OBJECTIVES, normalize=True), torch.tensor([0.5, 0.25, 0.25]))
+    with pytest.raises(ValueError, match="sums to 0"):
+        as_preference([0, 0, 0], OBJECTIVES, normalize=True)
+
+
+def test_names():
+    assert name_preference([0, 1, 0], OBJECTIVES) == "harmless"
+    assert name_preference([1 / 3] * 3, OBJECTIVES) == "uniform"
+    assert name_preference([0.2, 0.3, 0.5], OBJECTIVES) == "helpful=0.2,harmless=0.3,humorous=0.5"
+
+
+@given(st.integers(1, 20), st.floats(0.01, 100), st.integers(0, 2**31))
+def test_samples_lie_on_the_simplex(n, concentration, seed):
+    samples = sample_preferences(n, OBJECTIVES, concentration, torch.Generator().manual_seed(seed))
+    assert samples.shape == (n, 3)
+    as_preference(samples, OBJECTIVES)
+
+
+def test_samples_follow_the_dirichlet():
+    concentration = torch.tensor([0.5, 1.0, 2.5])
+    samples = sample_preferences(100_000, OBJECTIVES, concentration.tolist(), torch.Generator().manual_seed(0))
+    exact = torch.distributions.Dirichlet(concentration)
+    torch.testing.assert_close(samples.mean(0), exact.mean, atol=5e-3, rtol=0)
+    torch.testing.assert_close(samples.var(0), exact.variance, atol=5e-3, rtol=0)
+
+
+def test_samples_repeat_with_their_generator_and_leave_the_global_one_alone():
+    state = torch.get_rng_state()
+    first = sample_preferences(3, OBJECTIVES, generator=torch.Generator().manual_seed(7))
+    second = sample_preferences(3, OBJECTIVES, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(first, second)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("n", "concentration"), [(0, 1.0), (1, 0.0), (1, -1.0), (1, [1.0, 1.0]), (1, float("nan"))])
+def test_bad_samples(n, concentration):
+    with pytest.raises(ValueError, match="`n`|`concentration`"):
+        sample_preferences(n, OBJECTIVES, concentration)
+
+
+@pytest.mark.parametrize(("k", "steps"), [*itertools.product([1, 2, 3], [1, 4])])
+def test_grid_holds_every_point_once(k, steps):
+    grid = preference_grid(OBJECTIVES[:k], steps)
+    expected = {c for c in itertools.product(range(steps + 1), repeat=k) if sum(c) == steps}
+    assert {tuple((row * steps).round().int().tolist()) for row in grid} == expected
+    assert len(grid) == len(expected)
+
+
+def test_bad_grid():
+    with pytest.raises(ValueError, match="at least one interval"):
+        preference_grid(OBJECTIVES, 0)
