@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes preference pairs on two objectives that pull apart, sampled from the language model itself.
 
-For every prompt the model answers several times. Two answers become a pair where one is more positive (VADER) and the
-other briefer (fewer words), so that no answer pleases both objectives: each pair enters the data of both, with
-opposite labels. Prompts about a fifth of the topics are held out.
+For every prompt the model answers several times, and pairs of answers far apart on one objective are kept: one more
+positive (VADER) than the other, or more concise (shorter sentences). An answer that is better for one objective is
+worse or equal for the other, so the two pull apart. Prompts about a fifth of the topics are held out.
 
     python examples/make_pairs.py --output examples/data/pairs.jsonl
 """
@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import random
-import re
 from pathlib import Path
 
 import torch
@@ -22,25 +21,12 @@ from smollm2 import smollm2
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_parm.evaluation.rewards import brevity, positivity
+from trl_parm.evaluation.rewards import SENTENCE_END, conciseness, positivity
 from trl_parm.evaluation.sweep import encode_prompts
 from trl_parm.output import output_file
 
 
-TOPICS = (
-    "a rainy Monday|losing a football game|a first day at a new job|a crowded bus|a broken phone|a birthday party|"
-    "moving to a new city|a long queue|an exam tomorrow|a sick dog|a surprise gift|cooking dinner for friends|"
-    "a cancelled flight|learning the piano|an old friendship|a cold winter|a visit to the dentist|"
-    "a walk in the forest|a noisy neighbour|growing tomatoes|a lost wallet|a job interview|a wedding|a flat tyre|"
-    "reading before bed|a power cut|a school reunion|a storm at sea|running a marathon|a burnt cake|a new puppy|"
-    "an empty fridge|a traffic jam|camping in the rain|a slow computer|a hospital stay|the night sky|paying taxes|"
-    "a haunted house|a family dinner|a broken promise|learning to swim|a late train|a small garden|"
-    "a difficult boss|a beach holiday|a spider in the kitchen|spicy food|a museum visit|an argument with a friend|"
-    "waking up early|a scary film|a failed experiment|a stolen bicycle|a kind stranger|a power nap|a bad haircut|"
-    "a snow day|an unpaid bill|a lonely weekend|a house full of children|a homework deadline|a leaking roof|"
-    "a chess tournament|a goodbye at the airport|a rude waiter|a homemade soup|an ant in the sugar|a quiet library|"
-    "a bus strike"
-).split("|")
+DATA = Path(__file__).parent / "data"
 TEMPLATES = (
     "What do you think about {}?",
     "Describe {} in a few words.",
@@ -51,13 +37,13 @@ TEMPLATES = (
     "Why do people talk about {}?",
 )
 HELD_OUT_TOPICS = 14
-SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
+BATCH_SIZE = 6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct from its wheel)")
-    parser.add_argument("--output", type=Path, default=Path("examples/data/pairs.jsonl"))
+    parser.add_argument("--output", type=Path, default=DATA / "pairs.jsonl")
     parser.add_argument("--samples", type=int, default=8, help="answers for each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--prompts", type=int, help="only the first so many prompts")
@@ -70,12 +56,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
     pairs = []
     with output_file(args.output) as file:
-        for prompt, split in tqdm(make_prompts(args.seed)[: args.prompts], desc="Sampling", unit="prompt"):
-            answers = sample_answers(model, tokenizer, prompt, args.samples, args.max_new_tokens)
-            for positive, brief in choose_pairs(prompt, answers):
-                row = {"prompt": prompt, "split": split}
-                pairs.append({**row, "objective": "positive", "chosen": positive, "rejected": brief})
-                pairs.append({**row, "objective": "brief", "chosen": brief, "rejected": positive})
+        prompts = make_prompts(args.seed)[: args.prompts]
+        for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="Sampling", unit="batch"):
+            splits = dict(prompts[start : start + BATCH_SIZE])
+            for prompt, answers in sample_answers(model, tokenizer, list(splits), args).items():
+                pairs += [
+                    {"prompt": prompt, "split": splits[prompt], **pair} for pair in choose_pairs(prompt, answers)
+                ]
         file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     print(f"{len(pairs)} pairs in {args.output}")
 
@@ -83,39 +70,58 @@ def main() -> None:
 def make_prompts(seed: int) -> list[tuple[str, str]]:
     """All templates with all topics in random order, each with its split: topics, not prompts, are held out."""
     rng = random.Random(seed)
-    held_out = set(rng.sample(TOPICS, HELD_OUT_TOPICS))
+    topics = (DATA / "topics.txt").read_text(encoding="utf-8").splitlines()
+    held_out = set(rng.sample(topics, HELD_OUT_TOPICS))
     prompts = [
         (template.format(topic), "test" if topic in held_out else "train")
-        for topic, template in itertools.product(TOPICS, TEMPLATES)
+        for topic, template in itertools.product(topics, TEMPLATES)
     ]
     rng.shuffle(prompts)
     return prompts
 
 
-def sample_answers(model, tokenizer, prompt: str, samples: int, max_new_tokens: int) -> list[str]:
-    """Distinct answers to one prompt, each cut after its last full sentence; answers without one are dropped."""
-    inputs = encode_prompts(tokenizer, [prompt])
+def sample_answers(model, tokenizer, prompts: list[str], args: argparse.Namespace) -> dict[str, list[str]]:
+    """Distinct answers to each prompt, cut after their last full sentence; answers without one are dropped."""
+    inputs = encode_prompts(tokenizer, prompts)
     output = model.generate(
         **inputs,
         do_sample=True,
         top_p=0.95,
-        num_return_sequences=samples,
-        max_new_tokens=max_new_tokens,
+        num_return_sequences=args.samples,
+        max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    whole = [text.strip()[: ends[-1].end()] for text in texts if (ends := [*SENTENCE_END.finditer(text.strip())])]
-    return sorted({text for text in whole if len(text.split()) >= 4})
+    answers: dict[str, set[str]] = {prompt: set() for prompt in prompts}
+    for index, text in enumerate(texts):
+        ends = [match.end() for match in SENTENCE_END.finditer(text.strip())]
+        whole = text.strip()[: ends[-1]] if ends else ""
+        if len(whole.split()) >= 4:
+            answers[prompts[index // args.samples]].add(whole)
+    return {prompt: sorted(found) for prompt, found in answers.items()}
 
 
-def choose_pairs(prompt: str, answers: list[str], most: int = 3) -> list[tuple[str, str]]:
-    """Pairs (more positive, briefer) that are clearly apart on both objectives; no answer is used twice."""
+def choose_pairs(prompt: str, answers: list[str]) -> list[dict[str, str]]:
+    """The pairs of both objectives from the answers to one prompt."""
     positive = dict(zip(answers, positivity([prompt] * len(answers), answers)))
-    brief = dict(zip(answers, brevity([prompt] * len(answers), answers)))
+    concise = dict(zip(answers, conciseness([prompt] * len(answers), answers)))
+    chosen = _furthest_apart(positive, against=concise, least=0.8, least_against=0.0)
+    chosen_concise = _furthest_apart(concise, against=positive, least=4.0, least_against=0.2)
+    return [
+        {"objective": objective, "chosen": better, "rejected": worse}
+        for objective, pairs in (("positive", chosen), ("concise", chosen_concise))
+        for better, worse in pairs
+    ]
+
+
+def _furthest_apart(
+    score: dict[str, float], against: dict[str, float], least: float, least_against: float, most: int = 3
+) -> list[tuple[str, str]]:
+    """Pairs (better, worse) by `score` whose better answer is the worse one by `against`; none is used twice."""
     gaps = {
-        (a, b): positive[a] - positive[b] + (brief[b] - brief[a]) / 20
-        for a, b in itertools.permutations(answers, 2)
-        if positive[a] - positive[b] >= 0.5 and brief[b] - brief[a] >= 5
+        (a, b): score[a] - score[b]
+        for a, b in itertools.permutations(score, 2)
+        if score[a] - score[b] >= least and against[b] - against[a] >= least_against
     }
     chosen: list[tuple[str, str]] = []
     for pair in sorted(gaps, key=gaps.__getitem__, reverse=True):

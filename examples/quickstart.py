@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from peft_pblora import PBLoraConfig, preference_grid
 from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, PreferenceARMConfig, PreferenceARMTrainer
 from trl_parm.evaluation import Run, sweep
-from trl_parm.evaluation.rewards import brevity, positivity
+from trl_parm.evaluation.rewards import conciseness, positivity
 from trl_parm.output import output_folder
 
 
-OBJECTIVES = ["positive", "brief"]
-REWARDS = {"positive": positivity, "brief": brevity}
+OBJECTIVES = ["positive", "concise"]
+REWARDS = {"positive": positivity, "concise": conciseness}
 PAIRS = Path(__file__).parent / "data" / "pairs.jsonl"
 
 

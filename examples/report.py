@@ -47,9 +47,7 @@ def write_report(table: Dataset, objectives: Sequence[str], reference: Sequence[
     table.to_json(folder / "responses.jsonl", force_ascii=False)
     (folder / "measures.json").write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
     plot_front(summary, objectives, folder / "pareto.png", reference)
-    text = "\n\n".join(
-        [table_text(summary, objectives), measures_text(measures), samples_text(table, objectives)]
-    )
+    text = "\n\n".join([table_text(summary, objectives), measures_text(measures), samples_text(table, objectives)])
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
 

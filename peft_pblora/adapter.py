@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .cores import Core
+
 
 class LowRankAdapter(nn.Module):
     """Adds s · B W(α) A x to the output of a frozen linear layer.
@@ -24,7 +26,7 @@ class LowRankAdapter(nn.Module):
     Args:
         in_features (`int`): n, size of the layer's input.
         out_features (`int`): m, size of the layer's output.
-        core (`nn.Module`): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`; has `rank`.
+        core ([`Core`]): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`.
         scaling (`float`): s.
         objectives (`Sequence[str]`): Names of the k objectives.
         preference (`Sequence[float]`): The preference to start with, of length k.
@@ -36,7 +38,7 @@ class LowRankAdapter(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        core: nn.Module,
+        core: Core,
         scaling: float,
         objectives: Sequence[str],
         preference: Sequence[float],

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
-from torch import nn
 
-from .cores import PBLoraCore
+from .cores import Core, PBLoraCore
 from .preference import as_preference, check_objectives
 from .registration import PeftType
 
@@ -89,7 +88,7 @@ class PreferenceConfig(PeftConfig):
         """The preference a model starts with: `default_preference`, or uniform."""
         return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
 
-    def build_core(self) -> nn.Module:
+    def build_core(self) -> Core:
         """A fresh core, the module that computes W(α)."""
         raise NotImplementedError
 

@@ -37,10 +37,10 @@ def set_preference(
     set_preference(model, {"helpful": 0.7, "harmless": 0.3})
     ```
     """
-    layers = [(layer, name) for layer, name in _adapted_layers(model, adapter_name)]
+    layers = _adapted_layers(model, adapter_name)
     valid: dict[tuple[str, ...], torch.Tensor] = {}
     for layer, name in layers:
-        objectives = tuple(layer.adapters[name].objectives)
+        objectives = tuple(layer.adapter(name).objectives)
         if objectives not in valid:
             valid[objectives] = as_preference(preference, objectives, normalize)
         if name in layer.merged_adapters:
@@ -49,7 +49,7 @@ def set_preference(
                 "before setting another."
             )
     for layer, name in layers:
-        adapter = layer.adapters[name]
+        adapter = layer.adapter(name)
         adapter.set_preference(valid[tuple(adapter.objectives)])
 
 
@@ -88,7 +88,7 @@ def use_preference(
         model.generate(**inputs)
     ```
     """
-    adapters = [layer.adapters[name] for layer, name in _adapted_layers(model, adapter_name)]
+    adapters = [layer.adapter(name) for layer, name in _adapted_layers(model, adapter_name)]
     former = [(adapter.preference.clone(), adapter.preference_was_set) for adapter in adapters]
     set_preference(model, preference, adapter_name, normalize)
     try:
@@ -122,4 +122,4 @@ def active_adapter(model: nn.Module, adapter_name: str | None = None) -> LowRank
     pairs = _adapted_layers(model, adapter_name)
     active = [(layer, name) for layer, name in pairs if name in layer.active_adapters]
     layer, name = (active or pairs)[0]
-    return layer.adapters[name]
+    return layer.adapter(name)

@@ -11,7 +11,29 @@ import torch
 from torch import nn
 
 
-class PBLoraCore(nn.Module):
+class Core(nn.Module):
+    """What every core offers: its size, its initialisation, and W(α)."""
+
+    rank: int
+    """The size r of W(α)."""
+
+    def reset_parameters(self) -> None:
+        """Draws fresh parameters, as the method's authors do."""
+        raise NotImplementedError
+
+    def forward(self, preference: torch.Tensor) -> torch.Tensor:
+        """Returns W(α).
+
+        Args:
+            preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`): α, in the dtype of the parameters.
+
+        Returns:
+            `torch.Tensor` of shape `(r, r)` or `(rows, r, r)`.
+        """
+        raise NotImplementedError
+
+
+class PBLoraCore(Core):
     """W(α) = blockdiag(W1, reshape(α φ, r2, r2)): PBLoRA (PARM, ICML 2025, arXiv 2505.06274).
 
     `W1` serves every preference alike, the second block is linear in α. With `r2=0` it is LoRA with a free r1×r1
@@ -31,15 +53,10 @@ class PBLoraCore(nn.Module):
         super().__init__()
         if min(r1, r2) < 0 or r1 + r2 == 0:
             raise ValueError(f"`r1` is {r1} and `r2` is {r2}, but both must be 0 or larger and one must be positive.")
-        self.r1, self.r2 = r1, r2
+        self.r1, self.r2, self.rank = r1, r2, r1 + r2
         self.W1 = nn.Parameter(torch.empty(r1, r1)) if r1 else None
         self.W2 = nn.Parameter(torch.empty(objectives, r2 * r2)) if r2 else None
         self.reset_parameters()
-
-    @property
-    def rank(self) -> int:
-        """The size r of W(α)."""
-        return self.r1 + self.r2
 
     def reset_parameters(self) -> None:
         """Draws W1 and φ from kaiming_uniform(a=√5), as the authors do."""
@@ -48,23 +65,12 @@ class PBLoraCore(nn.Module):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, preference: torch.Tensor) -> torch.Tensor:
-        """Returns W(α).
-
-        Args:
-            preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`): α, in the dtype of the parameters.
-
-        Returns:
-            `torch.Tensor` of shape `(r, r)` or `(rows, r, r)`.
-        """
         rows = preference.shape[:-1]
-        if self.W2 is None:
-            return self.W1.expand(*rows, self.r1, self.r1)
-        aware = (preference @ self.W2).view(*rows, self.r2, self.r2)
-        if self.W1 is None:
-            return aware
-        matrix = aware.new_zeros(*rows, self.rank, self.rank)
-        matrix[..., : self.r1, : self.r1] = self.W1
-        matrix[..., self.r1 :, self.r1 :] = aware
+        matrix = preference.new_zeros(*rows, self.rank, self.rank)
+        if self.W1 is not None:
+            matrix[..., : self.r1, : self.r1] = self.W1
+        if self.W2 is not None:
+            matrix[..., self.r1 :, self.r1 :] = (preference @ self.W2).view(*rows, self.r2, self.r2)
         return matrix
 
     def extra_repr(self) -> str:

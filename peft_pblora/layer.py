@@ -7,7 +7,7 @@ The arithmetic is [`LowRankAdapter`]; this file only obeys PEFT's tuner contract
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -42,9 +42,10 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.fan_in_fan_out = config.fan_in_fan_out
         self.kwargs = kwargs
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
-        if self.in_features is None or self.out_features is None:
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
             raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+        self.in_features, self.out_features = in_features, out_features
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, **kwargs)
 
@@ -52,6 +53,10 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def adapters(self) -> nn.ModuleDict:
         """The [`LowRankAdapter`] of each adapter name."""
         return getattr(self, self.adapter_layer_names[0])
+
+    def adapter(self, name: str) -> LowRankAdapter:
+        """The adapter of this name. Raises `KeyError` if the layer has none."""
+        return cast(LowRankAdapter, self.adapters[name])
 
     def update_layer(
         self, adapter_name: str, config: PreferenceConfig, inference_mode: bool = False, **kwargs: Any
@@ -72,7 +77,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str, preference: torch.Tensor | None = None) -> torch.Tensor:
         """The dense ΔW(α) in the base layer's orientation, at the adapter's own preference unless one is given."""
-        delta = self.adapters[adapter].delta_weight(preference)
+        delta = self.adapter(adapter).delta_weight(preference)
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -93,13 +98,13 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
-            self.merged_preference[name] = self.adapters[name].preference.clone()
+            self.merged_preference[name] = self.adapter(name).preference.clone()
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Subtracts what `merge` added, at the preference it was merged with."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()

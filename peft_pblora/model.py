@@ -78,6 +78,7 @@ def _match_orientation(config: PreferenceConfig, transposed: bool) -> None:
         kind = "Conv1D" if transposed else "torch.nn.Linear"
         warnings.warn(
             f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. "
-            f"Setting fan_in_fan_out to {transposed}."
+            f"Setting fan_in_fan_out to {transposed}.",
+            stacklevel=2,
         )
         config.fan_in_fan_out = transposed

@@ -10,11 +10,12 @@ import difflib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 
-Preference = Mapping[str, float] | Sequence[float] | torch.Tensor
+Preference = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | torch.Tensor
 
 SUM_TOLERANCE = 1e-4
 """How far the weights' sum may be from 1 before a preference is refused."""
@@ -177,7 +178,7 @@ def _to_tensor(preference: Preference, objectives: Sequence[str]) -> torch.Tenso
         return torch.tensor(_by_name(preference, objectives), dtype=torch.float32)
     if isinstance(preference, torch.Tensor):
         return preference.detach().to(torch.float32)
-    if isinstance(preference, Sequence) and preference and all(isinstance(row, Mapping) for row in preference):
+    if isinstance(preference, Sequence) and preference and isinstance(preference[0], Mapping):
         return torch.tensor([_by_name(row, objectives) for row in preference], dtype=torch.float32)
     try:
         if isinstance(preference, str):
@@ -190,7 +191,9 @@ def _to_tensor(preference: Preference, objectives: Sequence[str]) -> torch.Tenso
         ) from None
 
 
-def _by_name(preference: Mapping[str, float], objectives: Sequence[str]) -> list[float]:
+def _by_name(preference: Any, objectives: Sequence[str]) -> list[float]:
+    if not isinstance(preference, Mapping):
+        raise TypeError(f"`preference` mixes mappings with {preference!r}. Give one mapping for each row.")
     unknown = [name for name in preference if name not in objectives]
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), objectives, n=1)

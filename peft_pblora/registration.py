@@ -5,7 +5,7 @@ import enum
 from typing import Any
 
 
-class PeftType(str, enum.Enum):
+class PeftType(str, enum.Enum):  # noqa: UP042 - PEFT reads str(member) as "PeftType.NAME", which StrEnum lacks
     """Sibling of `peft.PeftType` for the methods of this package.
 
     PEFT only ever looks a type up in its registries, compares it, and reads `.value` or `str()`, so a member of our
@@ -24,8 +24,10 @@ def register(peft_type: PeftType, config_cls: type, model_cls: Any) -> None:
     from peft import PeftType as BuiltinType
     from peft import mapping
 
+    types: Any = mapping  # the registries are annotated with PEFT's own enum
+
     name, prefix = peft_type.value, model_cls.prefix
-    if mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is config_cls:
+    if types.PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is config_cls:
         return
     if name in BuiltinType.__members__ or name in mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise RuntimeError(
@@ -34,6 +36,6 @@ def register(peft_type: PeftType, config_cls: type, model_cls: Any) -> None:
         )
     if prefix in mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values():
         raise RuntimeError(f"Another PEFT method already uses the parameter prefix {prefix!r} of {name}.")
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
+    types.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    types.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    types.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix

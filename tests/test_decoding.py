@@ -131,9 +131,7 @@ def test_trained_arm_is_noticed():
         arm.base_model.model.model.layers[1].self_attn.v_proj.adapters["default"].A.weight.mul_(3)
     after = processor(ids, scores)
     assert not torch.allclose(before, after)
-    torch.testing.assert_close(
-        after.double(), NaiveProcessor(arm, [0.5, 0.5], 1.0)(ids, scores), atol=1e-4, rtol=1e-5
-    )
+    torch.testing.assert_close(after.double(), NaiveProcessor(arm, [0.5, 0.5], 1.0)(ids, scores), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shift", ["roll back", "reorder", "fewer rows", "more rows", "fork"])

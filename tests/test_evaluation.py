@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trl_parm import PARMLogitsProcessor, hypervolume, mean_inner_product, pareto_front
 from trl_parm.evaluation import Run, mean_and_error, plot_front, summarize, sweep
-from trl_parm.evaluation.rewards import brevity, positivity, short_sentences
+from trl_parm.evaluation.rewards import brevity, conciseness, positivity
 
 
 # Check values of a published comparison: points (help, −cost) at α_help 0, .2, .4, .6, .8, 1.
@@ -76,7 +76,7 @@ def test_bad_measures(call, message):
 def test_rewards():
     texts = ["This is wonderful! I love it.", "Terrible. Awful.", "no end"]
     assert brevity(texts, texts) == [-6, -2, -2]
-    assert short_sentences(texts, texts) == [-3, -1, -2]
+    assert conciseness(texts, texts) == [-3, -1, -2]
     positive = positivity(texts, texts)
     assert positive[0] > 0.5 > 0 > positive[1]
     assert positive[2] <= 0
@@ -89,10 +89,8 @@ def test_mean_and_error():
 
 
 def _sweep(tokenizer, runs, rewards=None, prompts=("w1 w2", "w3", "w4"), **generation):
-    rewards = rewards or {"helpful": brevity, "harmless": short_sentences}
-    return sweep(
-        tiny_llama(), tokenizer, list(prompts), runs, rewards, batch_size=2, max_new_tokens=6, **generation
-    )
+    rewards = rewards or {"helpful": brevity, "harmless": conciseness}
+    return sweep(tiny_llama(), tokenizer, list(prompts), runs, rewards, batch_size=2, max_new_tokens=6, **generation)
 
 
 def test_sweep_and_figure(tmp_path, tokenizer):

@@ -9,9 +9,12 @@ difference; what it returns is a function of the tokens alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate.utils import is_peft_model
+from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from peft_pblora import as_preference, get_objectives, set_preference
@@ -63,10 +66,8 @@ class LM(Scorer):
 
     def reset(self) -> None:
         """Forgets all tokens. Only needed after changing the model behind PyTorch's back, such as through `.data`."""
-        self._cache: DynamicCache | None = None
-        self._tokens = self._mask = torch.empty(0, 0, dtype=torch.long)
-        self._log_probs: torch.Tensor | None = None
-        self._built_with = None
+        self._prefix: _Prefix | None = None
+        self._built_with: tuple | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -75,66 +76,39 @@ class LM(Scorer):
             self._built_with = state
         tokens = input_ids.to(self.model.device)
         mask = self._attention_mask(tokens)
-        kept = self._align(tokens, mask)
+        kept = self._prefix.align(tokens, mask) if self._prefix else 0
         if kept < tokens.shape[1]:
-            self._log_probs = self._forward(tokens, mask, kept)
-            self._tokens, self._mask = tokens.clone(), mask
-        if self._log_probs.shape[-1] != scores.shape[-1]:
+            cache = self._prefix.cache if self._prefix and kept else self._empty_cache()
+            self._prefix = _Prefix(tokens.clone(), mask, cache, self._forward(tokens, mask, kept, cache))
+        log_probs = cast(_Prefix, self._prefix).log_probs
+        if log_probs.shape[-1] != scores.shape[-1]:
             raise ValueError(
-                f"The guiding model has a vocabulary of {self._log_probs.shape[-1]}, but the base model one of "
+                f"The guiding model has a vocabulary of {log_probs.shape[-1]}, but the base model one of "
                 f"{scores.shape[-1]}. Both must share one tokenizer."
             )
-        return self._log_probs.to(scores.device)
+        return log_probs.to(scores.device)
 
     def _model_state(self) -> tuple:
-        """What the cache depends on beside the tokens: the preference and the weights."""
+        """What the cache depends on beside the tokens: the weights and the preference."""
         preference = self.preference
         if preference is None and self._preference_of is not None:
             preference = self._preference_of.preference
         weights = sum(parameter._version for parameter in self._parameters)
         return weights, None if preference is None else preference.tolist()
 
-    def _align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-        """Makes the cache hold a prefix of `tokens` and returns its length; the full length if nothing is to do."""
-        length = min(tokens.shape[1], self._tokens.shape[1])
-        if self._cache is None or length == 0:
-            self._cache = DynamicCache(config=self.model.config.get_text_config())
-            return 0
-        old = torch.where(self._mask[:, :length].bool(), self._tokens[:, :length], -1)
-        new = torch.where(mask[:, :length].bool(), tokens[:, :length], -1)
-        if not torch.equal(old, new):
-            length = self._follow_rows(old, new)
-        if length == tokens.shape[1] == self._tokens.shape[1]:
-            return length
-        kept = min(length, tokens.shape[1] - 1)
-        if kept == 0:
-            self._cache = DynamicCache(config=self.model.config.get_text_config())
-        elif kept < self._tokens.shape[1]:
-            self._cache.crop(kept - self._tokens.shape[1])
-        return kept
+    def _empty_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config.get_text_config())
 
-    def _follow_rows(self, old: torch.Tensor, new: torch.Tensor) -> int:
-        """Reorders the cache where every new row continues some cached row; else finds the prefix all rows share."""
-        matches = (new[:, None] == old[None]).all(-1)
-        if matches.any(1).all():
-            rows = matches.int().argmax(1)
-            self._cache.reorder_cache(rows)
-            self._tokens, self._mask, self._log_probs = (
-                t.index_select(0, rows) for t in (self._tokens, self._mask, self._log_probs)
-            )
-            return new.shape[1]
-        return int((old == new).all(0).cumprod(0).sum()) if len(old) == len(new) else 0
-
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int, cache: DynamicCache) -> torch.Tensor:
         if self.preference is not None:
             set_preference(self.model, self.preference)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with self.model.disable_adapter() if self.disable_adapter else nullcontext():
+        with cast(PeftModel, self.model).disable_adapter() if self.disable_adapter else nullcontext():
             logits = self.model(
                 input_ids=tokens[:, kept:],
                 attention_mask=mask,
                 position_ids=positions[:, kept:],
-                past_key_values=self._cache,
+                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
@@ -164,6 +138,43 @@ class LM(Scorer):
             return f"LM({name})"
         weights = dict(zip(_objectives(self.model), self.preference.tolist(), strict=True))
         return f"LM({name}, {', '.join(f'{k}={v:g}' for k, v in weights.items())})"
+
+
+@dataclass
+class _Prefix:
+    """The tokens that a cache holds, and the log-probabilities of the token after them."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    cache: DynamicCache
+    log_probs: torch.Tensor
+
+    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+        """Makes the cache hold a prefix of `tokens`, its rows in their order, and returns the prefix's length.
+
+        It is the full length only where `log_probs` is the answer already; else at least one token is left to feed.
+        """
+        length = min(tokens.shape[1], self.tokens.shape[1])
+        old = torch.where(self.mask[:, :length].bool(), self.tokens[:, :length], -1)
+        new = torch.where(mask[:, :length].bool(), tokens[:, :length], -1)
+        if not torch.equal(old, new):
+            length = self._follow(old, new)
+        if length == tokens.shape[1] == self.tokens.shape[1]:
+            return length
+        kept = min(length, tokens.shape[1] - 1)
+        if 0 < kept < self.tokens.shape[1]:
+            self.cache.crop(kept - self.tokens.shape[1])
+        return kept
+
+    def _follow(self, old: torch.Tensor, new: torch.Tensor) -> int:
+        """Reorders the cache where every new row continues some cached row; else finds the prefix that all share."""
+        matches = (new[:, None] == old[None]).all(-1)
+        if not matches.any(1).all():
+            return int((old == new).all(0).cumprod(0).sum()) if len(old) == len(new) else 0
+        rows = matches.int().argmax(1)
+        self.cache.reorder_cache(cast(torch.LongTensor, rows))
+        self.tokens, self.mask, self.log_probs = (t[rows] for t in (self.tokens, self.mask, self.log_probs))
+        return new.shape[1]
 
 
 def _objectives(model: PreTrainedModel) -> list[str]:

@@ -40,7 +40,9 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
         raise ValueError(f"`points` have {points.shape[1]} objectives, but `reference` has {len(reference)}.")
     volume = float(moocore.hypervolume(points, ref=reference, maximise=True))
     if volume == 0:
-        warnings.warn(f"No point lies above the reference point {reference.tolist()}: the hypervolume is 0.")
+        warnings.warn(
+            f"No point lies above the reference point {reference.tolist()}: the hypervolume is 0.", stacklevel=2
+        )
     return volume
 
 
@@ -77,8 +79,9 @@ def pareto_front(points: ArrayLike) -> np.ndarray:
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error (NaN for a single value)."""
-    values = np.asarray(values, dtype=float)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    array = np.asarray(values, dtype=float)
+    error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
+    return float(array.mean()), float(error)
 
 
 def _finite(values: ArrayLike, name: str, ndim: int) -> np.ndarray:

@@ -63,7 +63,9 @@ def plot_front(
         axes.errorbar(*_crosses([row], x, y), fmt=marker, color="black", ecolor="0.6", label=row["method"], zorder=2)
     if reference is not None:
         axes.scatter(*reference, marker="x", color="crimson", zorder=2)
-        axes.annotate("reference point", reference, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            "reference point", (reference[0], reference[1]), xytext=(6, 4), textcoords="offset points", fontsize=8
+        )
     axes.set(xlabel=f"{x} (higher is better)", ylabel=f"{y} (higher is better)")
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -71,4 +73,5 @@ def plot_front(
 
 
 def _crosses(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list, list, list, list]:
-    return tuple([row[key] for row in rows] for key in (x, y, f"{y}_error", f"{x}_error"))
+    columns = [[row[key] for row in rows] for key in (x, y, f"{y}_error", f"{x}_error")]
+    return columns[0], columns[1], columns[2], columns[3]

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
 """A reward maps prompts and responses to one float for each response."""
 
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
+SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
+"""Where a sentence ends: its last mark, before white space or the end of the text."""
 
 
 def positivity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -25,9 +26,9 @@ def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [-float(len(response.split())) for response in responses]
 
 
-def short_sentences(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+def conciseness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Minus the mean number of words in a sentence."""
-    return [-len(r.split()) / max(1, len(_SENTENCE_END.findall(r))) for r in responses]
+    return [-len(r.split()) / max(1, len(SENTENCE_END.findall(r))) for r in responses]
 
 
 @functools.cache

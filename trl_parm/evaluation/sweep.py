@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora import as_preference, name_preference
 from peft_pblora.preference import Preference
@@ -20,8 +20,8 @@ from .metrics import mean_and_error
 from .rewards import Reward
 
 
-Decoder = Callable[[torch.Tensor], LogitsProcessor]
-"""Makes the processor that guides one call of `generate` at a preference of shape `(k,)`."""
+Decoder = Callable[[torch.Tensor | None], LogitsProcessor]
+"""Makes the processor that guides one call of `generate`, at a preference of shape `(k,)` or at none."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def summarize(table: Dataset, objectives: Sequence[str]) -> list[dict[str, Any]]
         `<objective>_error`.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
-    for row in table:
+    for row in cast(Iterable[dict[str, Any]], table):
         groups.setdefault((row["method"], row["label"]), []).append(row)
     summary = []
     for (method, label), rows in groups.items():
@@ -93,15 +93,16 @@ def summarize(table: Dataset, objectives: Sequence[str]) -> list[dict[str, Any]]
     return summary
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> BatchEncoding:
     """Tokenizes a batch of user prompts, padded on the left, through the chat template if the tokenizer has one."""
     tokenizer.padding_side = "left"
     if tokenizer.chat_template is None:
         return tokenizer(list(prompts), return_tensors="pt", padding=True)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     )
+    return cast(BatchEncoding, encoded)
 
 
 def _decode(model, tokenizer, prompts, run: Run, rewards, seed, generation) -> list[dict]:

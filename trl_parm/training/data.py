@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from trl.data_utils import is_conversational
 
 from .compat import common_prefix_length, pad
@@ -144,7 +144,7 @@ def _tokenize_pair(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
         end = tokenizer.eos_token
         chosen = tokenizer(example["prompt"] + example["chosen"].removesuffix(end) + end)["input_ids"]
         rejected = tokenizer(example["prompt"] + example["rejected"].removesuffix(end) + end)["input_ids"]
-    chosen, rejected = (_end_at(ids, tokenizer.eos_token_id) for ids in (chosen, rejected))
+    chosen, rejected = (_end_at(ids, cast(int | None, tokenizer.eos_token_id)) for ids in (chosen, rejected))
     start = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
     return {"prompt_ids": chosen[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
 
@@ -155,7 +155,8 @@ def _end_at(ids: list[int], end: int | None) -> list[int]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs: Any) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
+    return cast(BatchEncoding, encoded)["input_ids"]
 
 
 def _fits(example: dict[str, list[int]], max_length: int) -> bool:

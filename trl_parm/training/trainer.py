@@ -6,9 +6,10 @@ from __future__ import annotations
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -61,10 +62,10 @@ class PreferenceARMTrainer(BaseTrainer):
     _paper = {
         "title": "PARM: Multi-Objective Test-Time Alignment via Preference-Aware Autoregressive Reward Model",
         "id": "2505.06274",
-        # docstyle-ignore
         "citation": textwrap.dedent("""\
             @inproceedings{lin2025parm,
-                title     = {{PARM: Multi-Objective Test-Time Alignment via Preference-Aware Autoregressive Reward Model}},
+                title     = {{PARM: Multi-Objective Test-Time Alignment via Preference-Aware
+                             Autoregressive Reward Model}},
                 author    = {Baijiong Lin and Weisen Jiang and Yuancheng Xu and Hao Chen and Ying-Cong Chen},
                 booktitle = {International Conference on Machine Learning},
                 year      = 2025,
@@ -88,7 +89,7 @@ class PreferenceARMTrainer(BaseTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PreferenceARMConfig(f"{name.split('/')[-1]}-PARM")
-        _check_datasets(train_dataset, eval_dataset)
+        train_dataset = _check_datasets(train_dataset, eval_dataset)
         # PEFT draws the adapter's weights, so the seed comes before the model.
         set_seed(args.seed)
         model = _load_model(model, args, quantization_config)
@@ -103,7 +104,7 @@ class PreferenceARMTrainer(BaseTrainer):
             model=model,
             args=args,
             data_collator=data_collator
-            or PreferenceCollator(tokenizer.pad_token_id, self.objectives, args.pad_to_multiple_of),
+            or PreferenceCollator(cast(int, tokenizer.pad_token_id), self.objectives, args.pad_to_multiple_of),
             train_dataset=_join(train_dataset, tokenizer, args),
             eval_dataset=_join(eval_dataset, tokenizer, args, once=True),
             processing_class=tokenizer,
@@ -111,7 +112,7 @@ class PreferenceARMTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.model.add_model_tags(self._tag_names)
+        model.add_model_tags(self._tag_names)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss Σ_i α_i l_i of one batch, at the preference that this step draws."""
@@ -143,6 +144,7 @@ class PreferenceARMTrainer(BaseTrainer):
         """
         self._metrics["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
         means = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
         losses = [
             sum(w * means[f"{o}_loss@{name}"] for o, w in zip(self.objectives, weights.tolist(), strict=True))
@@ -212,7 +214,7 @@ def _margins(model, inputs) -> torch.Tensor:
     return first - second
 
 
-def _check_datasets(train: PairDatasets | None, evaluation: PairDatasets | None) -> None:
+def _check_datasets(train: PairDatasets | None, evaluation: PairDatasets | None) -> PairDatasets:
     if train is None:
         raise ValueError("`train_dataset` is required: a mapping from objective name to preference data set.")
     for name, data in (("train_dataset", train), ("eval_dataset", evaluation)):
@@ -225,6 +227,7 @@ def _check_datasets(train: PairDatasets | None, evaluation: PairDatasets | None)
         raise ValueError(
             f"`eval_dataset` has the objectives {sorted(evaluation)}, but `train_dataset` has {sorted(train)}."
         )
+    return train
 
 
 def _load_model(model, args: PreferenceARMConfig, quantization_config):
@@ -232,10 +235,10 @@ def _load_model(model, args: PreferenceARMConfig, quantization_config):
         if quantization_config is not None:
             raise ValueError("`quantization_config` needs a model id; this model is loaded already.")
         return model
-    kwargs = dict(args.model_init_kwargs or {})
+    kwargs: dict[str, Any] = dict(cast(dict, args.model_init_kwargs or {}))
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+    if cast(PartialState, args.distributed_state).distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(model, **kwargs)
