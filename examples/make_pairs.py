@@ -60,9 +60,7 @@ def main() -> None:
         for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="Sampling", unit="batch"):
             splits = dict(prompts[start : start + BATCH_SIZE])
             for prompt, answers in sample_answers(model, tokenizer, list(splits), args).items():
-                pairs += [
-                    {"prompt": prompt, "split": splits[prompt], **pair} for pair in choose_pairs(prompt, answers)
-                ]
+                pairs += [to_row(prompt, splits[prompt], *pair) for pair in choose_pairs(prompt, answers)]
         file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     print(f"{len(pairs)} pairs in {args.output}")
 
@@ -101,17 +99,26 @@ def sample_answers(model, tokenizer, prompts: list[str], args: argparse.Namespac
     return {prompt: sorted(found) for prompt, found in answers.items()}
 
 
-def choose_pairs(prompt: str, answers: list[str]) -> list[dict[str, str]]:
-    """The pairs of both objectives from the answers to one prompt."""
+def to_row(prompt: str, split: str, objective: str, better: str, worse: str) -> dict:
+    """A row in TRL's conversational preference format, with its objective and split."""
+    return {
+        "objective": objective,
+        "split": split,
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": better}],
+        "rejected": [{"role": "assistant", "content": worse}],
+    }
+
+
+def choose_pairs(prompt: str, answers: list[str]) -> list[tuple[str, str, str]]:
+    """The pairs (objective, better answer, worse answer) from the answers to one prompt."""
     positive = dict(zip(answers, positivity([prompt] * len(answers), answers)))
     concise = dict(zip(answers, conciseness([prompt] * len(answers), answers)))
-    chosen = _furthest_apart(positive, against=concise, least=0.8, least_against=0.0)
-    chosen_concise = _furthest_apart(concise, against=positive, least=4.0, least_against=0.2)
-    return [
-        {"objective": objective, "chosen": better, "rejected": worse}
-        for objective, pairs in (("positive", chosen), ("concise", chosen_concise))
-        for better, worse in pairs
-    ]
+    pairs = {
+        "positive": _furthest_apart(positive, against=concise, least=0.8, least_against=0.0),
+        "concise": _furthest_apart(concise, against=positive, least=4.0, least_against=0.2),
+    }
+    return [(objective, *pair) for objective, found in pairs.items() for pair in found]
 
 
 def _furthest_apart(

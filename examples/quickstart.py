@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from peft_pblora import PBLoraConfig, preference_grid
 from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.decoding.processors import guidance_strength
 from trl_parm.evaluation import Run, sweep
 from trl_parm.evaluation.rewards import conciseness, positivity
 from trl_parm.output import output_folder
@@ -38,6 +39,7 @@ PAIRS = Path(__file__).parent / "data" / "pairs.jsonl"
 def main() -> None:
     args = parse_args()
     disable_progress_bars()
+    strength = guidance_strength(args.beta)
     pairs = read_pairs(args.pairs)
     with output_folder(args.output, needed_bytes=500_000_000) as folder:
         name = args.model or smollm2()
@@ -45,8 +47,8 @@ def main() -> None:
         arm, accuracies = train(name, tokenizer, pairs, folder, args)
         print_accuracies(accuracies, OBJECTIVES)
         base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
-        prompts = sorted({pair["prompt"] for pair in pairs["test"]})[:: args.every_prompt]
-        table = guide(base, arm, tokenizer, prompts, args)
+        prompts = sorted({pair["prompt"][0]["content"] for pair in pairs["test"]})[:: args.every_prompt]
+        table = guide(base, arm, tokenizer, prompts, strength, args)
         write_report(table, OBJECTIVES, reference=[0.0, -float(args.max_new_tokens)], folder=folder)
     print(f"\nAll results are in {args.output}")
 
@@ -119,26 +121,16 @@ def train(
 
 
 def by_objective(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> dict[str, Dataset]:
-    """One data set for each objective: as conversations if the tokenizer has a chat template, else as plain text."""
-    chat = tokenizer.chat_template is not None
+    """One data set for each objective; plain text instead of conversations if the tokenizer has no chat template."""
+    columns = ("prompt", "chosen", "rejected")
     datasets = {}
     for objective in OBJECTIVES:
         rows = [pair for pair in pairs if pair["objective"] == objective][:most]
-        datasets[objective] = Dataset.from_list(
-            [
-                {
-                    "prompt": message("user", row["prompt"]) if chat else row["prompt"],
-                    "chosen": message("assistant", row["chosen"]) if chat else " " + row["chosen"],
-                    "rejected": message("assistant", row["rejected"]) if chat else " " + row["rejected"],
-                }
-                for row in rows
-            ]
-        )
+        data = [{column: row[column] for column in columns} for row in rows]
+        if tokenizer.chat_template is None:
+            data = [{column: " " + row[column][0]["content"] for column in columns} for row in data]
+        datasets[objective] = Dataset.from_list(data)
     return datasets
-
-
-def message(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
 
 
 def guide(
@@ -146,6 +138,7 @@ def guide(
     arm: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
+    strength: float,
     args: argparse.Namespace,
 ) -> Dataset:
     """Decodes the prompts at five preferences and with two controls.
@@ -153,7 +146,7 @@ def guide(
     Multiplying by π_ARM also sharpens the distribution. The second control does the same with the untrained ARM, so
     that what remains between it and the guided rows is preference.
     """
-    sharpened = GuidedLogitsProcessor(BASE + LM(arm, disable_adapter=True) / args.beta)
+    sharpened = GuidedLogitsProcessor(BASE + strength * LM(arm, disable_adapter=True))
     runs = [Run("base"), Run("base, sharpened", decoder=lambda _: sharpened)]
     guided: Callable = lambda preference: PARMLogitsProcessor(arm, preference, args.beta)  # noqa: E731
     runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]

@@ -56,8 +56,7 @@ def tiny_arm(model=None, objectives=OBJECTIVES, seed: int = 1, **config):
     return arm.eval()
 
 
-@pytest.fixture
-def tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of 64 tokens with a chat template."""
     vocabulary = ["<pad>", "<eos>", "<unk>", "user", "assistant", "."] + WORDS
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -66,3 +65,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
     )
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()

@@ -45,12 +45,14 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         beta: float = 1.0,
         prompt_attention_mask: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(BASE + LM(arm, preference, prompt_attention_mask=prompt_attention_mask) / _strength(beta))
+        guide = LM(arm, preference, prompt_attention_mask=prompt_attention_mask)
+        super().__init__(BASE + guidance_strength(beta) * guide)
 
 
-def _strength(beta: float) -> float:
+def guidance_strength(beta: float) -> float:
+    """Returns 1/β. Raises `ValueError` unless β is a positive, finite number."""
     if not (isinstance(beta, int | float) and math.isfinite(beta) and beta > 0):
         raise ValueError(
             f"`beta` is {beta!r}, but it must be a positive, finite number. Guidance has strength 1/beta."
         )
-    return float(beta)
+    return 1.0 / beta

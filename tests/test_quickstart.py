@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo and the README's blocks, run as a user runs them: in a process of their own, in an empty folder."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_llama, tiny_tokenizer
+
+
+ROOT = Path(__file__).parents[1]
+MODEL = "runs/models/smollm2-135m-instruct"
+FILES = {"arm", "measures.json", "pareto.png", "report.md", "responses.jsonl"}
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    small = ["--steps", "2", "--batch-size", "2", "--eval-pairs", "2", "--max-new-tokens", "5"]
+    return run(folder, str(ROOT / "examples/quickstart.py"), "--model", MODEL, *small, *arguments)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as `make demo` leaves it, made with a tiny model and few pairs."""
+    folder = tmp_path_factory.mktemp("workplace")
+    tiny_llama(hidden_size=16, intermediate_size=16).save_pretrained(folder / MODEL)
+    tiny_tokenizer().save_pretrained(folder / MODEL)
+    (folder / "examples/data").mkdir(parents=True)
+    lines = (ROOT / "examples/data/pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    few = [
+        pair for objective in ("positive", "concise") for split in ("train", "test")
+        for pair in [p for p in pairs if (p["objective"], p["split"]) == (objective, split)][:8]
+    ]  # fmt: skip
+    (folder / "examples/data/pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in few))
+    result = quickstart(folder, "--pairs", "examples/data/pairs.jsonl")
+    assert result.returncode == 0, result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+def test_quickstart_writes_and_prints_everything(workplace):
+    demo, printed = workplace / "runs/demo", (workplace / "stdout").read_text()
+    assert {path.name for path in demo.iterdir()} == FILES
+    assert (demo / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    measures = json.loads((demo / "measures.json").read_text())
+    assert measures["reference_point"] == {"positive": 0.0, "concise": -5.0}
+    assert {(c["reward"], c["over"]) for c in measures["claims"]} == {
+        ("positive", "concise"), ("positive", "base, sharpened"),
+        ("concise", "positive"), ("concise", "base, sharpened"),
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (demo / "responses.jsonl").read_text().splitlines()]
+    assert {(row["method"], row["label"]) for row in rows} == {
+        ("base", "-"), ("base, sharpened", "-"), ("PARM", "concise"), ("PARM", "positive=0.25,concise=0.75"),
+        ("PARM", "uniform"), ("PARM", "positive=0.75,concise=0.25"), ("PARM", "positive"),
+    }  # fmt: skip
+    assert (demo / "report.md").read_text().strip() in printed
+    assert "Held-out pair accuracy" in printed
+    for claim in measures["claims"]:
+        assert claim["holds"] == (claim["gain"] > 2 * claim["standard_error"])
+    assert printed.count("DOES NOT HOLD") == sum(not claim["holds"] for claim in measures["claims"])
+
+
+def test_quickstart_without_a_chat_template(workplace):
+    shutil.copytree(workplace / MODEL, workplace / "plain")
+    (workplace / "plain/chat_template.jinja").unlink()
+    result = quickstart(
+        workplace, "--pairs", "examples/data/pairs.jsonl", "--model", "plain", "--output", "runs/plain"
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (workplace / "runs/plain").iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "nowhere.jsonl"], "There are no pairs at nowhere.jsonl"),
+        (["--pairs", "wrong.jsonl"], "Line 1 of wrong.jsonl lacks ['chosen'"),
+        (["--output", "stdout"], "is a file"),
+        (["--beta", "0"], "must be a positive, finite number"),
+    ],
+)
+def test_quickstart_refuses_bad_input_in_one_line(workplace, arguments, message):
+    (workplace / "wrong.jsonl").write_text('{"prompt": []}\n')
+    before = {path.name for path in (workplace / "runs").iterdir()}
+    pairs = [] if "--pairs" in arguments else ["--pairs", "examples/data/pairs.jsonl"]
+    result = quickstart(workplace, *pairs, *arguments)
+    assert result.returncode == 1
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in (workplace / "runs").iterdir()} == before
+
+
+def test_pairs_can_be_made_again(workplace):
+    """With a random model the answers are not sentences, so no pair is found; the file is there all the same."""
+    script = str(ROOT / "examples/make_pairs.py")
+    arguments = ["--model", MODEL, "--prompts", "3", "--max-new-tokens", "4", "--output", "new/pairs.jsonl"]
+    result = run(workplace, script, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert (workplace / "new/pairs.jsonl").exists()
+
+
+def test_shipped_pairs_are_what_they_claim():
+    from trl_parm.evaluation.rewards import conciseness, positivity
+
+    rewards = {"positive": positivity, "concise": conciseness}
+    rows = [json.loads(line) for line in (ROOT / "examples/data/pairs.jsonl").read_text().splitlines()]
+    splits = {"train": set(), "test": set()}
+    for row in rows:
+        prompt, chosen, rejected = (row[key][0]["content"] for key in ("prompt", "chosen", "rejected"))
+        splits[row["split"]].add(prompt)
+        better, worse = rewards[row["objective"]]([prompt] * 2, [chosen, rejected])
+        assert better > worse
+    assert not splits["train"] & splits["test"]
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(3), ids=["adapter", "train", "decode"])
+def test_readme_block_runs_as_it_stands(workplace, index):
+    blocks = readme_blocks()
+    assert len(blocks) == 3
+    result = run(workplace, "-c", blocks[index])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
