@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference-conditioned adapters as PEFT methods. Importing this package registers them with PEFT."""
 
-from .config import PBLoraConfig, PreferenceConfig
+from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
-from .model import PBLoraModel
+from .model import MoSLoraModel, PBLoraModel, SVDLoraModel
 from .preference import as_preference, name_preference, preference_grid, sample_preferences
 from .registration import PeftType, register
 
 
 register(PeftType.PBLORA, PBLoraConfig, PBLoraModel)
+register(PeftType.SVDLORA, SVDLoraConfig, SVDLoraModel)
+register(PeftType.MOSLORA, MoSLoraConfig, MoSLoraModel)
 
 __all__ = [
+    "MoSLoraConfig",
+    "MoSLoraModel",
     "PBLoraConfig",
     "PBLoraModel",
     "PreferenceConfig",
+    "SVDLoraConfig",
+    "SVDLoraModel",
     "as_preference",
     "get_objectives",
     "get_preference",

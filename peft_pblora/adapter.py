@@ -18,7 +18,7 @@ from .cores import Core
 
 
 class LowRankAdapter(nn.Module):
-    """Adds s · B W(α) A x to the output of a frozen linear layer.
+    """Adds s · B (W(α) A x + δ(α)) to the output of a frozen linear layer; most cores have no shift δ.
 
     The preference is a plain float32 tensor attribute: neither parameter nor buffer. So it is not trained, not saved,
     not broadcast over by DDP, not sharded by FSDP, and follows the weights to their device but not to their dtype.
@@ -73,44 +73,64 @@ class LowRankAdapter(nn.Module):
             self.preference = preference.to(self.preference.device, torch.float32, copy=True)
         self.preference_was_set = True
 
-    def core_matrix(self, preference: torch.Tensor | None = None) -> torch.Tensor:
-        """W(α) for the given preference, or the one that is set, in the dtype of the adapter."""
-        preference = self.preference if preference is None else preference
-        return self.core(preference.to(self.A.weight))
+    def factors(
+        self, preference: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
 
-    def delta_weight(self, preference: torch.Tensor | None = None) -> torch.Tensor:
-        """The dense ΔW(α) of shape `(m, n)`, for merging. Raises `ValueError` for a preference a row."""
-        matrix = self.core_matrix(preference)
-        if matrix.ndim == 3:
+        Args:
+            preference (`torch.Tensor` of shape `(k,)`, *optional*): The preference that is set if not given.
+
+        Returns:
+            `tuple` of down `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`. W(α) and s are folded into the smaller
+            factor.
+
+        Raises:
+            ValueError: a preference for each row is set.
+        """
+        preference = (self.preference if preference is None else preference).to(self.A.weight)
+        if preference.ndim == 2:
             raise ValueError(
                 "A preference for each row can't be merged into one weight. Set one preference of shape (k,) first."
             )
-        return self.scaling * (self.B.weight @ matrix @ self.A.weight)
+        down, up = self.A.weight, self.B.weight
+        matrix = self.scaling * self.core(preference)
+        bias = self.scaling * (up @ self.core.shift(preference)) if self.core.shifts else None
+        return (down, up @ matrix, bias) if up.shape[0] <= down.shape[1] else (matrix @ down, up, bias)
 
-    def forward(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        """Returns `result + s · B W(α) A x`.
+    def forward(self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns `result + s · B (W(α) A x + δ(α))`.
 
         Args:
             x (`torch.Tensor` of shape `(batch, ..., n)`): The layer's input.
             result (`torch.Tensor` of shape `(batch, ..., m)`): The frozen layer's output; it fixes dtype and shape.
+            preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`, *optional*): Instead of the one that is set.
 
         Raises:
-            ValueError: a preference a row is set and the batch is not a multiple of its rows.
+            ValueError: the batch is not a multiple of the preference's rows.
         """
-        matrix = self.core_matrix()
+        preference = self.preference if preference is None else preference
         x = self.dropout(x)
-        down, up = self.A.weight, self.B.weight
-        if matrix.ndim == 2:
-            if up.shape[0] <= down.shape[1]:
-                up = up @ (self.scaling * matrix)
-            else:
-                down = (self.scaling * matrix) @ down
+        if preference.ndim == 1:
+            down, up, bias = self.factors(preference)
             hidden = F.linear(x, down.to(x.dtype))
         else:
-            hidden = _mix_rows(F.linear(x, down.to(x.dtype)), self.scaling * matrix)
-        hidden = hidden.reshape(-1, up.shape[1]).to(result.dtype)
+            up, bias = self.B.weight, None
+            hidden = self._mix_rows(F.linear(x, self.A.weight.to(x.dtype)), preference)
         flat = result.reshape(-1, result.shape[-1])
-        return torch.addmm(flat, hidden, up.to(result.dtype).T).view(result.shape)
+        hidden = hidden.reshape(-1, hidden.shape[-1]).to(result.dtype)
+        flat = torch.addmm(flat, hidden, up.to(result.dtype).T)
+        return (flat if bias is None else flat + bias.to(result.dtype)).view(result.shape)
+
+    def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+        """s · (W(α) h + δ(α)) with the α of each batch row, expanding rows as `generate` does."""
+        preference = expand_rows(preference, hidden.shape[0]).to(self.A.weight)
+        matrix = (self.scaling * self.core(preference)).to(hidden.dtype)
+        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        mixed = torch.bmm(rows, matrix.transpose(1, 2))
+        if self.core.shifts:
+            mixed = mixed + (self.scaling * self.core.shift(preference)).to(hidden.dtype)[:, None]
+        return mixed.view(hidden.shape)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LowRankAdapter:
         super()._apply(fn, recurse)
@@ -122,13 +142,15 @@ class LowRankAdapter(nn.Module):
         return f"scaling={self.scaling}, objectives={self.objectives}"
 
 
-def _mix_rows(hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Applies the row's own (r, r) matrix to each batch row of `hidden`, expanding rows as `generate` does."""
-    batch, rows = hidden.shape[0], matrix.shape[0]
+def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:
+    """Repeats each row of a `(rows, k)` preference so that there is one for each of `batch` rows.
+
+    `generate` repeats rows in the same way for beams and several sequences.
+    """
+    rows = preference.shape[0]
     if batch % rows:
         raise ValueError(
             f"`preference` is set for {rows} rows, but the batch has {batch}, which is no multiple. "
             "Set one preference of shape (k,), or one for each row of the batch."
         )
-    matrix = matrix.repeat_interleave(batch // rows, dim=0).to(hidden.dtype)
-    return torch.bmm(hidden.reshape(batch, -1, hidden.shape[-1]), matrix.transpose(1, 2)).view(hidden.shape)
+    return preference.repeat_interleave(batch // rows, dim=0)

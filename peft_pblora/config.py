@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from .cores import Core, PBLoraCore
+from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
 from .preference import as_preference, check_objectives
 from .registration import PeftType
 
@@ -80,7 +80,7 @@ class PreferenceConfig(PeftConfig):
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     @property
@@ -140,6 +140,74 @@ class PBLoraConfig(PreferenceConfig):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / (self.r2 or self.r1)
+
+
+@dataclass
+class SVDLoraConfig(PreferenceConfig):
+    """SVD-LoRA (Panacea, NeurIPS 2024, arXiv 2402.02030).
+
+        y = W0 x + s · B diag(σ_1..σ_r, c·α_1..c·α_k) A x,   s = lora_alpha / r
+
+    Args:
+        r (`int`, *optional*, defaults to 8): Number of preference-agnostic singular values; the rank is r + k.
+        lora_alpha (`float`, *optional*, defaults to 16): The scaling s is `lora_alpha / r`, or itself where r is 0.
+
+    The other arguments are those of [`PreferenceConfig`].
+    """
+
+    r: int = field(default=8, metadata={"help": "Number of preference-agnostic singular values."})
+    lora_alpha: float = field(default=16, metadata={"help": "The scaling is lora_alpha / r."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SVDLORA
+        if self.r < 0:
+            raise ValueError(f"`r` is {self.r}, but it must be 0 or larger.")
+
+    def build_core(self) -> SVDLoraCore:
+        return SVDLoraCore(len(self.objectives), self.r)
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (self.r or 1)
+
+
+@dataclass
+class MoSLoraConfig(PreferenceConfig):
+    """MoSLoRA (UniARM, arXiv 2602.09538), in our reading of a paper whose full text and code are not public.
+
+        y = W0 x + s · B [(1 + γ) ⊙ A x + δ],   [γ, δ] = M Σ_i α_i o_i,   s = lora_alpha / r
+
+    The shift δ makes the map affine: merging carries it in the layer's bias, and so does the export to LoRA.
+
+    Args:
+        r (`int`, *optional*, defaults to 8): Rank.
+        lora_alpha (`float`, *optional*, defaults to 16): The scaling s is `lora_alpha / r`.
+        embedding_size (`int`, *optional*, defaults to 0):
+            Size of the learned objective embeddings o; 0 uses the preference itself.
+
+    The other arguments are those of [`PreferenceConfig`].
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    lora_alpha: float = field(default=16, metadata={"help": "The scaling is lora_alpha / r."})
+    embedding_size: int = field(default=0, metadata={"help": "Size of learned objective embeddings; 0 uses none."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.MOSLORA
+        if self.r < 1 or self.embedding_size < 0:
+            raise ValueError(
+                f"`r` is {self.r} and `embedding_size` {self.embedding_size}, but r must be positive and "
+                "`embedding_size` 0 or larger."
+            )
+
+    def build_core(self) -> MoSLoraCore:
+        return MoSLoraCore(len(self.objectives), self.r, self.embedding_size)
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / self.r
 
 
 def _as_set(modules: Sequence[str] | str | None):

@@ -17,6 +17,9 @@ class Core(nn.Module):
     rank: int
     """The size r of W(α)."""
 
+    shifts: bool = False
+    """Whether the map is affine: y = W0 x + s · B (W(α) A x + δ(α))."""
+
     def reset_parameters(self) -> None:
         """Draws fresh parameters, as the method's authors do."""
         raise NotImplementedError
@@ -30,6 +33,10 @@ class Core(nn.Module):
         Returns:
             `torch.Tensor` of shape `(r, r)` or `(rows, r, r)`.
         """
+        raise NotImplementedError
+
+    def shift(self, preference: torch.Tensor) -> torch.Tensor:
+        """Returns δ(α) of shape `(r,)` or `(rows, r)`, for cores that shift."""
         raise NotImplementedError
 
 
@@ -75,3 +82,89 @@ class PBLoraCore(Core):
 
     def extra_repr(self) -> str:
         return f"r1={self.r1}, r2={self.r2}"
+
+
+class SVDLoraCore(Core):
+    """W(α) = diag(σ_1..σ_r, c·α_1..c·α_k): SVD-LoRA (Panacea, NeurIPS 2024, arXiv 2402.02030).
+
+    Args:
+        objectives (`int`): Number of objectives k.
+        r (`int`): Number of preference-agnostic singular values, 0 or larger.
+
+    Attributes:
+        sigma (`nn.Parameter` of shape `(r,)` or `None`): The preference-agnostic singular values.
+        c (`nn.Parameter` of shape `(1,)`): The scale of the preference in this layer.
+    """
+
+    def __init__(self, objectives: int, r: int) -> None:
+        super().__init__()
+        if r < 0:
+            raise ValueError(f"`r` is {r}, but it must be 0 or larger.")
+        self.r, self.rank = r, r + objectives
+        self.sigma = nn.Parameter(torch.empty(r)) if r else None
+        self.c = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws σ from N(0, 0.02) and c from N(0, 0.5)."""
+        if self.sigma is not None:
+            nn.init.normal_(self.sigma, std=0.02)
+        nn.init.normal_(self.c, std=0.5)
+
+    def forward(self, preference: torch.Tensor) -> torch.Tensor:
+        aware = self.c * preference
+        if self.sigma is None:
+            return torch.diag_embed(aware)
+        agnostic = self.sigma.expand(*preference.shape[:-1], self.r)
+        return torch.diag_embed(torch.cat([agnostic, aware], dim=-1))
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}"
+
+
+class MoSLoraCore(Core):
+    """W(α) = diag(1 + γ(α)) and a shift δ(α), [γ, δ] = M Σ_i α_i o_i: MoSLoRA (UniARM, arXiv 2602.09538).
+
+    The paper's full text and code are not public: this is our reading of its description. A shared module extracts
+    low-rank features, and a modulation conditioned on the *mixed* preference applies an affine map to them.
+
+    Args:
+        objectives (`int`): Number of objectives k.
+        r (`int`): Rank, positive.
+        embedding_size (`int`, *optional*, defaults to 0):
+            Size d of the learned table o of objective embeddings; 0 uses the preference itself (o = I, d = k).
+
+    Attributes:
+        M (`nn.Parameter` of shape `(2r, d)`): The modulation, zero at the start.
+        embeddings (`nn.Parameter` of shape `(k, d)` or `None`): o.
+    """
+
+    shifts = True
+
+    def __init__(self, objectives: int, r: int, embedding_size: int = 0) -> None:
+        super().__init__()
+        if r < 1 or embedding_size < 0:
+            raise ValueError(f"`r` is {r} and `embedding_size` {embedding_size}, but they must be positive and >= 0.")
+        self.rank = r
+        self.embeddings = nn.Parameter(torch.empty(objectives, embedding_size)) if embedding_size else None
+        self.M = nn.Parameter(torch.empty(2 * r, embedding_size or objectives))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """M zero, so that W(α) = I and δ(α) = 0; the embeddings from N(0, 1)."""
+        nn.init.zeros_(self.M)
+        if self.embeddings is not None:
+            nn.init.normal_(self.embeddings)
+
+    def forward(self, preference: torch.Tensor) -> torch.Tensor:
+        return torch.diag_embed(1 + self._modulation(preference)[..., : self.rank])
+
+    def shift(self, preference: torch.Tensor) -> torch.Tensor:
+        return self._modulation(preference)[..., self.rank :]
+
+    def _modulation(self, preference: torch.Tensor) -> torch.Tensor:
+        mixed = preference if self.embeddings is None else preference @ self.embeddings
+        return mixed @ self.M.T
+
+    def extra_repr(self) -> str:
+        return f"r={self.rank}"

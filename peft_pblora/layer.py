@@ -6,6 +6,7 @@ The arithmetic is [`LowRankAdapter`]; this file only obeys PEFT's tuner contract
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, ClassVar, cast
 
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from .adapter import LowRankAdapter
+from .adapter import LowRankAdapter, expand_rows
 from .config import PreferenceConfig
 
 
@@ -37,6 +38,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         )
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self.merged_preference: dict[str, torch.Tensor] = {}
+        self.bias_was_added = False
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -77,11 +79,12 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str, preference: torch.Tensor | None = None) -> torch.Tensor:
         """The dense ΔW(α) in the base layer's orientation, at the adapter's own preference unless one is given."""
-        delta = self.adapter(adapter).delta_weight(preference)
+        down, up, _ = self.adapter(adapter).factors(preference)
+        delta = up @ down
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds ΔW(α) to the base weight and remembers α.
+        """Adds ΔW(α) to the base weight, and a shift to the base bias, and remembers α.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): Refuse a merge that would write NaN or infinity.
@@ -98,6 +101,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
+            self._add_shift(name, sign=1)
             self.merged_preference[name] = self.adapter(name).preference.clone()
             self.merged_adapters.append(name)
 
@@ -109,10 +113,31 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight = self.get_base_weight()
-            delta = self.get_delta_weight(name, self.merged_preference.pop(name))
+            delta = self.get_delta_weight(name, self.merged_preference[name])
             self.set_base_weight(weight - delta.to(weight.dtype))
+            self._add_shift(name, sign=-1)
+            del self.merged_preference[name]
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _add_shift(self, name: str, sign: int) -> None:
+        """Adds the adapter's bias, if it has one, to the base layer's, which gets one for the time if it has none."""
+        *_, shift = self.adapter(name).factors(self.merged_preference.get(name))
+        if shift is None:
+            return
+        base: Any = self.get_base_layer()
+        if base.bias is None:
+            base.bias = nn.Parameter(torch.zeros_like(shift, dtype=base.weight.dtype), requires_grad=False)
+            self.bias_was_added = True
+            warnings.warn(
+                "The adapter's shift was merged into a bias that the layer did not have. The model is right as it is, "
+                "but saving it would lose the bias unless its architecture has one.",
+                stacklevel=3,
+            )
+        base.bias.data = base.bias.data + sign * shift.to(base.bias.dtype)
+        if sign < 0 and self.bias_was_added and not self.merged_adapters:
+            base.bias, self.bias_was_added = None, False
+
+    def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -120,9 +145,36 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._mixed_batch(x, result, tuple(adapter_names))
         for name in self.active_adapters:
             if name in self.adapters:
                 result = self.adapters[name](x, result)
+        return result
+
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str] | None) -> None:
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, adapter_names: tuple[str, ...]) -> torch.Tensor:
+        """Each row through its own adapter, or through none where its name is `__base__`."""
+        for name, rows in rows_of_adapters(adapter_names).items():
+            if name not in self.adapters:
+                continue
+            adapter = self.adapter(name)
+            preference = adapter.preference
+            if preference.ndim == 2:
+                preference = expand_rows(preference, len(adapter_names))[rows]
+            result[rows] = adapter(x[rows], result[rows], preference)
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -135,7 +187,31 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         return quantization_extra_repr(self)
 
 
+@functools.lru_cache(maxsize=64)
+def rows_of_adapters(adapter_names: tuple[str, ...]) -> dict[str, slice | list[int]]:
+    """The rows of a mixed batch by adapter name: as a slice, which needs no copy, where they stand together."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(row)
+    return {
+        name: slice(found[0], found[-1] + 1) if found[-1] - found[0] + 1 == len(found) else found
+        for name, found in rows.items()
+    }
+
+
 class PBLoraLinear(PreferenceLinear):
     """A linear layer with PBLoRA adapters."""
 
     prefix = "pblora_"
+
+
+class SVDLoraLinear(PreferenceLinear):
+    """A linear layer with SVD-LoRA adapters."""
+
+    prefix = "svdlora_"
+
+
+class MoSLoraLinear(PreferenceLinear):
+    """A linear layer with MoSLoRA adapters."""
+
+    prefix = "moslora_"

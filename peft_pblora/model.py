@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -16,7 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PreferenceConfig
-from .layer import PBLoraLinear, PreferenceLinear
+from .layer import MoSLoraLinear, PBLoraLinear, PreferenceLinear, SVDLoraLinear
 
 
 class PreferenceTuner(BaseTuner):
@@ -60,6 +64,42 @@ class PreferenceTuner(BaseTuner):
             )
         return cls.tuner_layer_cls(target, adapter_name, config=config, **kwargs)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names`, one name for each row of the batch, to every layer for the time of a call."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        beams = kwargs.get("num_beams")
+        expanded = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
+        encoder = _encoder_of(self.model)
+        # An encoder runs before beams are expanded.
+        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, adapter_names=adapter_names if module in in_encoder else expanded),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, self.tuner_layer_cls | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = (module for module in self.modules() if isinstance(module, self.tuner_layer_cls))
+        known = {name for layer in layers for name in layer.adapters}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         container = f".{cls.prefix}adapter."
@@ -71,6 +111,29 @@ class PBLoraModel(PreferenceTuner):
 
     prefix = PBLoraLinear.prefix
     tuner_layer_cls = PBLoraLinear
+
+
+class SVDLoraModel(PreferenceTuner):
+    """PEFT tuner for [`SVDLoraConfig`]."""
+
+    prefix = SVDLoraLinear.prefix
+    tuner_layer_cls = SVDLoraLinear
+
+
+class MoSLoraModel(PreferenceTuner):
+    """PEFT tuner for [`MoSLoraConfig`]."""
+
+    prefix = MoSLoraLinear.prefix
+    tuner_layer_cls = MoSLoraLinear
+
+
+def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _encoder_of(model: nn.Module) -> nn.Module | None:
+    encoder = cast(Any, model).get_encoder() if hasattr(model, "get_encoder") else None
+    return None if encoder is model else encoder
 
 
 def _match_orientation(config: PreferenceConfig, transposed: bool) -> None:

@@ -13,6 +13,8 @@ class PeftType(str, enum.Enum):  # noqa: UP042 - PEFT reads str(member) as "Peft
     """
 
     PBLORA = "PBLORA"
+    SVDLORA = "SVDLORA"
+    MOSLORA = "MOSLORA"
 
 
 def register(peft_type: PeftType, config_cls: type, model_cls: Any) -> None:
