@@ -21,9 +21,9 @@ from smollm2 import smollm2
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_pblora.output import output_file
 from trl_parm.evaluation.rewards import SENTENCE_END, conciseness, positivity
 from trl_parm.evaluation.sweep import encode_prompts
-from trl_parm.output import output_file
 
 
 DATA = Path(__file__).parent / "data"

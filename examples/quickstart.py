@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +25,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora import PBLoraConfig, preference_grid
+from peft_pblora.output import output_folder
 from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, PreferenceARMConfig, PreferenceARMTrainer
 from trl_parm.decoding.processors import guidance_strength
 from trl_parm.evaluation import Run, sweep
 from trl_parm.evaluation.rewards import conciseness, positivity
-from trl_parm.output import output_folder
 
 
 OBJECTIVES = ["positive", "concise"]
@@ -39,6 +40,8 @@ PAIRS = Path(__file__).parent / "data" / "pairs.jsonl"
 def main() -> None:
     args = parse_args()
     disable_progress_bars()
+    # transformers announces renamed training arguments of its version 6; TRL still uses the old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     strength = guidance_strength(args.beta)
     pairs = read_pairs(args.pairs)
     with output_folder(args.output, needed_bytes=500_000_000) as folder:
@@ -58,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct from its wheel)")
     parser.add_argument("--pairs", type=Path, default=PAIRS, help="JSONL made by make_pairs.py")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=80, help="training steps")
+    parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs of each objective in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--arm-beta", type=float, default=0.05, help="β_i of the training loss")
@@ -105,6 +108,7 @@ def train(
             bf16=False,
             save_strategy="no",
             report_to="none",
+            dataloader_pin_memory=False,
             seed=args.seed,
         ),
         train_dataset=by_objective(pairs["train"], tokenizer),

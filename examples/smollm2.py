@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from trl_parm.output import output_folder
+from peft_pblora.output import output_folder
 
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

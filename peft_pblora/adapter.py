@@ -17,6 +17,10 @@ from torch import nn
 from .cores import Core
 
 
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""down `(r, n)`, up `(m, r)` and bias `(m,)` or `None` of a low-rank map: up (down x) + bias."""
+
+
 class LowRankAdapter(nn.Module):
     """Adds s · B (W(α) A x + δ(α)) to the output of a frozen linear layer; most cores have no shift δ.
 
@@ -54,6 +58,9 @@ class LowRankAdapter(nn.Module):
         self.objectives = list(objectives)
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.preference_was_set = False
+        self._version = 0
+        self._pending = _PendingForwards()
+        self._fold: tuple[tuple, Factors] | None = None
         self.reset_parameters(identity)
 
     def reset_parameters(self, identity: bool = True) -> None:
@@ -72,10 +79,9 @@ class LowRankAdapter(nn.Module):
         else:
             self.preference = preference.to(self.preference.device, torch.float32, copy=True)
         self.preference_was_set = True
+        self._version += 1
 
-    def factors(
-        self, preference: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def factors(self, preference: torch.Tensor | None = None) -> Factors:
         """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
 
         Args:
@@ -109,10 +115,13 @@ class LowRankAdapter(nn.Module):
         Raises:
             ValueError: the batch is not a multiple of the preference's rows.
         """
-        preference = self.preference if preference is None else preference
+        if preference is None:
+            preference = self.preference
+            if self.training and not torch.compiler.is_compiling():
+                self._pending.check(self._version)
         x = self.dropout(x)
         if preference.ndim == 1:
-            down, up, bias = self.factors(preference)
+            down, up, bias = self._folded(x.dtype) if preference is self.preference else self.factors(preference)
             hidden = F.linear(x, down.to(x.dtype))
         else:
             up, bias = self.B.weight, None
@@ -121,6 +130,27 @@ class LowRankAdapter(nn.Module):
         hidden = hidden.reshape(-1, hidden.shape[-1]).to(result.dtype)
         flat = torch.addmm(flat, hidden, up.to(result.dtype).T)
         return (flat if bias is None else flat + bias.to(result.dtype)).view(result.shape)
+
+    def _folded(self, dtype: torch.dtype) -> Factors:
+        """[`factors`] at the preference that is set, kept from call to call while nothing they depend on changes.
+
+        Only inference keeps them: a fold that needs gradients belongs to one step.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._fold = None
+            return self.factors()
+        weights = (self.A.weight, self.B.weight, *self.core._parameters.values())
+        state = [(w._version, w.data_ptr()) for w in weights if w is not None and not w.is_inference()]
+        key = (dtype, self._version, *state)
+        if self._fold is None or self._fold[0] != key:
+            down, up, bias = self.factors()
+            self._fold = key, (down.to(dtype), up.to(dtype), bias)
+        return self._fold[1]
+
+    def train(self, mode: bool = True) -> LowRankAdapter:
+        self._pending = _PendingForwards()
+        self._fold = None
+        return super().train(mode)
 
     def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
         """s · (W(α) h + δ(α)) with the α of each batch row, expanding rows as `generate` does."""
@@ -134,12 +164,42 @@ class LowRankAdapter(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LowRankAdapter:
         super()._apply(fn, recurse)
+        self._fold = None
         if self.A.weight.device.type != "meta":
             self.preference = self.preference.to(self.A.weight.device)
         return self
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling}, objectives={self.objectives}"
+
+
+class _PendingForwards:
+    """Which preferences the forwards had whose backward is still to come.
+
+    Gradient checkpointing repeats a forward in backward. With another preference it would compute other activations
+    than the loss came from, and gradients that are wrong without any error, so that is refused.
+    """
+
+    def __init__(self) -> None:
+        self.versions: set[int] = set()
+        self.repeated = False
+
+    def check(self, version: int) -> None:
+        """Notes a forward at the preference of this version, or raises `RuntimeError` for a wrong repetition."""
+        if torch._C._current_graph_task_id() == -1:
+            if self.repeated:
+                self.versions.clear()
+                self.repeated = False
+            if len(self.versions) < 2:
+                self.versions.add(version)
+        elif self.versions - {version}:
+            raise RuntimeError(
+                "The preference was changed between a forward and its backward, but gradient checkpointing repeats "
+                "the forward in backward. Set the preference before the forward and leave it until backward is "
+                "done; with several preferences in one step, run backward for each before the next forward."
+            )
+        else:
+            self.repeated = True
 
 
 def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:

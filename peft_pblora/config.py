@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
 from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
 from .preference import as_preference, check_objectives
-from .registration import PeftType
+from .registration import PeftType, check_registered
 
 
 @dataclass
@@ -110,7 +112,8 @@ class PBLoraConfig(PreferenceConfig):
         lora_alpha (`float`, *optional*, defaults to 8):
             The scaling s is `lora_alpha / r2` on both blocks, or `lora_alpha / r1` where `r2` is 0.
 
-    The other arguments are those of [`PreferenceConfig`].
+    The other arguments are those of [`PreferenceConfig`]. Adapters of the authors' code load as they are; they know
+    their objectives by number only, and `obj_num` and `pref_vec_init` stand for `objectives` and `default_preference`.
 
     Example:
 
@@ -125,10 +128,18 @@ class PBLoraConfig(PreferenceConfig):
     r1: int = field(default=4, metadata={"help": "Rank of the preference-agnostic block."})
     r2: int = field(default=4, metadata={"help": "Rank of the preference-aware block."})
     lora_alpha: float = field(default=8, metadata={"help": "The scaling is lora_alpha / r2."})
+    # Keys of the authors' adapter_config.json, translated and not kept.
+    obj_num: InitVar[int | None] = None
+    pref_vec_init: InitVar[list[float] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, obj_num: int | None = None, pref_vec_init: list[float] | None = None) -> None:
+        if obj_num is not None:
+            self.objectives = [f"objective_{i + 1}" for i in range(obj_num)]
+            if pref_vec_init is not None and self.default_preference is None:
+                self.default_preference = _official_preference(pref_vec_init, self.objectives)
         super().__post_init__()
         self.peft_type = PeftType.PBLORA
+        check_registered(self.peft_type, type(self))
         if min(self.r1, self.r2) < 0 or self.r1 + self.r2 == 0:
             raise ValueError(
                 f"`r1` is {self.r1} and `r2` is {self.r2}, but both must be 0 or larger and one must be positive."
@@ -161,6 +172,7 @@ class SVDLoraConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SVDLORA
+        check_registered(self.peft_type, type(self))
         if self.r < 0:
             raise ValueError(f"`r` is {self.r}, but it must be 0 or larger.")
 
@@ -196,6 +208,7 @@ class MoSLoraConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MOSLORA
+        check_registered(self.peft_type, type(self))
         if self.r < 1 or self.embedding_size < 0:
             raise ValueError(
                 f"`r` is {self.r} and `embedding_size` {self.embedding_size}, but r must be positive and "
@@ -208,6 +221,14 @@ class MoSLoraConfig(PreferenceConfig):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.r
+
+
+def _official_preference(preference: Any, objectives: list[str]) -> list[float] | None:
+    try:
+        return as_preference(preference, objectives).tolist()
+    except (TypeError, ValueError) as error:
+        warnings.warn(f"The adapter's `pref_vec_init` is not used: {error}", stacklevel=4)
+        return None
 
 
 def _as_set(modules: Sequence[str] | str | None):

@@ -37,7 +37,7 @@ def set_preference(
     set_preference(model, {"helpful": 0.7, "harmless": 0.3})
     ```
     """
-    layers = _adapted_layers(model, adapter_name)
+    layers = adapted_layers(model, adapter_name)
     valid: dict[tuple[str, ...], torch.Tensor] = {}
     for layer, name in layers:
         objectives = tuple(layer.adapter(name).objectives)
@@ -88,7 +88,7 @@ def use_preference(
         model.generate(**inputs)
     ```
     """
-    adapters = [layer.adapter(name) for layer, name in _adapted_layers(model, adapter_name)]
+    adapters = [layer.adapter(name) for layer, name in adapted_layers(model, adapter_name)]
     former = [(adapter.preference.clone(), adapter.preference_was_set) for adapter in adapters]
     set_preference(model, preference, adapter_name, normalize)
     try:
@@ -99,7 +99,8 @@ def use_preference(
             adapter.preference_was_set = was_set
 
 
-def _adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
+def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
+    """All pairs of an adapted layer and an adapter name in it. Raises `ValueError` if there are none."""
     layers = [module for module in model.modules() if isinstance(module, PreferenceLinear)]
     pairs = [(layer, name) for layer in layers for name in layer.adapters if adapter_name in (None, name)]
     if not pairs:
@@ -119,7 +120,7 @@ def active_adapter(model: nn.Module, adapter_name: str | None = None) -> LowRank
     Raises:
         ValueError: the model has no such adapter.
     """
-    pairs = _adapted_layers(model, adapter_name)
+    pairs = adapted_layers(model, adapter_name)
     active = [(layer, name) for layer, name in pairs if name in layer.active_adapters]
     layer, name = (active or pairs)[0]
     return layer.adapter(name)

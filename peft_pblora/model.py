@@ -112,6 +112,16 @@ class PBLoraModel(PreferenceTuner):
     prefix = PBLoraLinear.prefix
     tuner_layer_cls = PBLoraLinear
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Also takes the authors' tensor names, `pblora_A` for `pblora_adapter.A.weight` and so on."""
+        ours = {"A": "A.weight", "B": "B.weight", "W1": "core.W1", "W2": "core.W2"}
+        renamed = {}
+        for key, value in state_dict.items():
+            stem, _, part = key.removesuffix(".weight").rpartition(".pblora_")
+            renamed[f"{stem}.pblora_adapter.{ours[part]}" if part in ours else key] = value
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+
 
 class SVDLoraModel(PreferenceTuner):
     """PEFT tuner for [`SVDLoraConfig`]."""

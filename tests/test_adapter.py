@@ -2,7 +2,9 @@
 """The adapter against its equation, written out densely in float64."""
 
 import copy
+import importlib
 
+import peft
 import pytest
 import torch
 from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama
@@ -12,6 +14,7 @@ import peft_pblora
 from peft_pblora import PBLoraConfig, get_preference, set_preference, use_preference
 from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.cores import PBLoraCore
+from peft_pblora.registration import PeftType, register
 
 
 RANKS = [(2, 3), (0, 3), (2, 0)]
@@ -237,14 +240,19 @@ def test_default_preference_is_used():
 
 
 def test_registration_is_idempotent_and_leaves_peft_alone():
-    import peft
-
-    from peft_pblora.registration import PeftType, register
-
-    register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+    importlib.reload(peft_pblora)
     assert "PBLORA" not in peft.PeftType.__members__
-    with pytest.raises(RuntimeError, match="already has a method called PBLORA"):
-        register(PeftType.PBLORA, type("Other", (), {}), peft_pblora.PBLoraModel)
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PBLORA"] is PBLoraConfig
+
+
+def test_a_method_of_that_name_in_peft_takes_precedence(monkeypatch):
+    theirs = type("TheirConfig", (peft.PeftConfig,), {})
+    monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "PBLORA", theirs)
+    with pytest.warns(UserWarning, match="PEFT already has a method PBLORA.*takes precedence"):
+        register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+    assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PBLORA"] is theirs
+    with pytest.raises(RuntimeError, match="belongs to .*TheirConfig, not to peft_pblora"):
+        PBLoraConfig()
 
 
 def test_dropout_only_in_training():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_parm.output import output_file, output_folder
+from peft_pblora.output import output_file, output_folder
 
 
 def test_folder_appears_when_complete(tmp_path):

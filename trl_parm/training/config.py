@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available
+
 from .compat import BaseConfig
 
 
@@ -14,7 +16,8 @@ class PreferenceARMConfig(BaseConfig):
     """Training arguments of an autoregressive reward model, beside all of `transformers.TrainingArguments`.
 
     Where a default differs from `TrainingArguments` it is the one of TRL's trainers (`logging_steps=10`,
-    `gradient_checkpointing=True`, bf16 unless fp16 is set) or of the authors' PARM script, as said below.
+    `gradient_checkpointing=True`, bf16 where the device has it and fp16 is not set) or of the authors' PARM script,
+    as said below.
 
     Args:
         beta (`float` or `dict[str, float]`, *optional*, defaults to 0.01):
@@ -49,6 +52,9 @@ class PreferenceARMConfig(BaseConfig):
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round batch lengths up."})
 
     def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16:
+            # TRL's default of True is an error on a machine without a bf16 device.
+            self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
         super().__post_init__()
         if self.concentration <= 0:
             raise ValueError(f"`concentration` is {self.concentration}, but it must be positive.")
