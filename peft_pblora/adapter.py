@@ -8,6 +8,7 @@ every row of the batch has a preference of its own. It knows nothing of PEFT.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -117,6 +118,8 @@ class LowRankAdapter(nn.Module):
         """
         if preference is None:
             preference = self.preference
+            if not self.preference_was_set:
+                self._say_default()
             if self.training and not torch.compiler.is_compiling():
                 self._pending.check(self._version)
         x = self.dropout(x)
@@ -130,6 +133,17 @@ class LowRankAdapter(nn.Module):
         hidden = hidden.reshape(-1, hidden.shape[-1]).to(result.dtype)
         flat = torch.addmm(flat, hidden, up.to(result.dtype).T)
         return (flat if bias is None else flat + bias.to(result.dtype)).view(result.shape)
+
+    def _say_default(self) -> None:
+        """Says, once in a process by Python's default filter, that nobody chose a preference."""
+        self.preference_was_set = True
+        if len(self.objectives) > 1 and not torch.compiler.is_compiling():
+            weights = ", ".join(f"{o}={w:g}" for o, w in zip(self.objectives, self.preference.tolist(), strict=True))
+            warnings.warn(
+                f"No preference was set, so the adapter uses its default ({weights}). Choose one with "
+                "`peft_pblora.set_preference(model, ...)`.",
+                stacklevel=2,
+            )
 
     def _folded(self, dtype: torch.dtype) -> Factors:
         """[`factors`] at the preference that is set, kept from call to call while nothing they depend on changes.

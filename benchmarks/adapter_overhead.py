@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a PBLoRA layer costs beside the frozen linear alone, PEFT's LoRA, and a dense-delta twin (the authors' way).
+
+    python benchmarks/adapter_overhead.py [--quick]
+
+Five tables in one: (a) one token, (b) training, (c) a preference for each row, (d) switching the preference, and
+(e) memory saved for backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import device, interleave, paired_ratio, report
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_pblora import PBLoraConfig, set_preference
+
+
+OBJECTIVES = ["helpful", "harmless"]
+R1 = R2 = 4
+DTYPES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16),
+          "bf16 + fp32 adapter": (torch.bfloat16, torch.float32)}  # fmt: skip
+
+
+class One(nn.Module):
+    """A model of a single linear layer."""
+
+    def __init__(self, n: int, m: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n, m, bias=False, dtype=dtype, device=device()).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class DenseDelta(nn.Module):
+    """The straightforward layer: ΔW(α) multiplied out to m×n in every forward."""
+
+    def __init__(self, base: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base, r = base, R1 + R2
+        new = lambda *shape: nn.Parameter(0.02 * torch.randn(*shape, dtype=dtype, device=device()))  # noqa: E731
+        self.A, self.B = new(r, base.in_features), new(base.out_features, r)
+        self.W1, self.W2 = new(R1, R1), new(len(OBJECTIVES), R2 * R2)
+        self.preference = torch.tensor([0.3, 0.7], dtype=dtype, device=device())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        aware = (self.preference @ self.W2).view(R2, R2)
+        delta = self.B[:, :R1] @ self.W1 @ self.A[:R1] + self.B[:, R1:] @ aware @ self.A[R1:]
+        return self.base(x) + (F.linear(x.to(delta.dtype), delta) * 2.0).to(x.dtype)
+
+
+def build(n: int, m: int, base_dtype: torch.dtype, adapter_dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The variants on one and the same frozen weight."""
+    torch.manual_seed(0)
+    frozen = One(n, m, base_dtype)
+    settings = {"target_modules": ["linear"]}
+
+    def with_frozen(config) -> nn.Module:
+        model = One(n, m, base_dtype)
+        model.linear.weight = frozen.linear.weight
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = (0.02 * torch.randn_like(parameter)).to(adapter_dtype)
+        return model.base_model.model
+
+    pblora = PBLoraConfig(objectives=OBJECTIVES, r1=R1, r2=R2, **settings)
+    variants = {
+        "frozen": frozen,
+        "PEFT LoRA r=8": with_frozen(LoraConfig(r=8, lora_alpha=16, **settings)),
+        "dense delta": DenseDelta(frozen.linear, adapter_dtype),
+        "PBLoRA": with_frozen(pblora),
+        "PBLoRA, α a row": with_frozen(pblora),
+    }
+    set_preference(variants["PBLoRA"], [0.3, 0.7])
+    return variants
+
+
+def decode(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    model.eval()
+
+    def run() -> None:
+        with torch.no_grad():
+            model(x)
+
+    return run
+
+
+def train(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    model.train()
+
+    def run() -> None:
+        x.grad = None
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(x).sum().backward()
+
+    return run
+
+
+def layer_rows(quick: bool) -> list[dict[str, object]]:
+    shapes = [(512, 512), (1024, 1024), (2048, 2048), (2048, 256), (4096, 4096)]
+    shapes = shapes[::2] if quick else shapes
+    rows = []
+    for what, tokens in (("one token", 1), ("training", 2048)):
+        for n, m in shapes:
+            for label, dtypes in DTYPES.items():
+                rows.append(layer_row(what, tokens, n, m, label, dtypes, quick))
+                print(rows[-1], flush=True)
+    return rows
+
+
+def layer_row(what, tokens, n, m, label, dtypes, quick) -> dict[str, object]:
+    variants = build(n, m, *dtypes)
+    batch = 1 if tokens == 1 else 4
+    x = torch.randn(batch, tokens // batch, n, dtype=dtypes[0], device=device())
+    set_preference(variants["PBLoRA, α a row"], torch.full((batch, 2), 0.5))
+    if what == "training":
+        x.requires_grad_()
+    runs = {name: (train if what == "training" else decode)(model, x) for name, model in variants.items()}
+    repeats = (10 if quick else 30) if what == "training" and n >= 2048 else (50 if quick else 400)
+    times = interleave(runs, repeats)
+    row = {"": what, "dtype": label, "shape": f"{n}→{m}"}
+    for name in list(variants)[1:]:
+        middle, low, high = paired_ratio(times, name, "frozen")
+        row[name] = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    row["row / one α"] = f"{paired_ratio(times, 'PBLoRA, α a row', 'PBLoRA')[0]:.2f}"
+    return row
+
+
+def switching(quick: bool) -> str:
+    """(d): a new preference, with the fold it costs, beside one decoding step of a 16-layer model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16,
+                         num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
+    model = LlamaForCausalLM(config).to(device(), torch.bfloat16)
+    model = get_peft_model(
+        model, PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj", "k_proj", "v_proj"]),
+        autocast_adapter_dtype=False,
+    ).eval()  # fmt: skip
+    ids = torch.ones(1, 1, dtype=torch.long, device=device())
+    weights = iter(torch.rand(10_000).tolist())
+    step = decode(model, ids)
+
+    def switched() -> None:
+        weight = next(weights)
+        set_preference(model, [weight, 1 - weight])
+        step()
+
+    times = interleave({"step": step, "switched step": switched}, 20 if quick else 100)
+    middle, low, high = paired_ratio(times, "switched step", "step")
+    return (
+        f"(d) A step after a new preference takes {middle:.2f} [{low:.2f}, {high:.2f}] of a step, 16 layers of 1024."
+    )
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps from a forward, each storage once, the parameters and the input left out."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x)
+    del output
+    return sum(kept.values())
+
+
+def memory() -> str:
+    variants = build(4096, 4096, torch.float32, torch.float32)
+    x = torch.randn(1, 512, 4096, device=device(), requires_grad=True)
+    sizes = {name: saved_bytes(variants[name].train(), x) for name in ("dense delta", "PEFT LoRA r=8", "PBLoRA")}
+    text = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())
+    ratio = sizes["dense delta"] / sizes["PBLoRA"]
+    return f"(e) Saved for backward at 4096×4096, 512 tokens, fp32: {text}; dense delta / PBLoRA = {ratio:.0f}."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = layer_rows(args.quick)
+    notes = [
+        "Ratios to the frozen linear alone: median [quartiles] of paired rounds.",
+        switching(args.quick),
+        memory(),
+    ]
+    report("adapter_overhead", rows, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of two processes of the distributed tests: trains one step of half the batch and saves the gradients.
+
+python distributed_worker.py RANK WORLD PORT {ddp,fsdp} OUTPUT
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from conftest import tiny_arm
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_pblora import set_preference
+
+
+PREFERENCES = torch.tensor([[1.0, 0.0], [0.2, 0.8], [0.5, 0.5], [0.0, 1.0]])
+
+
+def batch() -> torch.Tensor:
+    return torch.randint(2, 64, (4, 7), generator=torch.Generator().manual_seed(5))
+
+
+def loss_of(model, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids).logits.float().log_softmax(-1)[..., 3].mean()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad
+            found[name.removeprefix("module.")] = (
+                gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            ).clone()
+    return found
+
+
+def main() -> None:
+    rank, world, port, kind, output = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo")
+    model = tiny_arm().train()
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = DistributedDataParallel(model)
+    rows = slice(rank * 2, rank * 2 + 2)
+    # A first step at other preferences: what it set must not linger.
+    set_preference(model, [0.9, 0.1])
+    loss_of(model, batch()[rows]).backward()
+    model.zero_grad()
+    set_preference(model, PREFERENCES[rows])
+    loss_of(model, batch()[rows]).backward()
+    found = gradients(model)
+    if rank == 0:
+        torch.save(found, output)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row for each adapter: its core against a naive twin, and what every adapter must do, in float64."""
+
+import itertools
+from dataclasses import dataclass
+
+import peft
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+
+from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, set_preference
+from peft_pblora.adapter import LowRankAdapter
+
+
+OBJECTIVES = ["helpful", "harmless", "humorous"]
+
+
+def pblora_matrix(core, preference):
+    """blockdiag(W1, Σ_i α_i mat(φ_i)), entry by entry."""
+    matrix = torch.zeros(core.rank, core.rank, dtype=torch.float64)
+    for i, j in itertools.product(range(core.r1), repeat=2):
+        matrix[i, j] = core.W1[i, j]
+    for i, j in itertools.product(range(core.r2), repeat=2):
+        matrix[core.r1 + i, core.r1 + j] = sum(a * core.W2[n, i * core.r2 + j] for n, a in enumerate(preference))
+    return matrix, torch.zeros(core.rank, dtype=torch.float64)
+
+
+def svdlora_matrix(core, preference):
+    """diag(σ_1..σ_r, c·α_1..c·α_k), entry by entry."""
+    values = [*(core.sigma if core.sigma is not None else []), *(core.c[0] * a for a in preference)]
+    matrix = torch.zeros(core.rank, core.rank, dtype=torch.float64)
+    for i, value in enumerate(values):
+        matrix[i, i] = value
+    return matrix, torch.zeros(core.rank, dtype=torch.float64)
+
+
+def moslora_matrix(core, preference):
+    """diag(1 + γ) and δ with [γ, δ] = M Σ_i α_i o_i, entry by entry."""
+    table = torch.eye(len(preference), dtype=torch.float64) if core.embeddings is None else core.embeddings
+    mixed = [sum(a * table[n, d] for n, a in enumerate(preference)) for d in range(table.shape[1])]
+    modulation = [sum(core.M[row, d] * value for d, value in enumerate(mixed)) for row in range(2 * core.rank)]
+    matrix = torch.zeros(core.rank, core.rank, dtype=torch.float64)
+    for i in range(core.rank):
+        matrix[i, i] = 1 + modulation[i]
+    return matrix, torch.stack(modulation[core.rank :])
+
+
+@dataclass(frozen=True)
+class Row:
+    """An adapter in the table: how it is configured, its naive twin, its scaling and its parameters for (m, n)."""
+
+    config: type
+    settings: dict
+    twin: callable
+    scaling: float
+    parameters: callable
+
+
+TABLE = {
+    "pblora": Row(
+        PBLoraConfig, {"r1": 2, "r2": 3, "lora_alpha": 6}, pblora_matrix, 2.0, lambda m, n: 5 * (m + n) + 4 + 27
+    ),
+    "pblora, r1=0": Row(
+        PBLoraConfig, {"r1": 0, "r2": 3, "lora_alpha": 6}, pblora_matrix, 2.0, lambda m, n: 3 * (m + n) + 27
+    ),
+    "pblora, r2=0": Row(
+        PBLoraConfig, {"r1": 2, "r2": 0, "lora_alpha": 6}, pblora_matrix, 3.0, lambda m, n: 2 * (m + n) + 4
+    ),
+    "svdlora": Row(SVDLoraConfig, {"r": 4, "lora_alpha": 6}, svdlora_matrix, 1.5, lambda m, n: 7 * (m + n) + 4 + 1),
+    "svdlora, r=0": Row(SVDLoraConfig, {"r": 0, "lora_alpha": 6}, svdlora_matrix, 6.0, lambda m, n: 3 * (m + n) + 1),
+    "moslora": Row(MoSLoraConfig, {"r": 4, "lora_alpha": 6}, moslora_matrix, 1.5, lambda m, n: 4 * (m + n) + 24),
+    "moslora, embeddings": Row(
+        MoSLoraConfig, {"r": 4, "lora_alpha": 6, "embedding_size": 2}, moslora_matrix, 1.5,
+        lambda m, n: 4 * (m + n) + 16 + 6,
+    ),
+}  # fmt: skip
+every_adapter = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
+
+
+def make_adapter(row: Row, m: int, n: int, seed: int = 0) -> LowRankAdapter:
+    torch.manual_seed(seed)
+    config = row.config(objectives=OBJECTIVES, **row.settings)
+    adapter = LowRankAdapter(n, m, config.build_core(), config.scaling, OBJECTIVES, config.initial_preference)
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    return adapter.double()
+
+
+def make_model(row: Row, base=None, seed: int = 0, **changes):
+    torch.manual_seed(seed)
+    settings = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **row.settings, **changes}
+    base = tiny_llama() if base is None else base
+    model = get_peft_model(base, row.config(objectives=OBJECTIVES, **settings))
+    for name, parameter in model.named_parameters():
+        if ".B." in name or "core.M" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+preferences = st.lists(st.floats(0.01, 1), min_size=3, max_size=3).map(lambda w: [x / sum(w) for x in w])
+
+
+@every_adapter
+@given(preference=preferences, seed=st.integers(0, 100))
+@settings(max_examples=10, deadline=None)
+def test_core_equals_its_naive_twin(row, preference, seed):
+    adapter = make_adapter(row, 5, 4, seed)
+    alpha = torch.tensor(preference, dtype=torch.float64)
+    matrix, shift = row.twin(adapter.core, alpha)
+    torch.testing.assert_close(adapter.core(alpha), matrix)
+    if adapter.core.shifts:
+        torch.testing.assert_close(adapter.core.shift(alpha), shift)
+    rows = torch.stack([alpha, alpha.flip(0)])
+    torch.testing.assert_close(adapter.core(rows), torch.stack([row.twin(adapter.core, a)[0] for a in rows]))
+
+
+@every_adapter
+@given(preference=preferences, seed=st.integers(0, 100), wide=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_folded_factored_and_dense_agree(row, preference, seed, wide):
+    m, n = (9, 5) if wide else (5, 9)
+    adapter = make_adapter(row, m, n, seed)
+    alpha = torch.tensor(preference, dtype=torch.float32)
+    matrix, shift = row.twin(adapter.core, alpha.double())
+    x, y = torch.randn(2, 3, n, dtype=torch.float64), torch.randn(2, 3, m, dtype=torch.float64)
+    dense = y + row.scaling * ((x @ adapter.A.weight.T @ matrix.T + shift) @ adapter.B.weight.T)
+    adapter.set_preference(alpha)
+    torch.testing.assert_close(adapter(x, y), dense)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.eval()(x, y), dense)
+    adapter.set_preference(alpha.expand(2, 3))
+    torch.testing.assert_close(adapter(x, y), dense)
+
+
+@every_adapter
+def test_gradients_are_exact(row):
+    adapter = make_adapter(row, 3, 4)
+    names = [name for name, _ in adapter.named_parameters()]
+    x, y = torch.randn(2, 2, 4, dtype=torch.float64), torch.randn(2, 2, 3, dtype=torch.float64)
+    for alpha in ([0.2, 0.3, 0.5], [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]):
+        adapter.set_preference(torch.tensor(alpha))
+
+        def forward(x, *values):
+            return torch.func.functional_call(adapter, dict(zip(names, values)), (x, y))
+
+        inputs = (x.requires_grad_(), *[p.detach().requires_grad_() for p in adapter.parameters()])
+        assert torch.autograd.gradcheck(forward, inputs)
+
+
+@every_adapter
+def test_fresh_adapter_is_the_identity(row):
+    ids = torch.arange(8)[None]
+    model = get_peft_model(tiny_llama(), row.config(objectives=OBJECTIVES, target_modules=["q_proj"], **row.settings))
+    torch.testing.assert_close(model(ids).logits, tiny_llama()(ids).logits)
+
+
+@every_adapter
+def test_parameters_and_scaling_are_as_stated(row):
+    adapter = make_adapter(row, 5, 4)
+    assert sum(p.numel() for p in adapter.parameters()) == row.parameters(5, 4)
+    assert adapter.scaling == row.scaling
+    assert all(p.numel() for p in adapter.parameters())
+
+
+@every_adapter
+def test_config_without_arguments_and_round_trip(row, tmp_path):
+    assert row.config().objectives == ["objective_1", "objective_2"]
+    config = row.config(objectives=OBJECTIVES, default_preference=[0.2, 0.3, 0.5], **row.settings)
+    config.save_pretrained(tmp_path)
+    loaded = peft.PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is row.config
+    assert loaded.to_dict() == config.to_dict()
+
+
+@every_adapter
+def test_save_and_load_under_another_name(row, tmp_path):
+    model, ids = make_model(row), torch.arange(8)[None]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="other").eval()
+    for preference in ([1.0, 0.0, 0.0], [0.2, 0.3, 0.5]):
+        set_preference(model, preference)
+        set_preference(loaded, preference)
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@every_adapter
+@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2], ids=["Linear", "Conv1D"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The adapter's shift was merged")
+def test_merge_and_unmerge(row, base):
+    targets = {"target_modules": ["c_attn"]} if base is tiny_gpt2 else {}
+    model, ids = make_model(row, base(), **targets), torch.arange(8)[None]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    set_preference(model, [0.2, 0.3, 0.5])
+    expected = model(ids).logits
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    after = dict(model.named_parameters())
+    assert set(after) == set(before)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_merging_a_shift_into_a_layer_without_bias_warns():
+    with pytest.warns(UserWarning, match="shift was merged into a bias that the layer did not have"):
+        make_model(TABLE["moslora"]).merge_adapter()
+
+
+@every_adapter
+def test_mixed_batch_by_adapter_names(row):
+    model, ids = make_model(row), torch.randint(2, 64, (4, 6))
+    model.add_adapter("second", row.config(objectives=["one"], target_modules=["q_proj"], **row.settings))
+    for name, parameter in model.named_parameters():
+        if ".second.B." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    set_preference(model, [0.2, 0.3, 0.5], adapter_name="default")
+    expected = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected[name] = model(ids).logits
+    with model.disable_adapter():
+        expected["__base__"] = model(ids).logits
+    names = ["default", "__base__", "second", "default"]
+    mixed = model.eval()(input_ids=ids, adapter_names=names).logits
+    for index, name in enumerate(names):
+        torch.testing.assert_close(mixed[index], expected[name][index], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        model(input_ids=ids, adapter_names=["third"] * 4)
+    torch.testing.assert_close(model(ids).logits, expected["second"])
+
+
+def test_mixed_batch_with_a_preference_for_each_row():
+    model, ids = make_model(TABLE["pblora"]), torch.randint(2, 64, (4, 6))
+    rows = torch.eye(3)[[0, 1, 2, 0]]
+    set_preference(model, rows)
+    expected = model(ids).logits
+    with model.disable_adapter():
+        base = model(ids).logits
+    for names in (["__base__", "default", "default", "default"], ["default", "__base__", "default", "__base__"]):
+        mixed = model(input_ids=ids, adapter_names=names).logits
+        for index, name in enumerate(names):
+            torch.testing.assert_close(mixed[index], (base if name == "__base__" else expected)[index])
+
+
+def test_hooks_of_a_mixed_batch_are_gone_after_an_error():
+    model, ids = make_model(TABLE["pblora"]), torch.randint(2, 64, (2, 6))
+    before = model(ids).logits
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        model(input_ids=ids, adapter_names=["default"] * 3)
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+TINYLLAMA = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "total"), [(LLAMA_7B, 2, 6_296_064), (LLAMA_7B, 3, 6_297_600), (TINYLLAMA, 3, 1_536_128)]
+)
+def test_parameter_totals_of_the_papers(shape, k, total):
+    with torch.device("meta"):
+        base = tiny_llama(vocab_size=32000, **{"num_key_value_heads": shape["num_attention_heads"], **shape})
+        config = PBLoraConfig(objectives=OBJECTIVES[:k], target_modules=["q_proj", "k_proj", "v_proj"])
+        model = get_peft_model(base, config)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == total

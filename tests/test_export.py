@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters that travel: exported to plain LoRA, and those of the authors' code."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import OBJECTIVES, tiny_arm, tiny_llama
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from test_cores import every_adapter, make_model
+
+from peft_pblora import PBLoraConfig, get_preference, preference_grid, save_as_lora, set_preference
+
+
+IDS = torch.arange(2, 18).view(2, 8)
+
+
+@every_adapter
+def test_exported_lora_is_exact(row, tmp_path):
+    model = make_model(row)
+    for preference in ([1.0, 0.0, 0.0], [0.2, 0.3, 0.5]):
+        save_as_lora(model, tmp_path / "lora", preference)
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+        assert loaded.peft_config["default"].peft_type == "LORA"
+        set_preference(model, preference)
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_exported_lora_loads_where_this_package_was_never_imported(tmp_path):
+    model = tiny_arm()
+    tiny_llama(1).save_pretrained(tmp_path / "base")
+    save_as_lora(model, tmp_path / "lora", {"helpful": 0.25, "harmless": 0.75})
+    code = f"""
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+model = PeftModel.from_pretrained(base, {str(tmp_path / "lora")!r}).eval()
+assert not any(name.startswith(("peft_pblora", "trl_parm")) for name in sys.modules)
+torch.save(model(torch.arange(2, 18).view(2, 8)).logits, {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    set_preference(model, [0.25, 0.75])
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export_pads_to_a_rank_that_an_engine_accepts(tmp_path):
+    model = tiny_arm()
+    save_as_lora(model, tmp_path, [0.5, 0.5], rank=8)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.shape[0] for key, tensor in weights.items() if "lora_A" in key} == {8}
+    loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path).eval()
+    set_preference(model, [0.5, 0.5])
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="`rank` is 4, but the adapter has rank 5 already"):
+        save_as_lora(model, tmp_path / "small", [0.5, 0.5], rank=4)
+    assert not (tmp_path / "small").exists()
+
+
+def test_export_of_a_whole_grid(tmp_path):
+    model = tiny_arm()
+    folders = save_as_lora(model, tmp_path, preference_grid(OBJECTIVES, 2))
+    assert [folder.name for folder in folders] == ["harmless", "uniform", "helpful"]
+    assert {path.name for path in tmp_path.iterdir()} == {"harmless", "uniform", "helpful"}
+    set_preference(model, [1.0, 0.0])
+    loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "helpful").eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export_has_a_card_that_names_the_preference(tmp_path):
+    save_as_lora(tiny_arm(), tmp_path, {"helpful": 0.25, "harmless": 0.75})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    assert "- helpful: 0.25" in card
+    assert "- harmless: 0.75" in card
+
+
+def test_export_keeps_modules_to_save_and_leaves_the_model_alone(tmp_path):
+    model = tiny_arm(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    set_preference(model, [0.9, 0.1])
+    save_as_lora(model, tmp_path, [0.5, 0.5])
+    torch.testing.assert_close(get_preference(model), torch.tensor([0.9, 0.1]))
+    loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path).eval()
+    set_preference(model, [0.5, 0.5])
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export_from_transformers_add_adapter(tmp_path):
+    model = tiny_llama(1)
+    model.add_adapter(PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"], init_weights=False), "arm")
+    save_as_lora(model, tmp_path, [0.5, 0.5])
+    set_preference(model, [0.5, 0.5])
+    loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_exports(tmp_path):
+    with pytest.raises(ValueError, match="must sum to 1"):
+        save_as_lora(tiny_arm(), tmp_path / "a", [0.5, 0.6])
+    with pytest.raises(ValueError, match="no preference-conditioned adapter 'other'"):
+        save_as_lora(tiny_arm(), tmp_path / "a", [0.5, 0.5], adapter_name="other")
+    assert not (tmp_path / "a").exists()
+
+
+def write_official_adapter(folder, k: int, r1: int, r2: int) -> dict[str, dict[str, torch.Tensor]]:
+    """A folder with the tensor names and config keys of the authors' code; returns its tensors by module."""
+    torch.manual_seed(3)
+    r, outputs = r1 + r2, {"q_proj": 32, "k_proj": 16, "v_proj": 16}
+    modules = {
+        f"model.layers.{layer}.self_attn.{name}": {"A": (r, 32), "B": (m, r), "W1": (r1, r1), "W2": (k, r2 * r2)}
+        for layer in range(2)
+        for name, m in outputs.items()
+    }
+    tensors = {m: {part: torch.randn(shape) * 0.3 for part, shape in parts.items()} for m, parts in modules.items()}
+    folder.mkdir()
+    save_file(
+        {f"base_model.model.{m}.pblora_{part}": t for m, parts in tensors.items() for part, t in parts.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {
+        "peft_type": "PBLORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "inference_mode": True,
+        "r1": r1, "r2": r2, "obj_num": k, "pref_vec_init": [1.0] + [0.0] * (k - 1), "lora_alpha": 8,
+        "lora_dropout": 0.0, "target_modules": ["q_proj", "k_proj", "v_proj"], "bias": "none",
+        "fan_in_fan_out": False, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def with_official_delta(tensors, preference, r1: int, r2: int):
+    """The base model with the authors' dense delta added: s · (B1 W1 A1 + B2 (α φ).view(r2, r2) A2), s = 8 / r2."""
+    model = tiny_llama(1).double()
+    for name, parts in tensors.items():
+        a, b, w1, phi = (parts[part].double() for part in ("A", "B", "W1", "W2"))
+        w2 = (torch.tensor(preference, dtype=torch.float64) @ phi).view(r2, r2)
+        delta = 8 / r2 * (b[:, :r1] @ w1 @ a[:r1] + b[:, r1:] @ w2 @ a[r1:])
+        model.get_submodule(name).weight.data += delta
+    return model
+
+
+def test_official_adapters_load_unchanged(tmp_path):
+    tensors = write_official_adapter(tmp_path / "official", k=3, r1=4, r2=2)
+    model = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "official", adapter_name="theirs").eval()
+    assert model.peft_config["theirs"].objectives == ["objective_1", "objective_2", "objective_3"]
+    assert get_preference(model).tolist() == [1.0, 0.0, 0.0]
+    for preference in ([1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [0.2, 0.3, 0.5]):
+        set_preference(model, preference)
+        expected = with_official_delta(tensors, preference, 4, 2)(IDS).logits
+        torch.testing.assert_close(model(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "ours" / "theirs").eval()
+    set_preference(again, preference)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def test_objective_names_can_be_given_to_an_official_adapter(tmp_path):
+    write_official_adapter(tmp_path / "official", k=2, r1=4, r2=2)
+    config = PeftConfig.from_pretrained(tmp_path / "official")
+    config.objectives = ["harmless", "helpful"]  # the authors' order in their safety task
+    model = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "official", config=config)
+    set_preference(model, {"helpful": 0.25, "harmless": 0.75})
+    assert get_preference(model).tolist() == [0.75, 0.25]
+
+
+def test_an_official_preference_off_the_simplex_is_not_taken_over():
+    with pytest.warns(UserWarning, match="`pref_vec_init` is not used: .*must sum to 1"):
+        config = PBLoraConfig(obj_num=2, pref_vec_init=[0.5, 0.9])
+    assert config.initial_preference == [0.5, 0.5]
+
+
+def test_the_state_dict_has_no_adapter_name_and_no_preference():
+    keys = list(get_peft_model_state_dict(tiny_arm()))
+    assert keys
+    assert not any("default" in key or "preference" in key for key in keys)
