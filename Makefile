@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 # Two cores run two test processes; more threads in each only fight.
 TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow test-peft check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +16,10 @@ test: $(VENV)/.demo  ## Run the tests
 
 test-slow: $(VENV)/.demo  ## Run the tests that take minutes
 	$(TEST_ENV) $(PY) -m pytest -n 2 -m slow
+
+test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (about half an hour on two cores)
+	$(PY) -m pip install -q --disable-pip-version-check diffusers pyyaml
+	$(PY) tests/peft_matrix/run.py
 
 check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/ruff check .

@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arm-beta", type=float, default=0.05, help="β_i of the training loss")
     parser.add_argument("--beta", type=float, default=1.0, help="β of guidance; its strength is 1/β")
     parser.add_argument("--eval-pairs", type=int, default=24, help="held-out pairs of each objective")
-    parser.add_argument("--every-prompt", type=int, default=3, help="decode every n-th held-out prompt")
+    parser.add_argument("--every-prompt", type=int, default=2, help="decode every n-th held-out prompt")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

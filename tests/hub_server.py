@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small server on loopback that speaks the Hub's protocol: repositories, commits, LFS uploads, downloads, tokens."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+
+TOKEN = "hf_local"
+
+
+@dataclass
+class Repository:
+    """A repository: its commits in order, each a mapping from path to content, and the paths that went over LFS."""
+
+    private: bool = False
+    commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+    large: set[str] = field(default_factory=set)
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        digest = hashlib.sha1(repr((len(self.commits), sorted(files.items()))).encode()).hexdigest()
+        self.commits.append((digest, files))
+        return digest
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        if revision == "main":
+            return self.commits[-1] if self.commits else None
+        return next((commit for commit in self.commits if commit[0] == revision), None)
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves on a free port of loopback while used as a context manager; its state is kept in memory."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Routes of the Hub that uploading and loading use."""
+
+    server: HubServer
+    protocol_version = "HTTP/1.1"
+    ROUTES = (
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>.+)", "preupload"),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>.+)", "commit"),
+        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
+        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+).*", "tree"),
+        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
+        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        ("PUT", r"/objects/(?P<oid>[0-9a-f]+)", "put_object"),
+        ("POST", r"/verify", "validate"),
+        ("HEAD|GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    )
+
+    def handle_request(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        for method, pattern, name in self.ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and self.command in method.split("|"):
+                if self.may(name, **match.groupdict()):
+                    getattr(self, name)(**match.groupdict())
+                return
+        self.answer(404, {"error": f"no route for {self.command} {path}"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def may(self, name: str, repo: str | None = None, **_: str) -> bool:
+        """Writing needs the token, and so does a private repository, which else does not seem to exist."""
+        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+            return True
+        known = self.server.repositories.get(repo or "")
+        if name in ("create", "preupload", "commit", "batch", "whoami"):
+            self.answer(401, {"error": "a token is needed"})
+            return False
+        if known is not None and known.private:
+            self.answer(401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return False
+        return True
+
+    def create(self) -> None:
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or 'user'}/{wanted['name'].split('/')[-1]}"
+        if name in self.server.repositories:
+            self.answer(409, {"error": "exists", "url": f"{self.server.url}/{name}"})
+            return
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        self.server.repositories[name] = repository = Repository(private)
+        repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.answer(200, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
+
+    def validate(self) -> None:
+        self.answer(200, {"errors": [], "warnings": []})
+
+    def whoami(self) -> None:
+        self.answer(200, {"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def preupload(self, repo: str, revision: str) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(self.body)["files"]
+        ]
+        self.answer(200, {"files": files})
+
+    def batch(self, repo: str) -> None:
+        objects = [
+            {**wanted, "actions": {"upload": {"href": f"{self.server.url}/objects/{wanted['oid']}"}}}
+            for wanted in json.loads(self.body)["objects"]
+        ]
+        self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def put_object(self, oid: str) -> None:
+        assert hashlib.sha256(self.body).hexdigest() == oid
+        self.server.objects[oid] = self.body
+        self.answer(200, {})
+
+    def commit(self, repo: str, revision: str) -> None:
+        repository = self.server.repositories[repo]
+        files = dict(repository.commits[-1][1])
+        for line in self.body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+                repository.large.add(value["path"])
+            elif entry["key"] == "deletedFile":
+                files.pop(value["path"], None)
+        digest = repository.commit(files)
+        self.answer(
+            200, {"success": True, "commitOid": digest, "commitUrl": f"{self.server.url}/{repo}/commit/{digest}"}
+        )
+
+    def info(self, repo: str, revision: str = "main") -> None:
+        found = self.find(repo, revision)
+        if found:
+            digest, files = found
+            siblings = [{"rfilename": path} for path in files]
+            private = self.server.repositories[repo].private
+            self.answer(200, {"id": repo, "modelId": repo, "sha": digest, "private": private, "siblings": siblings})
+
+    def tree(self, repo: str, revision: str) -> None:
+        found = self.find(repo, revision)
+        if found:
+            entries = [
+                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for path, content in found[1].items()
+            ]
+            self.answer(200, entries)
+
+    def resolve(self, repo: str, revision: str, path: str) -> None:
+        found = self.find(repo, revision)
+        if not found:
+            return
+        digest, files = found
+        if path not in files:
+            self.answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": digest})
+            return
+        content = files[path]
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        headers = {"X-Repo-Commit": digest, "ETag": etag}
+        if path in self.server.repositories[repo].large:
+            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
+        self.answer(200, content, headers)
+
+    def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        repository = self.server.repositories.get(repo)
+        if repository is None:
+            self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            return None
+        commit = repository.at(revision)
+        if commit is None:
+            self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
+        return commit
+
+    def answer(self, status: int, content: bytes | dict | list, headers: dict[str, str] | None = None) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
