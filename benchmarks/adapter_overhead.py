@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import device, interleave, paired_ratio, report
+from common import device, interleave, paired_ratio, report, rounds_for
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -125,8 +125,7 @@ def layer_row(what, tokens, n, m, label, dtypes, quick) -> dict[str, object]:
     if what == "training":
         x.requires_grad_()
     runs = {name: (train if what == "training" else decode)(model, x) for name, model in variants.items()}
-    repeats = (10 if quick else 30) if what == "training" and n >= 2048 else (50 if quick else 400)
-    times = interleave(runs, repeats)
+    times = interleave(runs, rounds_for(runs, seconds=2 if quick else 12))
     row = {"": what, "dtype": label, "shape": f"{n}→{m}"}
     for name in list(variants)[1:]:
         middle, low, high = paired_ratio(times, name, "frozen")

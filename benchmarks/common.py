@@ -48,6 +48,16 @@ def interleave(variants: Mapping[str, Callable[[], object]], repeats: int, warmu
     return times
 
 
+def rounds_for(variants: Mapping[str, Callable[[], object]], seconds: float, least: int = 7, most: int = 400) -> int:
+    """How many rounds of all variants take about so many seconds."""
+    for run in variants.values():
+        run()
+    start = _now()
+    for run in variants.values():
+        run()
+    return max(least, min(most, int(seconds / max(_now() - start, 1e-6))))
+
+
 def paired_ratio(times: Mapping[str, Sequence[float]], name: str, unit: str) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratio of two variants, round by round."""
     ratios = [a / b for a, b in zip(times[name], times[unit], strict=True)]

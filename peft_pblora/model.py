@@ -54,14 +54,15 @@ class PreferenceTuner(BaseTuner):
         cls, config: PreferenceConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> PreferenceLinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        backend = resolve_quantization_backend(base)
         if isinstance(base, nn.Linear | Conv1D):
             _match_orientation(config, transposed=isinstance(base, Conv1D))
-        elif backend is None or backend.layer_type != "linear":
-            raise TypeError(
-                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) "
-                "and `transformers.pytorch_utils.Conv1D` are supported."
-            )
+        else:
+            backend = resolve_quantization_backend(base)
+            if backend is None or backend.layer_type != "linear":
+                raise TypeError(
+                    f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally "
+                    "quantized) and `transformers.pytorch_utils.Conv1D` are supported."
+                )
         return cls.tuner_layer_cls(target, adapter_name, config=config, **kwargs)
 
     @contextmanager

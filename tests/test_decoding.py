@@ -229,6 +229,14 @@ def test_another_vocabulary_is_refused_before_the_first_token():
         generate(tiny_llama(0), PARMLogitsProcessor(tiny_arm(tiny_llama(1, vocab_size=80)), [0.5, 0.5]))
 
 
+def test_a_batch_for_a_model_without_pad_token():
+    arm = tiny_llama(1, pad_token_id=None, eos_token_id=None)
+    with pytest.raises(ValueError, match="names neither a pad token nor an end token"):
+        PARMLogitsProcessor(arm)(PROMPTS, torch.zeros(3, 64))
+    PARMLogitsProcessor(arm)(PROMPTS[:1], torch.zeros(1, 64))
+    PARMLogitsProcessor(arm, prompt_attention_mask=MASK)(PROMPTS, torch.zeros(3, 64))
+
+
 def test_formulas():
     arm = tiny_arm()
     guide, other = LM(arm), LM(tiny_llama(2))

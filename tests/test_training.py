@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 
 from peft_pblora import PBLoraConfig, as_preference, get_preference, set_preference
 from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.training import data
 from trl_parm.training.data import JointPreferenceDataset, PreferenceCollator, tokenize_pairs
 from trl_parm.training.log_probs import response_log_probs
 from trl_parm.training.losses import accuracies, objective_losses, pair_losses
@@ -220,9 +221,12 @@ def test_tokenized_pairs(tokenizer, conversational):
     assert tokenizer.convert_ids_to_tokens(row["rejected_ids"]) == ["w0", "w2", "<eos>"]
 
 
-def test_too_long_pairs_are_left_out_and_counted(tokenizer, caplog):
+def test_too_long_pairs_are_left_out_and_counted(tokenizer, monkeypatch):
+    lines = []
+    monkeypatch.setattr(data.logger, "warning", lines.append)
     kept = tokenize_pairs(pairs(6), "helpful", tokenizer, max_length=5)
     assert len(kept) == 4
+    assert lines == ["helpful: 2 of 6 pairs are longer than 5 tokens and were left out."]
     assert all(len(r["prompt_ids"] + r["chosen_ids"]) <= 5 for r in kept)
 
 

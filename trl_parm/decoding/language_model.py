@@ -124,7 +124,12 @@ class LM(Scorer):
                     f"{tuple(tokens.shape)}. Make one processor for each batch of prompts."
                 )
             mask[:, : given.shape[1]] = given.repeat_interleave(len(tokens) // len(given), dim=0)
-        elif len(tokens) > 1 and self.pad_token_id is not None:
+        elif len(tokens) > 1 and self.pad_token_id is None:
+            raise ValueError(
+                "The guiding model names neither a pad token nor an end token, so padding in a batch can't be told. "
+                "Set its `generation_config.pad_token_id`, or pass `prompt_attention_mask`."
+            )
+        elif len(tokens) > 1:
             padding = (tokens == self.pad_token_id).cumprod(-1)
             shared = padding.sum(-1).min()
             mask -= padding * (torch.arange(tokens.shape[1], device=tokens.device) >= shared) if shared else padding

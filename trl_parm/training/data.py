@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.data_utils import is_conversational
 
 from .compat import common_prefix_length, pad
 
 
-logger = get_logger(__name__)
+logger = logging.get_logger(__name__)
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
