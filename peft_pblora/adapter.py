@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cores import Core
+from .fold import Fold
 
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -59,9 +60,9 @@ class LowRankAdapter(nn.Module):
         self.objectives = list(objectives)
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.preference_was_set = False
-        self._version = 0
+        self.version = 0
         self._pending = _PendingForwards()
-        self._fold: tuple[tuple, Factors] | None = None
+        self._fold: Fold | None = None
         self.reset_parameters(identity)
 
     def reset_parameters(self, identity: bool = True) -> None:
@@ -80,7 +81,7 @@ class LowRankAdapter(nn.Module):
         else:
             self.preference = preference.to(self.preference.device, torch.float32, copy=True)
         self.preference_was_set = True
-        self._version += 1
+        self.version += 1
 
     def factors(self, preference: torch.Tensor | None = None) -> Factors:
         """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
@@ -106,7 +107,7 @@ class LowRankAdapter(nn.Module):
         return (down, up @ matrix, bias) if up.shape[0] <= down.shape[1] else (matrix @ down, up, bias)
 
     def forward(self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns `result + s · B (W(α) A x + δ(α))`.
+        """Returns `result + s · B (W(α) A x + δ(α))`; without gradients it is written into `result`.
 
         Args:
             x (`torch.Tensor` of shape `(batch, ..., n)`): The layer's input.
@@ -115,16 +116,20 @@ class LowRankAdapter(nn.Module):
 
         Raises:
             ValueError: the batch is not a multiple of the preference's rows.
+            RuntimeError: gradient checkpointing repeats the forward at another preference.
         """
+        compiling = torch.compiler.is_compiling()
         if preference is None:
-            preference = self.preference
             if not self.preference_was_set:
                 self._say_default()
-            if self.training and not torch.compiler.is_compiling():
-                self._pending.check(self._version)
+            if self.training and not compiling:
+                self._pending.check(self.version)
+            if not (self.training or compiling or torch.is_grad_enabled()) and x.dtype == result.dtype:
+                return self._folded(x).add_(x, result)
+            preference = self.preference
         x = self.dropout(x)
         if preference.ndim == 1:
-            down, up, bias = self._folded(x.dtype) if preference is self.preference else self.factors(preference)
+            down, up, bias = self.factors(preference)
             hidden = F.linear(x, down.to(x.dtype))
         else:
             up, bias = self.B.weight, None
@@ -145,21 +150,18 @@ class LowRankAdapter(nn.Module):
                 stacklevel=2,
             )
 
-    def _folded(self, dtype: torch.dtype) -> Factors:
-        """[`factors`] at the preference that is set, kept from call to call while nothing they depend on changes.
+    def row_factors(self, preference: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """s · W(α), shape `(rows, r, r)`, and s · δ(α), shape `(rows, r)` or `None`, for preferences `(rows, k)`."""
+        preference = preference.to(self.A.weight)
+        matrix = (self.scaling * self.core(preference)).to(dtype)
+        return matrix, (self.scaling * self.core.shift(preference)).to(dtype) if self.core.shifts else None
 
-        Only inference keeps them: a fold that needs gradients belongs to one step.
-        """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._fold = None
-            return self.factors()
-        weights = (self.A.weight, self.B.weight, *self.core._parameters.values())
-        state = [(w._version, w.data_ptr()) for w in weights if w is not None and not w.is_inference()]
-        key = (dtype, self._version, *state)
-        if self._fold is None or self._fold[0] != key:
-            down, up, bias = self.factors()
-            self._fold = key, (down.to(dtype), up.to(dtype), bias)
-        return self._fold[1]
+    def _folded(self, x: torch.Tensor) -> Fold:
+        if self.preference.ndim == 2:
+            check_rows(self.preference.shape[0], x.shape[0])
+        if self._fold is None or not self._fold.fits(self, x.dtype):
+            self._fold = Fold(self, x.dtype)
+        return self._fold
 
     def train(self, mode: bool = True) -> LowRankAdapter:
         self._pending = _PendingForwards()
@@ -168,13 +170,10 @@ class LowRankAdapter(nn.Module):
 
     def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
         """s · (W(α) h + δ(α)) with the α of each batch row, expanding rows as `generate` does."""
-        preference = expand_rows(preference, hidden.shape[0]).to(self.A.weight)
-        matrix = (self.scaling * self.core(preference)).to(hidden.dtype)
+        matrix, shift = self.row_factors(expand_rows(preference, hidden.shape[0]), hidden.dtype)
         rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
         mixed = torch.bmm(rows, matrix.transpose(1, 2))
-        if self.core.shifts:
-            mixed = mixed + (self.scaling * self.core.shift(preference)).to(hidden.dtype)[:, None]
-        return mixed.view(hidden.shape)
+        return (mixed if shift is None else mixed + shift[:, None]).view(hidden.shape)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LowRankAdapter:
         super()._apply(fn, recurse)
@@ -221,10 +220,14 @@ def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:
 
     `generate` repeats rows in the same way for beams and several sequences.
     """
-    rows = preference.shape[0]
+    check_rows(preference.shape[0], batch)
+    return preference.repeat_interleave(batch // preference.shape[0], dim=0)
+
+
+def check_rows(rows: int, batch: int) -> None:
+    """Raises `ValueError` unless the batch is a multiple of the preference's rows."""
     if batch % rows:
         raise ValueError(
             f"`preference` is set for {rows} rows, but the batch has {batch}, which is no multiple. "
             "Set one preference of shape (k,), or one for each row of the batch."
         )
-    return preference.repeat_interleave(batch // rows, dim=0)

@@ -137,7 +137,8 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             base.bias, self.bias_was_added = None, False
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        self._check_adapter_names(x, adapter_names)
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
@@ -147,14 +148,14 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._mixed_batch(x, result, tuple(adapter_names))
+        adapters = self.adapters._modules
         for name in self.active_adapters:
-            if name in self.adapters:
-                result = self.adapters[name](x, result)
+            adapter = adapters.get(name)
+            if adapter is not None:
+                result = adapter(x, result)
         return result
 
-    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str] | None) -> None:
-        if adapter_names is None:
-            return
+    def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
