@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .cores import Core
-from .fold import Fold
+from .fold import Fold, dtype_for
 
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -62,7 +62,7 @@ class LowRankAdapter(nn.Module):
         self.preference_was_set = False
         self.version = 0
         self._pending = _PendingForwards()
-        self._fold: Fold | None = None
+        self._folds: dict[torch.dtype, Fold] = {}
         self.reset_parameters(identity)
 
     def reset_parameters(self, identity: bool = True) -> None:
@@ -159,13 +159,15 @@ class LowRankAdapter(nn.Module):
     def _folded(self, x: torch.Tensor) -> Fold:
         if self.preference.ndim == 2:
             check_rows(self.preference.shape[0], x.shape[0])
-        if self._fold is None or not self._fold.fits(self, x.dtype):
-            self._fold = Fold(self, x.dtype)
-        return self._fold
+        dtype = dtype_for(x)
+        fold = self._folds.get(dtype)
+        if fold is None or not fold.fits(self):
+            fold = self._folds[dtype] = Fold(self, dtype)
+        return fold
 
     def train(self, mode: bool = True) -> LowRankAdapter:
         self._pending = _PendingForwards()
-        self._fold = None
+        self._folds.clear()
         return super().train(mode)
 
     def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
@@ -177,7 +179,7 @@ class LowRankAdapter(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LowRankAdapter:
         super()._apply(fn, recurse)
-        self._fold = None
+        self._folds.clear()
         if self.A.weight.device.type != "meta":
             self.preference = self.preference.to(self.A.weight.device)
         return self

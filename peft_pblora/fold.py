@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from .adapter import LowRankAdapter
 
 
+SMALL_TOKENS = 16
+
+
 class Fold:
-    """What an adapter adds at the preference that is set, in the dtype of the layer's input.
+    """What an adapter adds at the preference that is set.
 
     One preference is folded into the factors; with a preference for each row, W(α) of every row is kept instead.
 
     Args:
         adapter ([`LowRankAdapter`]): The adapter to fold.
-        dtype (`torch.dtype`): The dtype of the layer's input and output.
+        dtype (`torch.dtype`): The dtype to compute in, see [`dtype_for`].
     """
 
     def __init__(self, adapter: LowRankAdapter, dtype: torch.dtype) -> None:
@@ -41,18 +44,17 @@ class Fold:
             self.bias = None if bias is None else bias.to(dtype)
         self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
 
-    def fits(self, adapter: LowRankAdapter, dtype: torch.dtype) -> bool:
-        """Whether nothing that the fold depends on has changed: preference, weights, dtype."""
-        if self.version != adapter.version or self.dtype != dtype:
-            return False
-        return all(parameters[name] is w and _state(w) == state for parameters, name, w, state in self.weights)
+    def fits(self, adapter: LowRankAdapter) -> bool:
+        """Whether nothing that the fold depends on has changed: the preference and the weights."""
+        return self.version == adapter.version and all(
+            parameters[name] is w and _state(w) == state for parameters, name, w, state in self.weights
+        )
 
     def add_(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Adds to `result`, of shape `(batch, ..., m)`, in place."""
-        hidden = torch.mm(x.reshape(-1, x.shape[-1]), self.down)
-        flat = result.view(-1, result.shape[-1])
+        hidden = torch.mm(x.reshape(-1, x.shape[-1]).to(self.dtype), self.down)
         if self.matrix is None:
-            flat.addmm_(hidden, self.up)
+            self._add_up(hidden, result)
             return result if self.bias is None else result.add_(self.bias)
         matrix, bias, repeats = self.matrix, self.bias, x.shape[0] // self.rows
         if repeats > 1:
@@ -60,8 +62,25 @@ class Fold:
             bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)
         hidden = hidden.view(x.shape[0], -1, hidden.shape[-1])
         hidden = torch.bmm(hidden, matrix) if bias is None else torch.baddbmm(bias[:, None], hidden, matrix)
-        flat.addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
+        self._add_up(hidden.view(-1, hidden.shape[-1]), result)
         return result
+
+    def _add_up(self, hidden: torch.Tensor, result: torch.Tensor) -> None:
+        flat = result.view(-1, result.shape[-1])
+        if flat.dtype == self.dtype:
+            flat.addmm_(hidden, self.up)
+        else:
+            flat.add_(torch.mm(hidden, self.up))
+
+
+def dtype_for(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a fold is applied to `x`: its own, but float32 for a few tokens of a half type on a CPU.
+
+    There a product in bfloat16 has a fixed cost of several small products in float32.
+    """
+    few = x.numel() <= SMALL_TOKENS * x.shape[-1]
+    half_on_cpu = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
+    return torch.float32 if few and half_on_cpu else x.dtype
 
 
 def _state(weight: torch.Tensor) -> Any:

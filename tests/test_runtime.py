@@ -60,7 +60,7 @@ def test_fold_is_dropped_when_the_preference_or_a_weight_changes():
 
     set_preference(arm, [0.2, 0.8])
     outputs = [check()]
-    assert layer._fold is not None
+    assert layer._folds
     set_preference(arm, [0.9, 0.1])
     outputs.append(check())
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_fold_is_dropped_when_the_preference_or_a_weight_changes():
     for before, after in zip(outputs, outputs[1:-1]):
         assert not torch.allclose(before, after)
     arm.train()
-    assert layer._fold is None
+    assert not layer._folds
 
 
 def test_compiled_model_does_not_recompile_for_a_new_preference():
