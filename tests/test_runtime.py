@@ -132,13 +132,8 @@ def test_checkpointed_steps_at_many_preferences_train():
         loss_of(arm, IDS).backward()
 
 
-@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
-def test_rows_of_preferences_follow_the_rows_that_generate_makes(mode):
+def assert_rows_equal_rows_alone(arm, settings):
     """Each row generated with its own preference equals the row generated alone."""
-    arm = tiny_arm()
-    settings = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, **mode}
-    if "do_sample" in mode:
-        settings.update(do_sample=True, top_k=1)
     set_preference(arm, [[1.0, 0.0], [0.0, 1.0]])
     together = arm.generate(input_ids=IDS, **settings)
     alone = []
@@ -146,6 +141,15 @@ def test_rows_of_preferences_follow_the_rows_that_generate_makes(mode):
         set_preference(arm, preference)
         alone.append(arm.generate(input_ids=row[None], **settings))
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_rows_of_preferences_follow_the_rows_that_generate_makes(mode):
+    arm = tiny_arm()
+    settings = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, **mode}
+    if "do_sample" in mode:
+        settings.update(do_sample=True, top_k=1)
+    assert_rows_equal_rows_alone(arm, settings)
 
 
 def test_rows_of_preferences_in_an_encoder_decoder_with_beams():
@@ -154,13 +158,7 @@ def test_rows_of_preferences_in_an_encoder_decoder_with_beams():
     model = T5ForConditionalGeneration(config)
     arm = tiny_arm(model, target_modules=["q", "v"]).eval()
     settings = {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": None}
-    set_preference(arm, [[1.0, 0.0], [0.0, 1.0]])
-    together = arm.generate(input_ids=IDS, **settings)
-    alone = []
-    for row, preference in zip(IDS, ([1.0, 0.0], [0.0, 1.0])):
-        set_preference(arm, preference)
-        alone.append(arm.generate(input_ids=row[None], **settings))
-    assert torch.equal(together, torch.cat(alone))
+    assert_rows_equal_rows_alone(arm, settings)
 
 
 def test_a_reference_adapter_can_be_copied_by_name_as_trl_does():

@@ -5,29 +5,34 @@ from __future__ import annotations
 
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_peft_model, set_seed
-from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from peft_pblora import as_preference, name_preference, set_preference
-from peft_pblora.control import get_objectives, has_preference
+from peft_pblora import set_preference
+from peft_pblora.control import has_preference
 
-from .compat import BaseTrainer, create_model_from_path, get_config_model_id
+from .compat import BaseTrainer, get_config_model_id
 from .config import PreferenceARMConfig
-from .data import JointPreferenceDataset, PreferenceCollator, tokenize_pairs
+from .data import PreferenceCollator
 from .log_probs import response_log_probs
 from .losses import accuracies, objective_losses, pair_losses
 from .preferences import step_preference
-
-
-PairDatasets = Mapping[str, Dataset]
+from .setup import (
+    PairDatasets,
+    adapt_model,
+    check_datasets,
+    join_datasets,
+    load_model,
+    load_tokenizer,
+    match_objectives,
+    name_preferences,
+)
 
 
 class PreferenceARMTrainer(BaseTrainer):
@@ -89,24 +94,24 @@ class PreferenceARMTrainer(BaseTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PreferenceARMConfig(f"{name.split('/')[-1]}-PARM")
-        train_dataset = _check_datasets(train_dataset, eval_dataset)
+        train_dataset = check_datasets(train_dataset, eval_dataset)
         # PEFT draws the adapter's weights, so the seed comes before the model.
         set_seed(args.seed)
-        model = _load_model(model, args, quantization_config)
-        tokenizer = _load_tokenizer(model, processing_class, args)
-        model = _adapt_model(model, args, peft_config)
-        self.objectives = _match_objectives(model, train_dataset)
+        model = load_model(model, args, quantization_config)
+        tokenizer = load_tokenizer(model, processing_class, args)
+        model = adapt_model(model, args, peft_config)
+        self.objectives = match_objectives(model, train_dataset)
         self.preference_conditioned = has_preference(model)
         self.beta = torch.tensor(args.betas(self.objectives))
-        self.eval_preferences = _eval_preferences(args.eval_preferences, self.objectives)
+        self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator
             or PreferenceCollator(cast(int, tokenizer.pad_token_id), self.objectives, args.pad_to_multiple_of),
-            train_dataset=_join(train_dataset, tokenizer, args),
-            eval_dataset=_join(eval_dataset, tokenizer, args, once=True),
+            train_dataset=join_datasets(train_dataset, tokenizer, args),
+            eval_dataset=join_datasets(eval_dataset, tokenizer, args, once=True),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -212,94 +217,3 @@ def _margins(model, inputs) -> torch.Tensor:
         model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
     ).chunk(2)
     return first - second
-
-
-def _check_datasets(train: PairDatasets | None, evaluation: PairDatasets | None) -> PairDatasets:
-    if train is None:
-        raise ValueError("`train_dataset` is required: a mapping from objective name to preference data set.")
-    for name, data in (("train_dataset", train), ("eval_dataset", evaluation)):
-        if data is not None and not isinstance(data, Mapping):
-            raise TypeError(
-                f"`{name}` is a {type(data).__name__}. Give a mapping such as {{'helpful': dataset, ...}} with one "
-                "preference data set for each objective."
-            )
-    if evaluation is not None and set(evaluation) != set(train):
-        raise ValueError(
-            f"`eval_dataset` has the objectives {sorted(evaluation)}, but `train_dataset` has {sorted(train)}."
-        )
-    return train
-
-
-def _load_model(model, args: PreferenceARMConfig, quantization_config):
-    if not isinstance(model, str):
-        if quantization_config is not None:
-            raise ValueError("`quantization_config` needs a model id; this model is loaded already.")
-        return model
-    kwargs: dict[str, Any] = dict(cast(dict, args.model_init_kwargs or {}))
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if cast(PartialState, args.distributed_state).distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model_from_path(model, **kwargs)
-
-
-def _load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            get_config_model_id(model.config), trust_remote_code=args.trust_remote_code
-        )
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has neither a pad token nor an end token. Set `tokenizer.pad_token`.")
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
-
-
-def _adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None):
-    if peft_config is not None:
-        if is_peft_model(model):
-            raise ValueError("`model` is a PeftModel already, so `peft_config` can't be used. Leave one of them out.")
-        model = get_peft_model(model, peft_config)
-    if is_peft_model(model) and args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return model
-
-
-def _match_objectives(model, datasets: PairDatasets) -> list[str]:
-    if has_preference(model):
-        objectives = get_objectives(model)
-        if set(objectives) != set(datasets):
-            raise ValueError(
-                f"`train_dataset` has the objectives {sorted(datasets)}, but the adapter was made for {objectives}. "
-                "Give `PBLoraConfig(objectives=...)` the names of the data sets."
-            )
-        return objectives
-    if len(datasets) > 1:
-        raise ValueError(
-            f"The model has no preference-conditioned adapter, but there are {len(datasets)} objectives "
-            f"({', '.join(datasets)}). Pass `peft_config=PBLoraConfig(objectives=[...])`, or train on one objective."
-        )
-    return list(datasets)
-
-
-def _eval_preferences(given: list | None, objectives: list[str]) -> dict[str, torch.Tensor]:
-    if given is None:
-        given = torch.eye(len(objectives)).tolist()
-        if len(objectives) > 1:
-            given.append([1 / len(objectives)] * len(objectives))
-    return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
-
-
-def _join(
-    datasets: PairDatasets | None, tokenizer, args: PreferenceARMConfig, once: bool = False
-) -> JointPreferenceDataset | None:
-    if datasets is None:
-        return None
-    with args.main_process_first(desc="tokenizing"):
-        return JointPreferenceDataset(
-            {name: tokenize_pairs(data, name, tokenizer, args.max_length) for name, data in datasets.items()},
-            once,
-        )
