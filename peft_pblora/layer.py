@@ -97,7 +97,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             if name not in self.adapters:
                 continue
             weight = self.get_base_weight()
-            merged = weight + self.get_delta_weight(name).to(weight.dtype)
+            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
@@ -114,7 +114,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             name = self.merged_adapters.pop()
             weight = self.get_base_weight()
             delta = self.get_delta_weight(name, self.merged_preference[name])
-            self.set_base_weight(weight - delta.to(weight.dtype))
+            self.set_base_weight((weight - delta).to(weight.dtype))
             self._add_shift(name, sign=-1)
             del self.merged_preference[name]
 

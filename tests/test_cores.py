@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, set_preference
 from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
 
 
 OBJECTIVES = ["helpful", "harmless", "humorous"]
@@ -258,6 +259,36 @@ def test_hooks_of_a_mixed_batch_are_gone_after_an_error():
     with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
         model(input_ids=ids, adapter_names=["default"] * 3)
     torch.testing.assert_close(model(ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (SVDLoraConfig, {"r": -1}, "`r` is -1, but it must be 0 or larger"),
+        (MoSLoraConfig, {"r": 0}, "r must be positive"),
+        (MoSLoraConfig, {"embedding_size": -1}, "`embedding_size` 0 or larger"),
+        (PBLoraConfig, {"trainable_token_indices": [1]}, "`trainable_token_indices` is not supported"),
+        (PBLoraConfig, {"target_modules": "q", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
+        (PBLoraConfig, {"target_modules": "q", "layers_pattern": "h"}, "`layers_pattern` cannot be used"),
+        (PBLoraConfig, {"target_modules": ["q"], "layers_pattern": "h"}, "`layers_to_transform` must also be"),
+    ],
+)
+def test_bad_config(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("core", "message"),
+    [
+        (lambda: PBLoraCore(2, -1, 2), "must be 0 or larger and one must be positive"),
+        (lambda: SVDLoraCore(2, -1), "must be 0 or larger"),
+        (lambda: MoSLoraCore(2, 0), "must be positive"),
+    ],
+)
+def test_bad_core(core, message):
+    with pytest.raises(ValueError, match=message):
+        core()
 
 
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

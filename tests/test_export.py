@@ -29,6 +29,24 @@ def test_exported_lora_is_exact(row, tmp_path):
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_merging_and_unmerging_costs_no_more_precision_than_lora(dtype, tmp_path):
+    """The same ΔW as PBLoRA and as the LoRA it exports to, merged into and taken out of the same base weights."""
+    save_as_lora(tiny_arm(), tmp_path, [0.25, 0.75])
+    ours = tiny_arm(tiny_llama(1).to(dtype))
+    set_preference(ours, [0.25, 0.75])
+    errors = []
+    for model in (ours, PeftModel.from_pretrained(tiny_llama(1).to(dtype), tmp_path)):
+        weights = [m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer")]
+        before = [weight.clone() for weight in weights]
+        model.merge_adapter()
+        model.unmerge_adapter()
+        after = [m.get_base_layer().weight for m in model.modules() if hasattr(m, "get_base_layer")]
+        assert all(weight.dtype == dtype for weight in after)
+        errors.append(max((a - b).abs().max().item() for a, b in zip(after, before)))
+    assert errors[0] <= errors[1] * 1.5 + 1e-7
+
+
 def test_exported_lora_loads_where_this_package_was_never_imported(tmp_path):
     model = tiny_arm()
     tiny_llama(1).save_pretrained(tmp_path / "base")

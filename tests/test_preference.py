@@ -50,6 +50,16 @@ def test_not_a_preference(preference):
         as_preference(preference, OBJECTIVES)
 
 
+def test_rows_that_mix_mappings_with_something_else():
+    with pytest.raises(TypeError, match="mixes mappings with"):
+        as_preference([{"helpful": 1, "harmless": 0, "humorous": 0}, [1, 0, 0]], OBJECTIVES)
+
+
+def test_rows_have_no_single_name():
+    with pytest.raises(ValueError, match="has no single name"):
+        name_preference(torch.eye(3), OBJECTIVES)
+
+
 def test_normalize():
     torch.testing.assert_close(as_preference([2, 1, 1], OBJECTIVES, normalize=True), torch.tensor([0.5, 0.25, 0.25]))
     with pytest.raises(ValueError, match="sums to 0"):
