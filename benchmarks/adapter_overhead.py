@@ -3,8 +3,8 @@
 
     python benchmarks/adapter_overhead.py [--quick]
 
-Five tables in one: (a) one token, (b) training, (c) a preference for each row, (d) switching the preference, and
-(e) memory saved for backward.
+Five questions: (a) one token, (b) training with 2,048 tokens in 4 rows, (c) a preference for each row, there and with
+one token in each of 8 rows, (d) switching the preference, and (e) memory saved for backward.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def layer_rows(quick: bool) -> list[dict[str, object]]:
     shapes = [(512, 512), (1024, 1024), (2048, 2048), (2048, 256), (4096, 4096)]
     shapes = shapes[::2] if quick else shapes
     rows = []
-    for what, tokens in (("one token", 1), ("training", 2048)):
+    for what, tokens in (("one token", 1), ("one token in 8 rows", 8), ("training", 2048)):
         for n, m in shapes:
             for label, dtypes in DTYPES.items():
                 rows.append(layer_row(what, tokens, n, m, label, dtypes, quick))
@@ -119,7 +119,7 @@ def layer_rows(quick: bool) -> list[dict[str, object]]:
 
 def layer_row(what, tokens, n, m, label, dtypes, quick) -> dict[str, object]:
     variants = build(n, m, *dtypes)
-    batch = 1 if tokens == 1 else 4
+    batch = {1: 1, 8: 8}.get(tokens, 4)
     x = torch.randn(batch, tokens // batch, n, dtype=dtypes[0], device=device())
     set_preference(variants["PBLoRA, α a row"], torch.full((batch, 2), 0.5))
     if what == "training":

@@ -18,7 +18,7 @@ SMALL_TOKENS = 16
 class Fold:
     """What an adapter adds at the preference that is set.
 
-    One preference is folded into the factors; with a preference for each row, W(α) of every row is kept instead.
+    One preference is folded into the factors; with a preference for each of several rows, W(α) of every row is kept.
 
     Args:
         adapter ([`LowRankAdapter`]): The adapter to fold.
@@ -33,14 +33,15 @@ class Fold:
             for name, weight in parameters.items()
             if weight is not None
         ]
-        self.rows = adapter.preference.shape[0] if adapter.preference.ndim == 2 else 0
+        preference = adapter.preference
+        self.rows = preference.shape[0] if preference.ndim == 2 and len(preference) > 1 else 0
         self.matrix = None
         if self.rows:
             down, up = adapter.A.weight, adapter.B.weight
-            matrix, self.bias = adapter.row_factors(adapter.preference, dtype)
+            matrix, self.bias = adapter.row_factors(preference, dtype)
             self.matrix = matrix.transpose(1, 2).contiguous()
         else:
-            down, up, bias = adapter.factors()
+            down, up, bias = adapter.factors(preference.view(-1))
             self.bias = None if bias is None else bias.to(dtype)
         self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
 
