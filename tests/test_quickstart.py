@@ -31,9 +31,9 @@ def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def demo_folder(tmp_path_factory):
     """A folder as `make demo` leaves it, made with a tiny model and few pairs."""
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("demo")
     tiny_llama(hidden_size=16, intermediate_size=16).save_pretrained(folder / MODEL)
     tiny_tokenizer().save_pretrained(folder / MODEL)
     (folder / "examples/data").mkdir(parents=True)
@@ -50,8 +50,8 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_quickstart_writes_and_prints_everything(workplace):
-    demo, printed = workplace / "runs/demo", (workplace / "stdout").read_text()
+def test_quickstart_writes_and_prints_everything(demo_folder):
+    demo, printed = demo_folder / "runs/demo", (demo_folder / "stdout").read_text()
     assert {path.name for path in demo.iterdir()} == FILES
     assert (demo / "pareto.png").read_bytes().startswith(b"\x89PNG")
     measures = json.loads((demo / "measures.json").read_text())
@@ -72,14 +72,14 @@ def test_quickstart_writes_and_prints_everything(workplace):
     assert printed.count("DOES NOT HOLD") == sum(not claim["holds"] for claim in measures["claims"])
 
 
-def test_quickstart_without_a_chat_template(workplace):
-    shutil.copytree(workplace / MODEL, workplace / "plain")
-    (workplace / "plain/chat_template.jinja").unlink()
+def test_quickstart_without_a_chat_template(demo_folder):
+    shutil.copytree(demo_folder / MODEL, demo_folder / "plain")
+    (demo_folder / "plain/chat_template.jinja").unlink()
     result = quickstart(
-        workplace, "--pairs", "examples/data/pairs.jsonl", "--model", "plain", "--output", "runs/plain"
+        demo_folder, "--pairs", "examples/data/pairs.jsonl", "--model", "plain", "--output", "runs/plain"
     )
     assert result.returncode == 0, result.stderr
-    assert {path.name for path in (workplace / "runs/plain").iterdir()} == FILES
+    assert {path.name for path in (demo_folder / "runs/plain").iterdir()} == FILES
 
 
 @pytest.mark.parametrize(
@@ -91,26 +91,26 @@ def test_quickstart_without_a_chat_template(workplace):
         (["--beta", "0"], "must be a positive, finite number"),
     ],
 )
-def test_quickstart_refuses_bad_input_in_one_line(workplace, arguments, message):
-    (workplace / "wrong.jsonl").write_text('{"prompt": []}\n')
-    before = {path.name for path in (workplace / "runs").iterdir()}
+def test_quickstart_refuses_bad_input_in_one_line(demo_folder, arguments, message):
+    (demo_folder / "wrong.jsonl").write_text('{"prompt": []}\n')
+    before = {path.name for path in (demo_folder / "runs").iterdir()}
     pairs = [] if "--pairs" in arguments else ["--pairs", "examples/data/pairs.jsonl"]
-    result = quickstart(workplace, *pairs, *arguments)
+    result = quickstart(demo_folder, *pairs, *arguments)
     assert result.returncode == 1
     error = result.stderr.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in result.stderr
-    assert {path.name for path in (workplace / "runs").iterdir()} == before
+    assert {path.name for path in (demo_folder / "runs").iterdir()} == before
 
 
-def test_pairs_can_be_made_again(workplace):
+def test_pairs_can_be_made_again(demo_folder):
     """With a random model the answers are not sentences, so no pair is found; the file is there all the same."""
     script = str(ROOT / "examples/make_pairs.py")
     arguments = ["--model", MODEL, "--prompts", "3", "--max-new-tokens", "4", "--output", "new/pairs.jsonl"]
-    result = run(workplace, script, *arguments)
+    result = run(demo_folder, script, *arguments)
     assert result.returncode == 0, result.stderr
-    assert (workplace / "new/pairs.jsonl").exists()
+    assert (demo_folder / "new/pairs.jsonl").exists()
 
 
 def test_shipped_pairs_are_what_they_claim():
@@ -132,9 +132,9 @@ def readme_blocks() -> list[str]:
 
 
 @pytest.mark.parametrize("index", range(3), ids=["adapter", "train", "decode"])
-def test_readme_block_runs_as_it_stands(workplace, index):
+def test_readme_block_runs_as_it_stands(demo_folder, index):
     blocks = readme_blocks()
     assert len(blocks) == 3
-    result = run(workplace, "-c", blocks[index])
+    result = run(demo_folder, "-c", blocks[index])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
