@@ -17,7 +17,7 @@ test: $(VENV)/.demo  ## Run the tests
 test-slow: $(VENV)/.demo  ## Run the tests that take minutes
 	$(TEST_ENV) $(PY) -m pytest -n 2 -m slow
 
-test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (about half an hour on two cores)
+test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (a few minutes on two cores)
 	$(PY) -m pip install -q --disable-pip-version-check diffusers pyyaml
 	$(PY) tests/peft_matrix/run.py
 
