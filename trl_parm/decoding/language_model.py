@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
 from peft_pblora import as_preference, get_objectives, set_preference
+from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.control import active_adapter, has_preference
 from peft_pblora.preference import Preference
 
@@ -96,11 +97,16 @@ class LM(Scorer):
         weights = sum(parameter._version for parameter in self._parameters)
         return weights, None if preference is None else preference.tolist()
 
+    def _preference_is_set(self) -> bool:
+        """Whether the model has our preference already: setting it anew would cost a fold of every layer."""
+        current = cast(LowRankAdapter, self._preference_of).preference
+        return torch.equal(current, cast(torch.Tensor, self.preference).to(current.device))
+
     def _empty_cache(self) -> DynamicCache:
         return DynamicCache(config=self.model.config.get_text_config())
 
     def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int, cache: DynamicCache) -> torch.Tensor:
-        if self.preference is not None:
+        if self.preference is not None and not self._preference_is_set():
             set_preference(self.model, self.preference)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with cast(PeftModel, self.model).disable_adapter() if self.disable_adapter else nullcontext():

@@ -33,7 +33,6 @@ class PreferenceARMConfig(BaseConfig):
         learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
         model_init_kwargs (`dict`, *optional*): For `from_pretrained` where the trainer gets a model id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Passed on to `from_pretrained`.
-        dataset_num_proc (`int`, *optional*): Processes for tokenizing.
         pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
     """
 
@@ -48,7 +47,6 @@ class PreferenceARMConfig(BaseConfig):
     max_length: int | None = field(default=1024, metadata={"help": "Longer pairs are left out."})
     model_init_kwargs: dict | str | None = field(default=None, metadata={"help": "For from_pretrained."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Passed on to from_pretrained."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes for tokenizing."})
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round batch lengths up."})
 
     def __post_init__(self) -> None:
