@@ -4,6 +4,7 @@
 from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
+from .hub import push_to_hub
 from .model import MoSLoraModel, PBLoraModel, SVDLoraModel
 from .preference import as_preference, name_preference, preference_grid, sample_preferences
 from .registration import PeftType, register
@@ -26,6 +27,7 @@ __all__ = [
     "get_preference",
     "name_preference",
     "preference_grid",
+    "push_to_hub",
     "sample_preferences",
     "save_as_lora",
     "set_preference",

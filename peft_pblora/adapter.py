@@ -118,14 +118,14 @@ class LowRankAdapter(nn.Module):
             ValueError: the batch is not a multiple of the preference's rows.
             RuntimeError: gradient checkpointing repeats the forward at another preference.
         """
-        compiling = torch.compiler.is_compiling()
         if preference is None:
+            compiling = torch.compiler.is_compiling()
             if not self.preference_was_set:
                 self._say_default()
-            if self.training and not compiling:
-                self._pending.check(self.version)
             if not (self.training or compiling or torch.is_grad_enabled()) and x.dtype == result.dtype:
                 return self._folded(x).add_(x, result)
+            if self.training and not compiling:
+                self._pending.check(self.version)
             preference = self.preference
         x = self.dropout(x)
         if preference.ndim == 1:
@@ -157,12 +157,12 @@ class LowRankAdapter(nn.Module):
         return matrix, (self.scaling * self.core.shift(preference)).to(dtype) if self.core.shifts else None
 
     def _folded(self, x: torch.Tensor) -> Fold:
-        if self.preference.ndim == 2:
-            check_rows(self.preference.shape[0], x.shape[0])
         dtype = dtype_for(x)
         fold = self._folds.get(dtype)
         if fold is None or not fold.fits(self):
             fold = self._folds[dtype] = Fold(self, dtype)
+        if fold.rows:
+            check_rows(fold.rows, x.shape[0])
         return fold
 
     def train(self, mode: bool = True) -> LowRankAdapter:

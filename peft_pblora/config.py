@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .card import add_loading_section
 from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
 from .preference import as_preference, check_objectives
 from .registration import PeftType, check_registered
@@ -89,6 +90,11 @@ class PreferenceConfig(PeftConfig):
     def initial_preference(self) -> list[float]:
         """The preference a model starts with: `default_preference`, or uniform."""
         return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, and the model card beside it, if there is one, shows how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_section(save_directory, self)
 
     def build_core(self) -> Core:
         """A fresh core, the module that computes W(α)."""

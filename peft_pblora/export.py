@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from .card import exported_card
 from .control import adapted_layers
 from .layer import PreferenceLinear
 from .output import output_folder
@@ -105,7 +105,7 @@ def _write(
             {key: value.contiguous().cpu() for key, value in weights.items()}, staging / "adapter_model.safetensors"
         )
         lora.save_pretrained(str(staging))
-        _card(config, preference).save(staging / "README.md")
+        exported_card(config, preference).save(staging / "README.md")
 
 
 def _lora_weights(model, layers, name, preference, rank) -> tuple[dict[str, torch.Tensor], int, bool]:
@@ -125,32 +125,3 @@ def _lora_weights(model, layers, name, preference, rank) -> tuple[dict[str, torc
         if bias is not None:
             weights[f"{prefix}.lora_B.bias"], shifts = bias, True
     return weights, own_rank, shifts
-
-
-def _card(config: Any, preference: torch.Tensor) -> ModelCard:
-    weights = "\n".join(f"- {name}: {weight:g}" for name, weight in zip(config.objectives, preference.tolist()))
-    base = config.base_model_name_or_path
-    data = ModelCardData(
-        library_name="peft", base_model=base, tags=["lora", config.peft_type.value.lower(), "preference-conditioned"]
-    )
-    method = config.peft_type.value
-    return ModelCard(
-        f"""---
-{data.to_yaml()}
----
-
-# A preference-conditioned adapter at one preference
-
-A plain LoRA: the {method} adapter for `{base}` with its preference fixed to
-
-{weights}
-
-It equals the adapter at this preference exactly and loads with PEFT alone:
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
-    )

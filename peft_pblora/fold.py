@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 SMALL_TOKENS = 16
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Fold:
@@ -28,14 +29,14 @@ class Fold:
     def __init__(self, adapter: LowRankAdapter, dtype: torch.dtype) -> None:
         self.dtype, self.version = dtype, adapter.version
         self.weights = [
-            (parameters, name, weight, _state(weight))
+            (parameters, name, weight, weight.data_ptr(), _version(weight))
             for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
             for name, weight in parameters.items()
             if weight is not None
         ]
         preference = adapter.preference
         self.rows = preference.shape[0] if preference.ndim == 2 and len(preference) > 1 else 0
-        self.matrix = None
+        self.matrix: torch.Tensor | None = None
         if self.rows:
             down, up = adapter.A.weight, adapter.B.weight
             matrix, self.bias = adapter.row_factors(preference, dtype)
@@ -47,31 +48,35 @@ class Fold:
 
     def fits(self, adapter: LowRankAdapter) -> bool:
         """Whether nothing that the fold depends on has changed: the preference and the weights."""
-        return self.version == adapter.version and all(
-            parameters[name] is w and _state(w) == state for parameters, name, w, state in self.weights
-        )
+        if self.version != adapter.version:
+            return False
+        # Asked for every layer of every token, where a generator expression would cost as much as the small products.
+        for parameters, name, weight, address, version in self.weights:
+            if parameters[name] is not weight or weight.data_ptr() != address:
+                return False
+            if version is not None and weight._version != version:
+                return False
+        return True
 
     def add_(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
         """Adds to `result`, of shape `(batch, ..., m)`, in place."""
-        hidden = torch.mm(x.reshape(-1, x.shape[-1]).to(self.dtype), self.down)
-        if self.matrix is None:
-            self._add_up(hidden, result)
-            return result if self.bias is None else result.add_(self.bias)
-        matrix, bias, repeats = self.matrix, self.bias, x.shape[0] // self.rows
+        hidden = torch.matmul(x.to(self.dtype), self.down)
+        if self.matrix is not None:
+            hidden = self._mix_rows(hidden)
+        if result.dtype == self.dtype:
+            result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
+        else:
+            result.add_(torch.matmul(hidden, self.up))
+        return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
+
+    def _mix_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        matrix, bias, repeats = self.matrix, self.bias, hidden.shape[0] // self.rows
         if repeats > 1:
             matrix = matrix.repeat_interleave(repeats, dim=0)
             bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)
-        hidden = hidden.view(x.shape[0], -1, hidden.shape[-1])
-        hidden = torch.bmm(hidden, matrix) if bias is None else torch.baddbmm(bias[:, None], hidden, matrix)
-        self._add_up(hidden.view(-1, hidden.shape[-1]), result)
-        return result
-
-    def _add_up(self, hidden: torch.Tensor, result: torch.Tensor) -> None:
-        flat = result.view(-1, result.shape[-1])
-        if flat.dtype == self.dtype:
-            flat.addmm_(hidden, self.up)
-        else:
-            flat.add_(torch.mm(hidden, self.up))
+        rows = hidden.view(hidden.shape[0], -1, hidden.shape[-1])
+        rows = torch.bmm(rows, matrix) if bias is None else torch.baddbmm(bias[:, None], rows, matrix)
+        return rows.view(hidden.shape)
 
 
 def dtype_for(x: torch.Tensor) -> torch.dtype:
@@ -79,11 +84,12 @@ def dtype_for(x: torch.Tensor) -> torch.dtype:
 
     There a product in bfloat16 has a fixed cost of several small products in float32.
     """
-    few = x.numel() <= SMALL_TOKENS * x.shape[-1]
-    half_on_cpu = x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu"
-    return torch.float32 if few and half_on_cpu else x.dtype
+    dtype = x.dtype
+    if dtype in HALF and x.is_cpu and x.numel() <= SMALL_TOKENS * x.shape[-1]:
+        return torch.float32
+    return dtype
 
 
-def _state(weight: torch.Tensor) -> Any:
+def _version(weight: torch.Tensor) -> int | None:
     # Inference tensors keep no version; whoever changes one in place must set the preference again.
-    return (weight.data_ptr(), None if weight.is_inference() else weight._version)
+    return None if weight.is_inference() else weight._version

@@ -139,20 +139,19 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._mixed_batch(x, result, tuple(adapter_names))
-        adapters = self.adapters._modules
+        adapters = self._modules[self.adapter_layer_names[0]]._modules
         for name in self.active_adapters:
-            adapter = adapters.get(name)
-            if adapter is not None:
-                result = adapter(x, result)
+            if name in adapters:
+                result = adapters[name](x, result)
         return result
 
     def _check_adapter_names(self, x: torch.Tensor, adapter_names: list[str]) -> None:

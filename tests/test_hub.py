@@ -31,6 +31,12 @@ torch.save(arm(torch.arange(2, 18).view(2, 8)).logits, "logits.pt")
 """
 
 
+WITH_CARD = PUSH.replace(
+    'arm.push_to_hub("user/arm", private={private})',
+    'print(peft_pblora.push_to_hub(arm, "user/arm", private={private}).oid)',
+)
+
+
 @pytest.fixture
 def hub():
     with HubServer() as server:
@@ -75,6 +81,20 @@ def test_push_and_load_by_id_and_revision(hub, arm, tmp_path):
         assert loaded.returncode == 0, loaded.stderr
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
         repository.commit(broken)  # the first commit still loads by its revision
+
+
+def test_our_push_keeps_the_card_that_shows_the_import(hub, arm, tmp_path):
+    """The model's own `push_to_hub` writes transformers' general card over PEFT's."""
+    assert run(hub, tmp_path, PUSH.format(private=False)).returncode == 0
+    repository = hub.repositories["user/arm"]
+    assert b"import peft_pblora\n" not in repository.commits[-1][1]["README.md"]
+    pushed = run(hub, tmp_path, WITH_CARD.format(private=False))
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.strip() == repository.commits[-1][0]
+    assert b"import peft_pblora\n" in repository.commits[-1][1]["README.md"]
+    loaded = run(hub, tmp_path, LOAD.format(revision="main"), token=None)
+    assert loaded.returncode == 0, loaded.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), arm(torch.arange(2, 18).view(2, 8)).logits)
 
 
 def test_a_private_repository_needs_the_token(hub, arm, tmp_path):

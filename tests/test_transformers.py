@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapters inside transformers' own adapter methods, which never see a PeftModel."""
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -34,6 +37,21 @@ def test_load_adapter_and_from_pretrained_on_an_adapter_folder(row, base, tmp_pa
         assert get_preference(copy.eval()).tolist() == pytest.approx([1 / 3] * 3)
         set_preference(copy, PREFERENCE)
         torch.testing.assert_close(copy(IDS).logits, expected)
+
+
+@every_adapter
+def test_the_block_of_the_saved_card_loads_the_adapter(row, base, tmp_path):
+    model = make_model(row, AutoModelForCausalLM.from_pretrained(base))
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "arm")
+    card = (tmp_path / "arm" / "README.md").read_text()
+    assert card.count("## Loading this adapter") == 1
+    assert "### Framework versions" in card
+    block = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "arm"))
+    code = f"{block}\nimport torch\ntorch.save(model.eval()(torch.arange(2, 18).view(2, 8)).logits, 'logits.pt')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    set_preference(model, [1 / 3] * 3)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(IDS).logits)
 
 
 @every_adapter
