@@ -74,9 +74,9 @@ class Fold:
         if repeats > 1:
             matrix = matrix.repeat_interleave(repeats, dim=0)
             bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)
-        rows = hidden.view(hidden.shape[0], -1, hidden.shape[-1])
+        rows = hidden if hidden.ndim == 3 else hidden.view(hidden.shape[0], -1, hidden.shape[-1])
         rows = torch.bmm(rows, matrix) if bias is None else torch.baddbmm(bias[:, None], rows, matrix)
-        return rows.view(hidden.shape)
+        return rows if hidden.ndim == 3 else rows.view(hidden.shape)
 
 
 def dtype_for(x: torch.Tensor) -> torch.dtype:
