@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,9 +20,10 @@ def loading_section(config: PreferenceConfig) -> str:
         f'"{objective}": {weight:.3g}'
         for objective, weight in zip(config.objectives, config.initial_preference, strict=True)
     )
+    method = cast(Any, config.peft_type).value
     return f"""## Loading this adapter
 
-A {config.peft_type.value} adapter, conditioned on a preference over {", ".join(config.objectives)}. PEFT knows the
+A {method} adapter, conditioned on a preference over {", ".join(config.objectives)}. PEFT knows the
 method after `import peft_pblora` (`pip install trl-parm`); without it, loading ends in a `KeyError`.
 
 ```python

@@ -62,15 +62,15 @@ class Fold:
         """Adds to `result`, of shape `(batch, ..., m)`, in place."""
         hidden = torch.matmul(x.to(self.dtype), self.down)
         if self.matrix is not None:
-            hidden = self._mix_rows(hidden)
+            hidden = self._mix_rows(hidden, self.matrix)
         if result.dtype == self.dtype:
             result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
         else:
             result.add_(torch.matmul(hidden, self.up))
         return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
 
-    def _mix_rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        matrix, bias, repeats = self.matrix, self.bias, hidden.shape[0] // self.rows
+    def _mix_rows(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        bias, repeats = self.bias, hidden.shape[0] // self.rows
         if repeats > 1:
             matrix = matrix.repeat_interleave(repeats, dim=0)
             bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)

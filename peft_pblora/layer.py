@@ -148,7 +148,8 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._mixed_batch(x, result, tuple(adapter_names))
-        adapters = self._modules[self.adapter_layer_names[0]]._modules
+        container: Any = self._modules[self.adapter_layer_names[0]]
+        adapters = container._modules
         for name in self.active_adapters:
             if name in adapters:
                 result = adapters[name](x, result)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training autoregressive reward models."""
 
+from .collator import PreferenceCollator
 from .config import PreferenceARMConfig
-from .data import JointPreferenceDataset, PreferenceCollator
 from .trainer import PreferenceARMTrainer
 
 
-__all__ = ["JointPreferenceDataset", "PreferenceARMConfig", "PreferenceARMTrainer", "PreferenceCollator"]
+__all__ = ["PreferenceARMConfig", "PreferenceARMTrainer", "PreferenceCollator"]

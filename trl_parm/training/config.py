@@ -3,12 +3,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .compat import BaseConfig
+
+
+CHOICES = {
+    "loss_type": ("sigmoid", "hinge"),
+    "aggregation": ("sum", "tchebycheff"),
+    "preference_per": ("step", "pair"),
+    "truncation_mode": ("filter", "cut_prompt"),
+}
 
 
 @dataclass
@@ -23,47 +33,126 @@ class PreferenceARMConfig(BaseConfig):
         beta (`float` or `dict[str, float]`, *optional*, defaults to 0.01):
             β_i of the pair loss, positive; one for all objectives or one by name. The default is the one of PARM's
             safety task (arXiv 2505.06274).
+        loss_type (`str`, *optional*, defaults to `"sigmoid"`): `"sigmoid"`, or `"hinge"`.
+        label_smoothing (`float`, *optional*, defaults to 0.0): Probability in [0, 0.5) that a label is wrong.
+        target_margin (`float`, *optional*, defaults to 0.0): γ, subtracted from the argument of the loss.
+        length_normalized (`bool`, *optional*, defaults to `False`):
+            Compare mean instead of summed log-probabilities. Guidance adds up sums, so the papers do not.
+        aggregation (`str`, *optional*, defaults to `"sum"`):
+            `"sum"` for Σ_i α_i l_i, or `"tchebycheff"` for max_i α_i |l_i − z*_i| (Panacea, arXiv 2402.02030) of each
+            micro-batch.
+        ideal_losses (`dict[str, float]`, *optional*): z*_i by objective for `"tchebycheff"`; 0 if not given.
+        global_weight (`float`, *optional*, defaults to 0.0):
+            λ of UniARM's global term, in our reading of arXiv 2602.09538; see [`losses.global_loss`].
         concentration (`float`, *optional*, defaults to 0.5):
-            Dirichlet parameter of the preference that each step draws (PARM's safety task: 0.5).
+            Dirichlet parameter of the preferences in training (PARM's safety task: 0.5).
+        preference_per (`str`, *optional*, defaults to `"step"`):
+            One preference for a whole optimisation step, as the papers do, or one for each `"pair"`: the same expected
+            gradient with less variance, at the same cost.
+        train_preferences (`list`, *optional*):
+            A fixed set to draw from instead, each by name or as a vector; one entry trains at a fixed preference.
         eval_preferences (`list`, *optional*):
-            Preferences to evaluate at, each by name or as a vector. The vertices and the uniform vector if not given.
-        max_length (`int`, *optional*, defaults to 1024):
-            Most tokens of prompt and response together. Longer pairs are left out and counted in the log; a response
-            is never cut, since summed log-probabilities would favour the cut one. `None` keeps all.
-        learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
+            Preferences to evaluate at. The vertices and the uniform vector if not given.
+        label_columns (`dict[str, str]`, *optional*):
+            Objective → column of a labelled data set (`response_0`, `response_1`) that says which response is better.
+            A column named like the objective if not given.
+        max_length (`int`, *optional*, defaults to 1024): Most tokens of prompt and response together; `None` for any.
+        truncation_mode (`str`, *optional*, defaults to `"filter"`):
+            What becomes of longer pairs: `"filter"` leaves them out, `"cut_prompt"` cuts the start of their prompt. A
+            response is never cut, since summed log-probabilities would favour the cut one.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention.
+        pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
+        dataset_num_proc (`int`, *optional*): Processes that tokenize.
+        disable_dropout (`bool`, *optional*, defaults to `True`): Set all dropout to 0, as TRL does for DPO.
+        activation_offloading (`bool`, *optional*, defaults to `False`): Keep activations in CPU memory.
         model_init_kwargs (`dict`, *optional*): For `from_pretrained` where the trainer gets a model id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Passed on to `from_pretrained`.
-        pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
+        learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
     """
 
-    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + [
+        "model_init_kwargs",
+        "label_columns",
+        "ideal_losses",
+    ]
 
     learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of AdamW."})
-    beta: Any = field(default=0.01, metadata={"help": "β_i of the pair loss: a number, or a mapping by objective."})
-    concentration: float = field(default=0.5, metadata={"help": "Dirichlet parameter of the sampled preference."})
-    eval_preferences: list[Any] | None = field(
-        default=None, metadata={"help": "Preferences to evaluate at; vertices and uniform if not given."}
+    # The order of the types makes HfArgumentParser read a string, which is JSON here.
+    beta: dict | str | float | None = field(
+        default=0.01, metadata={"help": "β_i of the pair loss: a number, or a mapping by objective."}
     )
-    max_length: int | None = field(default=1024, metadata={"help": "Longer pairs are left out."})
+    loss_type: str = field(default="sigmoid", metadata={"help": "'sigmoid' or 'hinge'."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
+    target_margin: float = field(default=0.0, metadata={"help": "Subtracted from the argument of the loss."})
+    length_normalized: bool = field(default=False, metadata={"help": "Compare mean log-probabilities."})
+    aggregation: str = field(default="sum", metadata={"help": "'sum' or 'tchebycheff'."})
+    ideal_losses: dict | str | None = field(default=None, metadata={"help": "z* by objective, for 'tchebycheff'."})
+    global_weight: float = field(default=0.0, metadata={"help": "Weight of UniARM's global term."})
+    concentration: float = field(default=0.5, metadata={"help": "Dirichlet parameter of the sampled preferences."})
+    preference_per: str = field(default="step", metadata={"help": "One preference for each 'step' or each 'pair'."})
+    train_preferences: list[str] | None = field(
+        default=None, metadata={"help": "A fixed set of preferences to train at, each as JSON."}
+    )
+    eval_preferences: list[str] | None = field(
+        default=None, metadata={"help": "Preferences to evaluate at, each as JSON; vertices and uniform if not given."}
+    )
+    label_columns: dict | str | None = field(
+        default=None, metadata={"help": "Objective to label column of a labelled data set."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of prompt and response."})
+    truncation_mode: str = field(default="filter", metadata={"help": "'filter' or 'cut_prompt'."})
+    share_prompt: bool = field(default=False, metadata={"help": "Prompt and both responses in one row."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round batch lengths up."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout to 0."})
+    activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in CPU memory."})
     model_init_kwargs: dict | str | None = field(default=None, metadata={"help": "For from_pretrained."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Passed on to from_pretrained."})
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round batch lengths up."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
             # TRL's default of True is an error on a machine without a bf16 device.
             self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
         super().__post_init__()
-        if self.concentration <= 0:
+        self.beta = json.loads(self.beta) if isinstance(self.beta, str) else self.beta
+        self.train_preferences = _from_json(self.train_preferences)
+        self.eval_preferences = _from_json(self.eval_preferences)
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but it must be one of {', '.join(allowed)}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"`label_smoothing` is {self.label_smoothing}, but it must lie in [0, 0.5).")
+        if not (math.isfinite(self.global_weight) and self.global_weight >= 0):
+            raise ValueError(f"`global_weight` is {self.global_weight}, but it must be 0 or larger.")
+        if not (math.isfinite(self.concentration) and self.concentration > 0):
             raise ValueError(f"`concentration` is {self.concentration}, but it must be positive.")
+        if self.aggregation == "tchebycheff" and self.preference_per == "pair":
+            raise ValueError(
+                "`aggregation='tchebycheff'` takes the largest of the objectives' weighted losses, which needs one "
+                "preference for all pairs of a step. Use `preference_per='step'`."
+            )
         betas = self.beta.values() if isinstance(self.beta, dict) else [self.beta]
-        if not all(beta > 0 for beta in betas):
+        if not all(isinstance(beta, int | float) and math.isfinite(beta) and beta > 0 for beta in betas):
             raise ValueError(f"`beta` is {self.beta}, but every β must be positive.")
 
-    def betas(self, objectives: list[str]) -> list[float]:
-        """β_i in the order of `objectives`. Raises `ValueError` if a mapping does not name exactly these."""
-        if not isinstance(self.beta, dict):
-            return [float(self.beta)] * len(objectives)
-        if set(self.beta) != set(objectives):
-            raise ValueError(f"`beta` names the objectives {sorted(self.beta)}, but they are {sorted(objectives)}.")
-        return [float(self.beta[name]) for name in objectives]
+    def by_objective(self, name: str, objectives: list[str]) -> list[float]:
+        """A field's value for each objective, in their order.
+
+        Args:
+            name (`str`): `"beta"` or `"ideal_losses"`: a number, or a mapping by objective.
+            objectives (`list[str]`): The objectives.
+
+        Raises:
+            ValueError: a mapping does not name exactly these objectives.
+        """
+        value: Any = getattr(self, name)
+        if not isinstance(value, dict):
+            return [float(value or 0)] * len(objectives)
+        if set(value) != set(objectives):
+            raise ValueError(f"`{name}` names the objectives {sorted(value)}, but they are {sorted(objectives)}.")
+        return [float(value[objective]) for objective in objectives]
+
+
+def _from_json(values: list | None) -> list | None:
+    return None if values is None else [json.loads(v) if isinstance(v, str) else v for v in values]

@@ -5,41 +5,102 @@ PARM (arXiv 2505.06274, section 3; GenARM, arXiv 2410.08193, eq. 8, is the case 
 
     l_i = −log σ( z_i β_i [log π(y1|x) − log π(y2|x)] ),  z_i = +1 where y1 is better for objective i, −1 where y2 is
     L   = Σ_i α_i l_i
+
+Every reduction takes the number of labelled pairs of the whole optimisation step, so that gradient accumulation and
+several processes add up to the loss of one big batch.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def pair_losses(margins: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+_TINY = 1e-9
+
+
+def pair_losses(
+    margins: torch.Tensor,
+    labels: torch.Tensor,
+    beta: torch.Tensor,
+    target_margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    hinge: bool = False,
+) -> torch.Tensor:
     """The loss of every pair for every objective.
 
     Args:
-        margins (`torch.Tensor` of shape `(pairs,)`): log π(y1|x) − log π(y2|x), summed over response tokens.
+        margins (`torch.Tensor` of shape `(pairs,)`): log π(y1|x) − log π(y2|x), over response tokens.
         labels (`torch.Tensor` of shape `(pairs, k)`): +1 where y1 is the better one, −1 where y2 is, 0 for no label.
         beta (`torch.Tensor` of shape `(k,)`): β_i of each objective, positive.
+        target_margin (`float`, *optional*, defaults to 0.0): γ, subtracted from z_i β_i · margin.
+        label_smoothing (`float`, *optional*, defaults to 0.0): ε in [0, 0.5), the probability that a label is wrong.
+        hinge (`bool`, *optional*, defaults to `False`): max(0, 1 − u) in the place of −log σ(u).
 
     Returns:
         `torch.Tensor` of shape `(pairs, k)`, 0 where there is no label.
     """
-    losses = -F.logsigmoid(labels * beta * margins[:, None])
+    signed = labels * beta * margins[:, None]
+    losses = (1 - label_smoothing) * _penalty(signed - target_margin, hinge)
+    if label_smoothing:
+        losses = losses + label_smoothing * _penalty(-signed - target_margin, hinge)
     return torch.where(labels == 0, torch.zeros_like(losses), losses)
 
 
-def objective_losses(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean loss of each objective over the pairs that have a label for it; 0 where none has.
+def objective_losses(
+    losses: torch.Tensor, counts: torch.Tensor, preference: torch.Tensor | None = None
+) -> torch.Tensor:
+    """l_i of each objective: the sum over pairs by the number of labelled ones; 0 where none is labelled.
 
     Args:
         losses (`torch.Tensor` of shape `(pairs, k)`): From [`pair_losses`].
-        labels (`torch.Tensor` of shape `(pairs, k)`).
+        counts (`torch.Tensor` of shape `(k,)`):
+            Labelled pairs of each objective in the whole optimisation step, divided by the number of processes.
+        preference (`torch.Tensor` of shape `(pairs, k)`, *optional*):
+            A preference for each pair; then the result is α_i l_i with the α of each pair inside the sum.
 
     Returns:
         `torch.Tensor` of shape `(k,)`.
     """
-    return losses.sum(0) / (labels != 0).sum(0).clamp(min=1)
+    weighted = losses if preference is None else preference * losses
+    return weighted.sum(0) / counts.clamp(min=_TINY)
+
+
+def tchebycheff(losses: torch.Tensor, preference: torch.Tensor, ideal: torch.Tensor | None = None) -> torch.Tensor:
+    """The weighted Tchebycheff aggregation max_i α_i |l_i − z*_i| (Panacea, arXiv 2402.02030).
+
+    Args:
+        losses (`torch.Tensor` of shape `(k,)`): l_i.
+        preference (`torch.Tensor` of shape `(k,)`): α.
+        ideal (`torch.Tensor` of shape `(k,)`, *optional*): z*, the ideal loss of each objective; 0 if not given.
+    """
+    return (preference * (losses if ideal is None else losses - ideal).abs()).max()
+
+
+def global_loss(
+    margins: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, preference: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """UniARM's global term (arXiv 2602.09538) in our reading of a paper whose full text is not public.
+
+        l_global = mean over pairs of |c| · −log σ( β sign(c) Δ ),  c = Σ_i α_i z_i,  Δ = log π(y1) − log π(y2)
+
+    where β is the preference-weighted mean Σ_i α_i β_i.
+
+    Args:
+        margins (`torch.Tensor` of shape `(pairs,)`): Δ.
+        labels (`torch.Tensor` of shape `(pairs, k)`): z_i, 0 for no label.
+        beta (`torch.Tensor` of shape `(k,)`): β_i.
+        preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
+        count (`torch.Tensor` of shape `()`): Pairs with any label in the whole optimisation step.
+    """
+    weight = (preference * labels).sum(-1)
+    strength = (preference * beta).sum(-1)
+    return (weight.abs() * -F.logsigmoid(strength * weight.sign() * margins)).sum() / count.clamp(min=_TINY)
 
 
 def accuracies(margins: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Whether each labelled pair is ranked as labelled: 1, 0, or NaN where there is no label, shape `(pairs, k)`."""
     correct = (margins[:, None] * labels > 0).float()
     return torch.where(labels == 0, torch.full_like(correct, torch.nan), correct)
+
+
+def _penalty(u: torch.Tensor, hinge: bool) -> torch.Tensor:
+    return F.relu(1 - u) if hinge else -F.logsigmoid(u)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which preference each training step sees: drawn by a counter-based generator, so there is no state to store."""
+"""Which preferences training sees: drawn by a counter-based generator, so there is no state to store."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -8,29 +10,49 @@ import torch
 from peft_pblora import sample_preferences
 
 
-def step_preference(seed: int, step: int, objectives: Sequence[str], concentration: float) -> torch.Tensor:
-    """α of one optimisation step, a pure function of `(seed, step)`.
+class PreferenceSampler:
+    """Draws α for an optimisation step, or for each of its pairs, as a pure function of counters.
 
-    All ranks and all micro-batches of a step share it, so neither resuming nor the number of processes nor gradient
-    accumulation changes the sequence, and torch's global generator is left alone.
+    A draw depends on the seed, the number of optimisation steps done, and, for a draw of its own for every pair, on
+    the pair's number in its data. Nothing else enters: no rank, no position in a batch, no global generator. So all
+    ranks and all micro-batches of a step share one preference, or each pair gets the same one whichever rank it falls
+    to; resuming, another number of processes, and gradient accumulation change nothing.
 
     Args:
         seed (`int`): The run's seed.
-        step (`int`): Number of optimisation steps done before this one.
         objectives (`Sequence[str]`): The k objective names.
-        concentration (`float`): Dirichlet parameter.
-
-    Returns:
-        `torch.Tensor` of shape `(k,)`, float32.
+        concentration (`float`): Parameter p of Dirichlet(p·1_k) (PARM, arXiv 2505.06274).
+        choices (`Sequence[torch.Tensor]`, *optional*):
+            A fixed set to draw from with equal chances, in the place of the Dirichlet distribution; one entry fixes α.
     """
-    generator = torch.Generator().manual_seed(_mix(seed, step))
-    return sample_preferences(1, objectives, concentration, generator)[0]
+
+    def __init__(
+        self, seed: int, objectives: Sequence[str], concentration: float, choices: Sequence[torch.Tensor] = ()
+    ) -> None:
+        self.seed, self.objectives, self.concentration, self.choices = seed, objectives, concentration, choices
+
+    def for_step(self, step: int) -> torch.Tensor:
+        """α of an optimisation step, shape `(k,)`, float32; `step` is the number of steps done before it."""
+        return self._draw(self.seed, step)
+
+    def for_pairs(self, step: int, pair_ids: torch.Tensor) -> torch.Tensor:
+        """α of each pair of a step, shape `(pairs, k)`, float32, for ids of shape `(pairs,)`."""
+        return torch.stack([self._draw(self.seed, step, number) for number in pair_ids.tolist()])
+
+    def _draw(self, *counters: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(mix(*counters))
+        if not self.choices:
+            return sample_preferences(1, self.objectives, self.concentration, generator)[0]
+        return self.choices[int(torch.randint(len(self.choices), (), generator=generator))]
 
 
-def _mix(seed: int, step: int) -> int:
-    """splitmix64 of the pair: nearby seeds and steps give unrelated generators."""
+def mix(*counters: int) -> int:
+    """Hashes integers to a seed below 2⁶³ with the finaliser of splitmix64, so that neighbours are unrelated."""
     mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return (z ^ (z >> 31)) >> 1
+    z = 0
+    for counter in counters:
+        z = (z + counter + 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+    return z >> 1

@@ -1,44 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What [`PreferenceARMTrainer`] does before its first step: checks, model, tokenizer, adapter, objectives, data."""
+"""The model that [`PreferenceARMTrainer`] trains: loaded, with its tokenizer and its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
-from peft_pblora import as_preference, get_objectives, name_preference
-from peft_pblora.control import has_preference
+from peft_pblora import as_preference, name_preference
 
 from .compat import create_model_from_path, get_config_model_id
 from .config import PreferenceARMConfig
-from .data import JointPreferenceDataset, tokenize_pairs
 
 
-PairDatasets = Mapping[str, Dataset]
+logger = logging.get_logger(__name__)
 
 
-def check_datasets(train: PairDatasets | None, evaluation: PairDatasets | None) -> PairDatasets:
-    """Returns the training data, or raises unless both are mappings with the same objectives."""
-    if train is None:
-        raise ValueError("`train_dataset` is required: a mapping from objective name to preference data set.")
-    for name, data in (("train_dataset", train), ("eval_dataset", evaluation)):
-        if data is not None and not isinstance(data, Mapping):
-            raise TypeError(
-                f"`{name}` is a {type(data).__name__}. Give a mapping such as {{'helpful': dataset, ...}} with one "
-                "preference data set for each objective."
-            )
-    if evaluation is not None and set(evaluation) != set(train):
+def check_device(args: PreferenceARMConfig) -> None:
+    """Raises `ValueError` for what the device can't do."""
+    if args.n_gpu > 1:
         raise ValueError(
-            f"`eval_dataset` has the objectives {sorted(evaluation)}, but `train_dataset` has {sorted(train)}."
+            f"{args.n_gpu} GPUs in one process would need torch.nn.DataParallel, which is not supported. Start one "
+            "process for each, such as with `accelerate launch`."
         )
-    return train
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("`activation_offloading=True` moves activations to the CPU, where this run computes already.")
 
 
 def load_model(model, args: PreferenceARMConfig, quantization_config):
@@ -46,6 +40,8 @@ def load_model(model, args: PreferenceARMConfig, quantization_config):
     if not isinstance(model, str):
         if quantization_config is not None:
             raise ValueError("`quantization_config` needs a model id; this model is loaded already.")
+        if args.model_init_kwargs:
+            logger.warning("`model_init_kwargs` is not used, since the model is loaded already.")
         return model
     kwargs: dict[str, Any] = dict(cast(dict, args.model_init_kwargs or {}))
     if quantization_config is not None:
@@ -59,12 +55,17 @@ def load_model(model, args: PreferenceARMConfig, quantization_config):
 def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token that tokenizer and model agree on."""
     if tokenizer is None:
+        kwargs = cast(dict, args.model_init_kwargs or {})
         tokenizer = AutoTokenizer.from_pretrained(
-            get_config_model_id(model.config), trust_remote_code=args.trust_remote_code
+            get_config_model_id(model.config),
+            revision=kwargs.get("revision"),
+            trust_remote_code=args.trust_remote_code,
+        )
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has no end token, which every response must end in. Set `tokenizer.eos_token`."
         )
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("The tokenizer has neither a pad token nor an end token. Set `tokenizer.pad_token`.")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -72,36 +73,33 @@ def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTok
 
 
 def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None):
-    """Wraps the model in a fresh adapter if a configuration is given."""
+    """Wraps the model in a fresh adapter if a configuration is given, and readies it for training."""
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    zero_3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if peft_config is not None:
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"`peft_config` is a {type(peft_config).__name__}, but it must be a `PeftConfig`.")
         if is_peft_model(model):
             raise ValueError("`model` is a PeftModel already, so `peft_config` can't be used. Leave one of them out.")
-        model = get_peft_model(model, peft_config)
+        # ZeRO-3 gathers parameters in the dtype of the first one, so all must have the same (trl#6089).
+        model = get_peft_model(model, peft_config, autocast_adapter_dtype=not zero_3 or quantized)
     if is_peft_model(model) and args.gradient_checkpointing:
+        if zero_3:
+            # The only kind of checkpointing that works with PEFT there (trl#2514).
+            args.gradient_checkpointing_kwargs = dict(
+                cast(dict, args.gradient_checkpointing_kwargs or {}), use_reentrant=True
+            )
         model.enable_input_require_grads()
+    if quantized:
+        # QLoRA trains its adapter in bfloat16 (arXiv 2305.14314, section 3).
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def match_objectives(model, datasets: PairDatasets) -> list[str]:
-    """The objectives in the adapter's order. Raises `ValueError` if data and adapter differ."""
-    if has_preference(model):
-        objectives = get_objectives(model)
-        if set(objectives) != set(datasets):
-            raise ValueError(
-                f"`train_dataset` has the objectives {sorted(datasets)}, but the adapter was made for {objectives}. "
-                "Give `PBLoraConfig(objectives=...)` the names of the data sets."
-            )
-        return objectives
-    if len(datasets) > 1:
-        raise ValueError(
-            f"The model has no preference-conditioned adapter, but there are {len(datasets)} objectives "
-            f"({', '.join(datasets)}). Pass `peft_config=PBLoraConfig(objectives=[...])`, or train on one objective."
-        )
-    return list(datasets)
-
-
 def name_preferences(given: list | None, objectives: list[str]) -> dict[str, torch.Tensor]:
-    """The evaluation preferences by name: the given ones, or the vertices and the uniform vector."""
+    """Preferences by name: the given ones, or the vertices and the uniform vector."""
     if given is None:
         given = torch.eye(len(objectives)).tolist()
         if len(objectives) > 1:
@@ -109,14 +107,20 @@ def name_preferences(given: list | None, objectives: list[str]) -> dict[str, tor
     return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
 
 
-def join_datasets(
-    datasets: PairDatasets | None, tokenizer, args: PreferenceARMConfig, once: bool = False
-) -> JointPreferenceDataset | None:
-    """Tokenizes the data sets of all objectives and zips them."""
-    if datasets is None:
-        return None
-    with args.main_process_first(desc="tokenizing"):
-        return JointPreferenceDataset(
-            {name: tokenize_pairs(data, name, tokenizer, args.max_length) for name, data in datasets.items()},
-            once,
+def last_complete_checkpoint(folder: str | Path) -> str:
+    """The newest checkpoint in a folder that was written to its end: the trainer's state is written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        path
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.split("-")[-1].isdigit() and (path / TRAINER_STATE_NAME).is_file()
+    ]
+    if not found:
+        raise ValueError(
+            f"There is no complete checkpoint in {str(folder)!r} to resume from. Train without "
+            "`resume_from_checkpoint`, or name a checkpoint's folder."
         )
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1])))

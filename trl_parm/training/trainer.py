@@ -3,54 +3,65 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model, set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from peft_pblora import set_preference
 from peft_pblora.control import has_preference
 
-from .compat import BaseTrainer, get_config_model_id
-from .config import PreferenceARMConfig
-from .data import PreferenceCollator
-from .log_probs import response_log_probs
-from .losses import accuracies, objective_losses, pair_losses
-from .preferences import step_preference
-from .setup import (
-    PairDatasets,
-    adapt_model,
-    check_datasets,
-    join_datasets,
-    load_model,
-    load_tokenizer,
-    match_objectives,
-    name_preferences,
+from .arm_loss import ARMLoss, count_labels
+from .card import arm_card
+from .collator import PreferenceCollator
+from .compat import (
+    BaseTrainer,
+    disable_dropout_in_model,
+    get_act_offloading_ctx_manager,
+    get_config_model_id,
 )
+from .config import PreferenceARMConfig
+from .data import JointPreferenceDataset, JointPreferenceStream
+from .losses import accuracies
+from .metrics import EvalMetrics, TrainMetrics
+from .preferences import PreferenceSampler
+from .responses import Responses
+from .setup import adapt_model, check_device, last_complete_checkpoint, load_model, load_tokenizer, name_preferences
+from .sources import PairSources, join_evaluation, join_sources, match_objectives, name_sources
 
 
 class PreferenceARMTrainer(BaseTrainer):
-    """Trains an autoregressive reward model (ARM) on one preference data set for each objective.
+    """Trains an autoregressive reward model (ARM) on preference pairs for each objective.
 
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
     (PARM, arXiv 2505.06274). With one objective and a plain LoRA it is GenARM's trainer (arXiv 2410.08193).
+
+    The data is a mapping from objective to a data set with `prompt`, `chosen` and `rejected`; or one data set with
+    `prompt`, `response_0`, `response_1` and a column of labels for each objective; or a mapping that mixes both.
+    Texts, conversations and token ids are taken, see [`tokenization.PairReader`]. A batch of size B holds B pairs of
+    every data set; an epoch visits every pair of the longest one once, shorter ones start over.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`): The ARM's backbone, or a ready adapter on it.
         args ([`PreferenceARMConfig`], *optional*): Training arguments.
         data_collator (`Callable`, *optional*): Defaults to [`PreferenceCollator`].
-        train_dataset (`Mapping[str, Dataset]`):
-            Objective name → preference data set with `prompt`, `chosen`, `rejected`. A batch of size B holds B pairs
-            of every objective; an epoch visits every pair of the longest data set once, shorter ones start over.
-        eval_dataset (`Mapping[str, Dataset]`, *optional*): The same for evaluation.
+        train_dataset (`Mapping[str, Dataset]`, `Dataset`, `IterableDataset` or `str`):
+            The pairs, as said above. A string is a JSON, CSV or Parquet file, or an id on the Hub, of which the split
+            `train` is taken.
+        eval_dataset (*optional*):
+            The same for evaluation, of a string the split `test`; or a mapping from a name to any of these, for
+            several evaluations. A stream is read into memory.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer; loaded by the model's id if not given.
-        compute_metrics (`Callable`, *optional*): As in `transformers.Trainer`.
+        compute_metrics (`Callable`, *optional*):
+            As in `transformers.Trainer`; predictions are log π(y1|x) − log π(y2|x), of shape
+            `(rows, data sets, evaluation preferences)`, and labels of shape `(rows, data sets, k)`.
         callbacks (`list[TrainerCallback]`, *optional*): As in `transformers.Trainer`.
         optimizers (`tuple`, *optional*): As in `transformers.Trainer`.
         quantization_config (*optional*): For a model given by id.
@@ -61,29 +72,18 @@ class PreferenceARMTrainer(BaseTrainer):
             with an adapter that is not preference-conditioned.
     """
 
-    loss_is_scaled_for_ga = False
+    args: PreferenceARMConfig
+    loss_is_scaled_for_ga = True
     _tag_names = ["trl", "parm"]
     _name = "PARM"
-    _paper = {
-        "title": "PARM: Multi-Objective Test-Time Alignment via Preference-Aware Autoregressive Reward Model",
-        "id": "2505.06274",
-        "citation": textwrap.dedent("""\
-            @inproceedings{lin2025parm,
-                title     = {{PARM: Multi-Objective Test-Time Alignment via Preference-Aware
-                             Autoregressive Reward Model}},
-                author    = {Baijiong Lin and Weisen Jiang and Yuancheng Xu and Hao Chen and Ying-Cong Chen},
-                booktitle = {International Conference on Machine Learning},
-                year      = 2025,
-            }"""),
-    }
 
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
         args: PreferenceARMConfig | None = None,
         data_collator: Callable | None = None,
-        train_dataset: PairDatasets | None = None,
-        eval_dataset: PairDatasets | None = None,
+        train_dataset: PairSources | None = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -94,126 +94,181 @@ class PreferenceARMTrainer(BaseTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PreferenceARMConfig(f"{name.split('/')[-1]}-PARM")
-        train_dataset = check_datasets(train_dataset, eval_dataset)
+        check_device(args)
+        sources = name_sources("train_dataset", train_dataset, "train")
         # PEFT draws the adapter's weights, so the seed comes before the model.
         set_seed(args.seed)
         model = load_model(model, args, quantization_config)
         tokenizer = load_tokenizer(model, processing_class, args)
         model = adapt_model(model, args, peft_config)
-        self.objectives = match_objectives(model, train_dataset)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        self.objectives = match_objectives(model, sources, cast(dict, args.label_columns))
         self.preference_conditioned = has_preference(model)
-        self.beta = torch.tensor(args.betas(self.objectives))
+        self.arm_loss = ARMLoss(args, self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
-        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        choices = name_preferences(args.train_preferences, self.objectives) if args.train_preferences else {}
+        self.preference_sampler = PreferenceSampler(
+            args.seed, self.objectives, args.concentration, list(choices.values())
+        )
+        self.responses = Responses(model, args)
+        self.train_metrics = TrainMetrics()
+        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences)
+        joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args)
+        if isinstance(joined, JointPreferenceStream):
+            cast(Any, args.accelerator_config).dispatch_batches = False
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator
-            or PreferenceCollator(cast(int, tokenizer.pad_token_id), self.objectives, args.pad_to_multiple_of),
-            train_dataset=join_datasets(train_dataset, tokenizer, args),
-            eval_dataset=join_datasets(eval_dataset, tokenizer, args, once=True),
+            or PreferenceCollator(cast(int, tokenizer.pad_token_id), args.pad_to_multiple_of, args.share_prompt),
+            train_dataset=joined,
+            eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._offloading: Any = nullcontext()
+        if args.activation_offloading:
+            self._offloading = get_act_offloading_ctx_manager(model)
         model.add_model_tags(self._tag_names)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        with self._offloading:
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss Σ_i α_i l_i of one batch, at the preference that this step draws."""
-        preference = step_preference(self.args.seed, self.state.global_step, self.objectives, self.args.concentration)
-        margins, losses = self._pair_margins_and_losses(model, inputs, preference)
-        labels = inputs["pair_labels"]
-        by_objective = objective_losses(losses, labels)
-        loss = (preference.to(by_objective) * by_objective).sum()
-        self._record_train_metrics(preference, by_objective.detach(), margins.detach(), labels)
+        """The part of a step's loss Σ_i α_i l_i that one batch adds, at the preference that the step draws."""
+        step, labels = self.state.global_step, inputs["pair_labels"]
+        if self.args.preference_per == "pair":
+            preference = self.preference_sampler.for_pairs(step, inputs["pair_ids"])
+        else:
+            preference = self.preference_sampler.for_step(step)
+        counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
+        first, second = self._log_probs(model, inputs, preference)
+        margins = first - second
+        loss, losses = self.arm_loss(margins, labels, preference, counts)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss.item()} at step {step}; log-probabilities of the responses: {first.tolist()} and "
+                f"{second.tolist()}. Lower the learning rate, or use bf16 instead of fp16."
+            )
+        self.train_metrics.add_pairs(
+            self.objectives, preference.to(first), first, second, losses, labels, self.arm_loss.beta.to(first)
+        )
         return (loss, {"margins": margins}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluates one batch at every preference of `eval_preferences`."""
         inputs = self._prepare_inputs(inputs)
-        losses = []
+        labels = inputs["pair_labels"]
+        found = []
         with torch.no_grad(), self.compute_loss_context_manager():
             untrained = self._untrained_margins(model, inputs)
+            known = self._gather_pairs(labels) != 0
             for name, preference in self.eval_preferences.items():
-                margins, pairwise = self._pair_margins_and_losses(model, inputs, preference)
-                losses.append((preference.to(pairwise) * objective_losses(pairwise, inputs["pair_labels"])).sum())
-                self._record_eval_metrics(name, pairwise, margins, untrained, inputs["pair_labels"])
-        return torch.stack(losses).mean(), None, None
+                first, second = self._log_probs(model, inputs, preference)
+                margins = first - second
+                values = {
+                    "loss": self.arm_loss.of_pairs(margins, labels),
+                    "accuracy": accuracies(margins, labels),
+                    "margin": margins[:, None] * labels,
+                }
+                if untrained is not None:
+                    values["ratio_accuracy"] = accuracies(margins - untrained, labels)
+                self._eval_metrics.add(name, known, {kind: self._gather_pairs(v) for kind, v in values.items()})
+                found.append(margins)
+        margins, sets = torch.stack(found, -1), self._pairs_of_a_row
+        return margins.new_zeros(()), margins.unflatten(0, (-1, sets)), labels.unflatten(0, (-1, sets))
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | JointPreferenceDataset):
+            tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Adds the metrics of every objective at every evaluation preference to the loop's own.
 
-        The loss is Σ_i α_i l_i, each l_i over all pairs of its objective, averaged over the evaluation preferences:
-        it does not depend on how the pairs fall into batches.
+        The loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and
+        is the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
         """
-        self._metrics["eval"].clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences)
+        self._pairs_of_a_row = len(dataloader.dataset.datasets)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
-        means = {name: sum(values) / len(values) for name, values in self._metrics["eval"].items()}
         losses = [
-            sum(w * means[f"{o}_loss@{name}"] for o, w in zip(self.objectives, weights.tolist(), strict=True))
-            for name, weights in self.eval_preferences.items()
+            self.arm_loss.aggregate(
+                self._eval_metrics.losses_at(name)[None], preference, torch.ones(len(preference) + 1)
+            )
+            for name, preference in self.eval_preferences.items()
         ]
-        means["loss"] = sum(losses) / len(losses)
+        means = {**self._eval_metrics.means(), "loss": torch.stack(losses).mean().item()}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training metrics since the last log."""
         if "loss" in logs:
-            logs.update({name: sum(values) / len(values) for name, values in self._metrics["train"].items()})
-            self._metrics["train"].clear()
+            logs.update(self.train_metrics.pop_means(self.accelerator))
         super().log(logs, start_time)
 
-    def _pair_margins_and_losses(self, model, inputs, preference):
-        # Set before the forward and left until the next step: gradient checkpointing runs the forward again in
-        # backward and must see the same preference.
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the card of the reward model to the output folder, see [`card.arm_card`]."""
+        if self.is_world_process_zero():
+            given = [tags] if isinstance(tags, str) else list(tags or [])
+            card = arm_card(self, model_name, dataset_name, [*self._tag_names, *given])
+            card.save(Path(cast(str, self.args.output_dir)) / "README.md")
+
+    def _log_probs(self, model, inputs, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Set before the forward and left until the next: gradient checkpointing runs the forward again in backward
+        # and must see the same preference.
         if self.preference_conditioned:
-            set_preference(model, preference)
-        margins = _margins(model, inputs)
-        return margins, pair_losses(margins, inputs["pair_labels"], self.beta.to(margins))
+            rows = self.responses.rows_per_pair
+            set_preference(model, preference.repeat(rows, 1) if preference.ndim == 2 else preference)
+        return self.responses.log_probs(model, inputs)
 
     def _untrained_margins(self, model, inputs) -> torch.Tensor | None:
         model = self.accelerator.unwrap_model(model)
         if not is_peft_model(model):
             return None
         with model.disable_adapter():
-            return _margins(model, inputs)
-
-    def _record_train_metrics(self, preference, losses, margins, labels) -> None:
-        metrics = self._metrics["train"]
-        correct = accuracies(margins, labels)
-        for i, name in enumerate(self.objectives):
-            metrics[f"alpha/{name}"].append(preference[i].item())
-            metrics[f"loss/{name}"].append(losses[i].item())
-            metrics[f"rewards/accuracies/{name}"].append(correct[:, i].nanmean().item())
-            signed = (margins * labels[:, i])[labels[:, i] != 0]
-            metrics[f"rewards/margins/{name}"].append(self.beta[i].item() * signed.mean().item())
-
-    def _record_eval_metrics(self, preference_name, losses, margins, untrained, labels) -> None:
-        found = {"loss": losses, "accuracy": accuracies(margins, labels), "margin": margins[:, None] * labels}
-        if untrained is not None:
-            found["ratio_accuracy"] = accuracies(margins - untrained, labels)
-        known = self._gather_pairs(labels) != 0
-        for kind, values in found.items():
-            values = self._gather_pairs(values)
-            for i, objective in enumerate(self.objectives):
-                self._metrics["eval"][f"{objective}_{kind}@{preference_name}"] += values[:, i][known[:, i]].tolist()
+            first, second = self.responses.log_probs(model, inputs)
+        return first - second
 
     def _gather_pairs(self, values: torch.Tensor) -> torch.Tensor:
         """Gathers `(pairs, k)` values of all ranks without the rows that fill up the last batch."""
-        k = len(self.objectives)
-        return self.accelerator.gather_for_metrics(values.reshape(-1, k, k)).reshape(-1, k)
+        rows = values.unflatten(0, (-1, self._pairs_of_a_row))
+        return self.accelerator.gather_for_metrics(rows).flatten(0, 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Labelled pairs of each objective, and pairs, of the whole step, divided by the number of processes.
+
+        Each process adds up its pairs by these, and the mean over processes, which DDP takes of gradients, is then the
+        loss of one big batch.
+        """
+        if not batch_samples:
+            return None
+        counts = torch.stack([count_labels(batch["pair_labels"]) for batch in batch_samples]).sum(0).to(device)
+        return cast(torch.Tensor, self.accelerator.reduce(counts, "mean"))
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, JointPreferenceDataset):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=data.lengths())
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(self.objectives)
-
-
-def _margins(model, inputs) -> torch.Tensor:
-    """log π(y1|x) − log π(y2|x) of each pair."""
-    first, second = response_log_probs(
-        model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"]
-    ).chunk(2)
-    return first - second
+            self._signature_columns = ["pairs"]

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities of responses: chunked, from logits, with shared prompts; against a forward for each token."""
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_gpt2, tiny_llama
+from pair_data import naive_log_probs
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_pblora import set_preference
+from trl_parm import PreferenceARMConfig
+from trl_parm.training import chunked
+from trl_parm.training.chunked import token_log_probs
+from trl_parm.training.collator import PreferenceCollator, separate_rows, shared_prompts
+from trl_parm.training.log_probs import Predictions, ResponseLogProbs
+from trl_parm.training.responses import Responses
+
+
+PAIRS = [([5, 6, 7], [8, 9, 1], [9, 1]), ([5], [10, 11, 12, 13, 1], [3]), ([2, 3, 4, 5, 6], [7], [8, 4, 4, 1])]
+
+
+def batch(share_prompt: bool = False, rows=PAIRS) -> dict[str, torch.Tensor]:
+    pairs = [
+        {"prompt_ids": p, "first_ids": a, "second_ids": b, "labels": [1, 0], "pair_id": i}
+        for i, (p, a, b) in enumerate(rows)
+    ]
+    return PreferenceCollator(0, share_prompt=share_prompt)([{"pairs": pairs}])
+
+
+def args(**changes) -> PreferenceARMConfig:
+    return PreferenceARMConfig("unused", bf16=False, use_cpu=True, report_to="none", **changes)
+
+
+def adapted_head() -> nn.Module:
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    )
+    return model.train()
+
+
+def scaled(model: nn.Module, factor: float) -> nn.Module:
+    """A model that scales its logits, as Cohere's and Granite's do."""
+    forward = model.forward
+
+    def scaled_forward(*given, **kwargs):
+        output = forward(*given, **kwargs)
+        output.logits = output.logits * factor
+        return output
+
+    model.forward = scaled_forward
+    return model
+
+
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "arm": tiny_arm, "adapted head": adapted_head}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+@every_model
+@pytest.mark.parametrize("share_prompt", [False, True])
+@pytest.mark.parametrize("way", ["chunked", "from logits"])
+def test_log_probs_equal_the_naive_twin(make, share_prompt, way):
+    model = make().requires_grad_(False).eval()
+    responses = Responses(model, args(share_prompt=share_prompt))
+    if way == "from logits":
+        responses._sums.head = None
+    first, second = responses.log_probs(model, batch(share_prompt))
+    expected = torch.tensor([[naive_log_probs(model, p, r) for r in (a, b)] for p, a, b in PAIRS])
+    torch.testing.assert_close(torch.stack([first, second], 1), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny_arm, adapted_head])
+@pytest.mark.parametrize("share_prompt", [False, True])
+@pytest.mark.parametrize("chunk", [64, 192, 2**22])
+def test_gradients_equal_those_of_plain_log_softmax(make, share_prompt, chunk, monkeypatch):
+    monkeypatch.setitem(chunked.LOGITS_AT_ONCE, "cpu", chunk)
+    model = make().train()
+    if make is tiny_arm:
+        set_preference(model, [0.3, 0.7])
+    given = batch(share_prompt)
+    inputs, predictions = shared_prompts(given, None) if share_prompt else separate_rows(given)
+    gradients = []
+    for way in ("ours", "naive"):
+        model.zero_grad()
+        if way == "ours":
+            sums = ResponseLogProbs(model)(model, inputs, predictions)
+        else:
+            log_probs = model(**inputs).logits.log_softmax(-1)[predictions.rows, predictions.positions]
+            sums = predictions.sum(log_probs.gather(-1, predictions.targets[:, None])[:, 0])
+        (sums * torch.linspace(-1, 2, len(sums))).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_token_log_probs_pass_the_gradient_check(bias):
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    weight, shift = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, dtype=torch.float64) if bias else None
+    targets = torch.tensor([0, 6, 2, 2, 5])
+    # The sums are float32, whatever goes in.
+    assert torch.autograd.gradcheck(
+        lambda h: token_log_probs(h, weight, shift, targets).double(), hidden, eps=1e-2, atol=1e-3
+    )
+    logits = hidden @ weight.T + (0 if shift is None else shift)
+    expected = logits.log_softmax(-1)[torch.arange(5), targets].float()
+    torch.testing.assert_close(token_log_probs(hidden, weight, shift, targets), expected)
+
+
+def test_the_chunked_way_never_holds_the_logits_of_all_tokens():
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), kwargs=None):
+            output = function(*given, **(kwargs or {}))
+            sizes.append(output.numel() if isinstance(output, torch.Tensor) else 0)
+            return output
+
+    model = get_peft_model(tiny_llama(vocab_size=4000), LoraConfig(r=2, target_modules=["q_proj"])).train()
+    rows = [([5, 6], list(range(2, 62)), list(range(3, 63))) for _ in range(8)]
+    inputs, predictions = separate_rows(batch(rows=rows))
+    chunked_way = ResponseLogProbs(model)
+    before = chunked.LOGITS_AT_ONCE["cpu"]
+    chunked.LOGITS_AT_ONCE["cpu"] = 4000 * 50
+    try:
+        with Watch():
+            chunked_way(model, inputs, predictions).sum().backward()
+    finally:
+        chunked.LOGITS_AT_ONCE["cpu"] = before
+    assert chunked_way.head is not None
+    assert max(sizes) <= 4000 * 50 < len(predictions.targets) * 4000 / 10
+
+
+def test_a_model_that_scales_its_logits_is_noticed():
+    model = scaled(tiny_llama().requires_grad_(False), 0.5)
+    inputs, predictions = separate_rows(batch())
+    ways = ResponseLogProbs(model), ResponseLogProbs(model, chunked=False)
+    found = [way(model, inputs, predictions) for way in ways]
+    assert ways[0].head is None
+    torch.testing.assert_close(found[0], found[1])
+    assert not model.lm_head._forward_hooks
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_hooks_leave_with_an_error():
+    model = tiny_llama().requires_grad_(False)
+    inputs, predictions = separate_rows(batch())
+    with pytest.raises(IndexError, match="out of range"):
+        ResponseLogProbs(model)(model, {**inputs, "input_ids": inputs["input_ids"] + 64}, predictions)
+    assert not model.lm_head._forward_hooks
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_trained_or_adapted_head_takes_the_other_way():
+    assert ResponseLogProbs(tiny_llama()).head is None
+    assert ResponseLogProbs(adapted_head()).head is None
+    assert ResponseLogProbs(tiny_arm()).head is not None
+
+
+def test_without_a_prompt_the_first_token_has_no_predictor():
+    model = tiny_llama().requires_grad_(False)
+    rows = [([], [8, 9, 1], [9, 1])]
+    for share_prompt in (False, True):
+        responses = Responses(model, args(share_prompt=share_prompt))
+        first, second = responses.log_probs(model, batch(share_prompt, rows))
+        expected = [naive_log_probs(model, [], [8, 9, 1]), naive_log_probs(model, [], [9, 1])]
+        assert [first.item(), second.item()] == pytest.approx(expected, abs=1e-4)
+
+
+def test_normalised_log_probs_are_means_of_a_token():
+    model = tiny_arm()
+    set_preference(model, [0.5, 0.5])
+    sums = Responses(model, args()).log_probs(model, batch())
+    means = Responses(model, args(length_normalized=True)).log_probs(model, batch())
+    torch.testing.assert_close(means[0], sums[0] / torch.tensor([3, 5, 1]))
+    torch.testing.assert_close(means[1], sums[1] / torch.tensor([2, 1, 4]))
+
+
+def test_shared_prompts_do_not_see_the_other_response():
+    given = batch(share_prompt=True)
+    inputs, _ = shared_prompts(given, None)
+    mask, segments = inputs["attention_mask"][:, 0], given["segments"]
+    for row in range(3):
+        for query in range(mask.shape[1]):
+            for key in range(mask.shape[1]):
+                s, t = segments[row, query].item(), segments[row, key].item()
+                allowed = key == query or (key < query and t != -1 and not (s == 2 and t == 1))
+                assert mask[row, query, key].item() == allowed
+    assert inputs["position_ids"][0].tolist()[:8] == [0, 1, 2, 3, 4, 5, 3, 4]
+
+
+def test_shared_prompts_need_attention_that_follows_a_mask():
+    model = tiny_llama(attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="needs attention that takes a mask, but the model uses 'flex_attention'"):
+        Responses(model, args(share_prompt=True))
+    model = tiny_llama()
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="needs attention to all tokens"):
+        Responses(model, args(share_prompt=True))
+
+
+def test_a_model_that_does_not_follow_the_mask_is_refused():
+    model = tiny_llama().requires_grad_(False)
+    forward = model.forward
+
+    def ignore_mask(*given, attention_mask=None, **kwargs):
+        return forward(*given, **kwargs)
+
+    model.forward = ignore_mask
+    with pytest.raises(ValueError, match="it does not follow the attention mask"):
+        Responses(model, args(share_prompt=True)).log_probs(model, batch(share_prompt=True))
+
+
+def test_predictions_of_rows():
+    inputs, predictions = separate_rows(batch())
+    assert isinstance(predictions, Predictions)
+    assert predictions.count == 6
+    assert predictions.lengths().tolist() == [3, 5, 1, 2, 1, 4]
+    assert predictions.targets[predictions.groups == 0].tolist() == [8, 9, 1]
+    assert predictions.positions[predictions.groups == 0].tolist() == [2, 3, 4]
