@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from peft_pblora import get_objectives
 from peft_pblora.control import has_preference
 
+from .arguments import FILE_KINDS, PairData
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream, PairPreparer
 from .tokenization import PairReader, is_labelled
@@ -140,10 +141,7 @@ def _is_stream(data: Pairs) -> bool:
 
 def _load(argument: str, data: Any, split: str) -> Pairs:
     if isinstance(data, str):
-        kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(Path(data).suffix)
-        if kind:
-            return cast(Dataset, load_dataset(kind, data_files=data, split="train"))
-        return cast(Dataset, load_dataset(data, split=split))
+        return PairData(data, split="train" if Path(data).suffix in FILE_KINDS else split).load()
     if not isinstance(data, Dataset | IterableDataset):
         raise TypeError(
             f"`{argument}` has a {type(data).__name__}. Give a mapping such as {{'helpful': dataset, ...}} with one "

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training script as a user starts it: from YAML, in one process and with `accelerate launch` in two."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import tiny_llama, tiny_tokenizer
+from pair_data import labelled, pairs
+from safetensors.torch import load_file
+from trl import TrlParser
+
+from trl_parm import PreferenceARMConfig
+from trl_parm.training.arguments import ARMArguments
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    tiny_llama().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    labelled(16, helpful=lambda i: [0, None, 1, -1][i % 4]).to_json(folder / "judged.jsonl")
+    pairs(12, 9).to_json(folder / "harmless.jsonl")
+    config = {
+        "model_name_or_path": "base",
+        "objectives": ["helpful", "harmless"],
+        "target_modules": ["q_proj", "v_proj"],
+        "train_data": [{"path": "judged.jsonl"}, {"objective": "harmless", "path": "harmless.jsonl"}],
+        "eval_data": [{"path": "judged.jsonl", "split": "train[:7]"}],
+        "beta": {"helpful": 0.1, "harmless": 0.3}, "preference_per": "pair", "max_steps": 4, "logging_steps": 1,
+        "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no", "bf16": False, "use_cpu": True,
+        "gradient_accumulation_steps": 2, "report_to": "none", "output_dir": "one", "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    finished = run(folder, sys.executable, str(EXAMPLES / "train_arm.py"), "--config", "config.yaml")
+    assert finished.returncode == 0, finished.stderr
+    return folder / "one"
+
+
+def test_the_script_trains_from_yaml(one):
+    losses = [entry["loss"] for entry in history(one) if "loss" in entry]
+    assert len(losses) == 4
+    assert len(set(losses)) == 4
+    config = json.loads((one / "adapter_config.json").read_text())
+    assert config["objectives"] == ["helpful", "harmless"]
+    assert "import peft_pblora" in (one / "README.md").read_text()
+    assert "eval_harmless_accuracy@uniform" in json.loads((one / "eval_results.json").read_text())
+
+
+@pytest.mark.parametrize("engine", ["ddp_cpu", "fsdp2_cpu"])
+def test_two_processes_train_like_one(folder, one, engine):
+    """The same loss curve, gradient norms, metrics and weights: with labels that miss in one process, a preference for
+    each pair, and gradient accumulation."""
+    finished = run(
+        folder, str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file",
+        str(EXAMPLES / "accelerate_configs" / f"{engine}.yaml"), "--main_process_port", "0",
+        str(EXAMPLES / "train_arm.py"), "--config", "config.yaml", "--output_dir", engine,
+        "--per_device_train_batch_size", "2",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    for ours, theirs in zip(history(folder / engine), history(one), strict=True):
+        measured = {"loss", "grad_norm"} | {k for k in theirs if "/" in k or "@" in k or k == "eval_loss"}
+        for name in measured & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    weights = [load_file(path / "adapter_model.safetensors") for path in (folder / engine, one)]
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
+
+
+def parse(*arguments: str) -> tuple[ARMArguments, PreferenceARMConfig]:
+    return TrlParser((ARMArguments, PreferenceARMConfig)).parse_args_and_config(["--use_cpu", "True", *arguments])
+
+
+def test_every_key_is_a_flag_too(folder):
+    base = ("--model_name_or_path", "base", "--output_dir", "out")
+    for text, value in (("0.05", 0.05), ('{"helpful": 0.1}', {"helpful": 0.1})):
+        assert parse(*base, "--beta", text)[1].beta == value
+    columns = parse(*base, "--label_columns", '{"helpful": "better"}')[1].label_columns
+    assert columns == {"helpful": "better"}
+    preferences = parse(*base, "--eval_preferences", "[0.5, 0.5]", '{"helpful": 1}')[1].eval_preferences
+    assert preferences == [[0.5, 0.5], {"helpful": 1}]
+    arguments = parse(*base, "--adapter", "svdlora", "--adapter_kwargs", '{"r": 4}', "--objectives", "a", "b")[0]
+    config = arguments.peft_config(None)
+    assert (config.peft_type, config.r, config.objectives) == ("SVDLORA", 4, ["a", "b"])
+
+
+def test_yaml_and_flags_agree(folder):
+    arguments, config = parse("--config", str(folder / "config.yaml"), "--beta", "0.7")
+    assert config.beta == 0.7
+    assert arguments.train_data[1].objective == "harmless"
+    assert arguments.peft_config(None).objectives == ["helpful", "harmless"]
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.yaml"))])
+def test_shipped_configurations_parse(name):
+    arguments, _ = parse("--config", str(EXAMPLES / name))
+    assert arguments.train_data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_data": [{"objective": "helpful"}]}, "but it needs `path`, and may have objective, name"),
+        ({"train_data": [{"path": "x.jsonl", "spilt": "train"}]}, "but it needs `path`"),
+        ({"adapter": "dora"}, "must be one of pblora, svdlora, moslora, lora"),
+        ({"train_data": [{"path": "missing.jsonl"}]}, "There is no data at 'missing.jsonl'"),
+        ({"train_data": [{"path": "judged.jsonl", "where": {"nosuch": 1}}]}, r"lacks the columns \['nosuch'\]"),
+        ({"train_data": [{"objective": "harmless", "path": "harmless.jsonl"}] * 2}, "have the same objective"),
+    ],
+)
+def test_bad_configurations_are_refused(folder, monkeypatch, change, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=message):
+        arguments = ARMArguments("base", **change)
+        arguments.load(arguments.train_data)
+
+
+def test_data_by_columns_and_rows(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    entry = {"path": "judged.jsonl", "columns": {"helpful": "better"}, "where": {"harmless": 0}}
+    data = next(
+        iter(
+            ARMArguments("base", train_data=[entry]).load(ARMArguments("base", train_data=[entry]).train_data).values()
+        )
+    )
+    assert "better" in data.column_names
+    assert set(data["harmless"]) == {0}
+    assert len(data) == 8
