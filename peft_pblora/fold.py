@@ -63,7 +63,8 @@ class Fold:
         hidden = torch.matmul(x.to(self.dtype), self.down)
         if self.matrix is not None:
             hidden = self._mix_rows(hidden, self.matrix)
-        if result.dtype == self.dtype:
+        # Autocast lowers the dtype of `hidden`, and in-place products do not follow it.
+        if result.dtype == self.dtype == hidden.dtype:
             result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
         else:
             result.add_(torch.matmul(hidden, self.up))

@@ -261,3 +261,18 @@ def test_dropout_only_in_training():
     torch.testing.assert_close(arm(ids).logits, arm(ids).logits)
     arm.train()
     assert not torch.equal(arm(ids).logits, arm(ids).logits)
+
+
+@pytest.mark.parametrize("preference", [[0.2, 0.8], [[0.2, 0.8], [0.9, 0.1]]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folding_under_autocast(preference, dtype):
+    """Layers that return their input's dtype under autocast, as those of bitsandbytes do."""
+    torch.manual_seed(0)
+    adapter = LowRankAdapter(6, 5, PBLoraCore(2, 2, 2), 1.0, OBJECTIVES, [0.5, 0.5], identity=False).eval()
+    adapter.set_preference(torch.tensor(preference))
+    x, result = torch.randn(2, 3, 6).to(dtype), torch.randn(2, 3, 5).to(dtype)
+    expected = adapter(x.float(), result.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = adapter(x, result.clone())
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.02)

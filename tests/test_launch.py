@@ -3,11 +3,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import tiny_llama, tiny_tokenizer
 from pair_data import labelled, pairs
@@ -47,6 +50,15 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def launch(folder: Path, engine: str, *flags: str) -> None:
+    finished = run(
+        folder, str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file",
+        str(EXAMPLES / "accelerate_configs" / f"{engine}.yaml"), "--main_process_port", "0",
+        str(EXAMPLES / "train_arm.py"), "--config", "config.yaml", "--per_device_train_batch_size", "2", *flags,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+
+
 def history(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
@@ -72,13 +84,7 @@ def test_the_script_trains_from_yaml(one):
 def test_two_processes_train_like_one(folder, one, engine):
     """The same loss curve, gradient norms, metrics and weights: with labels that miss in one process, a preference for
     each pair, and gradient accumulation."""
-    finished = run(
-        folder, str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file",
-        str(EXAMPLES / "accelerate_configs" / f"{engine}.yaml"), "--main_process_port", "0",
-        str(EXAMPLES / "train_arm.py"), "--config", "config.yaml", "--output_dir", engine,
-        "--per_device_train_batch_size", "2",
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
+    launch(folder, engine, "--output_dir", engine)
     for ours, theirs in zip(history(folder / engine), history(one), strict=True):
         measured = {"loss", "grad_norm"} | {k for k in theirs if "/" in k or "@" in k or k == "eval_loss"}
         for name in measured & theirs.keys():
@@ -87,6 +93,35 @@ def test_two_processes_train_like_one(folder, one, engine):
     assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
         assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
+
+
+def test_two_processes_resume_bit_by_bit(folder):
+    """In the middle of an epoch: 16 rows, 2 in each of 2 processes, accumulated twice."""
+    flags = ("--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken")
+    launch(folder, "ddp_cpu", *flags)
+    whole = [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e]
+    weights = load_file(folder / "broken" / "adapter_model.safetensors")
+    shutil.rmtree(folder / "broken" / "checkpoint-3")
+    (folder / "broken" / "checkpoint-2" / "trainer_state.json").unlink()  # as if it was being written
+    launch(folder, "ddp_cpu", *flags, "--resume", "True")
+    assert [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e] == whole
+    resumed = load_file(folder / "broken" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bf16", ["True", "False"])
+def test_a_backbone_in_4_bits(folder, bf16):
+    tiny_llama(hidden_size=128, intermediate_size=256).save_pretrained(folder / "base128")
+    tiny_tokenizer().save_pretrained(folder / "base128")
+    finished = run(
+        folder, sys.executable, str(EXAMPLES / "train_arm.py"), "--config", "config.yaml", "--load_in_4bit", "True",
+        "--model_name_or_path", "base128", "--output_dir", "four", "--bf16", bf16, "--max_steps", "2",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    weights = load_file(folder / "four" / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert all(w.abs().max() > 0 for name, w in weights.items() if ".B." in name)
 
 
 def parse(*arguments: str) -> tuple[ARMArguments, PreferenceARMConfig]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.training.losses import pair_losses
 
 
 PBLORA = PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -300,6 +301,24 @@ def test_one_objective_with_plain_lora_is_genarm(tmp_path, tokenizer):
     assert "eval_reward_accuracy@reward" in run.evaluate()
     named = trained(tmp_path, tokenizer, data={"helpful": pairs(2)}, peft_config=LORA)
     torch.testing.assert_close(named[1], [p for p in run.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(("loss_type", "changes"), [("sigmoid", {"label_smoothing": 0.1}), ("hinge", {})])
+def test_the_loss_of_one_objective_is_that_of_cpo_without_its_likelihood_term(monkeypatch, loss_type, changes):
+    """CPO's preference loss has no reference model either; TRL's own code says what it is."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+
+    theirs = object.__new__(CPOTrainer)
+    theirs.beta, theirs.loss_type, theirs.alpha = 0.3, loss_type, 0.0
+    theirs.label_smoothing = changes.get("label_smoothing", 0.0)
+    theirs.accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
+    chosen, rejected = torch.tensor([-3.0, -9.0, -4.0]), torch.tensor([-5.0, -2.0, -4.5])
+    expected, *_ = theirs.cpo_loss(chosen, rejected)
+    losses = pair_losses(
+        chosen - rejected, torch.ones(3, 1), torch.tensor([0.3]), hinge=loss_type == "hinge", **changes
+    )
+    torch.testing.assert_close(losses[:, 0], expected)
 
 
 def test_a_full_model_trains_without_any_adapter(tmp_path, tokenizer):
