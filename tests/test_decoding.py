@@ -9,7 +9,7 @@ from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from transformers import LogitsProcessor
 
 from peft_pblora import set_preference
-from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor
+from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt
 
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 33], [7, 8, 20, 41, 2], [0, 6, 6, 50, 11]])
@@ -175,12 +175,12 @@ def test_left_padding_with_absolute_positions():
 def test_explicit_mask_where_padding_can_not_be_told():
     """A single row, padded: only the mask knows."""
     base, arm = tiny_llama(0), tiny_arm()
-    processor = PARMLogitsProcessor(arm, [0.3, 0.7], prompt_attention_mask=MASK[:1])
+    processor = PARMLogitsProcessor(arm, [0.3, 0.7], prompt=Prompt({"attention_mask": MASK[:1]}))
     naive = NaiveProcessor(arm, [0.3, 0.7], 1.0, MASK[:1])
     guided = generate(base, processor, PROMPTS[:1], MASK[:1], num_beams=2)
     assert torch.equal(guided.sequences, generate(base, naive, PROMPTS[:1], MASK[:1], num_beams=2).sequences)
     with pytest.raises(ValueError, match="does not fit input ids"):
-        PARMLogitsProcessor(arm, prompt_attention_mask=MASK[:2])(PROMPTS, torch.zeros(3, 64))
+        PARMLogitsProcessor(arm, prompt=Prompt({"attention_mask": MASK[:2]}))(PROMPTS, torch.zeros(3, 64))
 
 
 def test_inputs_are_not_changed():
@@ -234,7 +234,7 @@ def test_a_batch_for_a_model_without_pad_token():
     with pytest.raises(ValueError, match="names neither a pad token nor an end token"):
         PARMLogitsProcessor(arm)(PROMPTS, torch.zeros(3, 64))
     PARMLogitsProcessor(arm)(PROMPTS[:1], torch.zeros(1, 64))
-    PARMLogitsProcessor(arm, prompt_attention_mask=MASK)(PROMPTS, torch.zeros(3, 64))
+    PARMLogitsProcessor(arm, prompt=Prompt({"attention_mask": MASK}))(PROMPTS, torch.zeros(3, 64))
 
 
 def test_formulas():

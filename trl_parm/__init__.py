@@ -11,12 +11,36 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .decoding import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, Scorer
+    from .decoding import (
+        BASE,
+        LM,
+        GenARMLogitsProcessor,
+        GuidedLogitsProcessor,
+        MODLogitsProcessor,
+        MODWeakToStrongLogitsProcessor,
+        PARMLogitsProcessor,
+        PowerMean,
+        Prompt,
+        Scorer,
+        Vocabulary,
+    )
     from .evaluation import hypervolume, mean_inner_product, pareto_front
     from .training import PreferenceARMConfig, PreferenceARMTrainer
 
 _HOMES = {
-    "decoding": ("BASE", "LM", "GuidedLogitsProcessor", "PARMLogitsProcessor", "Scorer"),
+    "decoding": (
+        "BASE",
+        "LM",
+        "GenARMLogitsProcessor",
+        "GuidedLogitsProcessor",
+        "MODLogitsProcessor",
+        "MODWeakToStrongLogitsProcessor",
+        "PARMLogitsProcessor",
+        "PowerMean",
+        "Prompt",
+        "Scorer",
+        "Vocabulary",
+    ),
     "evaluation": ("hypervolume", "mean_inner_product", "pareto_front"),
     "training": ("PreferenceARMConfig", "PreferenceARMTrainer"),
 }
@@ -25,11 +49,17 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = [
     "BASE",
     "LM",
+    "GenARMLogitsProcessor",
     "GuidedLogitsProcessor",
+    "MODLogitsProcessor",
+    "MODWeakToStrongLogitsProcessor",
     "PARMLogitsProcessor",
+    "PowerMean",
     "PreferenceARMConfig",
     "PreferenceARMTrainer",
+    "Prompt",
     "Scorer",
+    "Vocabulary",
     "__version__",
     "hypervolume",
     "mean_inner_product",

@@ -8,66 +8,84 @@ difference; what it returns is a function of the tokens alone.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peft_pblora import as_preference, get_objectives, set_preference
-from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.adapter import LowRankAdapter, check_rows
 from peft_pblora.control import active_adapter, has_preference
 from peft_pblora.preference import Preference
 
+from .adapters import AdapterSwitch, backbone_of
+from .backbone import SharedBackbone
+from .guided import GuidedLogitsProcessor
+from .prefix import Prefix
+from .prompts import Prompt, extend_mask
+from .running import guided_generate
 from .scorers import Scorer
+from .vocabulary import Vocabulary
 
 
 class LM(Scorer):
     """log π of a second language model given the tokens so far.
 
+    Two of them are equal, and run once in a formula, if their arguments are.
+
     Args:
-        model (`PreTrainedModel` or `PeftModel`): A causal language model with the base model's vocabulary.
+        model (`PreTrainedModel` or `PeftModel`):
+            A causal language model. It may be an adapter on the model that generates: inside `generate` that one then
+            runs without it.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`, *optional*):
-            The preference of the model's adapter, set before every forward; the one set in the model if not given.
+            The preference of the model's adapter, set before every forward; the one set in the model if not given. A
+            tensor of shape `(rows, k)` holds one for each row of the batch; `generate` may repeat rows.
+        adapter_name (`str`, *optional*): Which of the model's adapters to use; the active ones if not given.
         disable_adapter (`bool`, *optional*, defaults to `False`):
-            Use the model without its adapter: for an ARM, the untrained ARM.
-        prompt_attention_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*):
-            The prompt's attention mask, since `generate` does not hand it to processors. Where it is not given, a
-            leading run of pad tokens, beyond one that all rows share, counts as padding.
+            Use the model without that adapter: for an ARM, the untrained ARM.
+        prompt ([`Prompt`], *optional*): The guide's own prompts, or the padding where `generate` does not call.
+        vocabulary ([`Vocabulary`], *optional*): Aligns the tokens of two vocabularies that differ.
 
     Raises:
-        ValueError: a preference for a model without such an adapter, or one off the simplex; at the first call, a
-            vocabulary of another size or a batch that does not fit the mask.
+        ValueError: a model that is no causal language model with a key-value cache, an unknown adapter, or an invalid
+            preference; at the first call, a vocabulary of another size or a batch that does not fit.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         preference: Preference | None = None,
+        adapter_name: str | None = None,
         disable_adapter: bool = False,
-        prompt_attention_mask: torch.Tensor | None = None,
+        prompt: Prompt | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        if model.config.is_encoder_decoder:
-            raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
-        if disable_adapter and not is_peft_model(model):
-            raise ValueError("`disable_adapter=True` needs a PeftModel, but the guiding model has no adapter.")
+        backbone = backbone_of(model)
+        _check_model(model, cast(PreTrainedModel, backbone))
+        switch = AdapterSwitch(backbone)
+        self.adapter_names = _adapter_names(switch, adapter_name)
+        if disable_adapter and not self.adapter_names:
+            raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
         self.model = model.eval()
+        self.shared = SharedBackbone.of(backbone) if switch.layers else None
+        self.disable_adapter, self.prompt, self.vocabulary = disable_adapter, prompt, vocabulary
         self.preference = None
+        self._adapter: LowRankAdapter | None = None
+        if not disable_adapter and has_preference(model):
+            self._adapter = active_adapter(model, adapter_name)
         if preference is not None:
-            self.preference = as_preference(preference, _objectives(model))
-        self.disable_adapter = disable_adapter
-        self.prompt_attention_mask = prompt_attention_mask
-        self.pad_token_id = _pad_token_id(model)
+            self.preference = as_preference(preference, self._objectives())
         self._parameters = list(model.parameters())
-        self._preference_of = active_adapter(model) if has_preference(model) else None
+        self._keeps_logits = cast(Any, backbone)._supports_logits_to_keep()
         self.reset()
 
     def reset(self) -> None:
         """Forgets all tokens. Only needed after changing the model behind PyTorch's back, such as through `.data`."""
-        self._prefix: _Prefix | None = None
+        self._prefix: Prefix | None = None
         self._built_with: tuple | None = None
 
     @torch.no_grad()
@@ -75,131 +93,185 @@ class LM(Scorer):
         if (state := self._model_state()) != self._built_with:
             self.reset()
             self._built_with = state
-        tokens = input_ids.to(self.model.device)
-        mask = self._attention_mask(tokens)
-        kept = self._prefix.align(tokens, mask) if self._prefix else 0
-        if kept < tokens.shape[1]:
-            cache = self._prefix.cache if self._prefix and kept else self._empty_cache()
-            self._prefix = _Prefix(tokens.clone(), mask, cache, self._forward(tokens, mask, kept, cache))
-        log_probs = cast(_Prefix, self._prefix).log_probs
-        if log_probs.shape[-1] != scores.shape[-1]:
+        tokens, mask = self._read(input_ids)
+        log_probs = self._log_probs(tokens, mask)
+        if self.vocabulary is not None:
+            log_probs = self.vocabulary.to_base(log_probs, scores.shape[-1])
+        elif log_probs.shape[-1] != scores.shape[-1]:
             raise ValueError(
                 f"The guiding model has a vocabulary of {log_probs.shape[-1]}, but the base model one of "
-                f"{scores.shape[-1]}. Both must share one tokenizer."
+                f"{scores.shape[-1]}. If their tokenizers are of one family, pass "
+                "`vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`."
             )
         return log_probs.to(scores.device)
 
-    def _model_state(self) -> tuple:
-        """What the cache depends on beside the tokens: the weights and the preference."""
-        preference = self.preference
-        if preference is None and self._preference_of is not None:
-            preference = self._preference_of.preference
-        weights = sum(parameter._version for parameter in self._parameters)
-        return weights, None if preference is None else preference.tolist()
+    def _log_probs(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """log π of the token after `tokens`, shape `(rows, vocab)`, from the cache as far as it goes."""
+        groups = self._groups(len(tokens))
+        kept = self._prefix.align(tokens, mask, groups) if self._prefix else None
+        if self._prefix is None or kept is None:
+            self._prefix, kept = Prefix(_empty_cache(self.model)), 0
+        if kept < tokens.shape[1]:
+            self._prefix.extend(tokens, mask, groups, self._forward(tokens, mask, kept, self._prefix.cache))
+        return self._prefix.log_probs[tokens.shape[1]]
 
-    def _preference_is_set(self) -> bool:
-        """Whether the model has our preference already: setting it anew would cost a fold of every layer."""
-        current = cast(LowRankAdapter, self._preference_of).preference
-        return torch.equal(current, cast(torch.Tensor, self.preference).to(current.device))
-
-    def _empty_cache(self) -> DynamicCache:
-        return DynamicCache(config=self.model.config.get_text_config())
-
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int, cache: DynamicCache) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int, cache: Any) -> torch.Tensor:
         if self.preference is not None and not self._preference_is_set():
-            set_preference(self.model, self.preference)
+            set_preference(self.model, self.preference, self._adapter_name())
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        with cast(PeftModel, self.model).disable_adapter() if self.disable_adapter else nullcontext():
+        names = [] if self.disable_adapter else self.adapter_names
+        with self.shared.guide(names) if self.shared else nullcontext():
             logits = self.model(
                 input_ids=tokens[:, kept:],
                 attention_mask=mask,
                 position_ids=positions[:, kept:],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                **({"logits_to_keep": 1} if self._keeps_logits else {}),
             ).logits
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
+    def _read(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the guide reads, tokens and mask of shape `(rows, length)`, for the base model's tokens."""
+        tokens = input_ids.to(self.model.device)
+        own = self.prompt.own(*tokens.shape, tokens.device) if self.prompt else None
+        if own is None:
+            mask = self._attention_mask(tokens)
+        else:
+            tokens = tokens[:, cast(Prompt, self.prompt).length :]
+            mask = torch.ones_like(tokens)
+        if self.vocabulary is not None:
+            tokens, known = self.vocabulary.to_guide(tokens)
+            mask = mask * known
+        if own is not None:
+            tokens, mask = torch.cat([own[0], tokens], 1), torch.cat([own[1], mask], 1)
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one with "
+                "`prompt=Prompt(inputs, guide=...)`."
+            )
+        return tokens, mask
+
     def _attention_mask(self, tokens: torch.Tensor) -> torch.Tensor:
-        mask = torch.ones_like(tokens)
-        if self.prompt_attention_mask is not None:
-            given = self.prompt_attention_mask.to(tokens)
-            if len(tokens) % len(given) or given.shape[1] > tokens.shape[1]:
+        """The mask of base tokens: the one given, that of the running `generate`, or leading pad tokens left out."""
+        given = self.prompt.mask(*tokens.shape, tokens.device) if self.prompt else None
+        if given is not None:
+            return given
+        call = guided_generate(GuidedLogitsProcessor)
+        if call is not None:
+            if call.model.config.is_encoder_decoder:
                 raise ValueError(
-                    f"`prompt_attention_mask` has shape {tuple(given.shape)}, which does not fit input ids of shape "
-                    f"{tuple(tokens.shape)}. Make one processor for each batch of prompts."
+                    "The base model is an encoder-decoder model, so the guide would see no prompt. Give it one with "
+                    "`prompt=Prompt(guide=..., length=1)`."
                 )
-            mask[:, : given.shape[1]] = given.repeat_interleave(len(tokens) // len(given), dim=0)
-        elif len(tokens) > 1 and self.pad_token_id is None:
+            mask = call.attention_mask
+            if mask is not None and mask.shape[1] <= tokens.shape[1] and len(tokens) % len(mask) == 0:
+                return extend_mask(mask, *tokens.shape, tokens.device)
+        return self._mask_of_padding(tokens)
+
+    def _mask_of_padding(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Takes a leading run of pad tokens, beyond one that all rows share, for padding."""
+        mask = torch.ones_like(tokens)
+        if len(tokens) == 1:
+            return mask
+        pad = self.vocabulary.base_pad_token_id if self.vocabulary else _pad_token_id(self.model)
+        if pad is None:
             raise ValueError(
                 "The guiding model names neither a pad token nor an end token, so padding in a batch can't be told. "
-                "Set its `generation_config.pad_token_id`, or pass `prompt_attention_mask`."
+                "Set its `generation_config.pad_token_id`, or pass `prompt=Prompt(inputs)`."
             )
-        elif len(tokens) > 1:
-            padding = (tokens == self.pad_token_id).cumprod(-1)
-            shared = padding.sum(-1).min()
-            mask -= padding * (torch.arange(tokens.shape[1], device=tokens.device) >= shared) if shared else padding
-        return mask
+        padding = (tokens == pad).cumprod(-1)
+        shared = padding.sum(-1).min()
+        return mask - padding * (torch.arange(tokens.shape[1], device=tokens.device) >= shared)
+
+    def _model_state(self) -> tuple:
+        """What the cache depends on beside the tokens: the weights, and a preference that is not our own."""
+        weights = sum(parameter._version for parameter in self._parameters)
+        return weights, self._adapter.version if self._adapter and self.preference is None else None
+
+    def _groups(self, rows: int) -> torch.Tensor | None:
+        """Which row's preference each of `rows` rows has, where they differ. `generate` repeats rows in place."""
+        if self.preference is None or self.preference.ndim == 1:
+            return None
+        check_rows(len(self.preference), rows)
+        return torch.arange(len(self.preference)).repeat_interleave(rows // len(self.preference))
+
+    def _preference_is_set(self) -> bool:
+        """Whether the model has our preference already: setting it anew would cost a fold of every layer."""
+        current = cast(LowRankAdapter, self._adapter).preference
+        return torch.equal(current, cast(torch.Tensor, self.preference).to(current.device))
+
+    def _adapter_name(self) -> str | None:
+        return self.adapter_names[0] if len(self.adapter_names) == 1 else None
+
+    def _objectives(self) -> list[str]:
+        if self._adapter is None:
+            raise ValueError(
+                "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
+                "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
+            )
+        return get_objectives(self.model, self._adapter_name())
+
+    def _key(self) -> tuple:
+        preference = None if self.preference is None else tuple(self.preference.flatten().tolist())
+        shape = None if self.preference is None else self.preference.shape
+        identities = id(self.model), id(self.prompt), id(self.vocabulary)
+        return *identities, tuple(self.adapter_names), self.disable_adapter, preference, shape
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LM) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        details = []
+        if len(self.adapter_names) == 1 and self.adapter_names != ["default"]:
+            details.append(self.adapter_names[0])
         if self.disable_adapter:
-            return f"LM({name}, adapter off)"
-        if self.preference is None:
-            return f"LM({name})"
-        weights = dict(zip(_objectives(self.model), self.preference.tolist(), strict=True))
-        return f"LM({name}, {', '.join(f'{k}={v:g}' for k, v in weights.items())})"
+            details.append("adapter off")
+        if self.preference is not None and self.preference.ndim == 2:
+            details.append(f"a preference for each of {len(self.preference)} rows")
+        elif self.preference is not None:
+            named = zip(self._objectives(), self.preference.tolist(), strict=True)
+            details.append(", ".join(f"{objective}={weight:g}" for objective, weight in named))
+        return f"LM({', '.join([name, *details])})"
 
 
-@dataclass
-class _Prefix:
-    """The tokens that a cache holds, and the log-probabilities of the token after them."""
-
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    cache: DynamicCache
-    log_probs: torch.Tensor
-
-    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-        """Makes the cache hold a prefix of `tokens`, its rows in their order, and returns the prefix's length.
-
-        It is the full length only where `log_probs` is the answer already; else at least one token is left to feed.
-        """
-        length = min(tokens.shape[1], self.tokens.shape[1])
-        old = torch.where(self.mask[:, :length].bool(), self.tokens[:, :length], -1)
-        new = torch.where(mask[:, :length].bool(), tokens[:, :length], -1)
-        if not torch.equal(old, new):
-            length = self._follow(old, new)
-        if length == tokens.shape[1] == self.tokens.shape[1]:
-            return length
-        kept = min(length, tokens.shape[1] - 1)
-        if 0 < kept < self.tokens.shape[1]:
-            self.cache.crop(kept - self.tokens.shape[1])
-        return kept
-
-    def _follow(self, old: torch.Tensor, new: torch.Tensor) -> int:
-        """Reorders the cache where every new row continues some cached row; else finds the prefix that all share."""
-        matches = (new[:, None] == old[None]).all(-1)
-        if not matches.any(1).all():
-            return int((old == new).all(0).cumprod(0).sum()) if len(old) == len(new) else 0
-        rows = matches.int().argmax(1)
-        self.cache.reorder_cache(cast(torch.LongTensor, rows))
-        self.tokens, self.mask, self.log_probs = (t[rows] for t in (self.tokens, self.mask, self.log_probs))
-        return new.shape[1]
-
-
-def _objectives(model: PreTrainedModel) -> list[str]:
-    if not has_preference(model):
+def _check_model(model: Any, backbone: PreTrainedModel) -> None:
+    if backbone.config.is_encoder_decoder:
+        raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError("The guiding model is tuned by prompt learning. Only adapters on its layers can guide.")
+    if backbone.get_output_embeddings() is None:
+        raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
+    if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
         raise ValueError(
-            "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
-            "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
+            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache (`past_key_values`). Use a "
+            "transformer as the guide."
         )
-    return get_objectives(model)
+
+
+def _adapter_names(switch: AdapterSwitch, adapter_name: str | None) -> list[str]:
+    if adapter_name is not None and adapter_name not in switch.names:
+        raise ValueError(f"The guiding model has no adapter {adapter_name!r}. It has {switch.names}.")
+    return switch.active if adapter_name is None else [adapter_name]
+
+
+def _empty_cache(model: Any) -> DynamicCache:
+    """A cache that can be taken back at any length, where the model's layers allow it.
+
+    Layers with a window of attention keep all that they have read: the mask says what they see.
+    """
+    cache = DynamicCache(config=model.config.get_text_config())
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _pad_token_id(model: PreTrainedModel) -> int | None:
     for config in (model.generation_config, model.config.get_text_config()):
         if getattr(config, "pad_token_id", None) is not None:
             return config.pad_token_id
-    end = model.generation_config.eos_token_id
+    end = cast(Any, model.generation_config).eos_token_id
     return end[0] if isinstance(end, list) else end

@@ -13,9 +13,13 @@ Nothing is divided by the sum of the weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
-from transformers import LogitsProcessor
+
+
+Weight = float | torch.Tensor
+"""A number, or a tensor of shape `(rows,)` with one for each prompt of a batch."""
 
 
 class Scorer:
@@ -33,9 +37,13 @@ class Scorer:
         """
         raise NotImplementedError
 
-    def terms(self) -> list[tuple[float, Scorer]]:
+    def terms(self) -> list[tuple[Weight, Scorer]]:
         """The weighted terms that this scorer is the sum of."""
         return [(1.0, self)]
+
+    def scorers(self) -> Iterator[Scorer]:
+        """The scorers that this one is made of, down to those that are made of no others."""
+        yield self
 
     def __add__(self, other: Scorer) -> Scorer:
         return LinearCombination(self.terms() + other.terms()) if isinstance(other, Scorer) else NotImplemented
@@ -43,42 +51,115 @@ class Scorer:
     def __sub__(self, other: Scorer) -> Scorer:
         return self + -1.0 * other if isinstance(other, Scorer) else NotImplemented
 
-    def __mul__(self, weight: float) -> Scorer:
-        if not isinstance(weight, int | float):
+    def __mul__(self, weight: Weight) -> Scorer:
+        if not isinstance(weight, int | float | torch.Tensor):
             return NotImplemented
-        if not math.isfinite(weight):
+        if not torch.isfinite(torch.as_tensor(weight)).all():
             raise ValueError(f"A term's weight is {weight}, but it must be finite.")
+        if isinstance(weight, torch.Tensor) and weight.ndim != 1:
+            raise ValueError(f"A term's weight has shape {tuple(weight.shape)}, but it must be a number or (rows,).")
         return LinearCombination([(weight * own, scorer) for own, scorer in self.terms()])
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> Scorer:
+    def __truediv__(self, divisor: Weight) -> Scorer:
         return self * (1 / divisor)
 
     def __neg__(self) -> Scorer:
         return self * -1.0
 
 
+def of_rows(weight: Weight, rows: int) -> torch.Tensor:
+    """A weight as a column, of shape `(1, 1)`, or `(rows, 1)` if it has rows, repeated as `generate` repeats prompts."""
+    column = torch.as_tensor(weight)
+    if column.ndim == 0:
+        return column.view(1, 1)
+    if rows % len(column):
+        raise ValueError(
+            f"A term has weights for {len(column)} rows, but the batch has {rows}, which is no multiple. Give one for "
+            "each prompt of the batch."
+        )
+    return column.repeat_interleave(rows // len(column))[:, None]
+
+
+def _weighted(weight: Weight, values: torch.Tensor) -> torch.Tensor:
+    """`weight * values`, with a weight for each row if it has rows, where 0 · −inf is 0."""
+    if not isinstance(weight, torch.Tensor):
+        return weight * values
+    column = of_rows(weight, len(values)).to(values)
+    return torch.where(column == 0, torch.zeros_like(values), column * values)
+
+
+def _name(weight: Weight) -> str:
+    return f"[{', '.join(f'{w:g}' for w in weight.tolist())}]" if isinstance(weight, torch.Tensor) else f"{weight:g}"
+
+
 class LinearCombination(Scorer):
     """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone."""
 
-    def __init__(self, terms: list[tuple[float, Scorer]]) -> None:
-        merged: dict[Scorer, float] = {}
+    def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
+        merged: dict[Scorer, Weight] = {}
         for weight, scorer in terms:
             merged[scorer] = merged.get(scorer, 0.0) + weight
-        self._terms = [(weight, scorer) for scorer, weight in merged.items() if weight != 0]
+        self._terms = [(weight, scorer) for scorer, weight in merged.items() if torch.as_tensor(weight).any()]
 
-    def terms(self) -> list[tuple[float, Scorer]]:
+    def terms(self) -> list[tuple[Weight, Scorer]]:
         return list(self._terms)
+
+    def scorers(self) -> Iterator[Scorer]:
+        for _, scorer in self._terms:
+            yield from scorer.scorers()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(scores, dtype=torch.float32)
         for weight, scorer in self._terms:
-            total = total + weight * scorer(input_ids, scores)
+            total = total + _weighted(weight, scorer(input_ids, scores))
         return total
 
     def __repr__(self) -> str:
-        return " + ".join(f"{weight:g} * {scorer!r}" for weight, scorer in self._terms) or "0"
+        return " + ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms) or "0"
+
+
+class PowerMean(Scorer):
+    """log of the weighted power mean of probabilities, (Σ_i w_i π_i^−a)^(−1/a), up to normalisation.
+
+    a = 1 is the harmonic mean, MOD's combination for the forward KL divergence, and other a those for α-divergences
+    (arXiv 2406.18853); a → 0 is the geometric mean, which sums of scorers are.
+
+    Args:
+        terms (`list[tuple[Weight, Scorer]]`):
+            Weights, numbers or tensors of shape `(rows,)`, not negative, and scorers of log-probabilities.
+        order (`float`, *optional*, defaults to 1.0): a > 0.
+
+    Raises:
+        ValueError: an order that is not positive, or a weight that is negative or not finite.
+    """
+
+    def __init__(self, terms: list[tuple[Weight, Scorer]], order: float = 1.0) -> None:
+        if not (math.isfinite(order) and order > 0):
+            raise ValueError(f"`order` is {order}, but it must be positive. A sum of scorers is the limit for 0.")
+        weights = [torch.as_tensor(weight, dtype=torch.float64) for weight, _ in terms]
+        if any(not (weight.isfinite().all() and (weight >= 0).all()) for weight in weights):
+            raise ValueError(f"The weights are {[weight for weight, _ in terms]}, but none may be negative.")
+        self.order = order
+        self.means = [(weight, scorer) for (weight, scorer), value in zip(terms, weights) if value.any()]
+
+    def scorers(self) -> Iterator[Scorer]:
+        for _, scorer in self.means:
+            yield from scorer.scorers()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        found = []
+        for weight, scorer in self.means:
+            values = scorer(input_ids, scores)
+            log_weight = torch.log(of_rows(weight, len(values)).to(values))
+            # −inf weights come first: 0 · ∞ of a token without probability would be NaN.
+            found.append(torch.where(log_weight == -torch.inf, log_weight, log_weight - self.order * values))
+        return -torch.logsumexp(torch.stack(found), dim=0) / self.order
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self.means)
+        return f"PowerMean({terms}; order={self.order:g})"
 
 
 class _Base(Scorer):
@@ -93,28 +174,3 @@ class _Base(Scorer):
 
 BASE = _Base()
 """The model that generates."""
-
-
-class GuidedLogitsProcessor(LogitsProcessor):
-    """Makes `generate` decode from a formula: `model.generate(..., logits_processor=[GuidedLogitsProcessor(f)])`.
-
-    Tokens that the base model excludes (a score of −inf) stay excluded. Temperature, top-k and top-p act on the
-    guided distribution, since `generate` applies them after custom processors.
-
-    Args:
-        formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
-    """
-
-    def __init__(self, formula: Scorer) -> None:
-        if not isinstance(formula, Scorer):
-            raise TypeError(
-                f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm)."
-            )
-        self.formula = formula
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        guided = self.formula(input_ids, scores)
-        return guided.masked_fill(scores == -torch.inf, -torch.inf)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.formula!r})"

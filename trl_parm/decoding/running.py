@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which call of `generate` is at work, as far as a logits processor needs to know it.
+
+`generate` hands a processor the tokens and the scores, but not the model that generates, the prompt's attention mask
+or its length. They are read, never changed, from the call's own arguments on the stack.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
+
+
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+class GenerateCall:
+    """A running call of `generate`.
+
+    Attributes:
+        model (`PreTrainedModel`): The model that generates.
+        processors (`list[LogitsProcessor]`): The user's logits processors.
+        attention_mask (`torch.Tensor` of shape `(batch, prompt)` or `None`): As the user gave it.
+        prompt_length (`int` or `None`): Columns of `input_ids` that are the prompt; `None` before they are known.
+    """
+
+    def __init__(self, frame: FrameType) -> None:
+        arguments = frame.f_locals
+        self.model: PreTrainedModel = arguments["self"]
+        self.processors: list[LogitsProcessor] = list(arguments["logits_processor"] or ())
+        mask = arguments["kwargs"].get("attention_mask")
+        self.attention_mask: torch.Tensor | None = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        self.prompt_length: int | None = arguments.get("input_ids_length")
+
+
+def running_generate() -> GenerateCall | None:
+    """The innermost running call of `generate`, or `None`: with a draft at work it is the assistant's."""
+    return next((GenerateCall(frame) for frame in _frames()), None)
+
+
+def guided_generate(processor_class: type) -> GenerateCall | None:
+    """The call of `generate` that the user made: the outermost of those that decode with a processor of this class."""
+    found = None
+    for frame in _frames():
+        call = GenerateCall(frame)
+        if not any(isinstance(processor, processor_class) for processor in call.processors):
+            break
+        found = call
+    return found
+
+
+def _frames() -> Iterator[Any]:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _GENERATE:
+            yield frame
+        frame = frame.f_back
