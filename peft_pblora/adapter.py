@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checkpointing import PendingForwards
 from .cores import Core
 from .fold import Fold, dtype_for
 
@@ -32,7 +33,7 @@ class LowRankAdapter(nn.Module):
     Args:
         in_features (`int`): n, size of the layer's input.
         out_features (`int`): m, size of the layer's output.
-        core ([`Core`]): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`.
+        core ([`Core`]): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`, and δ(α).
         scaling (`float`): s.
         objectives (`Sequence[str]`): Names of the k objectives.
         preference (`Sequence[float]`): The preference to start with, of length k.
@@ -61,7 +62,7 @@ class LowRankAdapter(nn.Module):
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.preference_was_set = False
         self.version = 0
-        self._pending = _PendingForwards()
+        self._pending = PendingForwards()
         self._folds: dict[torch.dtype, Fold] = {}
         self.reset_parameters(identity)
 
@@ -79,7 +80,9 @@ class LowRankAdapter(nn.Module):
         if self.preference.shape == preference.shape and not self.preference.is_inference():
             self.preference.copy_(preference)
         else:
-            self.preference = preference.to(self.preference.device, torch.float32, copy=True)
+            # A tensor made in inference mode could never take part in training afterwards.
+            with torch.inference_mode(False):
+                self.preference = preference.to(self.preference.device, torch.float32, copy=True)
         self.preference_was_set = True
         self.version += 1
 
@@ -102,8 +105,9 @@ class LowRankAdapter(nn.Module):
                 "A preference for each row can't be merged into one weight. Set one preference of shape (k,) first."
             )
         down, up = self.A.weight, self.B.weight
-        matrix = self.scaling * self.core(preference)
-        bias = self.scaling * (up @ self.core.shift(preference)) if self.core.shifts else None
+        matrix, shift = self.core(preference)
+        matrix = self.scaling * matrix
+        bias = None if shift is None else self.scaling * (up @ shift)
         return (down, up @ matrix, bias) if up.shape[0] <= down.shape[1] else (matrix @ down, up, bias)
 
     def forward(self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,14 +124,19 @@ class LowRankAdapter(nn.Module):
         """
         if preference is None:
             compiling = torch.compiler.is_compiling()
-            if not self.preference_was_set:
+            if not (compiling or self.preference_was_set):
                 self._say_default()
             if not (self.training or compiling or torch.is_grad_enabled()) and x.dtype == result.dtype:
-                return self._folded(x).add_(x, result)
+                fold = self._folded(x)
+                if fold is not None:
+                    return fold.add_(x, result)
             if self.training and not compiling:
                 self._pending.check(self.version)
             preference = self.preference
         x = self.dropout(x)
+        if not self._weights_are_here():
+            hidden = self._mix_rows(self.A(x.to(self.A.weight.dtype)), torch.atleast_2d(preference))
+            return result + self.B(hidden).to(result.dtype)
         if preference.ndim == 1:
             down, up, bias = self.factors(preference)
             hidden = F.linear(x, down.to(x.dtype))
@@ -142,7 +151,7 @@ class LowRankAdapter(nn.Module):
     def _say_default(self) -> None:
         """Says, once in a process by Python's default filter, that nobody chose a preference."""
         self.preference_was_set = True
-        if len(self.objectives) > 1 and not torch.compiler.is_compiling():
+        if len(self.objectives) > 1:
             weights = ", ".join(f"{o}={w:g}" for o, w in zip(self.objectives, self.preference.tolist(), strict=True))
             warnings.warn(
                 f"No preference was set, so the adapter uses its default ({weights}). Choose one with "
@@ -150,30 +159,43 @@ class LowRankAdapter(nn.Module):
                 stacklevel=2,
             )
 
-    def row_factors(self, preference: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """s · W(α), shape `(rows, r, r)`, and s · δ(α), shape `(rows, r)` or `None`, for preferences `(rows, k)`."""
-        preference = preference.to(self.A.weight)
-        matrix = (self.scaling * self.core(preference)).to(dtype)
-        return matrix, (self.scaling * self.core.shift(preference)).to(dtype) if self.core.shifts else None
+    def row_factors(self, preference: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """s · W(α), shape `(rows, r, r)`, and s · δ(α), shape `(rows, r)` or `None`, for preferences `(rows, k)`.
 
-    def _folded(self, x: torch.Tensor) -> Fold:
+        They have the dtype of `like` and are on its device.
+        """
+        matrix, shift = self.core(preference.to(like.device, self.A.weight.dtype))
+        matrix = (self.scaling * matrix).to(like)
+        return matrix, None if shift is None else (self.scaling * shift).to(like)
+
+    def _weights_are_here(self) -> bool:
+        """Whether A and B can be read without calling them.
+
+        Offloading by accelerate, and FSDP where each of them is a unit, bring the weights when a module is called.
+        """
+        return type(self.A) is type(self.B) is nn.Linear and not self.A.weight.is_meta
+
+    def _folded(self, x: torch.Tensor) -> Fold | None:
         dtype = dtype_for(x)
         fold = self._folds.get(dtype)
         if fold is None or not fold.fits(self):
-            fold = self._folds[dtype] = Fold(self, dtype)
+            if not self._weights_are_here():
+                return None
+            with torch.autocast(x.device.type, enabled=False):
+                fold = self._folds[dtype] = Fold(self, dtype)
         if fold.rows:
             check_rows(fold.rows, x.shape[0])
         return fold
 
     def train(self, mode: bool = True) -> LowRankAdapter:
-        self._pending = _PendingForwards()
+        self._pending = PendingForwards()
         self._folds.clear()
         return super().train(mode)
 
     def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
         """s · (W(α) h + δ(α)) with the α of each batch row, expanding rows as `generate` does."""
-        matrix, shift = self.row_factors(expand_rows(preference, hidden.shape[0]), hidden.dtype)
-        rows = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        matrix, shift = self.row_factors(expand_rows(preference, hidden.shape[0]), hidden)
+        rows = hidden.reshape(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.shape[-1])
         mixed = torch.bmm(rows, matrix.transpose(1, 2))
         return (mixed if shift is None else mixed + shift[:, None]).view(hidden.shape)
 
@@ -186,35 +208,6 @@ class LowRankAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling}, objectives={self.objectives}"
-
-
-class _PendingForwards:
-    """Which preferences the forwards had whose backward is still to come.
-
-    Gradient checkpointing repeats a forward in backward. With another preference it would compute other activations
-    than the loss came from, and gradients that are wrong without any error, so that is refused.
-    """
-
-    def __init__(self) -> None:
-        self.versions: set[int] = set()
-        self.repeated = False
-
-    def check(self, version: int) -> None:
-        """Notes a forward at the preference of this version, or raises `RuntimeError` for a wrong repetition."""
-        if torch._C._current_graph_task_id() == -1:
-            if self.repeated:
-                self.versions.clear()
-                self.repeated = False
-            if len(self.versions) < 2:
-                self.versions.add(version)
-        elif self.versions - {version}:
-            raise RuntimeError(
-                "The preference was changed between a forward and its backward, but gradient checkpointing repeats "
-                "the forward in backward. Set the preference before the forward and leave it until backward is "
-                "done; with several preferences in one step, run backward for each before the next forward."
-            )
-        else:
-            self.repeated = True
 
 
 def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from peft import PeftConfig
 
 from .card import add_loading_section
 from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
+from .official import name_objectives, number_objectives, starting_preference
 from .preference import as_preference, check_objectives
 from .registration import PeftType, check_registered
 
@@ -41,7 +41,7 @@ class PreferenceConfig(PeftConfig):
     """
 
     objectives: list[str] = field(
-        default_factory=lambda: ["objective_1", "objective_2"],
+        default_factory=lambda: number_objectives(2),
         metadata={"help": "Names of the objectives, in the order of the preference vector."},
     )
     default_preference: list[float] | None = field(
@@ -118,8 +118,10 @@ class PBLoraConfig(PreferenceConfig):
         lora_alpha (`float`, *optional*, defaults to 8):
             The scaling s is `lora_alpha / r2` on both blocks, or `lora_alpha / r1` where `r2` is 0.
 
-    The other arguments are those of [`PreferenceConfig`]. Adapters of the authors' code load as they are; they know
-    their objectives by number only, and `obj_num` and `pref_vec_init` stand for `objectives` and `default_preference`.
+    The other arguments are those of [`PreferenceConfig`]. Adapters of the authors' code load as they are, with their
+    order of the objectives, which they know by number only: `obj_num` and `pref_vec_init` stand for `objectives` and
+    `default_preference`. Name them by setting `config.objectives` before loading, or by an entry `objectives` in their
+    `adapter_config.json`. In their safety task the order is harmlessness, helpfulness.
 
     Example:
 
@@ -127,6 +129,8 @@ class PBLoraConfig(PreferenceConfig):
     >>> from peft_pblora import PBLoraConfig
     >>> PBLoraConfig(objectives=["helpful", "harmless"], r1=4, r2=4, lora_alpha=8).scaling
     2.0
+    >>> PBLoraConfig(obj_num=2, objectives=["harmless", "helpful"]).objectives  # with the keys of the authors' file
+    ['harmless', 'helpful']
 
     ```
     """
@@ -140,9 +144,9 @@ class PBLoraConfig(PreferenceConfig):
 
     def __post_init__(self, obj_num: int | None = None, pref_vec_init: list[float] | None = None) -> None:
         if obj_num is not None:
-            self.objectives = [f"objective_{i + 1}" for i in range(obj_num)]
+            self.objectives = name_objectives(obj_num, self.objectives)
             if pref_vec_init is not None and self.default_preference is None:
-                self.default_preference = _official_preference(pref_vec_init, self.objectives)
+                self.default_preference = starting_preference(pref_vec_init, self.objectives)
         super().__post_init__()
         self.peft_type = PeftType.PBLORA
         check_registered(self.peft_type, type(self))
@@ -227,14 +231,6 @@ class MoSLoraConfig(PreferenceConfig):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.r
-
-
-def _official_preference(preference: Any, objectives: list[str]) -> list[float] | None:
-    try:
-        return as_preference(preference, objectives).tolist()
-    except (TypeError, ValueError) as error:
-        warnings.warn(f"The adapter's `pref_vec_init` is not used: {error}", stacklevel=4)
-        return None
 
 
 def _as_set(modules: Sequence[str] | str | None):

@@ -12,31 +12,27 @@ from torch import nn
 
 
 class Core(nn.Module):
-    """What every core offers: its size, its initialisation, and W(α)."""
+    """What every core offers: its size, its initialisation, W(α), and δ(α) where the map is affine.
+
+    y = W0 x + s · B (W(α) A x + δ(α))
+    """
 
     rank: int
     """The size r of W(α)."""
-
-    shifts: bool = False
-    """Whether the map is affine: y = W0 x + s · B (W(α) A x + δ(α))."""
 
     def reset_parameters(self) -> None:
         """Draws fresh parameters, as the method's authors do."""
         raise NotImplementedError
 
-    def forward(self, preference: torch.Tensor) -> torch.Tensor:
-        """Returns W(α).
+    def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns W(α) and δ(α).
 
         Args:
             preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`): α, in the dtype of the parameters.
 
         Returns:
-            `torch.Tensor` of shape `(r, r)` or `(rows, r, r)`.
+            `tuple` of W(α), `(r, r)` or `(rows, r, r)`, and δ(α), `(r,)` or `(rows, r)`, or `None` without a shift.
         """
-        raise NotImplementedError
-
-    def shift(self, preference: torch.Tensor) -> torch.Tensor:
-        """Returns δ(α) of shape `(r,)` or `(rows, r)`, for cores that shift."""
         raise NotImplementedError
 
 
@@ -71,14 +67,14 @@ class PBLoraCore(Core):
             if weight is not None:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
-    def forward(self, preference: torch.Tensor) -> torch.Tensor:
+    def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = preference.shape[:-1]
         matrix = preference.new_zeros(*rows, self.rank, self.rank)
         if self.W1 is not None:
             matrix[..., : self.r1, : self.r1] = self.W1
         if self.W2 is not None:
             matrix[..., self.r1 :, self.r1 :] = (preference @ self.W2).view(*rows, self.r2, self.r2)
-        return matrix
+        return matrix, None
 
     def extra_repr(self) -> str:
         return f"r1={self.r1}, r2={self.r2}"
@@ -111,12 +107,11 @@ class SVDLoraCore(Core):
             nn.init.normal_(self.sigma, std=0.02)
         nn.init.normal_(self.c, std=0.5)
 
-    def forward(self, preference: torch.Tensor) -> torch.Tensor:
-        aware = self.c * preference
-        if self.sigma is None:
-            return torch.diag_embed(aware)
-        agnostic = self.sigma.expand(*preference.shape[:-1], self.r)
-        return torch.diag_embed(torch.cat([agnostic, aware], dim=-1))
+    def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, None]:
+        values = self.c * preference
+        if self.sigma is not None:
+            values = torch.cat([self.sigma.expand(*preference.shape[:-1], self.r), values], dim=-1)
+        return torch.diag_embed(values), None
 
     def extra_repr(self) -> str:
         return f"r={self.r}"
@@ -139,8 +134,6 @@ class MoSLoraCore(Core):
         embeddings (`nn.Parameter` of shape `(k, d)` or `None`): o.
     """
 
-    shifts = True
-
     def __init__(self, objectives: int, r: int, embedding_size: int = 0) -> None:
         super().__init__()
         if r < 1 or embedding_size < 0:
@@ -156,15 +149,10 @@ class MoSLoraCore(Core):
         if self.embeddings is not None:
             nn.init.normal_(self.embeddings)
 
-    def forward(self, preference: torch.Tensor) -> torch.Tensor:
-        return torch.diag_embed(1 + self._modulation(preference)[..., : self.rank])
-
-    def shift(self, preference: torch.Tensor) -> torch.Tensor:
-        return self._modulation(preference)[..., self.rank :]
-
-    def _modulation(self, preference: torch.Tensor) -> torch.Tensor:
+    def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = preference if self.embeddings is None else preference @ self.embeddings
-        return mixed @ self.M.T
+        gamma, delta = (mixed @ self.M.T).chunk(2, dim=-1)
+        return torch.diag_embed(1 + gamma), delta
 
     def extra_repr(self) -> str:
         return f"r={self.rank}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import onload_layer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -113,9 +114,9 @@ def _lora_weights(model, layers, name, preference, rank) -> tuple[dict[str, torc
     for key, layer in model.named_modules():
         if id(layer) not in layers:
             continue
-        with torch.no_grad():
+        with torch.no_grad(), onload_layer(layer):
             down, up, bias = layer.adapter(name).factors(preference)
-        own_rank = rank or down.shape[0]
+        own_rank = down.shape[0] if rank is None else rank
         if own_rank < down.shape[0]:
             raise ValueError(f"`rank` is {rank}, but the adapter has rank {down.shape[0]} already. Give a larger one.")
         padding = own_rank - down.shape[0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,11 +40,11 @@ class Fold:
         self.matrix: torch.Tensor | None = None
         if self.rows:
             down, up = adapter.A.weight, adapter.B.weight
-            matrix, self.bias = adapter.row_factors(preference, dtype)
-            self.matrix = matrix.transpose(1, 2).contiguous()
+            matrix, bias = adapter.row_factors(preference, down)
+            self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()
         else:
             down, up, bias = adapter.factors(preference.view(-1))
-            self.bias = None if bias is None else bias.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
         self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
 
     def fits(self, adapter: LowRankAdapter) -> bool:
@@ -64,7 +65,7 @@ class Fold:
         if self.matrix is not None:
             hidden = self._mix_rows(hidden, self.matrix)
         # Autocast lowers the dtype of `hidden`, and in-place products do not follow it.
-        if result.dtype == self.dtype == hidden.dtype:
+        if result.dtype == self.dtype == hidden.dtype and result.is_contiguous():
             result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
         else:
             result.add_(torch.matmul(hidden, self.up))
@@ -72,10 +73,12 @@ class Fold:
 
     def _mix_rows(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         bias, repeats = self.bias, hidden.shape[0] // self.rows
-        if repeats > 1:
+        if repeats != 1:
             matrix = matrix.repeat_interleave(repeats, dim=0)
             bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)
-        rows = hidden if hidden.ndim == 3 else hidden.view(hidden.shape[0], -1, hidden.shape[-1])
+        rows = hidden
+        if hidden.ndim != 3:
+            rows = hidden.view(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.shape[-1])
         rows = torch.bmm(rows, matrix) if bias is None else torch.baddbmm(bias[:, None], rows, matrix)
         return rows if hidden.ndim == 3 else rows.view(hidden.shape)
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import PreferenceConfig
 from .layer import MoSLoraLinear, PBLoraLinear, PreferenceLinear, SVDLoraLinear
+from .official import rename_tensors
 
 
 class PreferenceTuner(BaseTuner):
@@ -39,8 +40,6 @@ class PreferenceTuner(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config=config)
             return
@@ -115,13 +114,8 @@ class PBLoraModel(PreferenceTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Also takes the authors' tensor names, `pblora_A` for `pblora_adapter.A.weight` and so on."""
-        ours = {"A": "A.weight", "B": "B.weight", "W1": "core.W1", "W2": "core.W2"}
-        renamed = {}
-        for key, value in state_dict.items():
-            stem, _, part = key.removesuffix(".weight").rpartition(".pblora_")
-            renamed[f"{stem}.pblora_adapter.{ours[part]}" if part in ours else key] = value
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
+        """Also takes the authors' tensor names."""
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rename_tensors(state_dict))
 
 
 class SVDLoraModel(PreferenceTuner):

@@ -57,9 +57,10 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
         raise ValueError(f"`preference` has a negative weight: {weights.tolist()}. Weights must be 0 or larger.")
     totals = weights.sum(-1, keepdim=True)
     if normalize:
-        if (totals <= 0).any():
+        if (weights.amax(-1) <= 0).any():
             raise ValueError("`preference` sums to 0 and can't be normalized. Give at least one positive weight.")
-        return weights / totals
+        weights = weights / weights.amax(-1, keepdim=True)  # so that the sum of huge weights is finite
+        return weights / weights.sum(-1, keepdim=True)
     if ((totals - 1).abs() > SUM_TOLERANCE).any():
         raise ValueError(
             f"`preference` {weights.tolist()} sums to {totals.flatten().tolist()}, but the weights must sum to 1. "

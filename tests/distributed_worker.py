@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two processes of the distributed tests: trains one step of half the batch and saves the gradients.
 
-python distributed_worker.py RANK WORLD PORT {ddp,fsdp} OUTPUT
+python distributed_worker.py RANK WORLD PORT {ddp,fsdp,fsdp-factors} OUTPUT
+
+`fsdp-factors` makes every trained matrix a unit of its own, as PEFT's `fsdp_auto_wrap_policy` does.
 """
 
 import os
@@ -10,6 +12,7 @@ import sys
 import torch
 import torch.distributed as dist
 from conftest import tiny_arm
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -45,8 +48,12 @@ def main() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo")
     model = tiny_arm().train()
-    if kind == "fsdp":
+    if kind.startswith("fsdp"):
         mesh = init_device_mesh("cpu", (world,))
+        if kind == "fsdp-factors":
+            wraps = fsdp_auto_wrap_policy(model).keywords["policies"][0].keywords["lambda_fn"]
+            for module in [module for module in model.modules() if wraps(module)]:
+                fully_shard(module, mesh=mesh)
         for layer in model.base_model.model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -111,12 +111,24 @@ preferences = st.lists(st.floats(0.01, 1), min_size=3, max_size=3).map(lambda w:
 def test_core_equals_its_naive_twin(row, preference, seed):
     adapter = make_adapter(row, 5, 4, seed)
     alpha = torch.tensor(preference, dtype=torch.float64)
-    matrix, shift = row.twin(adapter.core, alpha)
-    torch.testing.assert_close(adapter.core(alpha), matrix)
-    if adapter.core.shifts:
-        torch.testing.assert_close(adapter.core.shift(alpha), shift)
     rows = torch.stack([alpha, alpha.flip(0)])
-    torch.testing.assert_close(adapter.core(rows), torch.stack([row.twin(adapter.core, a)[0] for a in rows]))
+    twins = [row.twin(adapter.core, a) for a in rows]
+    for preference, expected in ((alpha, twins[0]), (rows, [torch.stack(parts) for parts in zip(*twins)])):
+        matrix, shift = adapter.core(preference)
+        torch.testing.assert_close(matrix, expected[0])
+        torch.testing.assert_close(torch.zeros_like(expected[1]) if shift is None else shift, expected[1])
+
+
+@every_adapter
+@given(one=preferences, other=preferences, share=st.floats(0, 1), seed=st.integers(0, 100))
+@settings(max_examples=10, deadline=None)
+def test_adapter_is_linear_in_the_preference(row, one, other, share, seed):
+    """Δ(tα + (1 − t)α') = tΔ(α) + (1 − t)Δ(α'), with the shift."""
+    adapter = make_adapter(row, 5, 4, seed)
+    x, nothing = torch.randn(2, 4, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.float64)
+    one, other = (torch.tensor(p, dtype=torch.float64) for p in (one, other))
+    mixed = adapter(x, nothing, share * one + (1 - share) * other)
+    torch.testing.assert_close(mixed, share * adapter(x, nothing, one) + (1 - share) * adapter(x, nothing, other))
 
 
 @every_adapter

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import OBJECTIVES, tiny_arm, tiny_llama
+from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from test_cores import every_adapter, make_model
 
@@ -73,8 +74,9 @@ def test_export_pads_to_a_rank_that_an_engine_accepts(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path).eval()
     set_preference(model, [0.5, 0.5])
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="`rank` is 4, but the adapter has rank 5 already"):
-        save_as_lora(model, tmp_path / "small", [0.5, 0.5], rank=4)
+    for rank in (4, 0):
+        with pytest.raises(ValueError, match=f"`rank` is {rank}, but the adapter has rank 5 already"):
+            save_as_lora(model, tmp_path / "small", [0.5, 0.5], rank=rank)
     assert not (tmp_path / "small").exists()
 
 
@@ -85,6 +87,39 @@ def test_export_of_a_whole_grid(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"harmless", "uniform", "helpful"}
     set_preference(model, [1.0, 0.0])
     loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "helpful").eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export_of_a_grid_at_an_engines_rank(tmp_path):
+    model, grid = tiny_arm(), preference_grid(OBJECTIVES, 4)
+    for folder, preference in zip(save_as_lora(model, tmp_path, grid, rank=16), grid, strict=True):
+        set_preference(model, preference)
+        loaded = PeftModel.from_pretrained(tiny_llama(1), folder).eval()
+        assert (loaded.peft_config["default"].r, loaded.peft_config["default"].lora_alpha) == (16, 16)
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@every_adapter
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": None},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["down_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+    ],
+    ids=str,
+)
+def test_export_keeps_the_choice_of_modules(row, choice, tmp_path):
+    base = tiny_gpt2 if "fan_in_fan_out" in choice else tiny_llama
+    model = make_model(row, base(), **choice)
+    save_as_lora(model, tmp_path, [2, 3, 5], normalize=True, rank=8)
+    set_preference(model, [0.2, 0.3, 0.5])
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    adapted = [sum(isinstance(m, BaseTunerLayer) for m in arm.modules()) for arm in (loaded, model)]
+    assert adapted[0] == adapted[1] > 0
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -183,6 +218,15 @@ def test_objective_names_can_be_given_to_an_official_adapter(tmp_path):
     config = PeftConfig.from_pretrained(tmp_path / "official")
     config.objectives = ["harmless", "helpful"]  # the authors' order in their safety task
     model = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "official", config=config)
+    set_preference(model, {"helpful": 0.25, "harmless": 0.75})
+    assert get_preference(model).tolist() == [0.75, 0.25]
+
+
+def test_objective_names_can_be_written_into_an_official_folder(tmp_path):
+    write_official_adapter(tmp_path / "official", k=2, r1=4, r2=2)
+    path = tmp_path / "official" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "objectives": ["harmless", "helpful"]}))
+    model = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "official")
     set_preference(model, {"helpful": 0.25, "harmless": 0.75})
     assert get_preference(model).tolist() == [0.75, 0.25]
 

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the adapted layers start, what they never build, what they refuse, and what importing them leaves alone."""
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from conftest import OBJECTIVES, tiny_arm, tiny_llama
+from peft import get_peft_model
+from test_cores import TABLE, every_adapter, make_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peft_pblora
+from peft_pblora import PBLoraConfig, as_preference, sample_preferences, set_preference
+from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
+from peft_pblora.registration import PeftType, register
+
+
+IDS = torch.arange(2, 18).view(2, 8)
+
+
+def assert_uniform(weight: torch.Tensor, fan_in: int) -> None:
+    """kaiming_uniform(a=√5) is U(−b, b) with b = 1/√fan_in, of standard deviation b/√3."""
+    assert weight.abs().max() <= fan_in**-0.5
+    assert weight.std().item() == pytest.approx((fan_in * 3) ** -0.5, rel=0.1)
+
+
+def assert_normal(weight: torch.Tensor, deviation: float) -> None:
+    assert weight.mean().item() == pytest.approx(0, abs=deviation / 10)
+    assert weight.std().item() == pytest.approx(deviation, rel=0.1)
+
+
+def test_parameters_start_as_the_authors_draw_them():
+    torch.manual_seed(0)
+    core = PBLoraCore(3, 50, 20)
+    adapter = LowRankAdapter(80, 60, core, 1.0, ["a", "b", "c"], [0.2, 0.3, 0.5])
+    assert_uniform(adapter.A.weight, 80)
+    assert not adapter.B.weight.any()
+    assert_uniform(core.W1, 50)
+    assert_uniform(core.W2, 400)
+    assert_normal(SVDLoraCore(3, 2000).sigma, 0.02)
+    assert_normal(torch.cat([SVDLoraCore(3, 1).c for _ in range(2000)]), 0.5)
+    moslora = MoSLoraCore(3, 4, embedding_size=1000)
+    assert not moslora.M.any()
+    assert_normal(moslora.embeddings, 1.0)
+
+
+class LargestNew(TorchDispatchMode):
+    """Notes the largest tensor that is made, the frozen weight and views of it left out."""
+
+    def __init__(self, known: torch.Tensor) -> None:
+        super().__init__()
+        self.known, self.largest = known.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, tuple | list) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.known:
+                self.largest = max(self.largest, tensor.numel())
+        return output
+
+
+@every_adapter
+@pytest.mark.parametrize("rows", [False, True], ids=["one", "rows"])
+def test_nothing_of_the_size_of_the_weight_is_ever_made(row, rows):
+    config = row.config(objectives=["a", "b", "c"], target_modules=["0"], init_weights=False, **row.settings)
+    model = get_peft_model(nn.Sequential(nn.Linear(60, 50, bias=False)), config)
+    set_preference(model, torch.eye(3)[:2] if rows else [0.2, 0.3, 0.5])
+    layer = model.base_model.model[0]
+    x = torch.randn(2, 3, 60, requires_grad=True)
+    with LargestNew(layer.get_base_layer().weight) as seen:
+        layer(x).sum().backward()
+        with torch.no_grad():
+            model.eval()(x)
+    assert 2 * 3 * 60 <= seen.largest < 60 * 50 / 3
+
+
+def test_the_measure_of_size_sees_a_dense_delta():
+    layer = nn.Linear(60, 50, bias=False)
+    with LargestNew(layer.weight) as seen:
+        torch.randn(50, 4) @ torch.randn(4, 60)
+    assert seen.largest == 60 * 50
+
+
+def test_empty_batches_and_bases_that_are_not_contiguous():
+    adapter = LowRankAdapter(6, 5, PBLoraCore(2, 2, 2), 1.0, OBJECTIVES, [0.5, 0.5], identity=False).eval()
+    for preference in ([0.2, 0.8], [[0.2, 0.8], [1.0, 0.0]]):
+        adapter.set_preference(torch.tensor(preference))
+        x, result = torch.randn(6, 3, 2).permute(2, 1, 0), torch.randn(5, 3, 2).permute(2, 1, 0)
+        expected = adapter(x, result)
+        assert adapter(x[:0], result[:0]).shape == (0, 3, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(adapter(x, result.clone()), expected)
+            assert adapter(x[:0], result[:0].clone()).shape == (0, 3, 5)
+            flat = adapter(x[:, 0], result[:, 0].clone())
+        torch.testing.assert_close(flat, expected[:, 0])
+
+
+def test_a_fold_made_under_autocast_is_not_rounded():
+    torch.manual_seed(0)
+    adapter = LowRankAdapter(64, 50, PBLoraCore(2, 2, 2), 1.0, OBJECTIVES, [0.5, 0.5], identity=False).eval()
+    x, result = torch.randn(2, 3, 64), torch.randn(2, 3, 50)
+    expected = adapter(x, result)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            adapter(x, result.clone())
+        torch.testing.assert_close(adapter(x, result.clone()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_layers_refuse():
+    model = make_model(TABLE["pblora"])
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        model.train()(input_ids=IDS, adapter_names=["default"] * 2)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters, please call `unmerge_adapter` first"):
+        model(input_ids=IDS, adapter_names=["default"] * 2)
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.adapter("default").A.weight[0, 0] = float("nan")
+    before = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+        model.merge_adapter(safe_merge=True)
+    after = model.base_model.model.model.layers[0].self_attn.q_proj.get_base_layer().weight
+    assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("n", "concentration", "message"),
+    [
+        (0, 1.0, "`n` is 0, but at least one preference must be drawn"),
+        (1, [1.0, 1.0], r"`concentration` has shape \(2,\), but there are 3 objectives"),
+        (1, 0.0, "`concentration` is 0.0, but it must be positive and finite"),
+        (1, [1.0, float("inf"), 1.0], "must be positive and finite"),
+    ],
+)
+def test_bad_samples_are_told_apart(n, concentration, message):
+    with pytest.raises(ValueError, match=message):
+        sample_preferences(n, ["a", "b", "c"], concentration)
+
+
+def test_normalize_takes_weights_whose_sum_overflows():
+    torch.testing.assert_close(as_preference([3e38, 3e38], OBJECTIVES, normalize=True), torch.tensor([0.5, 0.5]))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        as_preference([float("inf"), 1.0], OBJECTIVES, normalize=True)
+
+
+def test_names_of_another_number_than_an_official_adapter_has():
+    with pytest.raises(ValueError, match="`objectives` names .* but the adapter has `obj_num` 2"):
+        PBLoraConfig(obj_num=2, objectives=["a", "b", "c"])
+
+
+def test_a_prefix_or_an_enum_member_of_peft_takes_precedence(monkeypatch):
+    for name in ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING"):
+        monkeypatch.setattr(peft.mapping, name, dict(getattr(peft.mapping, name)))
+    del peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PBLORA"], peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING["PBLORA"]
+    taken = {**peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, "THEIRS": "pblora_"}
+    monkeypatch.setattr(peft.mapping, "PEFT_TYPE_TO_PREFIX_MAPPING", taken)
+    with pytest.warns(UserWarning, match="already has a method PBLORA or a parameter prefix 'pblora_'"):
+        register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+    assert "PBLORA" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+def test_importing_changes_nothing_in_peft_but_its_registries():
+    code = """
+import sys, types
+import accelerate, peft, transformers.integrations.peft
+from peft.tuners import tuners_utils
+
+def picture():
+    modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "peft"}
+    objects = {(name, key): id(value) for name, module in modules.items() for key, value in vars(module).items()}
+    for name, module in modules.items():
+        for key, value in vars(module).items():
+            if isinstance(value, type) and value.__module__.split(".")[0] == "peft":
+                objects |= {(name, key, member): id(v) for member, v in vars(value).items() if member[:5] != "__abc"
+                            and member[:4] != "_abc"}
+    return objects, [member.name for member in peft.PeftType]
+
+before, members = picture()
+import peft_pblora
+after, members_after = picture()
+changed = {key for key in before if after.get(key) != before[key]}
+assert not changed, changed
+assert members == members_after
+ours = {"PBLORA", "SVDLORA", "MOSLORA"}
+for registry in ("CONFIG", "TUNER", "PREFIX"):
+    assert {str(getattr(k, "value", k)) for k in getattr(peft.mapping, f"PEFT_TYPE_TO_{registry}_MAPPING")} >= ours
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_preference_is_set_in_place_without_a_file(monkeypatch):
+    arm = tiny_arm(tiny_llama(1))
+    adapter = arm.base_model.model.model.layers[0].self_attn.q_proj.adapter("default")
+    tensor, weights = adapter.preference, {name: id(p) for name, p in arm.named_parameters()}
+    monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("a file was opened"))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("something was loaded"))
+    set_preference(arm, {"helpful": 3, "harmless": 1}, normalize=True)
+    assert adapter.preference is tensor
+    assert tensor.tolist() == [0.75, 0.25]
+    assert {name: id(p) for name, p in arm.named_parameters()} == weights

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More of the preference as run-time state: inference mode, compilers, accelerate, copies on disk, casts."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator, cpu_offload, disk_offload
+from conftest import OBJECTIVES, tiny_arm, tiny_llama
+from distributed_worker import gradients, loss_of
+from peft import PeftModel
+from test_cores import TABLE, every_adapter, make_model
+
+from peft_pblora import get_preference, save_as_lora, set_preference, use_preference
+
+
+IDS = torch.arange(2, 18).view(2, 8)
+ROWS = [[1.0, 0.0], [0.25, 0.75]]
+
+
+@pytest.mark.parametrize(("before", "inside"), [(ROWS, [0.2, 0.8]), ([0.2, 0.8], ROWS), ([0.2, 0.8], [0.9, 0.1])])
+def test_a_preference_set_in_inference_mode_can_be_trained_at(before, inside):
+    arm = tiny_arm()
+    set_preference(arm, inside)
+    loss_of(arm.train(), IDS).backward()
+    expected = gradients(arm)
+    arm.zero_grad()
+    set_preference(arm, before)
+    with torch.inference_mode():
+        set_preference(arm, inside)
+        arm.eval()(IDS)
+    loss_of(arm.train(), IDS).backward()
+    torch.testing.assert_close(gradients(arm), expected)
+
+
+def test_a_model_made_in_inference_mode_takes_preferences():
+    with torch.inference_mode():
+        arm = tiny_arm()
+        arm(IDS)
+    outputs = []
+    for preference in ([1.0, 0.0], [0.0, 1.0], [1.0, 0.0]):
+        set_preference(arm, preference)
+        with torch.no_grad():
+            outputs.append(arm(IDS).logits)
+    torch.testing.assert_close(outputs[0], outputs[2])
+    assert not torch.allclose(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("preferences", [[[0.5, 0.5], [1.0, 0.0]], [ROWS, ROWS[::-1]]], ids=["one", "rows"])
+def test_training_compiled_does_not_recompile_for_a_new_preference(preferences):
+    arm, eager = tiny_arm().train(), tiny_arm().train()
+    compiled = torch.compile(arm, fullgraph=True, backend="aot_eager")
+    stances = ["default", "fail_on_recompile"]
+    for preference, stance in zip(preferences, stances, strict=True):
+        for model in (arm, eager):
+            set_preference(model, preference)
+            model.zero_grad()
+        with torch.compiler.set_stance(stance):
+            loss_of(compiled, IDS).backward()
+        loss_of(eager, IDS).backward()
+        torch.testing.assert_close(gradients(arm), gradients(eager), atol=1e-6, rtol=1e-5)
+
+
+def test_compiled_before_any_preference_was_set():
+    arm = tiny_arm()
+    compiled = torch.compile(arm, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(IDS)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            set_preference(arm, [1.0, 0.0])
+            torch.testing.assert_close(compiled(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
+            with use_preference(arm, [0.3, 0.7]):
+                torch.testing.assert_close(compiled(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@every_adapter
+@pytest.mark.parametrize("preference", [[0.2, 0.3, 0.5], [[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]]], ids=["one", "rows"])
+def test_weights_that_accelerate_keeps_on_disk(row, preference, tmp_path):
+    model, reference = make_model(row), make_model(row)
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert {p.is_meta for name, p in model.named_parameters() if "lora_adapter" in name} == {True}
+    for chosen in (preference, [1.0, 0.0, 0.0]):
+        set_preference(model, chosen)
+        set_preference(reference, chosen)
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, reference(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_exporting_weights_that_accelerate_keeps_elsewhere(tmp_path):
+    model = make_model(TABLE["moslora"])
+    set_preference(model, [0.2, 0.3, 0.5])
+    expected = model(IDS).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    save_as_lora(model, tmp_path, [0.2, 0.3, 0.5])
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_through_accelerator_in_bf16():
+    arm, reference = tiny_arm(), tiny_arm()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(arm)
+    for preference in ([0.2, 0.8], ROWS):
+        set_preference(prepared, preference)
+        set_preference(reference, preference)
+        assert torch.equal(get_preference(prepared), torch.tensor(preference))
+        for mode in (True, False):
+            prepared.train(mode)
+            with torch.set_grad_enabled(mode):
+                found = prepared(input_ids=IDS).logits
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, reference(IDS).logits, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_preference_stays_float32_and_raises_no_dtype(dtype):
+    arm = tiny_arm()
+    set_preference(arm, torch.tensor([0.25, 0.75], dtype=torch.float64))
+    arm.to(dtype)
+    assert get_preference(arm).dtype == torch.float32
+    for preference in ([0.25, 0.75], ROWS):
+        set_preference(arm, torch.tensor(preference, dtype=torch.float64))
+        assert arm(IDS).logits.dtype == dtype
+        with torch.no_grad():
+            assert arm(IDS).logits.dtype == dtype
+
+
+def test_preference_survives_torch_save_of_the_whole_model():
+    arm, file = tiny_arm(), io.BytesIO()
+    set_preference(arm, ROWS)
+    with torch.no_grad():
+        expected = arm(IDS).logits
+    torch.save(arm, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(get_preference(loaded), torch.tensor(ROWS))
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, expected)
+
+
+def test_default_preference_is_said_by_one_line_under_pythons_filter():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            tiny_arm(objectives=["quick", "slow"], default_preference=[0.3, 0.7])(IDS)
+    said = [str(warning.message) for warning in caught if "No preference was set" in str(warning.message)]
+    assert len(said) == 1
+    assert "quick=0.3, slow=0.7" in said[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_in_a_context_around_forward_and_backward(reentrant):
+    results = []
+    for checkpointing in (False, True):
+        arm = tiny_arm().train()
+        if checkpointing:
+            arm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            arm.enable_input_require_grads()
+        for preference in ([0.2, 0.8], ROWS):
+            with use_preference(arm, preference):
+                loss_of(arm, IDS).backward()
+        results.append(gradients(arm))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_objectives_of_a_loaded_adapter_normalize_by_name(tmp_path):
+    tiny_arm().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path)
+    with use_preference(loaded, {"harmless": 3, "helpful": 1}, normalize=True):
+        assert get_preference(loaded).tolist() == [0.25, 0.75]
+    assert get_preference(loaded).tolist() == [1 / len(OBJECTIVES)] * 2
