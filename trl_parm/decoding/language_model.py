@@ -134,7 +134,7 @@ class LM(Scorer):
     def _read(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the guide reads, tokens and mask of shape `(rows, length)`, for the base model's tokens."""
         tokens = input_ids.to(self.model.device)
-        own = self.prompt.own(*tokens.shape, tokens.device) if self.prompt else None
+        own = self.prompt.own(tokens) if self.prompt else None
         if own is None:
             mask = self._attention_mask(tokens)
         else:
@@ -147,14 +147,14 @@ class LM(Scorer):
             tokens, mask = torch.cat([own[0], tokens], 1), torch.cat([own[1], mask], 1)
         if tokens.shape[1] == 0:
             raise ValueError(
-                "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one with "
-                "`prompt=Prompt(inputs, guide=...)`."
+                "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one "
+                "with `prompt=Prompt(inputs, guide=...)`."
             )
         return tokens, mask
 
     def _attention_mask(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mask of base tokens: the one given, that of the running `generate`, or leading pad tokens left out."""
-        given = self.prompt.mask(*tokens.shape, tokens.device) if self.prompt else None
+        given = self.prompt.mask(tokens) if self.prompt else None
         if given is not None:
             return given
         call = guided_generate(GuidedLogitsProcessor)
@@ -166,7 +166,7 @@ class LM(Scorer):
                 )
             mask = call.attention_mask
             if mask is not None and mask.shape[1] <= tokens.shape[1] and len(tokens) % len(mask) == 0:
-                return extend_mask(mask, *tokens.shape, tokens.device)
+                return extend_mask(mask, tokens)
         return self._mask_of_padding(tokens)
 
     def _mask_of_padding(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -248,8 +248,8 @@ def _check_model(model: Any, backbone: PreTrainedModel) -> None:
         raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
     if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
         raise ValueError(
-            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache (`past_key_values`). Use a "
-            "transformer as the guide."
+            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache (`past_key_values`). Use "
+            "a transformer as the guide."
         )
 
 

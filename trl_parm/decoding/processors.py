@@ -18,7 +18,7 @@ from .scorers import BASE, LinearCombination, PowerMean, Scorer, Weight
 
 
 Models = Mapping[str, Any]
-"""Objective → language model; the name of an adapter of the model in `adapters_of`; or any scorer, such as [`BASE`]."""
+"""Objective → language model, name of an adapter of the model in `adapters_of`, or any scorer, such as [`BASE`]."""
 Beta = float | Sequence[float] | torch.Tensor
 DIVERGENCES = ("reverse_kl", "forward_kl", "alpha")
 

@@ -60,56 +60,49 @@ class Prompt:
         self.guide_ids, self.guide_mask = None, None
         if guide is not None:
             self.guide_ids, self.guide_mask = _encode(guide, tokenizer)
-        rows = {len(t) for t in (self.attention_mask, self.guide_ids) if t is not None}
-        if len(rows) > 1:
-            raise ValueError(
-                f"`inputs` has {len(cast(Any, self.attention_mask))} prompts, but `guide` {len(cast(Any, self.guide_ids))}. "
-                "Give the guide one prompt for each."
-            )
+        rows = [len(t) for t in (self.attention_mask, self.guide_ids) if t is not None]
+        if len(set(rows)) > 1:
+            raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[1]}. Give the guide one for each.")
 
-    def mask(self, rows: int, columns: int, device: torch.device) -> torch.Tensor | None:
-        """The attention mask of base tokens, of shape `(rows, columns)`, or `None` if it is not known.
+    def mask(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The attention mask of base tokens `(rows, length)`, of the same shape, or `None` if it is not known.
 
         Raises:
             ValueError: the batch is not the one that the prompt belongs to.
         """
-        if self.attention_mask is None or not self.length:
-            return None
-        return extend_mask(self.attention_mask, rows, columns, device)
+        return extend_mask(self.attention_mask, tokens) if self.attention_mask is not None and self.length else None
 
-    def own(self, rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The guide's own prompt tokens and mask, one for each of `rows` rows, or `None` if it reads the base's.
+    def own(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The guide's own prompt, ids and mask, for each row of the base's tokens; `None` if it reads the base's.
 
         Raises:
             ValueError: the batch is not the one that the prompt belongs to.
         """
         if self.guide_ids is None or self.guide_mask is None:
             return None
-        _check(len(self.guide_ids), cast(int, self.length), rows, columns)
-        repeats = rows // len(self.guide_ids)
-        return (
-            self.guide_ids.to(device).repeat_interleave(repeats, dim=0),
-            self.guide_mask.to(device).repeat_interleave(repeats, dim=0),
-        )
+        _check(len(self.guide_ids), cast(int, self.length), tokens)
+        repeats = len(tokens) // len(self.guide_ids)
+        ids, mask = self.guide_ids.to(tokens.device), self.guide_mask.to(tokens.device)
+        return ids.repeat_interleave(repeats, dim=0), mask.repeat_interleave(repeats, dim=0)
 
 
-def extend_mask(mask: torch.Tensor, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """A prompt's mask for all tokens so far, of shape `(rows, columns)`: generated tokens are seen, rows repeated.
+def extend_mask(mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """A prompt's mask for all tokens so far, of their shape `(rows, length)`: generated tokens are seen, rows repeated.
 
     Raises:
         ValueError: the batch is not the one that the mask belongs to.
     """
-    _check(*mask.shape, rows, columns)
-    extended = torch.ones(rows, columns, dtype=torch.long, device=device)
-    extended[:, : mask.shape[1]] = mask.to(extended).repeat_interleave(rows // len(mask), dim=0)
+    _check(mask.shape[0], mask.shape[1], tokens)
+    extended = torch.ones_like(tokens)
+    extended[:, : mask.shape[1]] = mask.to(extended).repeat_interleave(len(tokens) // len(mask), dim=0)
     return extended
 
 
-def _check(batch: int, length: int, rows: int, columns: int) -> None:
-    if rows % batch or length > columns:
+def _check(batch: int, length: int, tokens: torch.Tensor) -> None:
+    if len(tokens) % batch or length > tokens.shape[1]:
         raise ValueError(
             f"The prompt has {batch} rows of {length} tokens, which does not fit input ids of shape "
-            f"{(rows, columns)}. Make one `Prompt`, and one processor, for each batch of prompts."
+            f"{tuple(tokens.shape)}. Make one `Prompt`, and one processor, for each batch of prompts."
         )
 
 
@@ -129,7 +122,7 @@ def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torc
     mask = torch.ones_like(ids) if mask is None else mask
     if ids.ndim != 2 or ids.numel() == 0 or not mask[:, -1].all():
         raise ValueError(
-            f"`guide` has input ids of shape {tuple(ids.shape)}, but it needs (batch, prompt), not empty and padded on "
-            "the left."
+            f"`guide` has input ids of shape {tuple(ids.shape)}, but it needs (batch, prompt), not empty and padded "
+            "on the left."
         )
     return ids, mask

@@ -70,7 +70,7 @@ class Scorer:
 
 
 def of_rows(weight: Weight, rows: int) -> torch.Tensor:
-    """A weight as a column, of shape `(1, 1)`, or `(rows, 1)` if it has rows, repeated as `generate` repeats prompts."""
+    """A weight as a column, of shape `(1, 1)`, or `(rows, 1)` if it has rows, repeated as `generate` repeats them."""
     column = torch.as_tensor(weight)
     if column.ndim == 0:
         return column.view(1, 1)

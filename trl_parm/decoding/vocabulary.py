@@ -39,8 +39,8 @@ class Vocabulary:
         _check_family(base, guide, ours, theirs)
         if base.eos_token is not None and base.eos_token not in theirs:
             raise ValueError(
-                f"The guide does not know the base model's end token {base.eos_token!r}, so that guided text would never "
-                "end. Add it to the guide's tokenizer and embeddings."
+                f"The guide does not know the base model's end token {base.eos_token!r}, so that guided text would "
+                "never end. Add it to the guide's tokenizer and embeddings."
             )
         ids = torch.full((max(ours.values()) + 1,), -1)
         for token, number in ours.items():
@@ -78,8 +78,8 @@ def _check_family(base: Any, guide: Any, ours: dict[str, int], theirs: dict[str,
     differing = (plain_ours - set(theirs)) | (plain_theirs - set(ours))
     if differing:
         raise ValueError(
-            f"The tokenizers are of different families: {len(differing)} of {len(plain_ours | plain_theirs)} tokens are "
-            f"known to one of them only, such as {sorted(differing)[0]!r}. A guide must be trained with the base "
+            f"The tokenizers are of different families: {len(differing)} of {len(plain_ours | plain_theirs)} tokens "
+            f"are known to one of them only, such as {sorted(differing)[0]!r}. A guide must be trained with the base "
             "model's tokenizer."
         )
     pieces = [t.convert_ids_to_tokens(t(PROBE, add_special_tokens=False)["input_ids"]) for t in (base, guide)]
