@@ -113,11 +113,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """Mixed batches: upstream skips them for every class that is not LoraConfig by name; ours supports them."""
-    patch = pytest.MonkeyPatch()
-    if any(name in item.nodeid for name in MIXED_BATCH_TESTS):
-        from tests import testing_common
+    """Mixed batches and Conv1D: upstream skips them for every class but some it lists by name; ours supports them."""
+    from tests import testing_common
 
+    patch = pytest.MonkeyPatch()
+    patch.setattr(testing_common, "_skip_if_conv1d_not_supported", lambda *_: None)
+    if any(name in item.nodeid for name in MIXED_BATCH_TESTS):
         for module in (item.module, testing_common):
             patch.setattr(module, "LoraConfig", CONFIG, raising=False)
     yield
