@@ -29,7 +29,7 @@ from peft_pblora.output import output_folder
 from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, PreferenceARMConfig, PreferenceARMTrainer
 from trl_parm.decoding.processors import guidance_strength
 from trl_parm.evaluation import Run, sweep
-from trl_parm.evaluation.rewards import conciseness, positivity
+from trl_parm.rewards import conciseness, positivity
 
 
 OBJECTIVES = ["positive", "concise"]

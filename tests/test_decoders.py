@@ -14,13 +14,15 @@ from conftest import tiny_arm, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import LogitsProcessor
+from transformers import LlamaForSequenceClassification, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
 from trl_parm import (
     BASE,
     LM,
+    ARGSLogitsProcessor,
+    ClassifierReward,
     GenARMLogitsProcessor,
     GuidedLogitsProcessor,
     MODLogitsProcessor,
@@ -29,6 +31,7 @@ from trl_parm import (
     PowerMean,
     Prompt,
     Scorer,
+    TransferQLogitsProcessor,
 )
 
 
@@ -36,6 +39,14 @@ PROMPTS = torch.tensor([[0, 0, 5, 9, 33], [7, 8, 20, 41, 2], [0, 6, 6, 50, 11]])
 MASK = (PROMPTS != 0).long()
 ROWS = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 1.0]])
 BETAS = torch.tensor([0.5, 1.0, 2.0])
+
+
+def tiny_judge(**changes):
+    """A random sequence classifier with two outputs."""
+    config = tiny_llama(7, **changes).config
+    config.num_labels = 2
+    torch.manual_seed(7)
+    return LlamaForSequenceClassification(config).eval()
 
 
 @dataclass
@@ -47,11 +58,14 @@ class Models:
     first: torch.nn.Module
     second: torch.nn.Module
     reference: torch.nn.Module
+    judge: torch.nn.Module | None = None
 
     @classmethod
     def make(cls, **changes) -> "Models":
         small = [tiny_llama(seed, **changes) for seed in (0, 2, 3, 4)]
-        return cls(small[0], tiny_arm(tiny_llama(1, **changes)), *small[1:])
+        # A policy that decodes on in Transfer-Q does not write pad tokens.
+        small[1].lm_head.weight.data[0] = 0
+        return cls(small[0], tiny_arm(tiny_llama(1, **changes)), *small[1:], tiny_judge(**changes))
 
 
 @dataclass
@@ -99,6 +113,26 @@ def harmonic(order):
     return formula
 
 
+def search(label_weights, k, rollout=0):
+    """Every row and candidate on its own, whole texts without padding, decoded further with the policy `first`."""
+
+    def formula(models, base, log_pi):
+        result = torch.full_like(base, -torch.inf)
+        for row, best in enumerate(base.topk(k).indices):
+            prefix = log_pi.tokens[row][log_pi.mask[row].bool()]
+            for candidate in best.tolist():
+                text = [*prefix.tolist(), candidate]
+                for _ in range(rollout):
+                    if text[-1] == 1 and len(text) > len(prefix):
+                        break
+                    text.append(models.first(torch.tensor([text])).logits[0, -1].argmax().item())
+                found = models.judge.score(models.judge.model(torch.tensor([text])).last_hidden_state)[0, -1]
+                result[row, candidate] = base[row, candidate] + sum(w * found[i] for i, w in label_weights.items())
+        return result
+
+    return formula
+
+
 DECODERS = {
     "PARM": Decoder(
         lambda m: PARMLogitsProcessor(m.arm, [0.3, 0.7], beta=0.8),
@@ -140,6 +174,15 @@ DECODERS = {
             + 0.6 * (log_pi(m.second) - log_pi(m.reference))
         ),
     ),
+    "ARGS": Decoder(
+        lambda m: ARGSLogitsProcessor(
+            {"a": ClassifierReward(m.judge), "b": ClassifierReward(m.judge, label=1)}, [0.25, 0.75], weight=2.0, k=4
+        ),
+        search({0: 0.5, 1: 1.5}, k=4),
+    ),
+    "Transfer-Q": Decoder(
+        lambda m: TransferQLogitsProcessor(m.judge, m.first, k=3, rollout_tokens=4), search({0: 1.0}, k=3, rollout=4)
+    ),
     "a formula": Decoder(
         lambda m: GuidedLogitsProcessor(BASE + 0.7 * LM(m.first) - 0.2 * LM(m.second)),
         lambda m, base, log_pi: base + 0.7 * log_pi(m.first) - 0.2 * log_pi(m.second),
@@ -171,7 +214,9 @@ class NaiveProcessor(LogitsProcessor):
 
     def __init__(self, decoder: Decoder, models: Models, mask: torch.Tensor) -> None:
         self.decoder, self.mask = decoder, mask
-        self.models = Models(**{name: copy.deepcopy(model).double() for name, model in vars(models).items()})
+        self.models = Models(
+            **{name: copy.deepcopy(model).double() for name, model in vars(models).items() if model is not None}
+        )
 
     def __call__(self, input_ids, scores):
         mask = torch.ones_like(input_ids)
@@ -186,7 +231,10 @@ class NaiveProcessor(LogitsProcessor):
             return torch.log_softmax(logits, -1)
 
         # In float32 at the end, since a draw from a float64 tensor consumes other random numbers.
-        return self.decoder.formula(self.models, torch.log_softmax(scores.double(), -1), log_pi).float()
+        log_pi.tokens, log_pi.mask = input_ids, mask
+        with torch.no_grad():
+            guided = self.decoder.formula(self.models, torch.log_softmax(scores.double(), -1), log_pi)
+        return guided.float()
 
 
 def generate(models: Models, processor, prompts=3, assistant=None, **mode):

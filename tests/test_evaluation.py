@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trl_parm import PARMLogitsProcessor, hypervolume, mean_inner_product, pareto_front
 from trl_parm.evaluation import Run, mean_and_error, plot_front, summarize, sweep
-from trl_parm.evaluation.rewards import brevity, conciseness, positivity
+from trl_parm.rewards import brevity, conciseness, positivity
 
 
 # Check values of a published comparison: points (help, −cost) at α_help 0, .2, .4, .6, .8, 1.

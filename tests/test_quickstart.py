@@ -114,7 +114,7 @@ def test_pairs_can_be_made_again(demo_folder):
 
 
 def test_shipped_pairs_are_what_they_claim():
-    from trl_parm.evaluation.rewards import conciseness, positivity
+    from trl_parm.rewards import conciseness, positivity
 
     rewards = {"positive": positivity, "concise": conciseness}
     rows = [json.loads(line) for line in (ROOT / "examples/data/pairs.jsonl").read_text().splitlines()]

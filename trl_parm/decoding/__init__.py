@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance: formulas of scorers as logits processors for `generate`."""
 
+from .candidates import Rollout, TopKReward
 from .guided import GuidedLogitsProcessor
 from .language_model import LM
 from .processors import (
@@ -10,21 +11,37 @@ from .processors import (
     PARMLogitsProcessor,
 )
 from .prompts import Prompt
+from .reward_processors import ARGSLogitsProcessor, TransferQLogitsProcessor
 from .scorers import BASE, LinearCombination, PowerMean, Scorer
+from .soup import rewarded_soup
+from .token_rewards import TokenReward, TokenRewards, token_rewards
+from .trajectories import ClassifierReward, SequenceReward, TextReward, TrajectoryReward
 from .vocabulary import Vocabulary
 
 
 __all__ = [
+    "ARGSLogitsProcessor",
     "BASE",
-    "LM",
+    "ClassifierReward",
     "GenARMLogitsProcessor",
     "GuidedLogitsProcessor",
+    "LM",
     "LinearCombination",
     "MODLogitsProcessor",
     "MODWeakToStrongLogitsProcessor",
     "PARMLogitsProcessor",
     "PowerMean",
     "Prompt",
+    "Rollout",
     "Scorer",
+    "SequenceReward",
+    "TextReward",
+    "TokenReward",
+    "TokenRewards",
+    "TopKReward",
+    "TrajectoryReward",
+    "TransferQLogitsProcessor",
     "Vocabulary",
+    "rewarded_soup",
+    "token_rewards",
 ]

@@ -9,7 +9,7 @@ difference; what it returns is a function of the tokens alone.
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,10 +24,9 @@ from peft_pblora.preference import Preference
 
 from .adapters import AdapterSwitch, backbone_of
 from .backbone import SharedBackbone
-from .guided import GuidedLogitsProcessor
-from .prefix import Prefix
-from .prompts import Prompt, extend_mask
-from .running import guided_generate
+from .padding import attention_mask, pad_token_id
+from .prefix import Prefix, read
+from .prompts import Prompt
 from .scorers import Scorer
 from .vocabulary import Vocabulary
 
@@ -94,7 +93,9 @@ class LM(Scorer):
             self.reset()
             self._built_with = state
         tokens, mask = self._read(input_ids)
-        log_probs = self._log_probs(tokens, mask)
+        groups = self._groups(len(tokens))
+        self._prefix = read(self._prefix, tokens, mask, self._forward, lambda: _empty_cache(self.model), groups)
+        log_probs = self._prefix.log_probs[tokens.shape[1]]
         if self.vocabulary is not None:
             log_probs = self.vocabulary.to_base(log_probs, scores.shape[-1])
         elif log_probs.shape[-1] != scores.shape[-1]:
@@ -105,38 +106,49 @@ class LM(Scorer):
             )
         return log_probs.to(scores.device)
 
-    def _log_probs(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """log π of the token after `tokens`, shape `(rows, vocab)`, from the cache as far as it goes."""
-        groups = self._groups(len(tokens))
-        kept = self._prefix.align(tokens, mask, groups) if self._prefix else None
-        if self._prefix is None or kept is None:
-            self._prefix, kept = Prefix(_empty_cache(self.model)), 0
-        if kept < tokens.shape[1]:
-            self._prefix.extend(tokens, mask, groups, self._forward(tokens, mask, kept, self._prefix.cache))
-        return self._prefix.log_probs[tokens.shape[1]]
+    @torch.no_grad()
+    def of_tokens(self, tokens: torch.Tensor, last: int) -> torch.Tensor:
+        """log π of each of the last tokens of one text given those before it, in one forward.
 
-    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor, kept: int, cache: Any) -> torch.Tensor:
-        if self.preference is not None and not self._preference_is_set():
-            set_preference(self.model, self.preference, self._adapter_name())
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        names = [] if self.disable_adapter else self.adapter_names
-        with self.shared.guide(names) if self.shared else nullcontext():
+        Args:
+            tokens (`torch.Tensor` of shape `(1, length)`): The guide's own tokens.
+            last (`int`): How many, below `length`.
+
+        Returns:
+            `torch.Tensor` of shape `(last,)`, float32, on the CPU.
+        """
+        tokens = tokens.to(self.model.device)
+        with self._as_asked():
+            logits = self.model(input_ids=tokens).logits[0, -last - 1 : -1].float()
+        return torch.log_softmax(logits, -1).gather(1, tokens[0, -last:, None])[:, 0].cpu()
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+        """log π of the token after the last one, shape `(rows, vocab)`."""
+        with self._as_asked():
             logits = self.model(
-                input_ids=tokens[:, kept:],
+                input_ids=ids,
                 attention_mask=mask,
-                position_ids=positions[:, kept:],
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 **({"logits_to_keep": 1} if self._keeps_logits else {}),
             ).logits
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
+    def _as_asked(self) -> AbstractContextManager:
+        """Sets the preference, and lets the chosen adapter alone act for the time of a forward."""
+        if self.preference is not None and not self._preference_is_set():
+            set_preference(self.model, self.preference, self._adapter_name())
+        names = [] if self.disable_adapter else self.adapter_names
+        return self.shared.guide(names) if self.shared else nullcontext()
+
     def _read(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the guide reads, tokens and mask of shape `(rows, length)`, for the base model's tokens."""
         tokens = input_ids.to(self.model.device)
         own = self.prompt.own(tokens) if self.prompt else None
         if own is None:
-            mask = self._attention_mask(tokens)
+            pad = self.vocabulary.base_pad_token_id if self.vocabulary else pad_token_id(self.model)
+            mask = attention_mask(tokens, self.prompt, pad)
         else:
             tokens = tokens[:, cast(Prompt, self.prompt).length :]
             mask = torch.ones_like(tokens)
@@ -151,38 +163,6 @@ class LM(Scorer):
                 "with `prompt=Prompt(inputs, guide=...)`."
             )
         return tokens, mask
-
-    def _attention_mask(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The mask of base tokens: the one given, that of the running `generate`, or leading pad tokens left out."""
-        given = self.prompt.mask(tokens) if self.prompt else None
-        if given is not None:
-            return given
-        call = guided_generate(GuidedLogitsProcessor)
-        if call is not None:
-            if call.model.config.is_encoder_decoder:
-                raise ValueError(
-                    "The base model is an encoder-decoder model, so the guide would see no prompt. Give it one with "
-                    "`prompt=Prompt(guide=..., length=1)`."
-                )
-            mask = call.attention_mask
-            if mask is not None and mask.shape[1] <= tokens.shape[1] and len(tokens) % len(mask) == 0:
-                return extend_mask(mask, tokens)
-        return self._mask_of_padding(tokens)
-
-    def _mask_of_padding(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Takes a leading run of pad tokens, beyond one that all rows share, for padding."""
-        mask = torch.ones_like(tokens)
-        if len(tokens) == 1:
-            return mask
-        pad = self.vocabulary.base_pad_token_id if self.vocabulary else _pad_token_id(self.model)
-        if pad is None:
-            raise ValueError(
-                "The guiding model names neither a pad token nor an end token, so padding in a batch can't be told. "
-                "Set its `generation_config.pad_token_id`, or pass `prompt=Prompt(inputs)`."
-            )
-        padding = (tokens == pad).cumprod(-1)
-        shared = padding.sum(-1).min()
-        return mask - padding * (torch.arange(tokens.shape[1], device=tokens.device) >= shared)
 
     def _model_state(self) -> tuple:
         """What the cache depends on beside the tokens: the weights, and a preference that is not our own."""
@@ -248,8 +228,8 @@ def _check_model(model: Any, backbone: PreTrainedModel) -> None:
         raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
     if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
         raise ValueError(
-            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache (`past_key_values`). Use "
-            "a transformer as the guide."
+            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache "
+            "(`past_key_values`). Use a transformer as the guide."
         )
 
 
@@ -267,11 +247,3 @@ def _empty_cache(model: Any) -> DynamicCache:
     cache = DynamicCache(config=model.config.get_text_config())
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     return cache
-
-
-def _pad_token_id(model: PreTrainedModel) -> int | None:
-    for config in (model.generation_config, model.config.get_text_config()):
-        if getattr(config, "pad_token_id", None) is not None:
-            return config.pad_token_id
-    end = cast(Any, model.generation_config).eos_token_id
-    return end[0] if isinstance(end, list) else end

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -21,10 +22,12 @@ class Prefix:
 
     Args:
         cache (`Cache`): A fresh cache.
+        window (`int`, *optional*, defaults to 32):
+            How many answers of a single row are remembered. With 1, the cache holds no more than was last asked for.
     """
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+    def __init__(self, cache: Cache, window: int = WINDOW) -> None:
+        self.cache, self.window = cache, window
         self.tokens = torch.empty(0, 0, dtype=torch.long)
         self.mask = self.tokens
         self.groups: torch.Tensor | None = None
@@ -61,7 +64,7 @@ class Prefix:
     ) -> None:
         """Notes that the cache now holds all of `tokens`, and what follows them."""
         kept = {n: answer for n, answer in self.log_probs.items() if n < tokens.shape[1]}
-        recent = sorted(kept)[1 - WINDOW :] if len(tokens) == 1 else []
+        recent = sorted(kept)[1 - self.window :] if len(tokens) == 1 and self.window > 1 else []
         self.log_probs = {n: kept[n] for n in recent} | {tokens.shape[1]: log_probs}
         self.tokens, self.mask, self.groups = tokens.clone(), mask, groups
 
@@ -77,3 +80,38 @@ class Prefix:
         self.tokens, self.mask, self.groups = self.tokens[rows], self.mask[rows], groups
         self.log_probs = {length: answer[rows] for length, answer in self.log_probs.items()}
         return new.shape[1]
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Cache], torch.Tensor]
+"""Feeds `(new tokens, mask of all tokens, positions of the new ones, cache)` and returns one answer for each row."""
+
+
+def read(
+    prefix: Prefix | None,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    forward: Forward,
+    new_cache: Callable[[], Cache],
+    groups: torch.Tensor | None = None,
+    window: int = WINDOW,
+) -> Prefix:
+    """Makes a model have read `tokens`, feeding those alone that its cache does not hold.
+
+    Args:
+        prefix ([`Prefix`], *optional*): What it has read before; it is used up.
+        tokens, mask (`torch.Tensor` of shape `(rows, length)`): What it shall have read, padding left out.
+        forward (`Callable`): See [`Forward`].
+        new_cache (`Callable`): Makes a fresh cache.
+        groups (`torch.Tensor` of shape `(rows,)`, *optional*): See [`Prefix.align`].
+        window (`int`, *optional*, defaults to 32): See [`Prefix`].
+
+    Returns:
+        [`Prefix`], with the answer after `tokens` under their length in `log_probs`.
+    """
+    kept = prefix.align(tokens, mask, groups) if prefix else None
+    if prefix is None or kept is None:
+        prefix, kept = Prefix(new_cache(), window), 0
+    if kept < tokens.shape[1]:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, kept:]
+        prefix.extend(tokens, mask, groups, forward(tokens[:, kept:], mask, positions, prefix.cache))
+    return prefix

@@ -87,7 +87,7 @@ class Prompt:
 
 
 def extend_mask(mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """A prompt's mask for all tokens so far, of their shape `(rows, length)`: generated tokens are seen, rows repeated.
+    """A prompt's mask for all tokens so far, of their shape `(rows, length)`: new tokens are seen, rows repeated.
 
     Raises:
         ValueError: the batch is not the one that the mask belongs to.

@@ -15,9 +15,9 @@ from transformers import BatchEncoding, LogitsProcessor, PreTrainedModel, PreTra
 
 from peft_pblora import as_preference, name_preference
 from peft_pblora.preference import Preference
+from trl_parm.rewards import Reward
 
 from .metrics import mean_and_error
-from .rewards import Reward
 
 
 Decoder = Callable[[torch.Tensor | None], LogitsProcessor]

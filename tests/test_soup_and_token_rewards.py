@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewarded Soups, exactly, and token rewards to look at."""
+
+import copy
+import html
+import re
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from peft import get_peft_model_state_dict
+from test_guides import lora_model
+
+from peft_pblora import get_preference, set_preference
+from trl_parm import rewarded_soup, token_rewards
+
+
+IDS = torch.tensor([[7, 8, 20, 41, 2], [3, 6, 6, 50, 11]])
+
+
+def test_a_soup_of_loras_is_the_exact_average_of_their_products():
+    model = lora_model("helpful", "harmless")
+    base = copy.deepcopy(model).unload().double()
+    expected = copy.deepcopy(base)
+    for name, weight in (("helpful", 0.3), ("harmless", 0.7)):
+        merged = copy.deepcopy(model).double()
+        merged.set_adapter(name)
+        merged = merged.merge_and_unload()
+        for target, own, other in zip(expected.parameters(), base.parameters(), merged.parameters()):
+            target.data += weight * (other.data - own.data)
+    soup = rewarded_soup({"a": "helpful", "b": "harmless"}, {"a": 0.3, "b": 0.7}, adapters_of=model)
+    torch.testing.assert_close(soup(IDS).logits.double(), expected(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert soup.active_adapter == "soup"
+    assert soup.peft_config["soup"].r == 4
+    again = rewarded_soup({"a": "helpful", "b": "harmless"}, [1.0, 0.0], adapters_of=model)
+    assert again.peft_config["soup"].r == 2
+    alone = copy.deepcopy(model)
+    alone.set_adapter("helpful")
+    torch.testing.assert_close(again(IDS).logits, alone(IDS).logits, atol=1e-6, rtol=1e-5)
+    assert any("lora_A" in key for key in get_peft_model_state_dict(again, adapter_name="soup"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soup_of_models_is_the_average_of_their_weights(dtype):
+    models = {name: tiny_llama(seed).to(dtype) for seed, name in enumerate(("a", "b", "c"))}
+    before = [p.clone() for p in models["a"].parameters()]
+    soup = rewarded_soup(models, [0.5, 0.2, 0.3])
+    for parts in zip(soup.parameters(), *(m.parameters() for m in models.values())):
+        expected = 0.5 * parts[1].double() + 0.2 * parts[2].double() + 0.3 * parts[3].double()
+        torch.testing.assert_close(parts[0].double(), expected.to(dtype).double(), atol=1e-6, rtol=1e-2)
+        assert parts[0].dtype == dtype
+    assert all(torch.equal(x, y) for x, y in zip(before, models["a"].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rewarded_soup({}, []), "`policies` is empty"),
+        (lambda: rewarded_soup({"a": tiny_llama()}, [[1.0], [1.0]]), "one preference of shape"),
+        (lambda: rewarded_soup({"a": "one"}, [1.0], adapters_of=lora_model("two")), "has no LoRA 'one'"),
+        (lambda: rewarded_soup({"a": "default"}, [1.0], adapters_of=tiny_arm()), "has no LoRA 'default'"),
+        (lambda: rewarded_soup({"a": "soup"}, [1.0], adapters_of=lora_model("soup")), "which is a policy"),
+        (lambda: rewarded_soup({"a": tiny_arm()}, [1.0]), "Load LoRAs into one `PeftModel`"),
+        (
+            lambda: rewarded_soup({"a": tiny_llama(), "b": tiny_llama(hidden_size=48)}, [0.5, 0.5]),
+            "policies differ in",
+        ),
+    ],
+)
+def test_bad_soups(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def log_probs(arm, ids, last):
+    with torch.no_grad():
+        logits = copy.deepcopy(arm).double()(ids).logits
+    return torch.log_softmax(logits[0, :-1], -1).gather(1, ids[0, 1:, None])[-last:, 0]
+
+
+def test_token_rewards_are_the_log_probabilities_and_their_ratio():
+    arm, tokenizer = tiny_arm(), tiny_tokenizer()
+    set_preference(arm, [0.5, 0.5])
+    found = token_rewards(arm, tokenizer, "w1 w2 w3", "w4 w5 w6 w7", {"helpful": 0.2, "harmless": 0.8})
+    ids = torch.tensor([tokenizer("w1 w2 w3 w4 w5 w6 w7")["input_ids"]])
+    torch.testing.assert_close(get_preference(arm), torch.tensor([0.5, 0.5]))
+    set_preference(arm, [0.2, 0.8])
+    own, untrained = log_probs(arm, ids, 4), log_probs(copy.deepcopy(arm).unload(), ids, 4)
+    torch.testing.assert_close(torch.tensor([t.reward for t in found]).double(), own, atol=1e-4, rtol=1e-4)
+    ratios = torch.tensor([t.log_ratio for t in found]).double()
+    torch.testing.assert_close(ratios, own - untrained, atol=1e-4, rtol=1e-4)
+    assert [t.token_id for t in found] == ids[0, 3:].tolist()
+    assert found.total.text == tokenizer.decode(ids[0, 3:])
+    assert found.total.log_ratio == pytest.approx(ratios.sum().item(), abs=1e-4)
+    assert found.to_dicts()[0].keys() == {"text", "token_id", "reward", "log_ratio"}
+    set_preference(arm, [1.0, 0.0])
+    elsewhere = log_probs(arm, ids, 4)
+    compared = token_rewards(arm, tokenizer, "w1 w2 w3", "w4 w5 w6 w7", [0.2, 0.8], reference=[1.0, 0.0])
+    ratios = torch.tensor([t.log_ratio for t in compared]).double()
+    torch.testing.assert_close(ratios, own - elsewhere, atol=1e-4, rtol=1e-4)
+    other = tiny_llama(3)
+    compared = token_rewards(tiny_llama(1), tokenizer, "w1 w2 w3", "w4 w5", reference=other)
+    expected = (log_probs(tiny_llama(1), ids[:, :5], 2) - log_probs(other, ids[:, :5], 2)).tolist()
+    assert [t.log_ratio for t in compared] == pytest.approx(expected, abs=1e-4)
+
+
+def test_colours_follow_the_log_ratio():
+    arm, tokenizer = tiny_arm(), tiny_tokenizer()
+    found = token_rewards(arm, tokenizer, [{"role": "user", "content": "w1"}], "w4 w5 w6", [0.2, 0.8])
+    page = found.to_html()
+    colours = [tuple(map(int, c)) for c in re.findall(r"rgb\((\d+),(\d+),(\d+)\)", page)]
+    assert len(colours) == 3
+    for token, (r, _, b) in zip(found, colours):
+        assert (b > r) == (token.log_ratio > 0)
+    largest = max(range(3), key=lambda i: abs(found[i].log_ratio))
+    assert colours[largest] in ((90, 150, 255), (255, 110, 100))
+    pieces = re.findall(r">([^<]*)</span>", page)
+    text = tokenizer.decode(tokenizer("w4 w5 w6")["input_ids"])
+    assert html.unescape("".join(pieces)) == text
+    assert re.sub(r"\x1b\[[0-9;]*m", "", found.to_terminal()) == text
+    assert found._repr_html_() == page
+    assert "script" not in page
+    with pytest.raises(ValueError, match="`scale` is 0"):
+        found.to_html(scale=0)
+
+
+def test_texts_are_escaped_and_characters_of_several_tokens_are_kept():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    arm = tiny_arm(tiny_llama(1, vocab_size=256))
+    found = token_rewards(arm, tokenizer, "a", "<é🙂>\n", [0.2, 0.8])
+    assert [t.text for t in found] == ["<", "", "é", "", "", "", "🙂", ">", "\n"]
+    page = found.to_html()
+    assert "&lt;" in page
+    assert "<é" not in page
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: token_rewards(tiny_arm(), t, "w1", "", [0.5, 0.5]), "at least one token each"),
+        (lambda t: token_rewards(tiny_llama(), t, "w1", "w2"), "no adapter to compare it without"),
+    ],
+)
+def test_bad_token_rewards(make, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        make(tokenizer)
