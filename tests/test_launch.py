@@ -4,8 +4,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from trl import TrlParser
 
 from trl_parm import PreferenceARMConfig
 from trl_parm.training.arguments import ARMArguments
+from trl_parm.training.setup import last_complete_checkpoint
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,9 +48,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def launch(folder: Path, engine: str, *flags: str) -> None:
@@ -95,18 +101,67 @@ def test_two_processes_train_like_one(folder, one, engine):
         assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
 
 
-def test_two_processes_resume_bit_by_bit(folder):
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_two_processes_resume_bit_by_bit(folder, order):
     """In the middle of an epoch: 16 rows, 2 in each of 2 processes, accumulated twice."""
-    flags = ("--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken")
+    flags = (
+        "--max_steps", "5", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken",
+        "--train_sampling_strategy", order,
+    )  # fmt: skip
+    shutil.rmtree(folder / "broken", ignore_errors=True)
     launch(folder, "ddp_cpu", *flags)
     whole = [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e]
     weights = load_file(folder / "broken" / "adapter_model.safetensors")
-    shutil.rmtree(folder / "broken" / "checkpoint-3")
-    (folder / "broken" / "checkpoint-2" / "trainer_state.json").unlink()  # as if it was being written
+    shutil.rmtree(folder / "broken" / "checkpoint-5")
+    (folder / "broken" / "checkpoint-4" / "trainer_state.json").unlink()  # as if it was being written
     launch(folder, "ddp_cpu", *flags, "--resume", "True")
     assert [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e] == whole
     resumed = load_file(folder / "broken" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_a_killed_run_resumes_bit_by_bit(folder):
+    """SIGKILL leaves no time to save anything: what a run goes on from must lie there already."""
+    script = (
+        sys.executable,
+        str(EXAMPLES / "train_arm.py"),
+        "--config",
+        "config.yaml",
+        "--lr_scheduler_type",
+        "constant",
+    )
+    flags = (
+        "--max_steps",
+        "200",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--save_total_limit",
+        "2",
+        "--output_dir",
+        "killed",
+    )
+    process = subprocess.Popen(
+        [*script, *flags], cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(1200):
+        if (folder / "killed" / "checkpoint-4" / "trainer_state.json").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = int(last_complete_checkpoint(folder / "killed").split("-")[-1])
+    steps = ("--max_steps", str(done + 3))
+    finished = run(folder, *script, *steps, "--resume", "True", "--output_dir", "killed")
+    assert finished.returncode == 0, finished.stderr
+    finished = run(folder, *script, *steps, "--output_dir", "unkilled")
+    assert finished.returncode == 0, finished.stderr
+    curves = [
+        [(e["loss"], e["grad_norm"]) for e in history(folder / name) if "loss" in e] for name in ("killed", "unkilled")
+    ]
+    assert len(curves[0]) == done + 3
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

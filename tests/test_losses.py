@@ -67,7 +67,14 @@ def test_parts_of_a_step_add_up_to_the_whole():
 def test_tchebycheff_is_the_largest_weighted_distance_to_the_ideal():
     losses, alpha = torch.tensor([0.9, 0.4]), torch.tensor([0.25, 0.75])
     assert tchebycheff(losses, alpha).item() == pytest.approx(max(0.25 * 0.9, 0.75 * 0.4))
-    assert tchebycheff(losses, alpha, torch.tensor([0.1, 0.6])).item() == pytest.approx(max(0.25 * 0.8, 0.75 * 0.2))
+    distances = losses - torch.tensor([0.1, 0.6])
+    assert tchebycheff(distances, alpha).item() == pytest.approx(max(0.25 * 0.8, 0.75 * 0.2))
+
+
+def test_parts_of_a_step_add_up_to_the_maximum_of_the_whole():
+    whole, alpha = torch.tensor([0.3, -0.9]), torch.tensor([0.5, 0.5])
+    parts = torch.tensor([[0.5, -0.1], [-0.2, -0.8]])
+    assert sum(tchebycheff(part, alpha, whole).item() for part in parts) == pytest.approx(0.45)
 
 
 @pytest.mark.parametrize("by_pair", [False, True])

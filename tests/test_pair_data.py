@@ -44,6 +44,13 @@ def test_an_implicit_prompt_of_a_conversation(tokenizer):
     assert prepared(implicit, "helpful", tokenizer)[:] == prepared(explicit, "helpful", tokenizer)[:]
 
 
+def test_conversations_without_a_common_prompt_are_refused(tokenizer):
+    user, answer = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+    for chosen, rejected in (([user, answer], [user]), ([answer], [user])):
+        with pytest.raises(ValueError, match="don't begin with the same prompt"):
+            prepared(Dataset.from_list([{"chosen": chosen, "rejected": rejected}]), "helpful", tokenizer)
+
+
 def test_an_implicit_prompt_of_plain_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match="only in conversations; give a `prompt` column"):
         prepared(pairs(3).remove_columns("prompt"), "helpful", tokenizer)
@@ -80,11 +87,18 @@ def test_token_ids_are_taken_as_they_are(tokenizer):
     assert prepared(Dataset.from_dict(ids), "any", tokenizer)[0]["labels"] == [0, -1]
 
 
-def test_template_arguments_and_tools_of_a_row(tokenizer):
-    tokenizer.chat_template = "{% if loud %}w9 {% endif %}{% if tools %}w8 {% endif %}" + tokenizer.chat_template
-    row = {**pairs(1, conversational=True)[0], "chat_template_kwargs": {"loud": True}, "tools": [{"name": "w1"}]}
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("tools", [[{"name": "w1"}], '[{"name": "w1"}]'])
+def test_template_arguments_and_tools_of_a_row(tokenizer, tools, implicit):
+    tokenizer.chat_template = (
+        "{% if loud %}w9 {% endif %}{% if tools %}{{ tools[0].name }} {% endif %}" + tokenizer.chat_template
+    )
+    row = {**pairs(1, conversational=True)[0], "chat_template_kwargs": {"loud": True}, "tools": tools}
+    if implicit:
+        prompt = row.pop("prompt")
+        row |= {name: prompt + row[name] for name in ("chosen", "rejected")}
     found = prepared(Dataset.from_list([row]), "helpful", tokenizer)[0]
-    assert tokenizer.convert_ids_to_tokens(found["prompt_ids"])[:3] == ["w9", "w8", "user"]
+    assert tokenizer.convert_ids_to_tokens(found["prompt_ids"])[:3] == ["w9", "w1", "user"]
 
 
 def test_too_long_pairs_are_left_out_and_counted(tokenizer, lines):

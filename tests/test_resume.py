@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 from pair_data import labelled, pairs
-from test_training import OBJECTIVES, trainer, two_sets
+from training_runs import OBJECTIVES, trainer, two_sets
 from transformers import TrainerCallback
+
+from trl_parm.training.setup import last_complete_checkpoint
 
 
 class Stop(TrainerCallback):
@@ -38,8 +40,9 @@ def weights(run) -> dict[str, torch.Tensor]:
         {"data": labelled(7, helpful=lambda i: [0, 1, None][i % 3])},
         {"data": {name: rows.to_iterable_dataset() for name, rows in two_sets(7, 5).items()}},
         {"model": "dropout"},
+        {"data": two_sets(5, 3), "train_sampling_strategy": "group_by_length", "save_steps": 4},
     ],
-    ids=["step", "pair", "labels", "streams", "dropout"],
+    ids=["step", "pair", "labels", "streams", "dropout", "lengths"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, tokenizer, changes):
     def make(folder, **more):
@@ -72,6 +75,8 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, tokenizer):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, tokenizer, **options).train()
     (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": 1.')
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     resumed = trainer(tmp_path, tokenizer, **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4

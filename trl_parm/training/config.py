@@ -39,8 +39,8 @@ class PreferenceARMConfig(BaseConfig):
         length_normalized (`bool`, *optional*, defaults to `False`):
             Compare mean instead of summed log-probabilities. Guidance adds up sums, so the papers do not.
         aggregation (`str`, *optional*, defaults to `"sum"`):
-            `"sum"` for Σ_i α_i l_i, or `"tchebycheff"` for max_i α_i |l_i − z*_i| (Panacea, arXiv 2402.02030) of each
-            micro-batch.
+            `"sum"` for Σ_i α_i l_i, or `"tchebycheff"` for max_i α_i |l_i − z*_i| (Panacea, arXiv 2402.02030).
+            With gradient accumulation the maximum costs one more forward of each micro-batch.
         ideal_losses (`dict[str, float]`, *optional*): z*_i by objective for `"tchebycheff"`; 0 if not given.
         global_weight (`float`, *optional*, defaults to 0.0):
             λ of UniARM's global term, in our reading of arXiv 2602.09538; see [`losses.global_loss`].

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
+from .preferences import mix
 from .tokenization import COLUMNS, PairReader, fit
 
 
@@ -109,6 +111,30 @@ class JointPreferenceDataset(torch.utils.data.Dataset):
                 pair["labels"] = [0] * len(pair["labels"])
             pairs.append(pair)
         return {"pairs": pairs}
+
+
+class SimilarLengths(torch.utils.data.Sampler[int]):
+    """Puts rows of similar lengths together, in another order each epoch, as a pure function of seed and epoch.
+
+    The sampler of transformers draws from the global generator, which is elsewhere when a run resumes; and a resumed
+    run of several processes does not tell a sampler its epoch. So this one asks for it.
+
+    Args:
+        lengths (`Sequence[int]`): Of the rows.
+        batch_size (`int`): Rows that should be alike.
+        seed (`int`): The run's seed.
+        epoch (`Callable[[], int]`): Gives the epoch that begins, or goes on.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch()))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class JointPreferenceStream(torch.utils.data.IterableDataset):

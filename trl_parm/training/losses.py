@@ -64,15 +64,20 @@ def objective_losses(
     return weighted.sum(0) / counts.clamp(min=_TINY)
 
 
-def tchebycheff(losses: torch.Tensor, preference: torch.Tensor, ideal: torch.Tensor | None = None) -> torch.Tensor:
+def tchebycheff(distances: torch.Tensor, preference: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
     """The weighted Tchebycheff aggregation max_i α_i |l_i − z*_i| (Panacea, arXiv 2402.02030).
 
+    A maximum is not the sum of the maxima of parts. With the distances of the `whole` step, which say where the
+    maximum is and with which sign, the results of its parts add up to it.
+
     Args:
-        losses (`torch.Tensor` of shape `(k,)`): l_i.
+        distances (`torch.Tensor` of shape `(k,)`): l_i − z*_i, or what a part of the step adds to it.
         preference (`torch.Tensor` of shape `(k,)`): α.
-        ideal (`torch.Tensor` of shape `(k,)`, *optional*): z*, the ideal loss of each objective; 0 if not given.
+        whole (`torch.Tensor` of shape `(k,)`, *optional*): l_i − z*_i of the whole step; `distances` if not given.
     """
-    return (preference * (losses if ideal is None else losses - ideal).abs()).max()
+    whole = distances.detach() if whole is None else whole
+    largest = (preference * whole.abs()).argmax()
+    return preference[largest] * whole[largest].sign() * distances[largest]
 
 
 def global_loss(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,9 +87,9 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
     if is_peft_model(model) and args.gradient_checkpointing:
         if zero_3:
             # The only kind of checkpointing that works with PEFT there (trl#2514).
-            args.gradient_checkpointing_kwargs = dict(
-                cast(dict, args.gradient_checkpointing_kwargs or {}), use_reentrant=True
-            )
+            kwargs = dict(cast(dict, args.gradient_checkpointing_kwargs or {}), use_reentrant=True)
+            # The trainer reads the second name, TRL the first.
+            args.gradient_checkpointing_kwargs = args.activation_checkpointing_kwargs = kwargs
         model.enable_input_require_grads()
     if quantized:
         # QLoRA trains its adapter in bfloat16 (arXiv 2305.14314, section 3).
@@ -116,7 +117,7 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     found = [
         path
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.split("-")[-1].isdigit() and (path / TRAINER_STATE_NAME).is_file()
+        if path.name.split("-")[-1].isdigit() and _is_json(path / TRAINER_STATE_NAME)
     ]
     if not found:
         raise ValueError(
@@ -124,3 +125,11 @@ def last_complete_checkpoint(folder: str | Path) -> str:
             "`resume_from_checkpoint`, or name a checkpoint's folder."
         )
     return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True

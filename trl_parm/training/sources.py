@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from peft_pblora import get_objectives
@@ -41,7 +41,7 @@ def name_sources(argument: str, given: PairSources | None, split: str) -> dict[s
     """
     if given is None or (isinstance(given, Mapping) and not given):
         raise ValueError(f"`{argument}` is required: a mapping from objective name to preference data set.")
-    if isinstance(given, DatasetDict) and set(given) & {"train", "test", "validation"}:
+    if isinstance(given, DatasetDict | IterableDatasetDict) and set(given) & {"train", "test", "validation"}:
         raise ValueError(
             f"`{argument}` has the splits {sorted(given)} of one data set. Give one of them, or a mapping from "
             "objective name to data set."
@@ -127,6 +127,9 @@ def join_evaluation(
     if isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values()):
         return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in given.items()}
     sources = name_sources("eval_dataset", given, "test")
+    ranked = not any(is_labelled(columns_of(data)) for data in sources.values())
+    if ranked and ALONE not in sources and len(objectives) == 1 and objectives[0] not in sources:
+        return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in sources.items()}
     return join_sources("eval_dataset", sources, objectives, tokenizer, args, once=True)
 
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
-from trl import extract_prompt
 from trl.data_utils import is_conversational
 
 from .compat import common_prefix_length
@@ -112,8 +112,18 @@ class PairReader:
                     f"The data set {self.name!r} has plain texts without `prompt`. A prompt can be told from the "
                     "responses only in conversations; give a `prompt` column."
                 )
-            row = cast(dict, extract_prompt(row))
+            row = {**row, **self._split(row[first], row[second])}
         return tokenize_pair(row["prompt"], row[first], row[second], self.tokenizer, _template_kwargs(row))
+
+    def _split(self, first: list[Any], second: list[Any]) -> dict[str, list]:
+        """A conversation's prompt, which is the messages that both begin with, and the responses after it."""
+        start = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
+        if start < 1:
+            raise ValueError(
+                f"Two conversations of the data set {self.name!r} don't begin with the same prompt and end in a "
+                f"response each: {first} and {second}. Give a `prompt` column."
+            )
+        return dict(zip(("prompt", *self.responses), (first[:start], first[start:], second[start:]), strict=True))
 
 
 def is_labelled(columns: Sequence[str]) -> bool:
@@ -172,7 +182,8 @@ def fit(pair: dict[str, list], max_length: int | None, cut_prompt: bool) -> tupl
 
 def _template_kwargs(row: Mapping[str, Any]) -> dict:
     kwargs = dict(row.get("chat_template_kwargs") or {})
-    return {**kwargs, "tools": row["tools"]} if row.get("tools") else kwargs
+    tools = row.get("tools")
+    return {**kwargs, "tools": json.loads(tools) if isinstance(tools, str) else tools} if tools else kwargs
 
 
 def _end_at(ids: list[int], end: int | None) -> list[int]:

@@ -9,35 +9,31 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import is_peft_model, set_seed
+from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
 
-from peft_pblora import set_preference
 from peft_pblora.control import has_preference
 
 from .arm_loss import ARMLoss, count_labels
 from .card import arm_card
 from .collator import PreferenceCollator
 from .compat import (
-    BaseTrainer,
     disable_dropout_in_model,
     get_act_offloading_ctx_manager,
     get_config_model_id,
 )
 from .config import PreferenceARMConfig
-from .data import JointPreferenceDataset, JointPreferenceStream
-from .losses import accuracies
-from .metrics import EvalMetrics, TrainMetrics
+from .data import JointPreferenceDataset, JointPreferenceStream, SimilarLengths
+from .evaluation import PreferenceEvaluation
+from .metrics import TrainMetrics
 from .preferences import PreferenceSampler
 from .responses import Responses
 from .setup import adapt_model, check_device, last_complete_checkpoint, load_model, load_tokenizer, name_preferences
 from .sources import PairSources, join_evaluation, join_sources, match_objectives, name_sources
 
 
-class PreferenceARMTrainer(BaseTrainer):
+class PreferenceARMTrainer(PreferenceEvaluation):
     """Trains an autoregressive reward model (ARM) on preference pairs for each objective.
 
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
@@ -56,8 +52,8 @@ class PreferenceARMTrainer(BaseTrainer):
             The pairs, as said above. A string is a JSON, CSV or Parquet file, or an id on the Hub, of which the split
             `train` is taken.
         eval_dataset (*optional*):
-            The same for evaluation, of a string the split `test`; or a mapping from a name to any of these, for
-            several evaluations. A stream is read into memory.
+            The same for evaluation, of a string the split `test`; or a mapping from a name to such mappings, for
+            several evaluations, with one objective also from a name to data sets. A stream is read into memory.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer; loaded by the model's id if not given.
         compute_metrics (`Callable`, *optional*):
             As in `transformers.Trainer`; predictions are log π(y1|x) − log π(y2|x), of shape
@@ -72,7 +68,6 @@ class PreferenceARMTrainer(BaseTrainer):
             with an adapter that is not preference-conditioned.
     """
 
-    args: PreferenceARMConfig
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "parm"]
     _name = "PARM"
@@ -113,7 +108,6 @@ class PreferenceARMTrainer(BaseTrainer):
         )
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics()
-        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences)
         joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args)
         if isinstance(joined, JointPreferenceStream):
             cast(Any, args.accelerator_config).dispatch_batches = False
@@ -129,6 +123,7 @@ class PreferenceARMTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._distances_ahead: torch.Tensor | None = None
         self._offloading: Any = nullcontext()
         if args.activation_offloading:
             self._offloading = get_act_offloading_ctx_manager(model)
@@ -151,10 +146,11 @@ class PreferenceARMTrainer(BaseTrainer):
             preference = self.preference_sampler.for_pairs(step, inputs["pair_ids"])
         else:
             preference = self.preference_sampler.for_step(step)
+        whole = None if num_items_in_batch is None else self._distances_of_step
         counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
         first, second = self._log_probs(model, inputs, preference)
         margins = first - second
-        loss, losses = self.arm_loss(margins, labels, preference, counts)
+        loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at step {step}; log-probabilities of the responses: {first.tolist()} and "
@@ -164,56 +160,6 @@ class PreferenceARMTrainer(BaseTrainer):
             self.objectives, preference.to(first), first, second, losses, labels, self.arm_loss.beta.to(first)
         )
         return (loss, {"margins": margins}) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Evaluates one batch at every preference of `eval_preferences`."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs["pair_labels"]
-        found = []
-        with torch.no_grad(), self.compute_loss_context_manager():
-            untrained = self._untrained_margins(model, inputs)
-            known = self._gather_pairs(labels) != 0
-            for name, preference in self.eval_preferences.items():
-                first, second = self._log_probs(model, inputs, preference)
-                margins = first - second
-                values = {
-                    "loss": self.arm_loss.of_pairs(margins, labels),
-                    "accuracy": accuracies(margins, labels),
-                    "margin": margins[:, None] * labels,
-                }
-                if untrained is not None:
-                    values["ratio_accuracy"] = accuracies(margins - untrained, labels)
-                self._eval_metrics.add(name, known, {kind: self._gather_pairs(v) for kind, v in values.items()})
-                found.append(margins)
-        margins, sets = torch.stack(found, -1), self._pairs_of_a_row
-        return margins.new_zeros(()), margins.unflatten(0, (-1, sets)), labels.unflatten(0, (-1, sets))
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str | JointPreferenceDataset):
-            tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """Adds the metrics of every objective at every evaluation preference to the loop's own.
-
-        The loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and
-        is the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
-        """
-        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences)
-        self._pairs_of_a_row = len(dataloader.dataset.datasets)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        assert output.metrics is not None
-        losses = [
-            self.arm_loss.aggregate(
-                self._eval_metrics.losses_at(name)[None], preference, torch.ones(len(preference) + 1)
-            )
-            for name, preference in self.eval_preferences.items()
-        ]
-        means = {**self._eval_metrics.means(), "loss": torch.stack(losses).mean().item()}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training metrics since the last log."""
@@ -230,27 +176,6 @@ class PreferenceARMTrainer(BaseTrainer):
             card = arm_card(self, model_name, dataset_name, [*self._tag_names, *given])
             card.save(Path(cast(str, self.args.output_dir)) / "README.md")
 
-    def _log_probs(self, model, inputs, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Set before the forward and left until the next: gradient checkpointing runs the forward again in backward
-        # and must see the same preference.
-        if self.preference_conditioned:
-            rows = self.responses.rows_per_pair
-            set_preference(model, preference.repeat(rows, 1) if preference.ndim == 2 else preference)
-        return self.responses.log_probs(model, inputs)
-
-    def _untrained_margins(self, model, inputs) -> torch.Tensor | None:
-        model = self.accelerator.unwrap_model(model)
-        if not is_peft_model(model):
-            return None
-        with model.disable_adapter():
-            first, second = self.responses.log_probs(model, inputs)
-        return first - second
-
-    def _gather_pairs(self, values: torch.Tensor) -> torch.Tensor:
-        """Gathers `(pairs, k)` values of all ranks without the rows that fill up the last batch."""
-        rows = values.unflatten(0, (-1, self._pairs_of_a_row))
-        return self.accelerator.gather_for_metrics(rows).flatten(0, 1)
-
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labelled pairs of each objective, and pairs, of the whole step, divided by the number of processes.
 
@@ -260,14 +185,33 @@ class PreferenceARMTrainer(BaseTrainer):
         if not batch_samples:
             return None
         counts = torch.stack([count_labels(batch["pair_labels"]) for batch in batch_samples]).sum(0).to(device)
-        return cast(torch.Tensor, self.accelerator.reduce(counts, "mean"))
+        counts = cast(torch.Tensor, self.accelerator.reduce(counts, "mean"))
+        self._distances_ahead = None
+        if self.args.aggregation == "tchebycheff" and len(batch_samples) > 1:
+            self._distances_ahead = torch.stack([self._distances(batch, counts) for batch in batch_samples]).sum(0)
+        return counts
+
+    def _distances(self, batch: dict, counts: torch.Tensor) -> torch.Tensor:
+        """What a batch adds to l_i − z*_i of the step that begins, without gradients."""
+        inputs = self._prepare_inputs(batch)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            preference = self.preference_sampler.for_step(self.state.global_step)
+            first, second = self._log_probs(self.model_wrapped, inputs, preference)
+            losses = self.arm_loss.of_pairs(first - second, inputs["pair_labels"])
+            return self.arm_loss.distances(losses, inputs["pair_labels"], counts)
+
+    def _distances_of_step(self, distances: torch.Tensor) -> torch.Tensor:
+        """l_i − z*_i of the whole optimisation step, from what one of its batches adds."""
+        ahead = distances if self._distances_ahead is None else self._distances_ahead
+        return cast(torch.Tensor, self.accelerator.reduce(ahead, "mean"))
 
     def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
         data = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not isinstance(data, JointPreferenceDataset):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(batch, lengths=data.lengths())
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SimilarLengths(data.lengths(), batch, seed, lambda: int(self.state.epoch or 0))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of a step: against slow twins, TRL's own, and at the preference that the model runs at."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import tiny_arm
+from pair_data import OBJECTIVES, labelled, naive_margins, pairs, prepared, split_by_objective
+from training_runs import LORA, trained, trainer, two_sets
+
+from peft_pblora import get_preference, set_preference
+from trl_parm.training.losses import pair_losses
+
+
+@pytest.mark.parametrize("form", ["a data set for each objective", "labels", "both"])
+@pytest.mark.parametrize("preference_per", ["step", "pair"])
+def test_loss_of_a_step_equals_the_naive_twin(tmp_path, tokenizer, form, preference_per):
+    """Σ_i α_i l_i from per-token float64 log-probabilities, with the preferences that the trainer draws."""
+    data = {
+        "a data set for each objective": two_sets(2, 2),
+        "labels": labelled(2, helpful=lambda i: [0, None][i], harmless=lambda i: i),
+        "both": {"judged": labelled(2, harmless=lambda i: [1, -1][i]), "harmless": pairs(2, 9)},
+    }[form]
+    beta = {"helpful": 0.1, "harmless": 0.3}
+    run = trainer(tmp_path, tokenizer, tiny_arm(), data, peft_config=None, beta=beta, preference_per=preference_per)
+    batch = next(iter(run.get_train_dataloader()))
+    loss = run.compute_loss(run.model, batch).item()
+    model = copy.deepcopy(run.model).eval()
+    rows = {pair["pair_id"]: pair for i in range(2) for pair in run.train_dataset[i]["pairs"]}
+    sampler, sums, counts = run.preference_sampler, [0.0, 0.0], [0, 0]
+    for number, pair in rows.items():
+        alpha = sampler.for_pairs(0, torch.tensor([number]))[0] if preference_per == "pair" else sampler.for_step(0)
+        set_preference(model, alpha)
+        margin = naive_margins(model, [pair])[0]
+        for i, objective in enumerate(OBJECTIVES):
+            if label := pair["labels"][i]:
+                sums[i] += alpha[i].item() * math.log(1 + math.exp(-label * beta[objective] * margin))
+                counts[i] += 1
+    assert sum(counts) == {"a data set for each objective": 4, "labels": 3, "both": 5}[form]
+    assert loss == pytest.approx(sum(s / n for s, n in zip(sums, counts)), rel=1e-5)
+
+
+def test_labels_give_the_loss_of_split_data_sets_in_fewer_sequences(tmp_path, tokenizer):
+    data = labelled(4, helpful=lambda i: i % 2, harmless=lambda i: 0)
+    losses, rows = [], []
+    for form in (data, split_by_objective(data)):
+        run = trainer(tmp_path, tokenizer, tiny_arm(), form, peft_config=None, per_device_train_batch_size=4)
+        batch = next(iter(run.get_train_dataloader()))
+        losses.append(run.compute_loss(run.model, batch).item())
+        rows.append(len(batch["input_ids"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert rows == [8, 16]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "hinge"},
+        {"label_smoothing": 0.2},
+        {"target_margin": 0.5},
+        {"length_normalized": True},
+        {"aggregation": "tchebycheff"},
+        {"aggregation": "tchebycheff", "ideal_losses": {"helpful": 0.1, "harmless": 0.6}},
+        {"global_weight": 0.5},
+        {"global_weight": 0.5, "preference_per": "pair"},
+    ],
+)
+def test_options_of_the_loss_reach_it(tmp_path, tokenizer, changes):
+    losses = []
+    for options in ({}, changes):
+        run = trainer(tmp_path, tokenizer, tiny_arm(), labelled(2), peft_config=None, **options)
+        losses.append(run.compute_loss(run.model, next(iter(run.get_train_dataloader()))).item())
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("preference_per", ["step", "pair"])
+def test_the_model_runs_at_the_preference_of_the_loss(tmp_path, tokenizer, preference_per):
+    seen = []
+    run = trainer(tmp_path, tokenizer, data=two_sets(6, 6), preference_per=preference_per)
+    forward = run.model.base_model.model.forward
+
+    def watch(*args, **kwargs):
+        seen.append(get_preference(run.model).clone())
+        return forward(*args, **kwargs)
+
+    run.model.base_model.model.forward = watch
+    run.train()
+    assert len(seen) == 3
+    for step, alpha in enumerate(seen):
+        if preference_per == "step":
+            torch.testing.assert_close(alpha, run.preference_sampler.for_step(step))
+        else:
+            assert alpha.shape == (8, 2)
+            assert torch.equal(alpha[:4], alpha[4:])
+            assert len(alpha[:4].unique(dim=0)) == 4
+
+
+def test_train_at_a_fixed_preference_and_at_a_fixed_set(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer, train_preferences=[{"helpful": 0.25, "harmless": 0.75}])
+    run.train()
+    assert get_preference(run.model).tolist() == [0.25, 0.75]
+    run = trainer(tmp_path, tokenizer, train_preferences=["[1, 0]", "[0, 1]"])
+    drawn = [tuple(run.preference_sampler.for_step(step).tolist()) for step in range(50)]
+    assert set(drawn) == {(1.0, 0.0), (0.0, 1.0)}
+    assert 12 < drawn.count((1.0, 0.0)) < 38
+
+
+def test_one_objective_with_plain_lora_is_genarm(tmp_path, tokenizer):
+    """The same loss and weights as from a mapping with a name, and as by hand: −log σ(β · margin)."""
+    run = trainer(tmp_path, tokenizer, data=pairs(2), peft_config=LORA, evaluation=pairs(2))
+    assert run.objectives == ["reward"]
+    model = copy.deepcopy(run.model).eval()
+    margins = naive_margins(model, prepared(pairs(2), "helpful", tokenizer))
+    run.train()
+    expected = sum(math.log(1 + math.exp(-0.1 * margin)) for margin in margins) / 2
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert "eval_reward_accuracy@reward" in run.evaluate()
+    named = trained(tmp_path, tokenizer, data={"helpful": pairs(2)}, peft_config=LORA)
+    torch.testing.assert_close(named[1], [p for p in run.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(("loss_type", "changes"), [("sigmoid", {"label_smoothing": 0.1}), ("hinge", {})])
+def test_the_loss_of_one_objective_is_that_of_cpo_without_its_likelihood_term(monkeypatch, loss_type, changes):
+    """CPO's preference loss has no reference model either; TRL's own code says what it is."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+
+    theirs = object.__new__(CPOTrainer)
+    theirs.beta, theirs.loss_type, theirs.alpha = 0.3, loss_type, 0.0
+    theirs.label_smoothing = changes.get("label_smoothing", 0.0)
+    theirs.accelerator = type("Accelerator", (), {"device": torch.device("cpu")})()
+    chosen, rejected = torch.tensor([-3.0, -9.0, -4.0]), torch.tensor([-5.0, -2.0, -4.5])
+    expected, *_ = theirs.cpo_loss(chosen, rejected)
+    losses = pair_losses(
+        chosen - rejected, torch.ones(3, 1), torch.tensor([0.3]), hinge=loss_type == "hinge", **changes
+    )
+    torch.testing.assert_close(losses[:, 0], expected)

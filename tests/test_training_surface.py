@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's surface: defaults, cards, tags, and bad input that is refused before the first step."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from pair_data import labelled, pairs
+from training_runs import LORA, PBLORA, config, trainer, two_sets
+from transformers import AutoModelForCausalLM
+
+from trl_parm import PreferenceARMTrainer
+
+
+def test_defaults_of_the_arguments(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("base")
+    run = PreferenceARMTrainer(
+        "base", train_dataset=two_sets(), processing_class=tokenizer, peft_config=copy.deepcopy(PBLORA)
+    )
+    assert run.args.output_dir == "base-PARM"
+    assert run.args.learning_rate == 5e-4
+    assert run.arm_loss.beta.tolist() == pytest.approx([0.01, 0.01])
+
+
+def test_card_tells_what_was_trained_and_how_to_use_it(tmp_path, tokenizer):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    run = trainer(tmp_path / "arm", tokenizer, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    run.train()
+    run.save_model()
+    run.create_model_card("my arm", "my/data", tags="mine")
+    card = (tmp_path / "arm" / "README.md").read_text()
+    for part in ("# my arm", "import peft_pblora", "lin2025parm", "helpful 0.1, harmless 0.1", "Dirichlet(0.5)",
+                 "my/data", "- trl\n", "- parm\n", "- mine\n", "library_name: peft"):  # fmt: skip
+        assert part in card, part
+    block = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "arm"))
+    guide = card.split("```python\n")[2].split("```")[0]
+    base, inputs = tiny_llama(1), {"input_ids": torch.tensor([[5, 6]])}
+    scope = {"base": base, "inputs": inputs}
+    exec(block + guide, scope)
+    assert scope["output"].shape[1] > 2
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "data", "changes", "citation"),
+    [
+        (LORA, pairs(4), {}, "xu2025genarm"),
+        (PBLORA, None, {"aggregation": "tchebycheff"}, "zhong2024panacea"),
+        (PBLORA, None, {"global_weight": 0.1}, "uniarm2026"),
+    ],
+)
+def test_card_cites_the_methods_used(tmp_path, tokenizer, peft_config, data, changes, citation):
+    run = trainer(tmp_path, tokenizer, data=data, peft_config=peft_config, **changes)
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert citation in card
+    assert ("lin2025parm" in card) == (peft_config is PBLORA)
+
+
+def test_code_from_a_model_folder_needs_trust(tmp_path, tokenizer):
+    config_json = {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    with pytest.raises(ValueError, match="custom code"):
+        PreferenceARMTrainer(
+            str(tmp_path), config(tmp_path / "out"), train_dataset=pairs(3), processing_class=tokenizer
+        )
+
+
+def test_several_gpus_need_several_processes(tmp_path, tokenizer):
+    args = config(tmp_path / "out")
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs in one process would need torch.nn.DataParallel"):
+        PreferenceARMTrainer(tiny_llama(), args, train_dataset=pairs(3), processing_class=tokenizer)
+
+
+def test_tags_are_added(tmp_path, tokenizer):
+    assert {"trl", "parm"} <= set(trainer(tmp_path, tokenizer).model.model_tags)
+
+
+def test_tokenizer_without_pad_token_uses_its_end_token(tmp_path, tokenizer):
+    tokenizer.pad_token = None
+    run = trainer(tmp_path, tokenizer)
+    assert run.processing_class.pad_token == "<eos>"
+    assert run.model.config.pad_token_id == 1
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="The tokenizer has no end token"):
+        trainer(tmp_path, tokenizer)
+
+
+def identical(n: int) -> Dataset:
+    return Dataset.from_list([{**row, "rejected": row["chosen"]} for row in pairs(n)])
+
+
+def broken_llama():
+    model = tiny_llama()
+    model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
+    return model
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer, broken_llama())
+    before = [p.clone() for p in run.model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="The loss is nan at step 0"):
+        run.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, [p for p in run.model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": [1, 2]}, TypeError, "Give a mapping such as"),
+        ({"data": {}}, ValueError, "`train_dataset` is required"),
+        ({"data": pairs(3)}, ValueError, "one data set with `chosen` and `rejected`, but the adapter was made for"),
+        ({"data": DatasetDict(train=pairs(3), test=pairs(3))}, ValueError, r"has the splits \['test', 'train'\]"),
+        (
+            {"data": IterableDatasetDict(train=pairs(3).to_iterable_dataset()), "peft_config": LORA},
+            ValueError,
+            r"has the splits \['train'\]",
+        ),
+        ({"data": {"helpful": pairs(3), "harmful": pairs(3)}}, ValueError, "but the adapter was made for"),
+        ({"data": {"helpful": pairs(3)}}, ValueError, r"`train_dataset` has the objectives \['helpful'\]"),
+        ({"data": labelled(3).remove_columns("helpful")}, ValueError, r"has the objectives \['harmless'\]"),
+        ({"data": {"helpful": pairs(3), "harmless": pairs(3).select([])}}, ValueError, "'harmless' is empty"),
+        (
+            {"data": {"helpful": pairs(3), "harmless": pairs(3).remove_columns("chosen")}},
+            ValueError,
+            r"lacks the columns \['chosen'\]",
+        ),
+        ({"evaluation": {"helpful": pairs(3)}}, ValueError, r"`eval_dataset` has the objectives \['helpful'\]"),
+        ({"data": {"helpful": pairs(3), "harmless": identical(3)}}, ValueError, "since both responses are the same"),
+        ({"data": labelled(3, harmless=lambda i: 2)}, ValueError, "is 2, but it must be 0 or 1"),
+        ({"max_length": 2}, ValueError, "longer than 2 tokens"),
+        ({"activation_offloading": True}, ValueError, "where this run computes already"),
+        ({"beta": {"helpful": 0.1}}, ValueError, "`beta` names the objectives"),
+        ({"beta": 0.0}, ValueError, "every β must be positive"),
+        ({"beta": float("nan")}, ValueError, "every β must be positive"),
+        ({"concentration": 0.0}, ValueError, "must be positive"),
+        ({"loss_type": "ipo"}, ValueError, "must be one of sigmoid, hinge"),
+        ({"label_smoothing": 0.5}, ValueError, r"must lie in \[0, 0.5\)"),
+        ({"global_weight": -1.0}, ValueError, "must be 0 or larger"),
+        ({"aggregation": "tchebycheff", "preference_per": "pair"}, ValueError, "needs one preference for all pairs"),
+        ({"ideal_losses": {"helpful": 0.1}}, ValueError, "`ideal_losses` names the objectives"),
+        ({"peft_config": None}, ValueError, "no preference-conditioned adapter, but there are 2 objectives"),
+        ({"peft_config": LORA}, ValueError, "no preference-conditioned adapter, but there are 2 objectives"),
+        ({"peft_config": LORA, "data": labelled(3)}, ValueError, "does not say which column belongs to the objective"),
+        ({"peft_config": {"r": 8}}, TypeError, "must be a `PeftConfig`"),
+        ({"eval_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
+        ({"train_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(tmp_path, tokenizer, changes, error, message):
+    with pytest.raises(error, match=message):
+        trainer(tmp_path / "out", tokenizer, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_dataset_is_required(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        PreferenceARMTrainer(tiny_llama(), config(tmp_path), processing_class=tokenizer, peft_config=PBLORA)
+
+
+def test_a_ready_adapter_takes_no_second_one(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="is a PeftModel already"):
+        trainer(tmp_path, tokenizer, tiny_arm())
+    with pytest.raises(ValueError, match="`quantization_config` needs a model id"):
+        PreferenceARMTrainer(
+            tiny_llama(), config(tmp_path), train_dataset=two_sets(), processing_class=tokenizer,
+            quantization_config=object(),
+        )  # fmt: skip
