@@ -13,14 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import tiny_llama, tiny_tokenizer
-from pair_data import labelled, pairs
 from safetensors.torch import load_file
-from trl import TrlParser
+from training_runs import write_run
 
-from trl_parm import PreferenceARMConfig
-from trl_parm.training.arguments import ARMArguments
 from trl_parm.training.setup import last_complete_checkpoint
 
 
@@ -30,21 +26,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
-    tiny_llama().save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    labelled(16, helpful=lambda i: [0, None, 1, -1][i % 4]).to_json(folder / "judged.jsonl")
-    pairs(12, 9).to_json(folder / "harmless.jsonl")
-    config = {
-        "model_name_or_path": "base",
-        "objectives": ["helpful", "harmless"],
-        "target_modules": ["q_proj", "v_proj"],
-        "train_data": [{"path": "judged.jsonl"}, {"objective": "harmless", "path": "harmless.jsonl"}],
-        "eval_data": [{"path": "judged.jsonl", "split": "train[:7]"}],
-        "beta": {"helpful": 0.1, "harmless": 0.3}, "preference_per": "pair", "max_steps": 4, "logging_steps": 1,
-        "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no", "bf16": False, "use_cpu": True,
-        "gradient_accumulation_steps": 2, "report_to": "none", "output_dir": "one", "per_device_train_batch_size": 4,
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    write_run(folder)
     return folder
 
 
@@ -101,20 +83,41 @@ def test_two_processes_train_like_one(folder, one, engine):
         assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize("order", ["random", "group_by_length"])
-def test_two_processes_resume_bit_by_bit(folder, order):
+def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
+    """Where they share a preference, and one has the objective with the largest loss more often."""
+    flags = (
+        "--aggregation", "tchebycheff", "--preference_per", "step", "--beta", "1.0", "--train_preferences",
+        "[0.5, 0.5]", "--gradient_accumulation_steps",
+    )  # fmt: skip
+    script = (sys.executable, str(EXAMPLES / "train_arm.py"), "--config", "config.yaml")
+    finished = run(folder, *script, *flags, "2", "--output_dir", "largest")
+    assert finished.returncode == 0, finished.stderr
+    curves = [[(e["loss"], e["grad_norm"]) for e in history(folder / "largest") if "loss" in e]]
+    for accumulation, batch in (("2", "2"), ("1", "4")):
+        launch(
+            folder, "ddp_cpu", *flags, accumulation, "--output_dir", "largest2", "--per_device_train_batch_size", batch
+        )
+        curves.append([(e["loss"], e["grad_norm"]) for e in history(folder / "largest2") if "loss" in e])
+    for curve in curves[1:]:
+        assert sum(curve, ()) == pytest.approx(sum(curves[0], ()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "order"), [("ddp_cpu", "random"), ("ddp_cpu", "group_by_length"), ("fsdp2_cpu", "random")]
+)
+def test_two_processes_resume_bit_by_bit(folder, engine, order):
     """In the middle of an epoch: 16 rows, 2 in each of 2 processes, accumulated twice."""
     flags = (
         "--max_steps", "5", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken",
         "--train_sampling_strategy", order,
     )  # fmt: skip
     shutil.rmtree(folder / "broken", ignore_errors=True)
-    launch(folder, "ddp_cpu", *flags)
+    launch(folder, engine, *flags)
     whole = [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e]
     weights = load_file(folder / "broken" / "adapter_model.safetensors")
     shutil.rmtree(folder / "broken" / "checkpoint-5")
     (folder / "broken" / "checkpoint-4" / "trainer_state.json").unlink()  # as if it was being written
-    launch(folder, "ddp_cpu", *flags, "--resume", "True")
+    launch(folder, engine, *flags, "--resume", "True")
     assert [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e] == whole
     resumed = load_file(folder / "broken" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
@@ -177,64 +180,3 @@ def test_a_backbone_in_4_bits(folder, bf16):
     weights = load_file(folder / "four" / "adapter_model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert all(w.abs().max() > 0 for name, w in weights.items() if ".B." in name)
-
-
-def parse(*arguments: str) -> tuple[ARMArguments, PreferenceARMConfig]:
-    return TrlParser((ARMArguments, PreferenceARMConfig)).parse_args_and_config(["--use_cpu", "True", *arguments])
-
-
-def test_every_key_is_a_flag_too(folder):
-    base = ("--model_name_or_path", "base", "--output_dir", "out")
-    for text, value in (("0.05", 0.05), ('{"helpful": 0.1}', {"helpful": 0.1})):
-        assert parse(*base, "--beta", text)[1].beta == value
-    columns = parse(*base, "--label_columns", '{"helpful": "better"}')[1].label_columns
-    assert columns == {"helpful": "better"}
-    preferences = parse(*base, "--eval_preferences", "[0.5, 0.5]", '{"helpful": 1}')[1].eval_preferences
-    assert preferences == [[0.5, 0.5], {"helpful": 1}]
-    arguments = parse(*base, "--adapter", "svdlora", "--adapter_kwargs", '{"r": 4}', "--objectives", "a", "b")[0]
-    config = arguments.peft_config(None)
-    assert (config.peft_type, config.r, config.objectives) == ("SVDLORA", 4, ["a", "b"])
-
-
-def test_yaml_and_flags_agree(folder):
-    arguments, config = parse("--config", str(folder / "config.yaml"), "--beta", "0.7")
-    assert config.beta == 0.7
-    assert arguments.train_data[1].objective == "harmless"
-    assert arguments.peft_config(None).objectives == ["helpful", "harmless"]
-
-
-@pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.yaml"))])
-def test_shipped_configurations_parse(name):
-    arguments, _ = parse("--config", str(EXAMPLES / name))
-    assert arguments.train_data
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_data": [{"objective": "helpful"}]}, "but it needs `path`, and may have objective, name"),
-        ({"train_data": [{"path": "x.jsonl", "spilt": "train"}]}, "but it needs `path`"),
-        ({"adapter": "dora"}, "must be one of pblora, svdlora, moslora, lora"),
-        ({"train_data": [{"path": "missing.jsonl"}]}, "There is no data at 'missing.jsonl'"),
-        ({"train_data": [{"path": "judged.jsonl", "where": {"nosuch": 1}}]}, r"lacks the columns \['nosuch'\]"),
-        ({"train_data": [{"objective": "harmless", "path": "harmless.jsonl"}] * 2}, "have the same objective"),
-    ],
-)
-def test_bad_configurations_are_refused(folder, monkeypatch, change, message):
-    monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match=message):
-        arguments = ARMArguments("base", **change)
-        arguments.load(arguments.train_data)
-
-
-def test_data_by_columns_and_rows(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    entry = {"path": "judged.jsonl", "columns": {"helpful": "better"}, "where": {"harmless": 0}}
-    data = next(
-        iter(
-            ARMArguments("base", train_data=[entry]).load(ARMArguments("base", train_data=[entry]).train_data).values()
-        )
-    )
-    assert "better" in data.column_names
-    assert set(data["harmless"]) == {0}
-    assert len(data) == 8

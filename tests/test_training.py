@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin
 from conftest import tiny_llama
 from datasets import Dataset
 from pair_data import OBJECTIVES, labelled, pairs, prepared
@@ -14,6 +15,7 @@ from training_runs import PBLORA, config, trained, trainer, two_sets, without_ra
 
 from peft_pblora import PBLoraConfig, set_preference
 from trl_parm import PreferenceARMTrainer
+from trl_parm.training.setup import adapt_model
 
 
 def test_train_changes_the_adapter_and_nothing_else(tmp_path, tokenizer):
@@ -209,10 +211,16 @@ def test_saved_adapter_loads(tmp_path, tokenizer):
     torch.testing.assert_close(loaded(ids).logits, run.model(ids).logits)
 
 
+def test_zero_3_gets_one_dtype_and_reentrant_checkpointing(tmp_path):
+    args = config(tmp_path, gradient_checkpointing=True)
+    args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+    model = adapt_model(tiny_llama().to(torch.bfloat16), args, copy.deepcopy(PBLORA))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert args.activation_checkpointing_kwargs["use_reentrant"]
+
+
 def test_quantized_bases_train_their_adapter_in_bf16(tmp_path, tokenizer):
     model = tiny_llama()
     model.is_loaded_in_4bit = True  # bitsandbytes is not needed to see what is done with such a model
-    from trl_parm.training.setup import adapt_model
-
     model = adapt_model(model, config(tmp_path), copy.deepcopy(PBLORA))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}

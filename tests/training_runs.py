@@ -2,11 +2,13 @@
 """Short runs of the trainer on tiny models, for the tests of training."""
 
 import copy
+from pathlib import Path
 
 import torch
-from conftest import tiny_llama
+import yaml
+from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset
-from pair_data import OBJECTIVES, pairs
+from pair_data import OBJECTIVES, labelled, pairs
 from peft import LoraConfig
 
 from peft_pblora import PBLoraConfig
@@ -51,3 +53,22 @@ def trained(folder, tokenizer, **changes) -> tuple[list[float], list[torch.Tenso
 
 def without_ranks(data: dict[str, Dataset]) -> dict[str, Dataset]:
     return {name: rows.rename_columns({"chosen": "rejected", "rejected": "chosen"}) for name, rows in data.items()}
+
+
+def write_run(folder: Path) -> None:
+    """A model, labelled and ranked pairs, and `config.yaml` for the training script."""
+    tiny_llama().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    labelled(16, helpful=lambda i: [0, None, 1, -1][i % 4]).to_json(folder / "judged.jsonl")
+    pairs(12, 9).to_json(folder / "harmless.jsonl")
+    config = {
+        "model_name_or_path": "base",
+        "objectives": ["helpful", "harmless"],
+        "target_modules": ["q_proj", "v_proj"],
+        "train_data": [{"path": "judged.jsonl"}, {"objective": "harmless", "path": "harmless.jsonl"}],
+        "eval_data": [{"path": "judged.jsonl", "split": "train[:7]"}],
+        "beta": {"helpful": 0.1, "harmless": 0.3}, "preference_per": "pair", "max_steps": 4, "logging_steps": 1,
+        "optim": "sgd", "learning_rate": 0.1, "save_strategy": "no", "bf16": False, "use_cpu": True,
+        "gradient_accumulation_steps": 2, "report_to": "none", "output_dir": "one", "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
