@@ -36,9 +36,11 @@ def log_pi(model, ids, mask=None):
     """log π of the next token, from the whole prefix in float64."""
     mask = torch.ones_like(ids) if mask is None else mask
     with torch.no_grad():
-        logits = copy.deepcopy(model).double()(
-            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
-        ).logits
+        logits = (
+            copy.deepcopy(model)
+            .double()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+            .logits
+        )
     return torch.log_softmax(logits[:, -1], -1)
 
 
@@ -245,7 +247,12 @@ OWN["attention_mask"] = (OWN["input_ids"] != 0).long()
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"num_beams": 4}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 2, "num_return_sequences": 2}],
+    [
+        {},
+        {"num_beams": 4},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -395,7 +402,10 @@ def test_continuous_batching_is_refused_and_not_passed_off_as_guidance(verbosity
         (lambda: Prompt(), "needs `inputs` with `input_ids`"),
         (lambda: Prompt({"input_ids": PROMPTS}, guide=["w1"]), "which need `tokenizer`"),
         (lambda: Prompt({"attention_mask": MASK}, guide={"input_ids": PROMPTS[:2]}), "has 3 prompts, but `guide` 2"),
-        (lambda: Prompt({"input_ids": PROMPTS}, guide={"input_ids": PROMPTS[:, :0]}), "not empty and padded on the left"),
+        (
+            lambda: Prompt({"input_ids": PROMPTS}, guide={"input_ids": PROMPTS[:, :0]}),
+            "not empty and padded on the left",
+        ),
     ],
 )
 def test_bad_guides(make, message):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Base and guide on one set of weights.
+"""Base and guides on one set of weights: in one forward where that can be, else one after the other.
 
 PEFT puts an adapter into the model itself. So where a guide is an adapter on the very model that generates, the
-model's own forward inside `generate` must run without it, and the guide's with it.
+model's own forward inside `generate` must run without it, and the guide's with it. Both read the same weights, which
+is what decoding spends its time on: so the model's forward takes rows [base | guide 1 | guide 2 | ...] at once, with
+each adapter acting on its own rows. The guides then have their answers before they are asked.
 """
 
 from __future__ import annotations
@@ -10,19 +12,33 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.utils import logging
 
 from .adapters import AdapterSwitch
 from .guided import GuidedLogitsProcessor
-from .running import running_generate
+from .joint import JointCache
+from .joint_forward import PER_ROW, JointForward
+from .rows import RowAdapters
+from .running import GenerateCall, running_generate
+
+
+if TYPE_CHECKING:
+    from .language_model import LM
+
+
+logger = logging.get_logger(__name__)
 
 
 class SharedBackbone:
     """Hooks on a model with adapters that act in its own forward inside a guided `generate`, and nowhere else.
 
-    There the adapters that guide are switched off; others, such as one that the base model was tuned with, stay as
-    they are.
+    There the adapters that guide are kept out of the base model's rows; others, such as one that the base model was
+    tuned with, stay as they are.
 
     Args:
         model (`nn.Module`): The model, below any `PeftModel`.
@@ -37,18 +53,22 @@ class SharedBackbone:
         if shared is None:
             shared = cls._of[model] = cls(model)
         shared.switch = AdapterSwitch(model)
+        shared.row_adapters.hook(shared.switch)
         return shared
 
     def __init__(self, model: nn.Module) -> None:
         self.switch = AdapterSwitch(model)
+        self.row_adapters = RowAdapters()
         self._guides_run = False
-        self._entered: list[ExitStack] = []
+        self._joint: weakref.ref[JointCache] | None = None
+        self._states: list[tuple] = []
+        self._entered: list[tuple[ExitStack, JointForward | None]] = []
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
 
     @contextmanager
     def guide(self, names: Sequence[str]) -> Iterator[None]:
-        """For the time of a guide's forward, with these of the model's adapters."""
+        """For the time of a guide's own forward, with these of the model's adapters."""
         former, self._guides_run = self._guides_run, True
         try:
             with self.switch.only(names):
@@ -56,26 +76,87 @@ class SharedBackbone:
         finally:
             self._guides_run = former
 
-    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        stack = ExitStack()
-        self._entered.append(stack)
-        guiding = self._guiding(model)
-        if guiding:
-            stack.enter_context(self.switch.only([name for name in self.switch.active if name not in guiding]))
+    def logits_of(self, guide: LM, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """What the last joint forward says of a guide after these tokens, or `None`: then it has to run itself."""
+        cache = self._joint() if self._joint else None
+        return cache.logits_of(guide, input_ids) if isinstance(cache, JointCache) else None
 
-    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        self._entered.pop().close()
-
-    def _guiding(self, model: nn.Module) -> set[str]:
-        """The adapters that guide the running `generate` of this model."""
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = None if self._guides_run else running_generate()
-        if call is None or call.model is not model:
-            return set()
-        guides = (processor for processor in call.processors if isinstance(processor, GuidedLogitsProcessor))
-        return {
-            name
-            for guide in guides
-            for scorer in guide.formula.scorers()
-            if getattr(scorer, "shared", None) is self
-            for name in scorer.adapter_names
-        }
+        guides = self._guides(call) if call is not None and call.model is model else []
+        stack, forward = ExitStack(), None
+        if guides and call is not None:
+            forward = self._join(call, guides, args, kwargs)
+        cache = kwargs.get("past_key_values")
+        if forward is None and isinstance(cache, JointCache):
+            cache.release()
+        if forward is not None:
+            stack.enter_context(self.row_adapters.acting(forward.plan, self.switch))
+            kwargs = forward.kwargs
+        elif guides:
+            stack.enter_context(self.switch.only(self._own_adapters(guides)))
+        self._entered.append((stack, forward))
+        return args, kwargs
+
+    def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        stack, forward = self._entered.pop()
+        stack.close()
+        if forward is None or output is None:
+            return output
+        self._joint = weakref.ref(forward.cache)
+        return forward.split(output)
+
+    def _guides(self, call: GenerateCall) -> list[LM]:
+        """The guides of a call of `generate` that are adapters on this model, those of one adapter together."""
+        processors = (p for p in call.processors if isinstance(p, GuidedLogitsProcessor))
+        scorers = (scorer for processor in processors for scorer in processor.formula.scorers())
+        guides = dict.fromkeys(s for s in scorers if getattr(s, "shared", None) is self)
+        return sorted(cast(Any, guides), key=lambda guide: guide.acting_adapters)
+
+    def _own_adapters(self, guides: Sequence[LM]) -> list[str]:
+        """The active adapters that belong to the base model."""
+        guiding = {name for guide in guides for name in guide.adapter_names}
+        return [name for name in self.switch.active if name not in guiding]
+
+    def _join(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> JointForward | None:
+        """The joint forward in the place of the base model's own, if there can be one."""
+        cache, states = kwargs.get("past_key_values"), [guide.state() for guide in guides]
+        if isinstance(cache, JointCache):
+            goes_on = list(cache.groups) == guides and self._states == states and _plain(kwargs)
+            return JointForward(cache, kwargs) if goes_on else None
+        if isinstance(cache, Cache) and cache.get_seq_length() > 0:
+            return None
+        reason = self._obstacle(call, guides, args, kwargs)
+        if reason is not None:
+            logger.warning_once(f"The guides run beside the base model, not in one forward with it: {reason}.")
+            return None
+        self._states = states
+        return JointForward.first(guides, kwargs, kwargs["input_ids"].shape[1] == call.prompt_length)
+
+    def _obstacle(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> str | None:
+        """Why base and guides can't have one forward, or `None` if they can."""
+        names = [name for guide in guides for name in guide.acting_adapters]
+        following = [name for guide in guides if guide.preference is None for name in guide.acting_adapters]
+        if not all(guide.shared_forward for guide in guides):
+            return "it was switched off with `shared_forward=False`"
+        if type(kwargs.get("past_key_values")) is not DynamicCache or not kwargs.get("use_cache", True):
+            return "it needs the default cache"
+        if args or not _plain(kwargs):
+            return "it needs token ids, and a mask of two dimensions"
+        if call.assistant_model is not None:
+            return "an assistant asks the guides for every drafted token anyway"
+        if any(guide.prompt is not None or guide.vocabulary is not None for guide in guides):
+            return "a guide has a prompt or a vocabulary of its own"
+        if self._own_adapters(guides):
+            return f"the base model has an adapter of its own ({', '.join(self._own_adapters(guides))})"
+        if any(len(guide.acting_adapters) > 1 for guide in guides):
+            return "a guide has several active adapters"
+        if any(names.count(name) > 1 for name in following):
+            return "guides of one adapter need a preference each"
+        return self.row_adapters.obstacle(self.switch, names)
+
+
+def _plain(kwargs: dict) -> bool:
+    """Whether a forward has nothing but what can be repeated for every guide."""
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.ndim}
+    return "input_ids" in tensors and all(name in PER_ROW and t.ndim == 2 for name, t in tensors.items())

@@ -8,7 +8,7 @@ import logging
 import torch
 from transformers import LogitsProcessor
 
-from .running import running_generate
+from .running import asks_what_is_forbidden, running_generate
 from .scorers import Scorer
 
 
@@ -34,6 +34,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
         self.formula = formula
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if asks_what_is_forbidden():
+            # The draft is checked against the guided distribution afterwards: an answer here would cost a forward.
+            return scores
         guided = self.formula(input_ids, scores)
         return guided.masked_fill(scores == -torch.inf, -torch.inf)
 

@@ -48,6 +48,9 @@ class LM(Scorer):
             Use the model without that adapter: for an ARM, the untrained ARM.
         prompt ([`Prompt`], *optional*): The guide's own prompts, or the padding where `generate` does not call.
         vocabulary ([`Vocabulary`], *optional*): Aligns the tokens of two vocabularies that differ.
+        shared_forward (`bool`, *optional*, defaults to `True`):
+            Where the guide is an adapter on the model that generates, let both run in one forward, see
+            [`SharedBackbone`]. The answers are the same.
 
     Raises:
         ValueError: a model that is no causal language model with a key-value cache, an unknown adapter, or an invalid
@@ -62,6 +65,7 @@ class LM(Scorer):
         disable_adapter: bool = False,
         prompt: Prompt | None = None,
         vocabulary: Vocabulary | None = None,
+        shared_forward: bool = True,
     ) -> None:
         backbone = backbone_of(model)
         _check_model(model, cast(PreTrainedModel, backbone))
@@ -71,11 +75,13 @@ class LM(Scorer):
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
         self.model = model.eval()
         self.shared = SharedBackbone.of(backbone) if switch.layers else None
+        self.shared_forward = shared_forward
         self.disable_adapter, self.prompt, self.vocabulary = disable_adapter, prompt, vocabulary
+        self.acting_adapters = [] if disable_adapter else self.adapter_names
         self.preference = None
-        self._adapter: LowRankAdapter | None = None
+        self.adapter: LowRankAdapter | None = None
         if not disable_adapter and has_preference(model):
-            self._adapter = active_adapter(model, adapter_name)
+            self.adapter = active_adapter(model, adapter_name)
         if preference is not None:
             self.preference = as_preference(preference, self._objectives())
         self._parameters = list(model.parameters())
@@ -89,13 +95,8 @@ class LM(Scorer):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if (state := self._model_state()) != self._built_with:
-            self.reset()
-            self._built_with = state
-        tokens, mask = self._read(input_ids)
-        groups = self._groups(len(tokens))
-        self._prefix = read(self._prefix, tokens, mask, self._forward, lambda: _empty_cache(self.model), groups)
-        log_probs = self._prefix.log_probs[tokens.shape[1]]
+        logits = self.shared.logits_of(self, input_ids) if self.shared else None
+        log_probs = self._log_probs(input_ids) if logits is None else torch.log_softmax(logits.float(), dim=-1)
         if self.vocabulary is not None:
             log_probs = self.vocabulary.to_base(log_probs, scores.shape[-1])
         elif log_probs.shape[-1] != scores.shape[-1]:
@@ -105,6 +106,18 @@ class LM(Scorer):
                 "`vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`."
             )
         return log_probs.to(scores.device)
+
+    def _log_probs(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """log π of the next token in the guide's vocabulary, by forwards of its own."""
+        if (state := self.state()) != self._built_with:
+            self.reset()
+            self._built_with = state
+        tokens, mask = self._read(input_ids)
+        rows = None
+        if self.preference is not None and self.preference.ndim == 2:
+            rows = self.preference_rows(len(tokens))
+        self._prefix = read(self._prefix, tokens, mask, self._forward, lambda: _empty_cache(self.model), rows)
+        return self._prefix.log_probs[tokens.shape[1]]
 
     @torch.no_grad()
     def of_tokens(self, tokens: torch.Tensor, last: int) -> torch.Tensor:
@@ -139,8 +152,7 @@ class LM(Scorer):
         """Sets the preference, and lets the chosen adapter alone act for the time of a forward."""
         if self.preference is not None and not self._preference_is_set():
             set_preference(self.model, self.preference, self._adapter_name())
-        names = [] if self.disable_adapter else self.adapter_names
-        return self.shared.guide(names) if self.shared else nullcontext()
+        return self.shared.guide(self.acting_adapters) if self.shared else nullcontext()
 
     def _read(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the guide reads, tokens and mask of shape `(rows, length)`, for the base model's tokens."""
@@ -164,28 +176,27 @@ class LM(Scorer):
             )
         return tokens, mask
 
-    def _model_state(self) -> tuple:
-        """What the cache depends on beside the tokens: the weights, and a preference that is not our own."""
+    def state(self) -> tuple:
+        """What answers depend on beside the tokens: the weights, and a preference that is not our own."""
         weights = sum(parameter._version for parameter in self._parameters)
-        return weights, self._adapter.version if self._adapter and self.preference is None else None
+        return weights, self.adapter.version if self.adapter and self.preference is None else None
 
-    def _groups(self, rows: int) -> torch.Tensor | None:
-        """Which row's preference each of `rows` rows has, where they differ. `generate` repeats rows in place."""
-        if self.preference is None or self.preference.ndim == 1:
-            return None
-        check_rows(len(self.preference), rows)
-        return torch.arange(len(self.preference)).repeat_interleave(rows // len(self.preference))
+    def preference_rows(self, rows: int) -> torch.Tensor:
+        """Which of our preferences each of `rows` rows has, shape `(rows,)`. `generate` repeats rows in place."""
+        own = 1 if self.preference is None or self.preference.ndim == 1 else len(self.preference)
+        check_rows(own, rows)
+        return torch.arange(own).repeat_interleave(rows // own)
 
     def _preference_is_set(self) -> bool:
         """Whether the model has our preference already: setting it anew would cost a fold of every layer."""
-        current = cast(LowRankAdapter, self._adapter).preference
+        current = cast(LowRankAdapter, self.adapter).preference
         return torch.equal(current, cast(torch.Tensor, self.preference).to(current.device))
 
     def _adapter_name(self) -> str | None:
         return self.adapter_names[0] if len(self.adapter_names) == 1 else None
 
     def _objectives(self) -> list[str]:
-        if self._adapter is None:
+        if self.adapter is None:
             raise ValueError(
                 "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
                 "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
@@ -196,7 +207,7 @@ class LM(Scorer):
         preference = None if self.preference is None else tuple(self.preference.flatten().tolist())
         shape = None if self.preference is None else self.preference.shape
         identities = id(self.model), id(self.prompt), id(self.vocabulary)
-        return *identities, tuple(self.adapter_names), self.disable_adapter, preference, shape
+        return *identities, tuple(self.adapter_names), self.disable_adapter, self.shared_forward, preference, shape
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LM) and self._key() == other._key()

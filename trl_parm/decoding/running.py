@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_DRAFT_FROM_PROMPT = PromptLookupCandidateGenerator.get_candidates.__code__
 
 
 class GenerateCall:
@@ -27,6 +29,7 @@ class GenerateCall:
         model (`PreTrainedModel`): The model that generates.
         processors (`list[LogitsProcessor]`): The user's logits processors.
         attention_mask (`torch.Tensor` of shape `(batch, prompt)` or `None`): As the user gave it.
+        assistant_model (`PreTrainedModel` or `None`): What drafts, in assisted decoding.
         prompt_length (`int` or `None`): Columns of `input_ids` that are the prompt; `None` before they are known.
     """
 
@@ -34,6 +37,7 @@ class GenerateCall:
         arguments = frame.f_locals
         self.model: PreTrainedModel = arguments["self"]
         self.processors: list[LogitsProcessor] = list(arguments["logits_processor"] or ())
+        self.assistant_model: PreTrainedModel | None = arguments["assistant_model"]
         mask = arguments["kwargs"].get("attention_mask")
         self.attention_mask: torch.Tensor | None = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         self.prompt_length: int | None = arguments.get("input_ids_length")
@@ -53,6 +57,12 @@ def guided_generate(processor_class: type) -> GenerateCall | None:
             break
         found = call
     return found
+
+
+def asks_what_is_forbidden() -> bool:
+    """Whether prompt lookup asks the calling processor, with scores made up, which tokens of a draft it forbids."""
+    frame = sys._getframe(3)
+    return frame is not None and frame.f_code is _DRAFT_FROM_PROMPT
 
 
 def _frames() -> Iterator[Any]:

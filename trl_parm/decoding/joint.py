@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One key-value cache for the rows of the base model and those of its guides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from typing import Any, cast
+
+import torch
+from transformers import DynamicCache
+
+
+class JointCache(DynamicCache):
+    """A cache of R rows, to `generate`, that holds R more for each guide: [base | guide 1 | guide 2 | ...].
+
+    Whatever `generate` does with its rows (beams, taking back a rejected draft) happens to those of the guides too. It
+    also knows the tokens that it holds, so that an answer is only given for the very prefix that was asked for.
+
+    Attributes:
+        groups (`dict`): Guide → number of its group of rows; 0 for one that equals the base model.
+        tokens (`torch.Tensor` of shape `(rows, length)`): What every group has read.
+    """
+
+    groups: dict[Hashable, int]
+    tokens: torch.Tensor
+    _logits: torch.Tensor | None
+    _asked: torch.Tensor | None
+
+    @staticmethod
+    def adopt(cache: DynamicCache, groups: dict[Hashable, int]) -> JointCache:
+        """Makes an empty cache of `generate` a joint one: the same object, which `generate` goes on to use."""
+        cache.__class__ = JointCache
+        joint = cast(JointCache, cache)
+        joint.groups, joint._logits, joint._asked = groups, None, None
+        joint.tokens = torch.empty(0, 0, dtype=torch.long)
+        return joint
+
+    def release(self) -> None:
+        """Makes it an ordinary cache again, with the base model's rows alone."""
+        super().batch_select_indices(torch.arange(len(self.tokens), device=self.tokens.device))
+        for name in ("groups", "tokens", "_logits", "_asked"):
+            delattr(self, name)
+        cast(Any, self).__class__ = DynamicCache
+
+    @property
+    def copies(self) -> int:
+        """Groups of rows, the base model's included."""
+        return 1 + max(self.groups.values())
+
+    def note(self, ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Remembers what was fed, of shape `(rows, new)`, and what came out, `(copies · rows, kept, vocab)`."""
+        self.tokens = torch.cat([self.tokens, ids], 1) if self.tokens.numel() else ids.clone()
+        self._logits, self._asked = logits, None
+
+    def logits_of(self, guide: Hashable, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """What a guide said after exactly these tokens, shape `(rows, vocab)`, or `None` if it was not asked that."""
+        if self._logits is None or guide not in self.groups or len(input_ids) != len(self.tokens):
+            return None
+        length, kept = input_ids.shape[1], self._logits.shape[1]
+        position = kept - 1 - (self.tokens.shape[1] - length)
+        if not 0 <= position < kept:
+            return None
+        if self._asked is not input_ids:
+            if not torch.equal(self.tokens[:, :length], input_ids.to(self.tokens.device)):
+                return None
+            self._asked = input_ids
+        first = self.groups[guide] * len(self.tokens)
+        return self._logits[first : first + len(self.tokens), position]
+
+    def expand(self, rows: torch.Tensor) -> None:
+        """Copies rows, of all groups together, into their places."""
+        super().batch_select_indices(rows)
+
+    def _everywhere(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the base model, and the same ones of every guide."""
+        offsets = len(self.tokens) * torch.arange(self.copies, device=rows.device)
+        return (offsets[:, None] + rows).flatten()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(cast(torch.LongTensor, self._everywhere(beam_idx)))
+        self._keep(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(self._everywhere(indices))
+        self._keep(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.tokens)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.tokens = self.tokens[:, : self.tokens.shape[1] - abs(tokens_to_remove)]
+        self._logits = None
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        self.tokens = self.tokens[rows.to(self.tokens.device)]
+        self._logits = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
+        """Copies keys and values, but not the guides, which hold models."""
+        new = memo[id(self)] = JointCache.__new__(JointCache)
+        new.__dict__.update({k: v if k == "groups" else copy.deepcopy(v, memo) for k, v in vars(self).items()})
+        return new

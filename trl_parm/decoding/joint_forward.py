@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward for the base model and its guides: what goes in, which adapter acts where, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import DynamicCache
+
+from peft_pblora import set_preference
+from peft_pblora.adapter import LowRankAdapter, expand_rows
+
+from .joint import JointCache
+from .rows import Rows
+
+
+if TYPE_CHECKING:
+    from .language_model import LM
+
+
+PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+class JointForward:
+    """A forward of rows [base | guide 1 | guide 2 | ...] in the place of the base model's own.
+
+    A prompt that stands in several rows, as for beams, several sequences or a sweep over preferences, is read once by
+    the base model, and once by a guide for each of its preferences.
+
+    Args:
+        cache ([`JointCache`]): The cache, with the guides' groups of rows.
+        kwargs (`dict`): The arguments of the base model's forward.
+        whole_prompt (`bool`, *optional*, defaults to `False`): Whether it reads all of the prompt and nothing else.
+
+    Attributes:
+        kwargs (`dict`): The arguments of the joint one.
+        plan (`list[Rows]`): Which adapter acts on which rows.
+    """
+
+    def __init__(self, cache: JointCache, kwargs: dict[str, Any], whole_prompt: bool = False) -> None:
+        self.cache, self.ids = cache, kwargs["input_ids"]
+        guides = {group: guide for guide, group in cast(dict[Any, int], cache.groups).items() if group}
+        # Of each group, the rows that are read, and for each row the one among them that it equals.
+        read, self._places = [], None
+        keys = [_keys(self.ids, kwargs.get("attention_mask"))] if whole_prompt and len(self.ids) > 1 else []
+        keys += [keys[0] * len(self.ids) + guides[g].preference_rows(len(self.ids)) for g in sorted(guides) if keys]
+        if any(len(key.unique()) < len(key) for key in keys):
+            read, self._places = _distinct(keys)
+        else:
+            read = [torch.arange(len(self.ids))] * cache.copies
+        self.plan = _plan(guides, read)
+        self._set_preferences(guides, read)
+        rows = torch.cat(read).to(self.ids.device)
+        self.kwargs = {
+            name: value[rows] if name in PER_ROW and value is not None and len(value) == len(self.ids) else value
+            for name, value in kwargs.items()
+        }
+
+    @classmethod
+    def first(cls, guides: Sequence[LM], kwargs: dict[str, Any], whole_prompt: bool) -> JointForward:
+        """The forward that reads the prompt, for guides of which those of one adapter stand together."""
+        groups: dict[Any, int] = {}
+        for guide in guides:
+            groups[guide] = 1 + max(groups.values(), default=0) if guide.acting_adapters else 0
+        return cls(JointCache.adopt(cast(DynamicCache, kwargs["past_key_values"]), groups), kwargs, whole_prompt)
+
+    def split(self, output: Any) -> Any:
+        """Keeps the guides' answers and gives the base model's rows of the output back."""
+        rows, logits = len(self.ids), output.logits
+        base = slice(rows)
+        if self._places is not None:
+            places = self._places.to(logits.device)
+            self.cache.expand(places)
+            logits, base = logits[places], places[:rows]
+        self.cache.note(self.ids, logits)
+        output.logits = logits[:rows]
+        for name in ("hidden_states", "attentions"):
+            if output.get(name) is not None:
+                output[name] = tuple(None if t is None else t[base] for t in output[name])
+        return output
+
+    def _set_preferences(self, guides: dict[int, LM], read: list[torch.Tensor]) -> None:
+        """Gives every conditioned adapter the preferences of the rows on which it acts."""
+        of_adapter: dict[str, list[int]] = {}
+        for group in sorted(guides):
+            if guides[group].preference is not None:
+                of_adapter.setdefault(guides[group].acting_adapters[0], []).append(group)
+        for name, groups in of_adapter.items():
+            if len(groups) == 1 and cast(torch.Tensor, guides[groups[0]].preference).ndim == 1:
+                wanted = cast(torch.Tensor, guides[groups[0]].preference)
+            else:
+                rows = len(self.ids)
+                every = [expand_rows(torch.atleast_2d(cast(Any, guides[g].preference)), rows) for g in groups]
+                wanted = torch.cat([one[read[group]] for one, group in zip(every, groups)])
+            guide = guides[groups[0]]
+            current = cast(LowRankAdapter, guide.adapter).preference
+            if current.shape != wanted.shape or not torch.equal(current, wanted.to(current)):
+                set_preference(guide.model, wanted, name)
+
+
+def _plan(guides: dict[int, LM], read: list[torch.Tensor]) -> list[Rows]:
+    """The adapters with their rows, those of one adapter joined."""
+    plan: list[Rows] = []
+    start = len(read[0])
+    for group in sorted(guides):
+        stop, name = start + len(read[group]), guides[group].acting_adapters[0]
+        if plan and plan[-1].adapter == name:
+            plan[-1] = Rows(name, plan[-1].start, stop)
+        else:
+            plan.append(Rows(name, start, stop))
+        start = stop
+    return plan
+
+
+def _keys(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """A number for each row, the same for rows that are the same."""
+    both = ids if mask is None else torch.cat([ids, mask.to(ids)], 1)
+    return torch.unique(both, dim=0, return_inverse=True)[1].cpu()
+
+
+def _distinct(keys: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Of each group the rows to read, and the place of every row of every group among all that are read."""
+    read, places, offset = [], [], 0
+    for key in keys:
+        found, inverse = torch.unique(key, return_inverse=True)
+        first = torch.full((len(found),), len(key)).scatter_reduce(0, inverse, torch.arange(len(key)), "amin")
+        read.append(first)
+        places.append(offset + inverse)
+        offset += len(first)
+    return read, torch.cat(places)
