@@ -258,7 +258,7 @@ def test_every_decoder_in_every_mode(name, mode):
     naive = generate(models, NaiveProcessor(decoder, models, mask), **settings)
     assert torch.equal(guided.sequences, naive.sequences)
     for ours, theirs in zip(guided.scores, naive.scores, strict=True):
-        torch.testing.assert_close(ours.double(), theirs.double(), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", DECODERS, ids=str)
@@ -359,6 +359,30 @@ def test_rows_change_between_calls_and_keep_to_themselves():
         logits_processor=[PARMLogitsProcessor(models.arm, ROWS[order], beta=BETAS[order])],
     )  # fmt: skip
     assert torch.equal(shuffled, together[order])
+
+
+def test_preference_and_beta_change_between_calls():
+    """One processor, as a new one for each would answer: other α and β, one for all or one for each row."""
+    models = Models.make()
+    processor = PARMLogitsProcessor(models.arm, [0.3, 0.7], beta=0.8)
+    changes = [
+        {},
+        {"preference": ROWS},
+        {"beta": BETAS},
+        {"preference": {"helpful": 1.0, "harmless": 0.0}, "beta": 2.0},
+    ]
+    now = {"preference": [0.3, 0.7], "beta": 0.8}
+    for change in changes:
+        processor.set(**change)
+        now |= change
+        fresh = PARMLogitsProcessor(models.arm, **now)
+        assert repr(processor) == repr(fresh)
+        assert torch.equal(generate(models, processor).sequences, generate(models, fresh).sequences)
+    before = repr(processor)
+    for bad in ({"preference": [0.5, 0.6]}, {"beta": 0.0}, {"preference": [0.5, 0.5], "beta": float("nan")}):
+        with pytest.raises(ValueError, match="must"):
+            processor.set(**bad)
+    assert repr(processor) == before
 
 
 def test_equal_prompts_with_their_own_preferences_do_not_share_a_cache():

@@ -82,11 +82,17 @@ class LM(Scorer):
         self.adapter: LowRankAdapter | None = None
         if not disable_adapter and has_preference(model):
             self.adapter = active_adapter(model, adapter_name)
+        self._version = 0
         if preference is not None:
-            self.preference = as_preference(preference, self._objectives())
+            self.set_preference(preference)
         self._parameters = list(model.parameters())
         self._keeps_logits = cast(Any, backbone)._supports_logits_to_keep()
         self.reset()
+
+    def set_preference(self, preference: Preference) -> None:
+        """Changes the preference, in microseconds: the adapter follows at the next forward. Raises as the class."""
+        self.preference = as_preference(preference, self._objectives())
+        self._version += 1
 
     def reset(self) -> None:
         """Forgets all tokens. Only needed after changing the model behind PyTorch's back, such as through `.data`."""
@@ -177,9 +183,9 @@ class LM(Scorer):
         return tokens, mask
 
     def state(self) -> tuple:
-        """What answers depend on beside the tokens: the weights, and a preference that is not our own."""
+        """What answers depend on beside the tokens: the weights and the preference."""
         weights = sum(parameter._version for parameter in self._parameters)
-        return weights, self.adapter.version if self.adapter and self.preference is None else None
+        return weights, self.adapter.version if self.adapter and self.preference is None else self._version
 
     def preference_rows(self, rows: int) -> torch.Tensor:
         """Which of our preferences each of `rows` rows has, shape `(rows,)`. `generate` repeats rows in place."""

@@ -51,7 +51,26 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
     def __init__(
         self, arm: PreTrainedModel, preference: Preference | None = None, beta: Beta = 1.0, **guide: Any
     ) -> None:
-        super().__init__(BASE + guidance_strength(beta) * LM(arm, preference, **guide))
+        self._arm = LM(arm, preference, **guide)
+        super().__init__(BASE + guidance_strength(beta) * self._arm)
+
+    def set(self, preference: Preference | None = None, beta: Beta | None = None) -> None:
+        """Changes α, β or both between two calls of `generate`, in microseconds, for any batch.
+
+        Args:
+            preference (`Preference`, *optional*): As in the class; unchanged if not given.
+            beta (`float` or `torch.Tensor`, *optional*): As in the class; unchanged if not given.
+
+        Raises:
+            ValueError: as the class; nothing is changed then.
+        """
+        strength = self._strength() if beta is None else guidance_strength(beta)
+        if preference is not None:
+            self._arm.set_preference(preference)
+        self.formula = BASE + strength * self._arm
+
+    def _strength(self) -> Weight:
+        return next(weight for weight, scorer in self.formula.terms() if scorer is self._arm)
 
 
 class GenARMLogitsProcessor(GuidedLogitsProcessor):
