@@ -174,8 +174,8 @@ def notes(args: argparse.Namespace) -> list[str]:
     capability = "" if torch.cuda.is_available() else f"; the CPU has {torch.backends.cpu.get_cpu_capability()}"
     return [
         f"{args.dtype}{kernels}{capability}. `generate`, greedy, {args.tokens} tokens after prompts of {PROMPT}, "
-        f"prefill included; median [quartiles] of {args.repeats} paired rounds. The authors' way decodes a batch prompt by "
-        "prompt.",
+        f"prefill included; median [quartiles] of {args.repeats} paired rounds. The authors' way decodes "
+        "a batch prompt by prompt.",
     ]
 
 

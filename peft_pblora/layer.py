@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +20,18 @@ from .adapter import LowRankAdapter, expand_rows
 from .config import PreferenceConfig
 
 
+class RowPlan:
+    """Which adapters act on which rows of the batch, for all layers that have it as their `row_plan`.
+
+    Attributes:
+        entries (`Sequence[tuple[str, slice]]` or `None`):
+            Adapters with their rows. Without any none acts; with `None` the layers' active adapters do, on all rows.
+    """
+
+    def __init__(self) -> None:
+        self.entries: Sequence[tuple[str, slice]] | None = None
+
+
 class PreferenceLinear(nn.Module, BaseTunerLayer):
     """A linear layer (`nn.Linear`, `Conv1D` or quantized) with preference-conditioned adapters beside it.
 
@@ -27,6 +40,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     """
 
     prefix: ClassVar[str]
+    row_plan: RowPlan | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PreferenceConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -137,6 +151,8 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             base.bias, self.bias_was_added = None, False
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        if self.row_plan is not None and self.row_plan.entries is not None:
+            return self._act_on_rows(x, self.base_layer(x, *args, **kwargs), self.row_plan.entries)
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if self._disable_adapters or self.merged_adapters:
@@ -176,6 +192,19 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             if preference.ndim == 2:
                 preference = expand_rows(preference, len(adapter_names))[rows]
             result[rows] = adapter(x[rows], result[rows], preference)
+        return result
+
+    def _act_on_rows(
+        self, x: torch.Tensor, result: torch.Tensor, entries: Sequence[tuple[str, slice]]
+    ) -> torch.Tensor:
+        """Each adapter on its own rows, which stand together: they are views, not copies as in a mixed batch."""
+        adapters: Any = self.adapters._modules
+        for name, rows in entries:
+            if name in adapters:
+                own = result[rows]
+                changed = adapters[name].forward(x[rows], own)
+                if changed is not own:
+                    own.copy_(changed)
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -52,12 +52,12 @@ class SharedBackbone:
         shared = cls._of.get(model)
         if shared is None:
             shared = cls._of[model] = cls(model)
-        shared.switch = AdapterSwitch(model)
-        shared.row_adapters.hook(shared.switch)
+        shared.switch = AdapterSwitch.of(model)
+        shared.row_adapters.attach(shared.switch)
         return shared
 
     def __init__(self, model: nn.Module) -> None:
-        self.switch = AdapterSwitch(model)
+        self.switch = AdapterSwitch.of(model)
         self.row_adapters = RowAdapters()
         self._guides_run = False
         self._joint: weakref.ref[JointCache] | None = None
@@ -91,7 +91,7 @@ class SharedBackbone:
         if forward is None and isinstance(cache, JointCache):
             cache.release()
         if forward is not None:
-            stack.enter_context(self.row_adapters.acting(forward.plan, self.switch))
+            stack.enter_context(self.row_adapters.acting(forward.plan))
             kwargs = forward.kwargs
         elif guides:
             stack.enter_context(self.switch.only(self._own_adapters(guides)))

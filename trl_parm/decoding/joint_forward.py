@@ -13,7 +13,6 @@ from peft_pblora import set_preference
 from peft_pblora.adapter import LowRankAdapter, expand_rows
 
 from .joint import JointCache
-from .rows import Rows
 
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class JointForward:
 
     Attributes:
         kwargs (`dict`): The arguments of the joint one.
-        plan (`list[Rows]`): Which adapter acts on which rows.
+        plan (`list[tuple[str, slice]]`): Which adapter acts on which rows.
     """
 
     def __init__(self, cache: JointCache, kwargs: dict[str, Any], whole_prompt: bool = False) -> None:
@@ -100,16 +99,16 @@ class JointForward:
                 set_preference(guide.model, wanted, name)
 
 
-def _plan(guides: dict[int, LM], read: list[torch.Tensor]) -> list[Rows]:
+def _plan(guides: dict[int, LM], read: list[torch.Tensor]) -> list[tuple[str, slice]]:
     """The adapters with their rows, those of one adapter joined."""
-    plan: list[Rows] = []
+    plan: list[tuple[str, slice]] = []
     start = len(read[0])
     for group in sorted(guides):
         stop, name = start + len(read[group]), guides[group].acting_adapters[0]
-        if plan and plan[-1].adapter == name:
-            plan[-1] = Rows(name, plan[-1].start, stop)
+        if plan and plan[-1][0] == name:
+            plan[-1] = name, slice(plan[-1][1].start, stop)
         else:
-            plan.append(Rows(name, start, stop))
+            plan.append((name, slice(start, stop)))
         start = stop
     return plan
 

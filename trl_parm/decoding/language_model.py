@@ -69,7 +69,7 @@ class LM(Scorer):
     ) -> None:
         backbone = backbone_of(model)
         _check_model(model, cast(PreTrainedModel, backbone))
-        switch = AdapterSwitch(backbone)
+        switch = AdapterSwitch.of(backbone)
         self.adapter_names = _adapter_names(switch, adapter_name)
         if disable_adapter and not self.adapter_names:
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")

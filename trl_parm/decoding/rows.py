@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,40 +12,32 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_pblora.layer import PreferenceLinear
+from peft_pblora.layer import PreferenceLinear, RowPlan
 
 from .adapters import AdapterSwitch
 
 
-@dataclass(frozen=True)
-class Rows:
-    """An adapter, and the rows of the batch that it acts on."""
-
-    adapter: str
-    start: int
-    stop: int
-
-
 class RowAdapters:
-    """Lets adapters act on rows of a batch: layers compute all rows without them, and hooks add what is theirs.
+    """Lets adapters of a model act on rows of a batch.
 
-    PEFT's own mixed batches (`adapter_names`) need one name for each row in every layer's forward, and a copy of the
-    rows; here rows of an adapter stand together and are views.
-
-    Args:
-        switch ([`AdapterSwitch`]): The model's layers with adapters.
+    PEFT's own mixed batches (`adapter_names`) hand one name for each row to every layer, and copy the rows; here the
+    rows of an adapter stand together. Our layers know of such a plan; for PEFT's LoRA layers, which compute all rows
+    without an adapter meanwhile, hooks add what is theirs.
     """
 
     def __init__(self) -> None:
-        self._plan: Sequence[Rows] = ()
-        self._hooked: set[int] = set()
+        self._plan = RowPlan()
+        self._loras: list[Any] = []
 
-    def hook(self, switch: AdapterSwitch) -> None:
-        """Registers the hooks on layers that have none yet."""
+    def attach(self, switch: AdapterSwitch) -> None:
+        """Makes the layers of a model follow the plan."""
         for layer in switch.layers:
-            if id(layer) not in self._hooked and isinstance(layer, PreferenceLinear | LoraLinear):
-                self._hooked.add(id(layer))
+            if isinstance(layer, PreferenceLinear):
+                layer.row_plan = self._plan
+            elif isinstance(layer, LoraLinear) and not any(layer is known for known in self._loras):
+                self._loras.append(layer)
                 layer.register_forward_hook(self._add)
+        self._others = AdapterSwitch([layer for layer in switch.layers if not isinstance(layer, PreferenceLinear)])
 
     @staticmethod
     def obstacle(switch: AdapterSwitch, names: Sequence[str]) -> str | None:
@@ -61,28 +52,22 @@ class RowAdapters:
         return f"adapters are merged ({', '.join(sorted(merged))})" if merged else None
 
     @contextmanager
-    def acting(self, plan: Sequence[Rows], switch: AdapterSwitch) -> Iterator[None]:
-        """For the time of a forward, the adapters of the plan act on their rows, and no others do."""
-        self._plan = plan
+    def acting(self, entries: Sequence[tuple[str, slice]]) -> Iterator[None]:
+        """For the time of a forward, these adapters act on these rows, and no others do."""
+        self._plan.entries = entries
         try:
-            with switch.only([]):
+            with self._others.only([]):
                 yield
         finally:
-            self._plan = ()
+            self._plan.entries = None
 
     def _add(self, layer: Any, args: tuple, output: torch.Tensor) -> None:
-        for rows in self._plan:
-            if rows.adapter not in _adapters_of(layer):
-                continue
-            x, result = args[0][rows.start : rows.stop], output[rows.start : rows.stop]
-            if isinstance(layer, PreferenceLinear):
-                added = layer.adapter(rows.adapter)(x, result)
-                if added is not result:
-                    result.copy_(added)
-            else:
-                x = layer._cast_input_dtype(x, layer.lora_A[rows.adapter].weight.dtype)
-                low = layer.lora_A[rows.adapter](x)
-                result.copy_(result + layer.lora_B[rows.adapter](low) * layer.scaling[rows.adapter])
+        for name, rows in self._plan.entries or ():
+            if name in layer.lora_A._modules:
+                low, up = layer.lora_A[name], layer.lora_B[name]
+                result = output[rows]
+                added = up(low(layer._cast_input_dtype(args[0][rows], low.weight.dtype)))
+                result.copy_(result + added * layer.scaling[name])
 
 
 def _adapters_of(layer: nn.Module) -> Any:
