@@ -43,12 +43,12 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", default=["SmolLM2-135M+SmolLM2-135M", "Llama 68M+Llama 17M"])
+    parser.add_argument("--pairs", nargs="+", default=["Llama 68M+Llama 17M"])
     parser.add_argument("--guides", nargs="+", type=int, default=[1, 2], help="1 is PARM, more GenARM")
     parser.add_argument("--tokens", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     return parser.parse_args()
 
 

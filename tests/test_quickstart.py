@@ -131,10 +131,10 @@ def readme_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("index", range(3), ids=["adapter", "train", "decode"])
+@pytest.mark.parametrize("index", range(5), ids=["adapter", "train", "decode", "formula", "token rewards"])
 def test_readme_block_runs_as_it_stands(demo_folder, index):
     blocks = readme_blocks()
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     result = run(demo_folder, "-c", blocks[index])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
