@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache
 
+from .prefix import WINDOW
+
 
 class JointCache(DynamicCache):
     """A cache of R rows, to `generate`, that holds R more for each guide: [base | guide 1 | guide 2 | ...].
@@ -24,7 +26,7 @@ class JointCache(DynamicCache):
 
     groups: dict[Hashable, int]
     tokens: torch.Tensor
-    _logits: torch.Tensor | None
+    _answers: dict[int, torch.Tensor]
     _asked: torch.Tensor | None
 
     @staticmethod
@@ -32,14 +34,14 @@ class JointCache(DynamicCache):
         """Makes an empty cache of `generate` a joint one: the same object, which `generate` goes on to use."""
         cache.__class__ = JointCache
         joint = cast(JointCache, cache)
-        joint.groups, joint._logits, joint._asked = groups, None, None
+        joint.groups, joint._answers, joint._asked = groups, {}, None
         joint.tokens = torch.empty(0, 0, dtype=torch.long)
         return joint
 
     def release(self) -> None:
         """Makes it an ordinary cache again, with the base model's rows alone."""
         super().batch_select_indices(torch.arange(len(self.tokens), device=self.tokens.device))
-        for name in ("groups", "tokens", "_logits", "_asked"):
+        for name in ("groups", "tokens", "_answers", "_asked"):
             delattr(self, name)
         cast(Any, self).__class__ = DynamicCache
 
@@ -49,24 +51,28 @@ class JointCache(DynamicCache):
         return 1 + max(self.groups.values())
 
     def note(self, ids: torch.Tensor, logits: torch.Tensor) -> None:
-        """Remembers what was fed, of shape `(rows, new)`, and what came out, `(copies · rows, kept, vocab)`."""
+        """Remembers what was fed, of shape `(rows, new)`, and what came out, `(copies · rows, kept, vocab)`.
+
+        Of a single row the answers of a window are kept: they are asked for again when a draft is verified.
+        """
         self.tokens = torch.cat([self.tokens, ids], 1) if self.tokens.numel() else ids.clone()
-        self._logits, self._asked = logits, None
+        held, kept = self.tokens.shape[1], logits.shape[1]
+        former = sorted(self._answers)[-WINDOW:] if len(ids) == 1 else []
+        self._answers = {length: self._answers[length] for length in former}
+        self._answers |= {held - kept + 1 + i: logits[:, i] for i in range(kept)}
+        self._asked = None
 
     def logits_of(self, guide: Hashable, input_ids: torch.Tensor) -> torch.Tensor | None:
         """What a guide said after exactly these tokens, shape `(rows, vocab)`, or `None` if it was not asked that."""
-        if self._logits is None or guide not in self.groups or len(input_ids) != len(self.tokens):
-            return None
-        length, kept = input_ids.shape[1], self._logits.shape[1]
-        position = kept - 1 - (self.tokens.shape[1] - length)
-        if not 0 <= position < kept:
+        answer = self._answers.get(input_ids.shape[1])
+        if answer is None or guide not in self.groups or len(input_ids) != len(self.tokens):
             return None
         if self._asked is not input_ids:
-            if not torch.equal(self.tokens[:, :length], input_ids.to(self.tokens.device)):
+            if not torch.equal(self.tokens[:, : input_ids.shape[1]], input_ids.to(self.tokens.device)):
                 return None
             self._asked = input_ids
         first = self.groups[guide] * len(self.tokens)
-        return self._logits[first : first + len(self.tokens), position]
+        return answer[first : first + len(self.tokens)]
 
     def expand(self, rows: torch.Tensor) -> None:
         """Copies rows, of all groups together, into their places."""
@@ -91,11 +97,12 @@ class JointCache(DynamicCache):
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.tokens = self.tokens[:, : self.tokens.shape[1] - abs(tokens_to_remove)]
-        self._logits = None
+        held = self.tokens.shape[1]
+        self._answers = {length: answer for length, answer in self._answers.items() if length <= held}
 
     def _keep(self, rows: torch.Tensor) -> None:
         self.tokens = self.tokens[rows.to(self.tokens.device)]
-        self._logits = None
+        self._answers = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
         """Copies keys and values, but not the guides, which hold models."""
