@@ -4,8 +4,8 @@
     python benchmarks/speculative.py
 
 The base is a Llama of 24 layers; the ARM's backbone has its first two layers, and the base's later ones are scaled
-down, so that how well the drafts fit can be chosen (`--strangeness`). What this shows is what drafting costs and saves at
-a given rate of accepted drafts; the rate of a real pair is another matter.
+down, so that how well the drafts fit can be chosen (`--strangeness`). What this shows is what drafting costs and
+saves at a given rate of accepted drafts; the rate of a real pair is another matter.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
         "speculative",
         rows,
         [
-            f"{args.dtype}{capability}; base {LAYERS} layers of 512, backbone of the ARM its first {SMALL}, vocabulary "
-            f"8192; {args.tokens} tokens, median [quartiles] of {args.repeats} paired rounds. Accepted: of the drafted "
-            "tokens."
+            f"{args.dtype}{capability}; base {LAYERS} layers of 512, backbone of the ARM its first {SMALL}, "
+            f"vocabulary 8192; {args.tokens} tokens, median [quartiles] of {args.repeats} paired rounds. Accepted: of "
+            "the drafted tokens."
         ],
     )
 
