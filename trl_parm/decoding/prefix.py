@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 
 WINDOW = 32
@@ -54,7 +55,7 @@ class Prefix:
             return length
         kept = min(length, tokens.shape[1] - 1)
         if kept < self.tokens.shape[1]:
-            if kept == 0 or not self.cache.is_croppable:
+            if kept == 0 or not all(type(layer) is DynamicLayer for layer in self.cache.layers):
                 return None
             self.cache.crop(kept - self.tokens.shape[1])
         return kept
