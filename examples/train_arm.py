@@ -36,6 +36,9 @@ def main(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     trainer.create_model_card()
     if config.push_to_hub:
         trainer.push_to_hub()
+    # Without this a process may end while another still talks to it, and be counted as failed.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
