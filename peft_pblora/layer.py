@@ -151,17 +151,18 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             base.bias, self.bias_was_added = None, False
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        if self.row_plan is not None and self.row_plan.entries is not None:
-            return self._act_on_rows(x, self.base_layer(x, *args, **kwargs), self.row_plan.entries)
+        plan = None if self.row_plan is None else self.row_plan.entries
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        if self._disable_adapters or self.merged_adapters:
+        if plan is None and (self._disable_adapters or self.merged_adapters):
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if plan is not None:
+            return self._act_on_rows(x, result, plan)
         if adapter_names is not None:
             return self._mixed_batch(x, result, tuple(adapter_names))
         container: Any = self._modules[self.adapter_layer_names[0]]

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peft_pblora import as_preference, get_objectives, set_preference
+from peft_pblora import as_preference, set_preference
 from peft_pblora.adapter import LowRankAdapter, check_rows
 from peft_pblora.control import active_adapter, has_preference
 from peft_pblora.preference import Preference
@@ -90,7 +90,7 @@ class LM(Scorer):
         self.reset()
 
     def set_preference(self, preference: Preference) -> None:
-        """Changes the preference, in microseconds: the adapter follows at the next forward. Raises as the class."""
+        """Changes the preference, touching no layer: the adapter follows at the next forward. Raises as the class."""
         self.preference = as_preference(preference, self._objectives())
         self._version += 1
 
@@ -207,7 +207,7 @@ class LM(Scorer):
                 "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
                 "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
             )
-        return get_objectives(self.model, self._adapter_name())
+        return list(self.adapter.objectives)
 
     def _key(self) -> tuple:
         preference = None if self.preference is None else tuple(self.preference.flatten().tolist())

@@ -55,7 +55,7 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         super().__init__(BASE + guidance_strength(beta) * self._arm)
 
     def set(self, preference: Preference | None = None, beta: Beta | None = None) -> None:
-        """Changes α, β or both between two calls of `generate`, in microseconds, for any batch.
+        """Changes α, β or both between two calls of `generate`, for any batch, touching no layer.
 
         Args:
             preference (`Preference`, *optional*): As in the class; unchanged if not given.

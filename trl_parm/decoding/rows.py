@@ -27,15 +27,15 @@ class RowAdapters:
 
     def __init__(self) -> None:
         self._plan = RowPlan()
-        self._loras: list[Any] = []
+        self._loras: dict[int, Any] = {}
 
     def attach(self, switch: AdapterSwitch) -> None:
         """Makes the layers of a model follow the plan."""
         for layer in switch.layers:
             if isinstance(layer, PreferenceLinear):
                 layer.row_plan = self._plan
-            elif isinstance(layer, LoraLinear) and not any(layer is known for known in self._loras):
-                self._loras.append(layer)
+            elif isinstance(layer, LoraLinear) and id(layer) not in self._loras:
+                self._loras[id(layer)] = layer
                 layer.register_forward_hook(self._add)
         self._others = AdapterSwitch([layer for layer in switch.layers if not isinstance(layer, PreferenceLinear)])
 
