@@ -49,8 +49,8 @@ class JointForward:
             read, self._places = _distinct(keys)
         else:
             read = [torch.arange(len(self.ids))] * cache.copies
-        self.plan = _plan(guides, read)
-        self._set_preferences(guides, read)
+        self.plan = adapter_rows(guides, read)
+        set_preferences(guides, read, len(self.ids))
         rows = torch.cat(read).to(self.ids.device)
         self.kwargs = {
             name: value[rows] if name in PER_ROW and value is not None and len(value) == len(self.ids) else value
@@ -80,27 +80,33 @@ class JointForward:
                 output[name] = tuple(None if t is None else t[base] for t in output[name])
         return output
 
-    def _set_preferences(self, guides: dict[int, LM], read: list[torch.Tensor]) -> None:
-        """Gives every conditioned adapter the preferences of the rows on which it acts."""
-        of_adapter: dict[str, list[int]] = {}
-        for group in sorted(guides):
-            if guides[group].preference is not None:
-                of_adapter.setdefault(guides[group].acting_adapters[0], []).append(group)
-        for name, groups in of_adapter.items():
-            if len(groups) == 1 and cast(torch.Tensor, guides[groups[0]].preference).ndim == 1:
-                wanted = cast(torch.Tensor, guides[groups[0]].preference)
-            else:
-                rows = len(self.ids)
-                every = [expand_rows(torch.atleast_2d(cast(Any, guides[g].preference)), rows) for g in groups]
-                wanted = torch.cat([one[read[group]] for one, group in zip(every, groups)])
-            guide = guides[groups[0]]
-            current = cast(LowRankAdapter, guide.adapter).preference
-            if current.shape != wanted.shape or not torch.equal(current, wanted.to(current)):
-                set_preference(guide.model, wanted, name)
+
+def set_preferences(guides: dict[int, LM], read: list[torch.Tensor], rows: int) -> None:
+    """Gives every conditioned adapter the preferences of the rows on which it acts.
+
+    Args:
+        guides (`dict[int, LM]`): The guide of each group of rows.
+        read (`list[torch.Tensor]`): Of each group, which of the batch's rows are read.
+        rows (`int`): Rows of the batch.
+    """
+    of_adapter: dict[str, list[int]] = {}
+    for group in sorted(guides):
+        if guides[group].preference is not None:
+            of_adapter.setdefault(guides[group].acting_adapters[0], []).append(group)
+    for name, groups in of_adapter.items():
+        if len(groups) == 1 and cast(torch.Tensor, guides[groups[0]].preference).ndim == 1:
+            wanted = cast(torch.Tensor, guides[groups[0]].preference)
+        else:
+            every = [expand_rows(torch.atleast_2d(cast(Any, guides[g].preference)), rows) for g in groups]
+            wanted = torch.cat([one[read[group]] for one, group in zip(every, groups)])
+        guide = guides[groups[0]]
+        current = cast(LowRankAdapter, guide.adapter).preference
+        if current.shape != wanted.shape or not torch.equal(current, wanted.to(current)):
+            set_preference(guide.model, wanted, name)
 
 
-def _plan(guides: dict[int, LM], read: list[torch.Tensor]) -> list[tuple[str, slice]]:
-    """The adapters with their rows, those of one adapter joined."""
+def adapter_rows(guides: dict[int, LM], read: list[torch.Tensor]) -> list[tuple[str, slice]]:
+    """The adapters with their rows, those of one adapter joined; arguments as in [`set_preferences`]."""
     plan: list[tuple[str, slice]] = []
     start = len(read[0])
     for group in sorted(guides):
