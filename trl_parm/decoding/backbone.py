@@ -69,10 +69,21 @@ class SharedBackbone:
     @contextmanager
     def guide(self, names: Sequence[str]) -> Iterator[None]:
         """For the time of a guide's own forward, with these of the model's adapters."""
+        with self._apart(), self.switch.only(names):
+            yield
+
+    @contextmanager
+    def rows(self, plan: Sequence[tuple[str, slice]]) -> Iterator[None]:
+        """For the time of a forward of several guides, with these adapters on these rows."""
+        with self._apart(), self.row_adapters.acting(plan):
+            yield
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """For the time of a forward that is not the base model's own, even inside its `generate`."""
         former, self._guides_run = self._guides_run, True
         try:
-            with self.switch.only(names):
-                yield
+            yield
         finally:
             self._guides_run = former
 
@@ -135,10 +146,6 @@ class SharedBackbone:
 
     def _obstacle(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> str | None:
         """Why base and guides can't have one forward, or `None` if they can."""
-        names = [name for guide in guides for name in guide.acting_adapters]
-        following = [name for guide in guides if guide.preference is None for name in guide.acting_adapters]
-        if not all(guide.shared_forward for guide in guides):
-            return "it was switched off with `shared_forward=False`"
         if type(kwargs.get("past_key_values")) is not DynamicCache or not kwargs.get("use_cache", True):
             return "it needs the default cache"
         if args or not _plain(kwargs):
@@ -149,6 +156,14 @@ class SharedBackbone:
             return "a guide has a prompt or a vocabulary of its own"
         if self._own_adapters(guides):
             return f"the base model has an adapter of its own ({', '.join(self._own_adapters(guides))})"
+        return self.obstacle(guides)
+
+    def obstacle(self, guides: Sequence[LM]) -> str | None:
+        """Why guides of this model can't have one forward, or `None` if they can."""
+        names = [name for guide in guides for name in guide.acting_adapters]
+        following = [name for guide in guides if guide.preference is None for name in guide.acting_adapters]
+        if not all(guide.shared_forward for guide in guides):
+            return "it was switched off with `shared_forward=False`"
         if any(len(guide.acting_adapters) > 1 for guide in guides):
             return "a guide has several active adapters"
         if any(names.count(name) > 1 for name in following):

@@ -9,7 +9,10 @@ difference; what it returns is a function of the tokens alone.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -29,6 +32,19 @@ from .prefix import Prefix, read
 from .prompts import Prompt
 from .scorers import Scorer
 from .vocabulary import Vocabulary
+
+
+_given: ContextVar[Mapping[LM, torch.Tensor]] = ContextVar("given", default=MappingProxyType({}))
+
+
+@contextmanager
+def given(logits: Mapping[LM, torch.Tensor]) -> Iterator[None]:
+    """Meanwhile these language models are not run: their logits, of shape `(rows, vocab)`, are known."""
+    token = _given.set(logits)
+    try:
+        yield
+    finally:
+        _given.reset(token)
 
 
 class LM(Scorer):
@@ -101,7 +117,9 @@ class LM(Scorer):
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logits = self.shared.logits_of(self, input_ids) if self.shared else None
+        logits = _given.get().get(self)
+        if logits is None and self.shared:
+            logits = self.shared.logits_of(self, input_ids)
         log_probs = self._log_probs(input_ids) if logits is None else torch.log_softmax(logits.float(), dim=-1)
         if self.vocabulary is not None:
             log_probs = self.vocabulary.to_base(log_probs, scores.shape[-1])
@@ -118,11 +136,11 @@ class LM(Scorer):
         if (state := self.state()) != self._built_with:
             self.reset()
             self._built_with = state
-        tokens, mask = self._read(input_ids)
+        tokens, mask = self.reads(input_ids)
         rows = None
         if self.preference is not None and self.preference.ndim == 2:
             rows = self.preference_rows(len(tokens))
-        self._prefix = read(self._prefix, tokens, mask, self._forward, lambda: _empty_cache(self.model), rows)
+        self._prefix = read(self._prefix, tokens, mask, self._forward, self.empty_cache, rows)
         return self._prefix.log_probs[tokens.shape[1]]
 
     @torch.no_grad()
@@ -137,39 +155,62 @@ class LM(Scorer):
             `torch.Tensor` of shape `(last,)`, float32, on the CPU.
         """
         tokens = tokens.to(self.model.device)
-        with self._as_asked():
+        with self.as_asked():
             logits = self.model(input_ids=tokens).logits[0, -last - 1 : -1].float()
         return torch.log_softmax(logits, -1).gather(1, tokens[0, -last:, None])[:, 0].cpu()
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         """log π of the token after the last one, shape `(rows, vocab)`."""
-        with self._as_asked():
-            logits = self.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                **({"logits_to_keep": 1} if self._keeps_logits else {}),
-            ).logits
+        with self.as_asked():
+            logits = self.feed(ids, mask, positions, cache)
         return torch.log_softmax(logits[:, -1].float(), dim=-1)
 
-    def _as_asked(self) -> AbstractContextManager:
+    def feed(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, last: int = 1
+    ) -> torch.Tensor:
+        """A forward of the model, with whatever adapters act in it: logits of at least the `last` new tokens."""
+        kept = {"logits_to_keep": last} if self._keeps_logits else {}
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kept
+        ).logits
+
+    def empty_cache(self) -> DynamicCache:
+        """A cache that can be taken back at any length, where the model's layers allow it.
+
+        Layers with a window of attention keep all that they have read: the mask says what they see.
+        """
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
+        return cache
+
+    def as_asked(self) -> AbstractContextManager:
         """Sets the preference, and lets the chosen adapter alone act for the time of a forward."""
         if self.preference is not None and not self._preference_is_set():
             set_preference(self.model, self.preference, self._adapter_name())
         return self.shared.guide(self.acting_adapters) if self.shared else nullcontext()
 
-    def _read(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the guide reads, tokens and mask of shape `(rows, length)`, for the base model's tokens."""
+    def reads(self, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the guide reads, tokens and mask of shape `(rows, length)`, for the base model's tokens.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(rows, columns)`): The base model's tokens.
+            mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Its mask; found as [`attention_mask`] does
+                if not given.
+
+        Raises:
+            ValueError: the batch does not fit the guide's prompts, or there is nothing to read.
+        """
         tokens = input_ids.to(self.model.device)
         own = self.prompt.own(tokens) if self.prompt else None
-        if own is None:
+        if mask is not None:
+            mask = mask.to(tokens)[:, self.prompt.length if own is not None and self.prompt else 0 :]
+        if own is None and mask is None:
             pad = self.vocabulary.base_pad_token_id if self.vocabulary else pad_token_id(self.model)
             mask = attention_mask(tokens, self.prompt, pad)
-        else:
+        elif own is not None:
             tokens = tokens[:, cast(Prompt, self.prompt).length :]
-            mask = torch.ones_like(tokens)
+            mask = torch.ones_like(tokens) if mask is None else mask
+        assert mask is not None
         if self.vocabulary is not None:
             tokens, known = self.vocabulary.to_guide(tokens)
             mask = mask * known
@@ -254,13 +295,3 @@ def _adapter_names(switch: AdapterSwitch, adapter_name: str | None) -> list[str]
     if adapter_name is not None and adapter_name not in switch.names:
         raise ValueError(f"The guiding model has no adapter {adapter_name!r}. It has {switch.names}.")
     return switch.active if adapter_name is None else [adapter_name]
-
-
-def _empty_cache(model: Any) -> DynamicCache:
-    """A cache that can be taken back at any length, where the model's layers allow it.
-
-    Layers with a window of attention keep all that they have read: the mask says what they see.
-    """
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
-    return cache
