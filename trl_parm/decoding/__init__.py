@@ -14,6 +14,7 @@ from .prompts import Prompt
 from .reward_processors import ARGSLogitsProcessor, TransferQLogitsProcessor
 from .scorers import BASE, LinearCombination, PowerMean, Scorer
 from .soup import rewarded_soup
+from .speculative import SpeculativeDecoding
 from .token_rewards import TokenReward, TokenRewards, token_rewards
 from .trajectories import ClassifierReward, SequenceReward, TextReward, TrajectoryReward
 from .vocabulary import Vocabulary
@@ -34,6 +35,7 @@ __all__ = [
     "Prompt",
     "Rollout",
     "Scorer",
+    "SpeculativeDecoding",
     "SequenceReward",
     "TextReward",
     "TokenReward",

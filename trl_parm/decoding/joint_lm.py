@@ -33,11 +33,16 @@ class JointLM:
         self._states: list[tuple] = []
 
     def read(self, texts: Texts, last: int) -> dict[LM, torch.Tensor]:
-        """The logits after each of the last tokens of every text, shape `(rows, last, vocab)`."""
+        """The logits after each of the last tokens of every text, shape `(rows, last, vocab)`.
+
+        Raises:
+            ValueError: several rows, and a model with sliding-window attention.
+        """
         if (states := [member.state() for member in self.members]) != self._states:
             for cache in self._caches:
                 cache.reset()
             self._states = states
+        self._check(len(texts))
         answers: dict[LM, torch.Tensor] = {}
         for group, cache in zip(self._groups, self._caches):
             tokens, mask = _stacked([member.reads(texts.padded(), texts.padded_mask()) for member in group])
@@ -45,6 +50,15 @@ class JointLM:
                 logits = cache.read(tokens, mask, last, group[0].feed)
             answers |= dict(zip(group, logits.split(len(texts))))
         return answers
+
+    def _check(self, rows: int) -> None:
+        """Holes in a cache shift the windows of sliding attention, which are counted in columns."""
+        windows = [member for member in self.members if member.has_sliding_window]
+        if rows > 1 and windows:
+            raise ValueError(
+                f"{windows[0]!r} has sliding-window attention, with which the rows of a batch can't grow at their own "
+                f"pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
+            )
 
 
 def families(members: Sequence[LM]) -> list[JointLM]:

@@ -174,6 +174,12 @@ class LM(Scorer):
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kept
         ).logits
 
+    @property
+    def has_sliding_window(self) -> bool:
+        """Whether some layer sees a window of columns only."""
+        layers = DynamicCache(config=self.model.config.get_text_config()).layers
+        return any(type(layer) is DynamicSlidingWindowLayer for layer in layers)
+
     def empty_cache(self) -> DynamicCache:
         """A cache that can be taken back at any length, where the model's layers allow it.
 
@@ -254,7 +260,14 @@ class LM(Scorer):
         preference = None if self.preference is None else tuple(self.preference.flatten().tolist())
         shape = None if self.preference is None else self.preference.shape
         identities = id(self.model), id(self.prompt), id(self.vocabulary)
-        return *identities, tuple(self.adapter_names), self.disable_adapter, self.shared_forward, preference, shape
+        return (
+            *identities,
+            tuple(self.acting_adapters),
+            bool(self.adapter_names),
+            self.shared_forward,
+            preference,
+            shape,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LM) and self._key() == other._key()

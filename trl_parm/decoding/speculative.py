@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speculative decoding of a guided distribution, for batches, through `generate(custom_generate=...)`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .draft_length import DraftLength
+from .drafts import Draft, FromText, StandIn
+from .guided import GuidedLogitsProcessor
+from .joint_lm import JointLM, families
+from .language_model import LM
+from .next_token import Answers, NextToken
+from .scorers import BASE, Scorer
+from .speculative_sampling import verify
+from .texts import Texts
+
+
+class SpeculativeDecoding:
+    """Drafts tokens with something cheap and lets base and guides judge them in one pass: the text is as without.
+
+    It is as exact as speculative sampling (arXiv 2211.17192): tokens have the guided distribution, greedy text is the
+    same, up to the last digits in which kernels for one and for several tokens differ. Rows of a batch accept as many
+    drafts as each of them can. How many tokens are drafted follows from what rounds take and how many drafts are
+    accepted, and nothing is drafted where that does not pay.
+
+    Args:
+        draft (`"auto"`, `"prompt"`, `PreTrainedModel` or [`Scorer`], *optional*, defaults to `"auto"`):
+            - `"auto"`: a guide's own model, without its adapter if it has one. Needs a guide whose weights are not
+              those of the base model: weak to strong. Since the guide tilts its own model, nothing else is loaded, and
+              stronger guidance lowers no acceptance.
+            - a model of the base model's vocabulary, or a scorer such as `LM(small, vocabulary=...)`, in its place.
+            - `"prompt"`: what followed the last words where they stood before in the text (prompt lookup).
+        draft_tokens (`int`, *optional*): Draft so many tokens in every round. Without it, sampled text depends on
+            measured times, though its distribution does not.
+        max_draft_tokens (`int`, *optional*, defaults to 8): The most that are drafted in a round.
+        streamer (`BaseStreamer`, *optional*): Gets the tokens of a single prompt: `generate` hands its own streamer to
+            no `custom_generate`.
+
+    Attributes:
+        rounds, drafted, accepted (`int`): Of the last call, over all rows.
+
+    Raises:
+        ValueError: numbers below 1, another `draft`; when called, settings that it can't follow (beams, an
+            encoder-decoder model, `use_cache=False`, scores as output), a guide that is no language model, or
+            `"auto"` where every guide has the base model's own weights.
+
+    Example:
+
+    ```python
+    speculative = SpeculativeDecoding()
+    base.generate(**inputs, logits_processor=[PARMLogitsProcessor(arm, α)], custom_generate=speculative)
+    print(speculative.accepted / speculative.drafted)
+    ```
+    """
+
+    def __init__(
+        self,
+        draft: str | PreTrainedModel | Scorer = "auto",
+        draft_tokens: int | None = None,
+        max_draft_tokens: int = 8,
+        streamer: BaseStreamer | None = None,
+    ) -> None:
+        if isinstance(draft, str) and draft not in ("auto", "prompt"):
+            raise ValueError(f"`draft` is {draft!r}, but it must be 'auto', 'prompt', a model or a scorer.")
+        if max_draft_tokens < 1 or (draft_tokens is not None and draft_tokens < 1):
+            raise ValueError(
+                f"`draft_tokens` is {draft_tokens} and `max_draft_tokens` {max_draft_tokens}, but they must be 1 or "
+                "more. To draft nothing, leave `custom_generate` out."
+            )
+        self.draft, self.draft_tokens, self.max_draft_tokens = draft, draft_tokens, max_draft_tokens
+        self.streamer = streamer
+        self.rounds = self.drafted = self.accepted = 0
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """The decoding loop; `generate` calls it."""
+        _check(model, input_ids, generation_config, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        next_token = NextToken(logits_processor, bool(generation_config.do_sample))
+        judges = _Judges(model, logits_processor, next_token)
+        draft = self._make_draft(judges, logits_processor, next_token)
+        length = DraftLength(self.max_draft_tokens, self.draft_tokens)
+        self.rounds = self.drafted = self.accepted = 0
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        unfinished = torch.ones(len(texts), dtype=torch.bool, device=input_ids.device)
+        while unfinished.any():
+            room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].min())
+            tokens, counts = self._round(texts, min(length.next(), room - 1), draft, judges, unfinished, length)
+            texts, unfinished = self._write(texts, tokens, counts, unfinished, stopping_criteria)
+        if self.streamer is not None:
+            self.streamer.end()
+        sequences = texts.padded(_pad_token(generation_config))
+        if generation_config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # pyright: ignore[reportArgumentType]
+        return sequences
+
+    def _round(
+        self, texts: Texts, count: int, draft: Draft, judges: _Judges, unfinished: torch.Tensor, length: DraftLength
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drafts and judges: tokens, `(rows, count + 1)`, and how many of them each row writes."""
+        start = time.perf_counter()
+        if count > 0:
+            tokens, q = draft.propose(texts, count, judges.vocab)
+        else:
+            tokens, q = texts.prompt.new_zeros(len(texts), 0), None
+        drafted = time.perf_counter()
+        counts, last = judges.judge(texts, tokens, q, draft)
+        written = torch.cat([tokens, last], 1).scatter(1, counts[:, None], last)
+        accepted = int(counts[unfinished].sum())
+        tried = int((counts[unfinished] + 1).clamp(max=count).sum())
+        length.record(count, accepted, tried, drafted - start, time.perf_counter() - drafted)
+        self.rounds += 1
+        self.drafted += count * int(unfinished.sum())
+        self.accepted += accepted
+        return written, torch.where(unfinished, counts + 1, 0)
+
+    def _write(
+        self,
+        texts: Texts,
+        tokens: torch.Tensor,
+        counts: torch.Tensor,
+        unfinished: torch.Tensor,
+        stopping_criteria: StoppingCriteriaList,
+    ) -> tuple[Texts, torch.Tensor]:
+        """Appends tokens until a row is to stop: the texts, and which rows go on."""
+        longer, counts, unfinished = texts.extended(tokens, counts), counts.tolist(), unfinished.clone()
+        for row, count in enumerate(counts):
+            before = int(texts.lengths[row])
+            for new in range(1, count + 1):
+                if bool(stopping_criteria(longer.row(row, before + new), None)):  # pyright: ignore[reportArgumentType]
+                    counts[row], unfinished[row] = new, False
+                    break
+        if self.streamer is not None:
+            self.streamer.put(tokens[0, : counts[0]].cpu())
+        return texts.extended(tokens, torch.tensor(counts, device=tokens.device)), unfinished
+
+    def _make_draft(self, judges: _Judges, processors: LogitsProcessorList, next_token: NextToken) -> Draft:
+        if self.draft == "prompt":
+            return FromText()
+        if self.draft == "auto":
+            scorer = _stand_in(judges)
+        else:
+            scorer = self.draft if isinstance(self.draft, Scorer) else LM(self.draft)  # pyright: ignore
+        models = [scorer for scorer in scorer.scorers() if isinstance(scorer, LM)]
+        if judges.beside_base:
+            # Guides that have the base model's weights are too dear to draft with, so drafts are made without any.
+            kept = LogitsProcessorList([p for p in processors if not isinstance(p, GuidedLogitsProcessor)])
+            return StandIn(scorer, families(models), NextToken(kept, next_token.do_sample))
+        return StandIn(scorer, families([*models, *judges.guides]), next_token)
+
+
+class _Judges:
+    """The base model and its guides, which give the target distribution.
+
+    Attributes:
+        guides (`list[LM]`): All guides.
+        beside_base (`list[LM]`): Those that have the base model's weights: they are read with it.
+        vocab (`int`): Size of the base model's vocabulary, known after the first round.
+    """
+
+    def __init__(self, model: PreTrainedModel, processors: LogitsProcessorList, next_token: NextToken) -> None:
+        self.guides = _guides(processors)
+        self.base, self.next_token, self.vocab = LM(model), next_token, 0
+        self.beside_base = [guide for guide in self.guides if guide.shared and guide.shared is self.base.shared]
+        guiding = {name for guide in self.beside_base for name in guide.adapter_names}
+        self.base.acting_adapters = [name for name in self.base.acting_adapters if name not in guiding]
+        self._with_base = JointLM([self.base, *self.beside_base])
+        self._apart = [guide for guide in self.guides if guide not in self.beside_base]
+        self._others = families(self._apart)
+
+    def judge(
+        self, texts: Texts, tokens: torch.Tensor, q: torch.Tensor | None, draft: Draft
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many drafted tokens each row keeps, `(rows,)`, and the token after them, `(rows, 1)`."""
+        count = tokens.shape[1]
+        longer = texts.extended(tokens)
+        read = self._with_base.read(longer, count + 1)
+        self.vocab = read[self.base].shape[-1]
+        known = draft.answers if q is not None else []
+        if count and not all(known and guide in known[0] for guide in self._apart):
+            known = _by_position(_read(self._others, longer, count + 1))
+        target = [self._target(texts, tokens, i, read, known[i] if self._apart else {}) for i in range(count)]
+        if q is None:
+            counts, left = torch.zeros_like(texts.lengths), None
+        else:
+            p = torch.stack(target, 1)
+            draft.learn(texts, p[:, 0])
+            counts, left = verify(p, q, tokens, torch.rand(tokens.shape, device=tokens.device))
+        if left is None or bool((counts == count).any()):
+            answers = known[count] if len(known) > count else _by_position(_read(self._others, longer, 1))[0]
+            final = self._target(texts, tokens, count, read, answers)
+            left = final if left is None else torch.where((counts == count)[:, None], final, left)
+        return counts, self.next_token.choose(left)
+
+    def _target(
+        self, texts: Texts, tokens: torch.Tensor, i: int, read: dict[LM, torch.Tensor], others: Answers
+    ) -> torch.Tensor:
+        """The target distribution after the first `i` drafted tokens."""
+        answers = {guide: logits[:, i] for guide, logits in read.items()} | others
+        return self.next_token.distribution(texts.extended(tokens[:, :i]), answers.pop(self.base), answers)
+
+
+def _read(models: Sequence[JointLM], texts: Texts, last: int) -> dict[LM, torch.Tensor]:
+    return {lm: logits for model in models for lm, logits in model.read(texts, last).items()}
+
+
+def _by_position(answers: dict[LM, torch.Tensor]) -> list[Answers]:
+    """Logits of shape `(rows, n, vocab)`, one position after the other."""
+    count = max((logits.shape[1] for logits in answers.values()), default=1)
+    return [{lm: logits[:, i] for lm, logits in answers.items()} for i in range(count)]
+
+
+def _guides(processors: LogitsProcessorList) -> list[LM]:
+    formulas = [p.formula for p in processors if isinstance(p, GuidedLogitsProcessor)]
+    scorers = dict.fromkeys(scorer for formula in formulas for scorer in formula.scorers())
+    others = [scorer for scorer in scorers if scorer is not BASE and not isinstance(scorer, LM)]
+    if others:
+        raise ValueError(
+            f"SpeculativeDecoding takes guides that are language models, but got {others[0]!r}, which would have to "
+            "be asked for every drafted token. Leave `custom_generate` out."
+        )
+    return [scorer for scorer in scorers if isinstance(scorer, LM)]
+
+
+def _stand_in(judges: _Judges) -> LM:
+    """A guide's own model without its adapter, or the guide itself if it has none."""
+    apart = [guide for guide in judges.guides if guide not in judges.beside_base]
+    if judges.beside_base or not apart:
+        raise ValueError(
+            "There is nothing to draft with: no guide has weights of its own, smaller than the base model's. Pass "
+            "`draft=small_model`, or `draft='prompt'` where texts repeat their prompt."
+        )
+    guide = apart[0]
+    if not guide.acting_adapters:
+        return guide
+    return LM(guide.model, disable_adapter=True, prompt=guide.prompt, vocabulary=guide.vocabulary)
+
+
+def _check(
+    model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    wrong = {
+        "beams": (config.num_beams or 1) > 1,
+        "an encoder-decoder model": bool(model.config.is_encoder_decoder),
+        "`use_cache=False`": not model_kwargs.get("use_cache", True),
+        "`inputs_embeds`": "inputs_embeds" in model_kwargs or input_ids.shape[1] == 0,
+        "`output_scores` and other outputs beside the sequences": any(
+            (config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states)
+        ),
+    }
+    if found := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(f"SpeculativeDecoding does not work with {found[0]}. Leave it or `custom_generate` out.")
+
+
+def _pad_token(config: GenerationConfig) -> int:
+    pad = getattr(config, "_pad_token_tensor", None)
+    return int(pad) if pad is not None else 0
