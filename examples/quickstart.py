@@ -152,7 +152,7 @@ def guide(
     """
     sharpened = GuidedLogitsProcessor(BASE + strength * LM(arm, disable_adapter=True))
     runs = [Run("base"), Run("base, sharpened", decoder=lambda _: sharpened)]
-    guided: Callable = lambda preference: PARMLogitsProcessor(arm, preference, args.beta)  # noqa: E731
+    guided: Callable = lambda batch: PARMLogitsProcessor(arm, batch.preference, args.beta)  # noqa: E731
     runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]
     batch_size = 16
     batches = len(runs) * -(-len(prompts) // batch_size)
@@ -167,6 +167,7 @@ def guide(
             seed=args.seed,
             on_batch=lambda run: bar.update(),
             do_sample=True,
+            top_k=50,
             max_new_tokens=args.max_new_tokens,
         )
 

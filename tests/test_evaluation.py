@@ -1,76 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-import itertools
+"""The engine of evaluation: its table, noise that belongs to the prompt, and runs that were killed."""
 
-import numpy as np
+import json
+import shutil
+
 import pytest
+import torch
 from conftest import tiny_arm, tiny_llama
-from hypothesis import given
-from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from trl_parm import PARMLogitsProcessor, hypervolume, mean_inner_product, pareto_front
+from trl_parm import PARMLogitsProcessor
 from trl_parm.evaluation import Run, mean_and_error, plot_front, summarize, sweep
+from trl_parm.evaluation.prompts import encode_prompts
+from trl_parm.evaluation.sampling import RowSampling, row_seed
+from trl_parm.records import Records, read_rows
 from trl_parm.rewards import brevity, conciseness, positivity
+from trl_parm.texts import as_text, fill
 
 
-# Check values of a published comparison: points (help, −cost) at α_help 0, .2, .4, .6, .8, 1.
-WEIGHTS = [[w, 1 - w] for w in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-PARM = [(-1.92, 10.58), (-0.72, 7.35), (0.89, 1.47), (3.74, -7.81), (4.49, -12.15), (4.95, -15.29)]
-GENARM = [(-2.41, 10.69), (0.02, 4.67), (3.21, -4.96), (4.78, -10.29), (5.29, -13.95), (5.37, -13.62)]
-
-
-@pytest.mark.parametrize(
-    ("points", "reference", "volume"),
-    [
-        (PARM, (-3.41, -17.88), 138.02),
-        (GENARM, (-3.41, -17.88), 139.01),
-        (PARM, (-3, -5), 42.1),
-        (GENARM, (-3, -5), 32.9),
-    ],
-)
-def test_hypervolume_check_values(points, reference, volume):
-    digits = len(str(volume).split(".")[1])
-    assert round(hypervolume(points, reference), digits) == volume
-
-
-@pytest.mark.parametrize(("points", "value"), [(PARM, 3.80), (GENARM, 3.05)])
-def test_mean_inner_product_check_values(points, value):
-    assert round(mean_inner_product(WEIGHTS, points), 2) == value
-
-
-points = st.lists(st.tuples(*[st.integers(-3, 6)] * 3), min_size=1, max_size=6)
-
-
-@given(points)
-def test_hypervolume_counts_unit_cubes(rows):
-    """On integer points the volume above the origin is the number of unit cubes that some point dominates."""
-    cubes = itertools.product(range(6), repeat=3)
-    expected = sum(any(all(r > c for r, c in zip(row, cube)) for row in rows) for cube in cubes)
-    if expected:
-        assert hypervolume(rows, [0, 0, 0]) == pytest.approx(expected)
-    else:
-        with pytest.warns(UserWarning, match="hypervolume is 0"):
-            assert hypervolume(rows, [0, 0, 0]) == 0
-
-
-@given(points)
-def test_pareto_front_equals_the_definition(rows):
-    array = np.array(rows)
-    dominated = [any((other >= row).all() and (other > row).any() for other in array) for row in array]
-    assert pareto_front(rows).tolist() == [not d for d in dominated]
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: hypervolume([], [0, 0]), "has shape"),
-        (lambda: hypervolume([[1, 2]], [0, 0, 0]), "have 2 objectives, but `reference` has 3"),
-        (lambda: hypervolume([[1, float("nan")]], [0, 0]), "NaN or infinite"),
-        (lambda: mean_inner_product([[1, 0]], [[1, 0], [0, 1]]), "have shape"),
-    ],
-)
-def test_bad_measures(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+PROMPTS = ("w1 w2", "w3", "w4 w5 w6 w7", "w8 w9", "w10")
+REWARDS = {"helpful": brevity, "harmless": conciseness}
 
 
 def test_rewards():
@@ -82,43 +31,258 @@ def test_rewards():
     assert positive[2] <= 0
 
 
-def test_mean_and_error():
-    mean, error = mean_and_error([1.0, 2.0, 3.0, 6.0])
-    assert mean == 3.0
-    assert error == pytest.approx(np.sqrt(14 / 3) / 2)
+def parm_runs(arm, weights=(0.0, 0.5, 1.0)):
+    guide = lambda batch: PARMLogitsProcessor(arm, batch.preference, 0.5)  # noqa: E731
+    return [Run("base"), *(Run("PARM", [w, 1 - w], guide) for w in weights)]
 
 
-def _sweep(tokenizer, runs, rewards=None, prompts=("w1 w2", "w3", "w4"), **generation):
-    rewards = rewards or {"helpful": brevity, "harmless": conciseness}
-    return sweep(tiny_llama(), tokenizer, list(prompts), runs, rewards, batch_size=2, max_new_tokens=6, **generation)
+def run_sweep(tokenizer, runs, rewards=REWARDS, prompts=PROMPTS[:3], batch_size=2, **options):
+    options = {"max_new_tokens": 6, **options}
+    return sweep(tiny_llama(), tokenizer, list(prompts), runs, rewards, batch_size=batch_size, **options)
+
+
+def texts(table) -> dict[tuple, str]:
+    return {(row["method"], row["label"], row["prompt"]): row["response"] for row in table}
 
 
 def test_sweep_and_figure(tmp_path, tokenizer):
-    arm = tiny_arm()
-    runs = [Run("base")]
-    runs += [Run("PARM", [w, 1 - w], lambda p: PARMLogitsProcessor(arm, p, 0.5)) for w in (0.0, 0.5, 1.0)]
     seen = []
-    table = _sweep(tokenizer, runs, on_batch=seen.append, do_sample=True)
+    table = run_sweep(tokenizer, parm_runs(tiny_arm()), on_batch=seen.append, do_sample=True)
     assert len(table) == 4 * 3
     assert len(seen) == 4 * 2
     assert table["label"][3:12:3] == ["harmless", "uniform", "helpful"]
     assert table["preference"][0] is None
+    assert table["preference"][3] == [0, 1]
     for row in table:
         assert row["helpful"] == -len(row["response"].split())
+        assert 1 <= row["tokens"] <= 6
+        assert row["seconds"] > 0
     summary = summarize(table, ["helpful", "harmless"])
     assert [cell["label"] for cell in summary] == ["-", "harmless", "uniform", "helpful"]
     first = table.select(range(3))["helpful"]
     assert (summary[0]["helpful"], summary[0]["helpful_error"]) == mean_and_error(first)
+    assert summary[0]["helpful_low"] <= summary[0]["helpful"] <= summary[0]["helpful_high"]
     plot_front(summary, ["helpful", "harmless"], tmp_path / "front.png", reference=[-10, -10])
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    repeated = _sweep(tokenizer, runs, do_sample=True)
-    assert repeated["response"] == table["response"]
 
 
-def test_bad_sweeps(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="`prompts` is empty"):
-        _sweep(tokenizer, [Run("base")], prompts=())
-    with pytest.raises(ValueError, match="'bad' returned"):
-        _sweep(tokenizer, [Run("base")], {"bad": lambda prompts, responses: [float("nan")] * len(responses)})
+def test_a_row_can_be_decoded_again_alone_from_its_seed(tokenizer):
+    model = tiny_llama()
+    row = run_sweep(tokenizer, [Run("base")], do_sample=True, temperature=0.7, top_k=9, top_p=0.9)[2]
+    inputs = encode_prompts(tokenizer, [row["prompt"]])
+    sampling = RowSampling([row["seed"]], inputs["input_ids"].shape[1], temperature=0.7, top_k=9, top_p=0.9)
+    output = model.generate(**inputs, logits_processor=[sampling], do_sample=False, max_new_tokens=6)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True) == row["response"]
+    assert len(new) == row["tokens"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5])
+def test_texts_do_not_depend_on_batches(tokenizer, batch_size):
+    runs = parm_runs(tiny_arm(), [0.3])
+    one = run_sweep(tokenizer, runs, prompts=PROMPTS, batch_size=3, do_sample=True)
+    other = run_sweep(tokenizer, runs, prompts=PROMPTS, batch_size=batch_size, do_sample=True)
+    assert texts(one) == texts(other)
+    assert len(set(one["response"])) > 5
+
+
+def test_texts_do_not_depend_on_order_methods_or_other_prompts(tokenizer):
+    arm = tiny_arm()
+    whole = texts(run_sweep(tokenizer, parm_runs(arm), prompts=PROMPTS, do_sample=True))
+    turned = run_sweep(tokenizer, parm_runs(arm)[::-1], prompts=PROMPTS[::-1], do_sample=True)
+    assert texts(turned) == whole
+    part = texts(run_sweep(tokenizer, parm_runs(arm)[1:2], prompts=PROMPTS[2:4], do_sample=True))
+    assert part == {key: whole[key] for key in part}
+    assert texts(run_sweep(tokenizer, parm_runs(arm), prompts=PROMPTS, do_sample=True, seed=1)) != whole
+
+
+def test_one_noise_for_all_methods_and_another_for_each_prompt(tokenizer):
+    """The same model under two names answers alike; one prompt's noise is not another's."""
+    table = run_sweep(tokenizer, [Run("one"), Run("two")], prompts=PROMPTS, do_sample=True)
+    assert table["response"][:5] == table["response"][5:]
+    assert table["seed"][:5] == table["seed"][5:]
+    assert len(set(table["seed"])) == 5
+    scores = torch.zeros(2, 64)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    noise = RowSampling([1, 2], 3)(ids, scores)
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(RowSampling([2, 1], 3)(ids, scores), noise.flip(0))
+    assert not torch.equal(RowSampling([1, 2], 2)(ids, scores), noise)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}])
+def test_row_sampling_draws_from_the_distribution(settings):
+    """3,000 prompts' first tokens against the softmax, cut as the setting says."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf])
+    rows = 3000
+    sampling = RowSampling([row_seed(0, f"prompt {i}") for i in range(rows)], 1, **settings)
+    drawn = sampling(torch.zeros(rows, 1, dtype=torch.long), logits.expand(rows, -1)).argmax(-1)
+    p = torch.softmax(logits.double() / settings.get("temperature", 1.0), -1)
+    if "top_k" in settings:
+        p[3:] = 0
+    if "top_p" in settings:  # the largest that reach 0.6 together: 0.54 + 0.20
+        p[2:] = 0
+    if "min_p" in settings:
+        p[p < 0.2 * p.max()] = 0
+    p = p / p.sum()
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[p == 0].sum() == 0
+    assert chisquare(counts[p > 0], rows * p[p > 0]).pvalue > 0.01
+
+
+def test_without_sampling_decoding_is_greedy_whatever_the_model_brings(tokenizer):
+    model = tiny_llama()
+    expected = run_sweep(tokenizer, [Run("base")])["response"]
+    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    table = sweep(model, tokenizer, list(PROMPTS[:3]), [Run("base")], REWARDS, batch_size=2, max_new_tokens=6)
+    assert table["response"] == expected
+
+
+def test_conversations_and_templates_are_prompts_too(tokenizer):
+    chat = [{"role": "user", "content": "w1 w2"}]
+    longer = [*chat, {"role": "assistant", "content": "w3"}, {"role": "user", "content": "w4"}]
+    table = run_sweep(tokenizer, [Run("base")], prompts=[chat, longer])
+    assert table["prompt"] == [chat, longer]
+    assert table["response"][0] == run_sweep(tokenizer, [Run("base")], prompts=["w1 w2"])["response"][0]
+    ids = encode_prompts(tokenizer, ["w1"], template="w9 {prompt} w8")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["w9", "w1", "w8"]
+    cut = encode_prompts(tokenizer, ["w1 w2 w3"], template="{prompt}", max_length=2)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(cut[0]) == ["w2", "w3"]
+    with pytest.raises(ValueError, match="has 3 messages, which a text template can't tell apart"):
+        encode_prompts(tokenizer, [longer], template="{prompt}")
+    with pytest.raises(ValueError, match="has no {prompt}"):
+        encode_prompts(tokenizer, ["w1"], template="w1")
+
+
+def test_texts_are_filled_in_once():
+    assert fill("USER: {prompt} ASSISTANT:{response}", prompt="a {response}", response="b") == (
+        "USER: a {response} ASSISTANT:b"
+    )
+    assert as_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) == (
+        "Human: a\n\nAssistant: b"
+    )
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(batches):
+    """A callback that breaks a sweep off, as a kill does, after so many batches."""
+    left = [batches]
+
+    def on_batch(run):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    return on_batch
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5])
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_killed_sweep_goes_on(tmp_path, tokenizer, batches, torn):
+    """The same rows, byte for byte but for their times; finished work is not done again."""
+    runs = parm_runs(tiny_arm())
+    whole = run_sweep(tokenizer, runs, path=tmp_path / "whole.jsonl", do_sample=True)
+    path = tmp_path / "broken.jsonl"
+    with pytest.raises(Stop):
+        run_sweep(tokenizer, runs, path=path, do_sample=True, on_batch=stop_after(batches))
+    if torn:
+        path.write_bytes(path.read_bytes()[:-25])
+    kept = path.read_bytes()
+    decoded = []
+
+    def counting(prompts, responses):
+        decoded.extend(responses)
+        return brevity(prompts, responses)
+
+    rewards = {"helpful": counting, "harmless": conciseness}
+    resumed = run_sweep(tokenizer, runs, path=path, do_sample=True, rewards=rewards)
+    assert texts(resumed) == texts(whole)
+    complete = kept[: kept.rfind(b"\n") + 1]
+    assert path.read_bytes().startswith(complete)
+    assert len(decoded) == 12 - complete.count(b"\n")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == len({(row["method"], row["label"], row["prompt"]) for row in rows}) == 12
+
+
+def test_rows_may_be_added_to_a_table(tmp_path, tokenizer):
+    path, arm = tmp_path / "results.jsonl", tiny_arm()
+    methods = {"PARM": {"beta": 0.5}}
+    run_sweep(tokenizer, parm_runs(arm)[:2], path=path, configuration={"methods": methods})
+    before = path.read_bytes()
+    more = {"methods": {**methods, "other": {"beta": 1.0}}}
+    table = run_sweep(tokenizer, parm_runs(arm), prompts=PROMPTS, path=path, configuration=more)
+    assert path.read_bytes().startswith(before)
+    assert len(table) == 4 * 5
+    assert list(table["prompt"][:5]) == list(PROMPTS)
+    back = run_sweep(tokenizer, [Run("base")], path=path, configuration={"methods": {}})
+    assert len(back) == 3
+    assert set(json.loads((tmp_path / "results.config.json").read_text())["methods"]) == {"PARM", "other"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed was 0, but is 1"),
+        ({"max_new_tokens": 7}, "generation was {'max_new_tokens': 6}, but is {'max_new_tokens': 7}"),
+        ({"do_sample": True}, "sampling was None, but is {}"),
+        ({"configuration": {"methods": {"PARM": {"beta": 2.0}}}}, "methods PARM was {'beta': 0.5}, but is"),
+    ],
+)
+def test_a_file_of_another_configuration_is_refused(tmp_path, tokenizer, change, message):
+    options = {"path": tmp_path / "results.jsonl", "configuration": {"methods": {"PARM": {"beta": 0.5}}}}
+    run_sweep(tokenizer, [Run("base")], **options)
+    before = options["path"].read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run_sweep(tokenizer, [Run("base")], **{**options, **change})
+    assert options["path"].read_bytes() == before
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with Records(path, {"seed": 0}) as records:
+        records.append([{"a": 1}, {"a": 2}])
+        with pytest.raises(ValueError, match="Another process is writing"):
+            Records(path, {"seed": 0})
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    shutil.copy(path, tmp_path / "alone.jsonl")
+    with pytest.raises(ValueError, match="alone.config.json, which says of what configuration"):
+        Records(tmp_path / "alone.jsonl", {"seed": 0})
+    path.write_text('{"a": 1}\n{"a": \n{"a": 3}\n')
+    for read in (lambda: Records(path, {"seed": 0}), lambda: read_rows(path)):
+        with pytest.raises(ValueError, match=r"Line 2 of .*rows.jsonl is not a row in JSON"):
+            read()
+    path.write_text('{"a": 1}\n{"a": 2')
+    assert read_rows(path) == [{"a": 1}]
+    with pytest.raises(ValueError, match="There are no results at"):
+        read_rows(tmp_path / "nowhere.jsonl")
+    path.write_text('{"a": 1')
+    with pytest.raises(ValueError, match="has no complete row"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ()}, "`prompts` is empty"),
+        ({"prompts": ("w1", "w2", "w1")}, "The prompt 'w1' is given twice"),
+        ({"runs": [Run("base"), Run("base")]}, "'base' is given twice at the preference None"),
+        ({"runs": [Run("PARM", [0.5, 0.6])]}, "the weights must sum to 1"),
+        ({"rewards": {"bad": lambda p, r: [float("nan")] * len(r)}}, "The reward 'bad' returned nan for the response"),
+        ({"rewards": {"bad": lambda p, r: [1.0]}}, "'bad' returned 1 numbers for 2 responses"),
+        ({"rewards": {"tokens": brevity}}, "called 'tokens', which is a column"),
+        ({"temperature": 0.7}, "temperature act on sampling only"),
+        ({"num_beams": 2}, "num_beams can't be used here"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+    ],
+)
+def test_bad_sweeps(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        run_sweep(tokenizer, **{"runs": [Run("base")], **options})
+
+
+def test_bad_figures(tmp_path):
     with pytest.raises(ValueError, match="exactly two"):
         plot_front([], ["one"], tmp_path / "front.png")

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from .texts import PromptText, as_text
 
 
-Reward = Callable[[Sequence[str], Sequence[str]], list[float]]
-"""A reward maps prompts and responses to one float for each response."""
+Reward = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
+"""A reward maps prompts and responses to one float for each response. It gets prompts as texts, or as they are given,
+texts or messages, if it has an attribute `reads_messages` that is true."""
 
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 """Where a sentence ends: its last mark, before white space or the end of the text."""
@@ -29,6 +34,42 @@ def brevity(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def conciseness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Minus the mean number of words in a sentence."""
     return [-len(r.split()) / max(1, len(SENTENCE_END.findall(r))) for r in responses]
+
+
+def score(
+    name: str,
+    reward: Reward,
+    prompts: Sequence[PromptText],
+    responses: Sequence[str],
+    numbers: Sequence[int] | None = None,
+) -> list[float]:
+    """Asks a reward, and makes sure of its answer.
+
+    Args:
+        name (`str`): The reward's, for messages.
+        reward (`Reward`): The reward.
+        prompts (`Sequence[PromptText]`): Texts or messages, one for each response.
+        responses (`Sequence[str]`): The responses.
+        numbers (`Sequence[int]`, *optional*): The responses' rows in their data, for messages.
+
+    Returns:
+        `list[float]`: One finite number for each response.
+
+    Raises:
+        ValueError: it returned something else; the message names the reward and the row.
+    """
+    read = list(prompts) if getattr(reward, "reads_messages", False) else [as_text(prompt) for prompt in prompts]
+    values = [float(value) for value in reward(read, responses)]
+    if len(values) != len(responses):
+        raise ValueError(f"The reward {name!r} returned {len(values)} numbers for {len(responses)} responses.")
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            row = "" if numbers is None else f" of row {numbers[i]}"
+            raise ValueError(
+                f"The reward {name!r} returned {value} for the response {responses[i][:80]!r}{row}. It must return "
+                "one finite number for each response."
+            )
+    return values
 
 
 @functools.cache

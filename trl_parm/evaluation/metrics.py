@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 import moocore
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import spearmanr
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
@@ -77,11 +79,39 @@ def pareto_front(points: ArrayLike) -> np.ndarray:
     return np.asarray(moocore.is_nondominated(_finite(points, "points", 2), maximise=True, keep_weakly=True))
 
 
+def rank_correlations(preferences: ArrayLike, rewards: ArrayLike) -> np.ndarray:
+    """Spearman's rank correlation of α_i with reward i, for each objective: how evenly the preference moves rewards.
+
+    1 means that more weight always brings more of its reward. Objectives of three or more may trade among
+    themselves, so that less than 1 need not be a fault.
+
+    Args:
+        preferences (`ArrayLike` of shape `(n, k)`): The preferences.
+        rewards (`ArrayLike` of shape `(n, k)`): Their mean rewards, higher is better.
+
+    Returns:
+        `np.ndarray` of shape `(k,)`, in [−1, 1]; NaN where weights or rewards do not vary.
+
+    Raises:
+        ValueError: shapes that differ, or NaN.
+    """
+    preferences, rewards = _finite(preferences, "preferences", 2), _finite(rewards, "rewards", 2)
+    if preferences.shape != rewards.shape:
+        raise ValueError(f"`preferences` have shape {preferences.shape}, but `rewards` {rewards.shape}.")
+    return np.array([_rank_correlation(a, r) for a, r in zip(preferences.T, rewards.T, strict=True)])
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error (NaN for a single value)."""
     array = np.asarray(values, dtype=float)
     error = array.std(ddof=1) / np.sqrt(len(array)) if len(array) > 1 else np.nan
     return float(array.mean()), float(error)
+
+
+def _rank_correlation(weights: np.ndarray, rewards: np.ndarray) -> float:
+    if len(set(weights)) < 2 or len(set(rewards)) < 2:
+        return float("nan")
+    return float(cast(Any, spearmanr(weights, rewards)).statistic)
 
 
 def _finite(values: ArrayLike, name: str, ndim: int) -> np.ndarray:

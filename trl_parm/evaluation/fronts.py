@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the table of a sweep to arrays: for each method its rewards by prompt, preference and objective."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .intervals import bootstrap
+from .metrics import mean_and_error
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a method reached.
+
+    Attributes:
+        method (`str`): Its name.
+        preferences (`np.ndarray` of shape `(points, k)` or `None`): The α of its points; `None` for a control.
+        labels (`list[str]`): The points' names.
+        rewards (`np.ndarray` of shape `(prompts, points, k)`): Raw rewards.
+        seconds (`float`): For one token, all time divided by all tokens.
+        tokens (`float`): Mean length of a response.
+        extra_parameters, extra_bytes (`int`): What the method keeps in memory beside the base model.
+    """
+
+    method: str
+    preferences: np.ndarray | None
+    labels: list[str]
+    rewards: np.ndarray
+    seconds: float
+    tokens: float
+    extra_parameters: int
+    extra_bytes: int
+
+    @property
+    def points(self) -> np.ndarray:
+        """Mean rewards, of shape `(points, k)`."""
+        return self.rewards.mean(0)
+
+
+def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[Front]:
+    """Arranges a table by method. All must have the same prompts, and the same preferences if any.
+
+    Args:
+        table (`Dataset` or rows): From [`sweep`], or its JSONL file.
+        objectives (`Sequence[str]`): The columns with rewards.
+
+    Returns:
+        `list[Front]`: In the order of the table.
+
+    Raises:
+        ValueError: no rows, a missing column, or cells that are missing.
+    """
+    cells = _cells(table, objectives)
+    methods: dict[str, list[tuple]] = {}
+    for method, weights in cells:
+        methods.setdefault(method, []).append(weights)
+    prompts = list(next(iter(cells.values())))
+    for (method, weights), rows in cells.items():
+        missing = len(set(prompts) ^ set(rows))
+        if missing:
+            raise ValueError(
+                f"{method!r} at {weights or 'no preference'} and {next(iter(cells))[0]!r} differ in {missing} "
+                "prompts. Methods are compared on the same prompts: let the evaluation go on to its end."
+            )
+    grids = {method: sorted(points) for method, points in methods.items() if points != [None]}
+    for method, grid in grids.items():
+        if grid != next(iter(grids.values())):
+            first = next(iter(grids))
+            raise ValueError(
+                f"{method!r} has {len(grid)} preferences and {first!r} {len(grids[first])}, or others. Methods are "
+                "compared at the same preferences: evaluate all of them on one grid."
+            )
+    return [_front(method, points, cells, prompts, objectives) for method, points in methods.items()]
+
+
+def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean rewards of each run, in the order in which the runs stand in the table.
+
+    Returns:
+        `list[dict]` with `method`, `preference`, `label` and, for each objective, `<objective>`, its standard error
+        `<objective>_error` and the 95 % bootstrap interval `<objective>_low` and `<objective>_high`.
+
+    Raises:
+        ValueError: no rows, or a missing column.
+    """
+    summary = []
+    for (method, weights), rows in _cells(table, objectives).items():
+        values = np.array([[row[name] for name in objectives] for row in rows.values()], dtype=float)
+        label = next(iter(rows.values()))["label"]
+        cell = {"method": method, "preference": None if weights is None else list(weights), "label": label}
+        for i, name in enumerate(objectives):
+            cell[name], cell[f"{name}_error"] = mean_and_error(values[:, i].tolist())
+            _, cell[f"{name}_low"], cell[f"{name}_high"] = bootstrap(lambda mean: mean[0], values[:, [i]])
+        summary.append(cell)
+    return summary
+
+
+def _cells(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> dict[tuple, dict[str, Mapping]]:
+    """The rows of each method and preference, by prompt."""
+    cells: dict[tuple, dict[str, Mapping]] = {}
+    for row in table:
+        missing = [name for name in (*objectives, "method", "preference", "prompt") if name not in row]
+        if missing:
+            raise ValueError(f"The table lacks the columns {missing}; it has {sorted(row)}.")
+        weights = None if row["preference"] is None else tuple(row["preference"])
+        cells.setdefault((row["method"], weights), {})[json.dumps(row["prompt"], sort_keys=True)] = row
+    if not cells:
+        raise ValueError("The table has no rows. Evaluate at least one method on one prompt.")
+    return cells
+
+
+def _front(
+    method: str, points: list, cells: dict[tuple, dict], prompts: list[str], objectives: Sequence[str]
+) -> Front:
+    rows = [[cells[method, weights][prompt] for weights in points] for prompt in prompts]
+    every = [row for of_prompt in rows for row in of_prompt]
+    tokens = sum(row["tokens"] for row in every)
+    return Front(
+        method=method,
+        preferences=None if points == [None] else np.array(points, dtype=float),
+        labels=[row["label"] for row in rows[0]],
+        rewards=np.array([[[row[name] for name in objectives] for row in of_prompt] for of_prompt in rows], float),
+        seconds=sum(row["seconds"] for row in every) / max(1, tokens),
+        tokens=tokens / len(every),
+        extra_parameters=max(row["extra_parameters"] for row in every),
+        extra_bytes=max(row["extra_bytes"] for row in every),
+    )

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows in an append-only JSONL file, from which a run that was killed goes on. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_pblora.output import output_file
+
+
+logger = logging.getLogger(__name__)
+
+
+class Records:
+    """Rows in a JSONL file, with the configuration that they belong to in a file beside it.
+
+    Rows are written as soon as they are there. What a kill left half-written is the last line at most; it is dropped.
+
+    Args:
+        path (`str` or `Path`): The file, such as `results.jsonl`. Its configuration stands in `results.config.json`.
+        configuration (`Mapping`):
+            What the rows depend on, as JSON. Rows that are there already must belong to the same.
+        growing (`Sequence[str]`, *optional*):
+            Keys of the configuration that are mappings to which entries may be added, such as methods by name. An
+            entry that is there already must stay as it is.
+
+    Raises:
+        ValueError: rows of another configuration, or without one; a line that is no JSON; a path that can't be
+            written to; another process that writes this file.
+
+    Example:
+
+    ```python
+    with Records("runs/results.jsonl", {"seed": 0}) as records:
+        done = {row["prompt"] for row in records.rows}
+        records.append([{"prompt": "Hi", "response": "Hello"}])
+    ```
+    """
+
+    def __init__(self, path: str | Path, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
+        self.path = Path(path)
+        self.configuration = json.loads(json.dumps(configuration))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"{self.path} can't be written: {error}. Name another output.") from None
+        try:
+            _lock(self._file, self.path)
+            self.rows = self._recover()
+            self._match(list(growing))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes rows, so that they survive whatever happens to the process or to the machine after this call."""
+        rows = [dict(row) for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        self._file.write(text.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += rows
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _recover(self) -> list[dict[str, Any]]:
+        self._file.seek(0)
+        rows, whole, size = parse_lines(self._file.read(), self.path)
+        if whole < size:
+            logger.warning("The last line of %s was not written to its end. It is dropped and done again.", self.path)
+            self._file.truncate(whole)
+        return rows
+
+    def _match(self, growing: list[str]) -> None:
+        beside = configuration_path(self.path)
+        known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+        if self.rows and known is None:
+            raise ValueError(
+                f"{self.path} has rows, but {beside.name}, which says of what configuration, is not beside it. Name "
+                "another output, or remove the rows."
+            )
+        if self.rows and known is not None:
+            differing = _differences(known, self.configuration, growing)
+            if differing:
+                raise ValueError(
+                    f"{self.path} belongs to another configuration: {'; '.join(differing)}. Name another output, or "
+                    "remove that one."
+                )
+            for key in growing:
+                self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
+        if known != self.configuration:
+            with output_file(beside) as file:
+                json.dump(self.configuration, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file. A last line without its end, which a killed run leaves, is passed over.
+
+    Raises:
+        ValueError: no such file, no rows, or a line that is no JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There are no results at {path}. Name a JSONL file that `evaluate` has written.")
+    rows, whole, size = parse_lines(path.read_bytes(), path)
+    if whole < size:
+        logger.warning("The last line of %s was not written to its end. It is passed over.", path)
+    if not rows:
+        raise ValueError(f"{path} has no complete row. Let the run that writes it go on.")
+    return rows
+
+
+def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int]:
+    """The rows, how many bytes they take, and how many bytes there are. Raises `ValueError` for what is no row."""
+    whole = data.rfind(b"\n") + 1
+    rows = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"Line {number} of {path} is not a row in JSON. Only the last line of an interrupted run can be "
+                "incomplete, so something else has changed the file. Remove that line, or the file."
+            )
+        rows.append(row)
+    return rows, whole, len(data)
+
+
+def configuration_path(path: str | Path) -> Path:
+    """Where the configuration of a file of rows stands."""
+    return Path(path).with_suffix(".config.json")
+
+
+def _differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: list[str]) -> list[str]:
+    found = []
+    for key in sorted(set(known) | set(given)):
+        if key in growing:
+            entries = set(known.get(key, {})) & set(given.get(key, {}))
+            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in sorted(entries)}
+        else:
+            pairs = {key: (known.get(key), given.get(key))}
+        found += [f"{name} was {old}, but is {new}" for name, (old, new) in pairs.items() if old != new]
+    return found
+
+
+def _lock(file: Any, path: Path) -> None:
+    """Keeps a second process from writing the same rows; the lock ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None

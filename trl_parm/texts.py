@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and responses as plain text: conversations, and templates with `{prompt}` and `{response}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+PromptText = str | Sequence[Mapping[str, Any]]
+"""A prompt or a response: a text, or messages with `role` and `content`."""
+SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
+
+
+def as_text(messages: PromptText) -> str:
+    """Messages as plain text: a single one is its content, more become paragraphs that name their speakers.
+
+    Example:
+
+    ```python
+    >>> from trl_parm.texts import as_text
+    >>> as_text([{"role": "user", "content": "Hi"}])
+    'Hi'
+
+    ```
+    """
+    if isinstance(messages, str):
+        return messages
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in messages)
+
+
+def as_messages(text: PromptText, role: str) -> list[dict[str, Any]]:
+    """The messages, or a text as one message of a role."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+
+
+def fill(template: str, **parts: PromptText) -> str:
+    """Puts texts in the places that a template names. Braces of other names stay as they are.
+
+    Raises:
+        ValueError: a template that lacks a part, or a conversation of several messages, for which a text template has
+            no place.
+    """
+    text = template
+    for name, part in parts.items():
+        if f"{{{name}}}" not in template:
+            raise ValueError(f"The template {template!r} has no {{{name}}}, where the {name} belongs.")
+        if not isinstance(part, str) and len(part) > 1:
+            raise ValueError(
+                f"A {name} has {len(part)} messages, which a text template can't tell apart. Use a tokenizer with a "
+                "chat template."
+            )
+    pieces = {f"{{{name}}}": as_text(part) for name, part in parts.items()}
+    for place in sorted(pieces, key=template.index, reverse=True):
+        start = template.index(place)
+        text = text[:start] + pieces[place] + text[start + len(place) :]
+    return text
