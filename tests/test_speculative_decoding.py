@@ -88,6 +88,7 @@ OF_THREE_ROWS = (
     "PARM, α and β a row", "PARM, prompt lookup", "PARM, a prompt of its own", "PARM on the base's weights",
     "guides on two models",
 )  # fmt: skip
+IN_ALL_SETTINGS = ("PARM", "PARM, α and β a row", "PARM on the base's weights", "GenARM")
 SETTINGS = {
     "greedy": {},
     "one prompt": {"prompts": 1},
@@ -100,15 +101,17 @@ SETTINGS = {
 
 def generate(base, processor, prompts=3, drafts=None, **settings):
     ids, mask = (PROMPTS[1:2], MASK[1:2]) if prompts == 1 else (PROMPTS, MASK)
-    settings = {"max_new_tokens": 20, "eos_token_id": -1, **settings}
+    settings = {"max_new_tokens": 16, "eos_token_id": -1, **settings}
     return base.generate(
         ids, attention_mask=mask, logits_processor=[processor()] if processor else [], custom_generate=drafts,
         **settings,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("name", CASES, ids=str)
+TABLE = [(name, setting) for name in CASES for setting in SETTINGS if setting == "greedy" or name in IN_ALL_SETTINGS]
+
+
+@pytest.mark.parametrize(("name", "setting"), TABLE, ids=str)
 def test_greedy_text_is_that_of_plain_guidance(name, setting):
     make, draft = CASES[name]
     settings = SETTINGS[setting]
@@ -116,10 +119,9 @@ def test_greedy_text_is_that_of_plain_guidance(name, setting):
         pytest.skip("it has a preference or a prompt for each of three rows")
     base, processor = make()
     plain = generate(base, processor, **settings)
-    for drafts in (2, 5):
-        speculative = SpeculativeDecoding(draft, draft_tokens=drafts)
-        assert torch.equal(generate(base, processor, drafts=speculative, **settings), plain)
-        assert 0 <= speculative.accepted <= speculative.drafted
+    speculative = SpeculativeDecoding(draft, draft_tokens=3)
+    assert torch.equal(generate(base, processor, drafts=speculative, **settings), plain)
+    assert 0 <= speculative.accepted <= speculative.drafted
 
 
 def test_the_length_of_drafts_changes_no_text():
@@ -138,7 +140,7 @@ def test_a_draft_that_is_the_base_model_is_accepted_whole():
 
 def test_sampled_rows_have_their_own_distributions():
     """Two prompts, two preferences, drafts of four: the first two tokens of many samples against float64."""
-    samples, repeats = 3000, 150
+    samples, repeats = 3000, 24
     base, arm = strong(8), tiny_arm(tiny_llama(1, 8))
     prompts, preferences, beta = torch.tensor([[2, 5, 3], [0, 6, 4]]), torch.tensor([[0.9, 0.1], [0.2, 0.8]]), 0.7
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as known
@@ -67,9 +69,12 @@ class NextToken:
     def _process(self, texts: Texts, scores: torch.Tensor) -> torch.Tensor:
         longest = int(texts.lengths.max())
         if self._any_columns or len(texts) == 1:
-            return self.processors(texts.ending_together(longest), scores)
+            return self._processed(texts, longest, scores)
         processed = torch.empty_like(scores)
         for length in texts.lengths.unique().tolist():
             rows = texts.lengths == length
-            processed[rows] = self.processors(texts.ending_together(length), scores.clone())[rows]
+            processed[rows] = self._processed(texts, length, scores.clone())[rows]
         return processed
+
+    def _processed(self, texts: Texts, length: int, scores: torch.Tensor) -> torch.Tensor:
+        return self.processors(cast(torch.LongTensor, texts.ending_together(length)), cast(torch.FloatTensor, scores))

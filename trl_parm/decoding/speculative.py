@@ -141,16 +141,16 @@ class SpeculativeDecoding:
         stopping_criteria: StoppingCriteriaList,
     ) -> tuple[Texts, torch.Tensor]:
         """Appends tokens until a row is to stop: the texts, and which rows go on."""
-        longer, counts, unfinished = texts.extended(tokens, counts), counts.tolist(), unfinished.clone()
-        for row, count in enumerate(counts):
+        longer, kept, unfinished = texts.extended(tokens, counts), counts.tolist(), unfinished.clone()
+        for row, count in enumerate(kept):
             before = int(texts.lengths[row])
             for new in range(1, count + 1):
                 if bool(stopping_criteria(longer.row(row, before + new), None)):  # pyright: ignore[reportArgumentType]
-                    counts[row], unfinished[row] = new, False
+                    kept[row], unfinished[row] = new, False
                     break
         if self.streamer is not None:
-            self.streamer.put(tokens[0, : counts[0]].cpu())
-        return texts.extended(tokens, torch.tensor(counts, device=tokens.device)), unfinished
+            self.streamer.put(tokens[0, : kept[0]].cpu())
+        return texts.extended(tokens, torch.tensor(kept, device=tokens.device)), unfinished
 
     def _make_draft(self, judges: _Judges, processors: LogitsProcessorList, next_token: NextToken) -> Draft:
         if self.draft == "prompt":
