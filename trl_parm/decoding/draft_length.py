@@ -17,6 +17,8 @@ MEMORY = 0.9
 """What a round's acceptances weigh after the next one."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 8, 256
 """Rounds without drafts before drafting is tried again: doubled each time that it does not pay."""
+LEAST_GAIN = 1.03
+"""How much faster than plain decoding drafting has to be."""
 REMEASURE = 64
 """Drafting rounds after which one without a draft is timed again."""
 
@@ -87,7 +89,7 @@ class DraftLength:
         return (self._accepted + 1) / (self._tried + 2)
 
     def _judge(self) -> None:
-        if self._gain(self._best()) >= 1:
+        if self._gain(self._best()) >= LEAST_GAIN:
             self._next_pause = SHORTEST_PAUSE
         else:
             self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)

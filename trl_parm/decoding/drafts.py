@@ -34,6 +34,10 @@ class Draft(Protocol):
         """`count` tokens for each text, `(rows, count)`, and their distributions q, `(rows, count, vocab)`."""
         ...
 
+    def ask(self, texts: Texts) -> Answers:
+        """What the guides that it asks say next."""
+        ...
+
     def learn(self, texts: Texts, target: torch.Tensor) -> None:
         """Learns from the target distribution of the first proposed token, `(rows, vocab)`."""
         ...
@@ -61,7 +65,7 @@ class StandIn:
     def propose(self, texts: Texts, count: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.answers, tokens, distributions = [], [], []
         for _ in range(count):
-            answers = {lm: logits[:, -1] for model in self.models for lm, logits in model.read(texts, 1).items()}
+            answers = self.ask(texts)
             self.answers.append(answers)
             q = self._of(texts, answers, self.scale, vocab)
             token = self.next_token.choose(q)
@@ -69,6 +73,9 @@ class StandIn:
             tokens.append(token)
             distributions.append(q)
         return torch.cat(tokens, 1), torch.stack(distributions, 1)
+
+    def ask(self, texts: Texts) -> Answers:
+        return {lm: logits[:, -1] for model in self.models for lm, logits in model.read(texts, 1).items()}
 
     def learn(self, texts: Texts, target: torch.Tensor) -> None:
         if not self.next_token.do_sample:
@@ -112,6 +119,9 @@ class FromText:
         drafted = torch.arange(count, device=tokens.device) < found[:, None]
         q = torch.zeros(*tokens.shape, vocab, device=tokens.device)
         return tokens, q.scatter(2, tokens[..., None], drafted[..., None].to(q))
+
+    def ask(self, texts: Texts) -> Answers:
+        return {}
 
     def learn(self, texts: Texts, target: torch.Tensor) -> None:
         pass

@@ -30,6 +30,7 @@ class JointLM:
         together = len(members) > 1 and _obstacle(self.members) is None
         self._groups = [self.members] if together else [[member] for member in self.members]
         self._caches = [TextCache(group[0].empty_cache) for group in self._groups]
+        self._windows = [member for member in self.members if member.has_sliding_window]
         self._states: list[tuple] = []
 
     def read(self, texts: Texts, last: int) -> dict[LM, torch.Tensor]:
@@ -53,10 +54,9 @@ class JointLM:
 
     def _check(self, rows: int) -> None:
         """Holes in a cache shift the windows of sliding attention, which are counted in columns."""
-        windows = [member for member in self.members if member.has_sliding_window]
-        if rows > 1 and windows:
+        if rows > 1 and self._windows:
             raise ValueError(
-                f"{windows[0]!r} has sliding-window attention, with which the rows of a batch can't grow at their own "
+                f"{self._windows[0]!r} has sliding-window attention, with which the rows of a batch can't grow at their own "
                 f"pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
             )
 

@@ -195,8 +195,9 @@ class _Judges:
         read = self._with_base.read(longer, count + 1)
         self.vocab = read[self.base].shape[-1]
         known = draft.answers if q is not None else []
-        if count and not all(known and guide in known[0] for guide in self._apart):
-            known = _by_position(_read(self._others, longer, count + 1))
+        asked = bool(known) and all(guide in known[0] for guide in self._apart)
+        if count and not asked:
+            known = _by_position(_read(self._others, longer, count + 1), count + 1)
         target = [self._target(texts, tokens, i, read, known[i] if self._apart else {}) for i in range(count)]
         if q is None:
             counts, left = torch.zeros_like(texts.lengths), None
@@ -205,7 +206,10 @@ class _Judges:
             draft.learn(texts, p[:, 0])
             counts, left = verify(p, q, tokens, torch.rand(tokens.shape, device=tokens.device))
         if left is None or bool((counts == count).any()):
-            answers = known[count] if len(known) > count else _by_position(_read(self._others, longer, 1))[0]
+            if asked:
+                answers = draft.ask(longer)
+            else:
+                answers = known[count] if known else _by_position(_read(self._others, longer, 1), 1)[0]
             final = self._target(texts, tokens, count, read, answers)
             left = final if left is None else torch.where((counts == count)[:, None], final, left)
         return counts, self.next_token.choose(left)
@@ -222,9 +226,8 @@ def _read(models: Sequence[JointLM], texts: Texts, last: int) -> dict[LM, torch.
     return {lm: logits for model in models for lm, logits in model.read(texts, last).items()}
 
 
-def _by_position(answers: dict[LM, torch.Tensor]) -> list[Answers]:
-    """Logits of shape `(rows, n, vocab)`, one position after the other."""
-    count = max((logits.shape[1] for logits in answers.values()), default=1)
+def _by_position(answers: dict[LM, torch.Tensor], count: int) -> list[Answers]:
+    """Logits of shape `(rows, count, vocab)`, one position after the other."""
     return [{lm: logits[:, i] for lm, logits in answers.items()} for i in range(count)]
 
 
