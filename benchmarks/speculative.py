@@ -1,26 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guided decoding weak to strong where the ARM's own backbone drafts, beside plain guidance and the unguided base.
+"""Speculative decoding of a guided model, weak to strong, beside plain guidance and the unguided base.
 
     python benchmarks/speculative.py
 
 The base is a Llama of 24 layers; the ARM's backbone has its first two layers, and the base's later ones are scaled
-down, so that how well the drafts fit can be chosen (`--strangeness`). What this shows is what drafting costs and
-saves at a given rate of accepted drafts; the rate of a real pair is another matter.
+down, so that how well drafts fit can be chosen (`--strangeness`): at 0.02 base and backbone agree well, at 1.0 they
+have nothing to do with each other, and drafting has to switch itself off. That shows what drafting costs and saves at
+a given rate of accepted drafts; the rate of a real pair is another matter. SmolLM2-135M, guided by an adapter on its
+own weights, repeats a passage, with drafts that are looked up in it.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
 
 import torch
 from common import device, interleave, paired_ratio, report
-from models import prompts, use_onednn, with_arm
-from transformers import LlamaConfig, LlamaForCausalLM
+from models import load, prompts, use_onednn, with_arm
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trl_parm import PARMLogitsProcessor
+from trl_parm import LM, PARMLogitsProcessor, SpeculativeDecoding
 
 
-LAYERS, SMALL = 24, 2
+LAYERS, SMALL, VOCABULARY = 24, 2, 8192
+PREFERENCE = [0.3, 0.7]
+PASSAGE = (
+    "The old lighthouse stood at the end of the pier, where the wind never rested. Every evening the keeper climbed "
+    "its narrow stairs, lit the lamp and wrote the weather into a heavy book. Ships passed, sounded their horns and "
+    "vanished into the dark. When the keeper grew old, his daughter took the book and climbed the stairs in his place."
+)
 
 
 def main() -> None:
@@ -29,35 +38,40 @@ def main() -> None:
         torch.set_num_threads(1)
     rows = []
     for strangeness in args.strangeness:
+        models = pair(strangeness, getattr(torch, args.dtype))
         for sample in (False, True):
-            rows += measure(strangeness, sample, args)
-    capability = "" if torch.cuda.is_available() else f", the CPU has {torch.backends.cpu.get_cpu_capability()}"
-    report(
-        "speculative",
-        rows,
-        [
-            f"{args.dtype}{capability}; base {LAYERS} layers of 512, backbone of the ARM its first {SMALL}, "
-            f"vocabulary 8192; {args.tokens} tokens, median [quartiles] of {args.repeats} paired rounds. Accepted: of "
-            "the drafted tokens."
-        ],
-    )
+            for batch in args.batch_sizes:
+                rows += measure(models, batch, sample, args, f"layers × {strangeness:g}")
+    if args.real:
+        rows += measure_real(args)
+    report("speculative", rows, [notes(args)])
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strangeness", nargs="+", type=float, default=[0.02, 0.1, 0.3])
-    parser.add_argument("--drafted", nargs="+", type=int, default=[3, 5, 8])
+    parser.add_argument("--strangeness", nargs="+", type=float, default=[0.02, 1.0])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-real", dest="real", action="store_false", help="without SmolLM2-135M")
     return parser.parse_args()
 
 
+def notes(args: argparse.Namespace) -> str:
+    capability = "" if torch.cuda.is_available() else f", the CPU has {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"{args.dtype}{capability}; base {LAYERS} layers of 512, backbone of the ARM its first {SMALL}, vocabulary "
+        f"{VOCABULARY}; {args.tokens} tokens, median [quartiles] of {args.repeats} paired rounds. Accepted: of the "
+        "drafted tokens; in brackets how many were drafted for each token of text. The same text: as plain guidance."
+    )
+
+
 def pair(strangeness: float, dtype: torch.dtype):
-    """A base model and a model of its first layers."""
+    """A base model and a model of its first layers, with an ARM on the latter."""
     torch.manual_seed(0)
     shape = {
-        "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 8192,
+        "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": VOCABULARY,
         "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None, "initializer_range": 0.06,
     }  # fmt: skip
     base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, **shape)).to(device(), dtype).eval()
@@ -66,60 +80,96 @@ def pair(strangeness: float, dtype: torch.dtype):
     for layer in base.model.layers[SMALL:]:
         layer.self_attn.o_proj.weight.data *= strangeness
         layer.mlp.down_proj.weight.data *= strangeness
-    return base, small
-
-
-def measure(strangeness: float, sample: bool, args: argparse.Namespace):
-    base, small = pair(strangeness, getattr(torch, args.dtype))
-    if not torch.cuda.is_available() and args.dtype == "float32":
+    if not torch.cuda.is_available() and dtype == torch.float32:
         use_onednn(base)
         use_onednn(small)
-    arm = with_arm(small)
-    ids = prompts(1, 32, device()) % 8192
-    settings = {"do_sample": sample, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "pad_token_id": 0}
-    settings |= {"top_k": 0} if sample else {}
+    return base, small, with_arm(small)
+
+
+def measure(models, batch: int, sample: bool, args: argparse.Namespace, name: str) -> Iterator[dict[str, object]]:
+    base, small, arm = models
+    ids = prompts(batch, 32, device()) % VOCABULARY
 
     def guided(**more):
-        return base.generate(
-            ids, attention_mask=torch.ones_like(ids), logits_processor=[PARMLogitsProcessor(arm, [0.3, 0.7])],
-            **settings, **more,
-        )  # fmt: skip
+        return run(base, ids, args.tokens, sample, logits_processor=[PARMLogitsProcessor(arm, PREFERENCE)], **more)
 
-    def drafting(count: int):
+    def assisted():
         config = small.generation_config
-        config.num_assistant_tokens, config.num_assistant_tokens_schedule = count, "constant"
+        config.num_assistant_tokens, config.num_assistant_tokens_schedule = 5, "constant"
         config.assistant_confidence_threshold = 0.0
         return guided(assistant_model=small)
 
-    variants = {
-        "unguided": lambda: base.generate(ids, attention_mask=torch.ones_like(ids), **settings),
-        "guided": guided,
+    drafts = {
+        "drafts of 5": ("auto", 5),
+        "drafts as they pay": ("auto", None),
+        "the ARM drafts": (LM(arm, PREFERENCE), 5),
     }
-    variants |= {f"drafts of {count}": lambda count=count: drafting(count) for count in args.drafted}
+    speculative = {label: SpeculativeDecoding(draft, count) for label, (draft, count) in drafts.items()}
+    variants: dict[str, Callable] = {"unguided": lambda: run(base, ids, args.tokens, sample), "guided": guided}
+    if batch == 1:
+        variants["`assistant_model`, 5"] = assisted
+    variants |= {label: lambda one=one: guided(custom_generate=one) for label, one in speculative.items()}
+    yield from lines(name, batch, sample, variants, speculative, args)
+
+
+def measure_real(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """SmolLM2, guided by an adapter on its own weights, repeats a passage: drafts come from the prompt."""
+    base = load("SmolLM2-135M", getattr(torch, args.dtype), device())
+    tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
+    if not torch.cuda.is_available() and args.dtype == "float32":
+        use_onednn(base)
+    arm = with_arm(base)
+    for layer in arm.modules():
+        if hasattr(layer, "adapters"):
+            layer.adapters["default"].B.weight.data *= 0.1
+    chat = [{"role": "user", "content": f"Repeat this text word by word:\n\n{PASSAGE}"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = ids["input_ids"].to(device())
+    speculative = {"prompt lookup, as it pays": SpeculativeDecoding("prompt")}
+    guide = [PARMLogitsProcessor(arm, PREFERENCE)]
+    model = arm.get_base_model()
+
+    def unguided():
+        with arm.disable_adapter():
+            return run(model, ids, args.tokens, False)
+
+    variants = {
+        "unguided": unguided,
+        "guided": lambda: run(model, ids, args.tokens, False, logits_processor=guide),
+        **{
+            label: lambda one=one: run(model, ids, args.tokens, False, logits_processor=guide, custom_generate=one)
+            for label, one in speculative.items()
+        },
+    }
+    yield from lines("SmolLM2-135M repeats a text", 1, False, variants, speculative, args)
+
+
+def run(model, ids: torch.Tensor, tokens: int, sample: bool, **more) -> torch.Tensor:
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0, "do_sample": sample}
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), **settings, **({"top_k": 0} if sample else {}), **more
+    )
+
+
+def lines(name, batch, sample, variants, speculative, args) -> Iterator[dict[str, object]]:
     times = interleave(variants, args.repeats, warmup=1)
-    plain = guided()
-    for name in variants:
-        count = int(name.split()[-1]) if name.startswith("drafts") else 0
-        found = {
-            "later layers ×": strangeness,
+    plain = None if sample else variants["guided"]()
+    for label in variants:
+        found: dict[str, object] = {
+            "base": name,
+            "batch": batch,
             "decoding": "sampling" if sample else "greedy",
-            "": name,
-            "speed / unguided": text(paired_ratio(times, "unguided", name)),
-            "speed / guided": text(paired_ratio(times, "guided", name)),
-            "accepted": f"{accepted(base, drafting, count, args.tokens):.2f}" if count else "",
-            "same text": str(torch.equal(drafting(count), plain)) if count and not sample else "",
+            "": label,
+            "speed / unguided": text(paired_ratio(times, "unguided", label)),
+            "speed / guided": text(paired_ratio(times, "guided", label)),
         }
+        if one := speculative.get(label):
+            same = plain is not None and torch.equal(variants[label](), plain)
+            drafted = one.drafted / (args.tokens * batch)
+            found["accepted"] = f"{one.accepted / max(one.drafted, 1):.2f} [{drafted:.2f}]"
+            found["same text"] = "" if plain is None else str(same)
         print(found, flush=True)
         yield found
-
-
-def accepted(base, drafting, count: int, tokens: int) -> float:
-    """The share of drafted tokens that were kept: every forward of the base gives one token and those it accepts."""
-    rounds = []
-    handle = base.register_forward_pre_hook(lambda *_: rounds.append(1))
-    drafting(count)
-    handle.remove()
-    return (tokens - len(rounds)) / (len(rounds) * count)
 
 
 def text(ratio: tuple[float, float, float]) -> str:
