@@ -416,6 +416,12 @@ def test_settings_that_it_can_not_follow(settings, message):
         generate(base, processor, drafts=SpeculativeDecoding(), **settings)
 
 
+def test_inputs_that_it_would_leave_out():
+    processor = lambda: PARMLogitsProcessor(tiny_arm(tiny_llama(1)), ROWS[1])  # noqa: E731
+    with pytest.raises(ValueError, match="input `encoder_hidden_states`"):
+        generate(tiny_gpt2(0), processor, drafts=SpeculativeDecoding(), encoder_hidden_states=torch.zeros(3, 5, 32))
+
+
 def test_guides_that_it_can_not_use():
     base, processor = parm_on_the_base()
     with pytest.raises(ValueError, match="nothing to draft with"):

@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .draft_length import DraftLength
 from .drafts import Draft, FromText, StandIn
 from .guided import GuidedLogitsProcessor
+from .joint_forward import PER_ROW
 from .joint_lm import JointLM, families
 from .language_model import LM
 from .next_token import Answers, NextToken
@@ -260,6 +261,7 @@ def _stand_in(judges: _Judges) -> LM:
 def _check(
     model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
 ) -> None:
+    others = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and name not in PER_ROW]
     wrong = {
         "beams": (config.num_beams or 1) > 1,
         "an encoder-decoder model": bool(model.config.is_encoder_decoder),
@@ -268,6 +270,7 @@ def _check(
         "`output_scores` and other outputs beside the sequences": any(
             (config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states)
         ),
+        **{f"the input `{name}`": True for name in others},
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise ValueError(f"SpeculativeDecoding does not work with {found[0]}. Leave it or `custom_generate` out.")
