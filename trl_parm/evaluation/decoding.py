@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,11 +37,13 @@ class Batch:
         preference (`torch.Tensor` of shape `(k,)` or `None`): α, or `None` for a control.
         prompts (`list`): The prompts as given.
         inputs (`BatchEncoding`): What the base model reads: `input_ids` and `attention_mask`, padded on the left.
+        weights (`dict[str, float]` or `None`): α by objective.
     """
 
     preference: torch.Tensor | None
     prompts: list[PromptText]
     inputs: BatchEncoding
+    weights: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,35 +56,40 @@ class Run:
         decoder (`Callable`, *optional*):
             Makes the processor that guides the decoding of a [`Batch`]; nothing guides if not given.
         generator (`Callable`, *optional*):
-            Makes the model that generates at a preference of shape `(k,)`, such as a soup; the base model if not
-            given.
+            Makes the model that generates, for α by objective, such as a soup; the base model if not given.
         extra_parameters, extra_bytes (`int`, *optional*): What the method keeps in memory beside the base model.
     """
 
     method: str
     preference: Preference | None = None
     decoder: Callable[[Batch], LogitsProcessor] | None = None
-    generator: Callable[[torch.Tensor | None], PreTrainedModel] | None = None
+    generator: Callable[[dict[str, float]], PreTrainedModel] | None = None
     extra_parameters: int = 0
     extra_bytes: int = 0
 
-    def weights(self, objectives: list[str]) -> tuple[float, ...] | None:
+    def weights(self, objectives: Sequence[str]) -> tuple[float, ...] | None:
         """The preference in numbers that a file can hold. Raises `ValueError` if it is off the simplex."""
         if self.preference is None:
             return None
         return tuple(round(weight, 6) for weight in as_preference(self.preference, objectives).tolist())
+
+    def model_at(self, base: PreTrainedModel, objectives: Sequence[str]) -> PreTrainedModel:
+        """The model that generates."""
+        if self.generator is None:
+            return base
+        weights = as_preference(cast(Preference, self.preference), objectives).tolist()
+        return self.generator(dict(zip(objectives, weights, strict=True)))
 
 
 class BatchDecoder:
     """Decodes and scores batches of prompts.
 
     Args:
-        model, tokenizer, rewards, seed, template, max_prompt_length, generation: As in [`sweep`].
+        tokenizer, rewards, seed, template, max_prompt_length, generation: As in [`sweep`].
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         rewards: Mapping[str, Reward],
         seed: int,
@@ -90,14 +97,15 @@ class BatchDecoder:
         max_prompt_length: int | None,
         generation: Mapping[str, Any],
     ) -> None:
-        self.model, self.tokenizer, self.rewards, self.seed = model, tokenizer, rewards, seed
+        self.tokenizer, self.rewards, self.seed = tokenizer, rewards, seed
+        self.objectives = list(rewards)
         self.template, self.max_prompt_length = template, max_prompt_length
         self.sampling, self.generation = split_settings(generation)
 
     def configuration(self) -> dict[str, Any]:
         """What the rows depend on beside the models, as JSON."""
         return {
-            "objectives": list(self.rewards),
+            "objectives": self.objectives,
             "seed": self.seed,
             "sampling": self.sampling,
             "generation": self.generation,
@@ -107,12 +115,13 @@ class BatchDecoder:
 
     def __call__(self, run: Run, model: PreTrainedModel, prompts: list[PromptText]) -> list[dict[str, Any]]:
         """The rows of a run for some prompts, decoded by `model` together."""
-        objectives = list(self.rewards)
+        objectives = self.objectives
         preference = None if run.preference is None else as_preference(run.preference, objectives)
         encoded = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length)
         inputs = encoded.to(model.device)
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
-        processors = [] if run.decoder is None else [run.decoder(Batch(preference, prompts, inputs))]
+        named = None if preference is None else dict(zip(objectives, preference.tolist(), strict=True))
+        processors = [] if run.decoder is None else [run.decoder(Batch(preference, prompts, inputs, named))]
         if self.sampling is not None:
             processors.append(RowSampling(seeds, inputs["input_ids"].shape[1], **self.sampling))
         tokens, seconds = self._generate(model, inputs, processors)

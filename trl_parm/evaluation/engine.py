@@ -12,7 +12,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_pblora import as_preference
 from trl_parm.records import Records
 from trl_parm.rewards import Reward
 from trl_parm.texts import PromptText
@@ -69,29 +68,54 @@ def sweep(
         ValueError: no prompts, or one twice; a run twice; a preference off the simplex; a reward that is not finite or
             of the wrong number; a file of another configuration.
     """
-    cells, keys = check_sweep(prompts, runs, list(rewards))
-    decode = BatchDecoder(model, tokenizer, rewards, seed, template, max_prompt_length, generation)
-    with _open(path, {**decode.configuration(), **(configuration or {})}) as records:
-        rows = {_key(row): row for row in (records.rows if records else ())}
-        for run, cell in zip(runs, cells, strict=True):
-            generator = None
-            for batch in _batches(prompts, batch_size):
-                todo = [prompt for prompt in batch if (*cell, prompt_key(prompt)) not in rows]
-                if todo:
-                    # Made once for each run, and only if anything is left to do.
-                    generator = generator or _generator(run, model, list(rewards))
-                    new = decode(run, generator, todo)
-                    rows.update({_key(row): row for row in new})
-                    if records:
-                        records.append(new)
-                on_batch(run)
-    return Dataset.from_list([rows[(*cell, key)] for cell in cells for key in keys])
+    check_sweep(prompts, runs, list(rewards))
+    decode = BatchDecoder(tokenizer, rewards, seed, template, max_prompt_length, generation)
+    with open_records(path, {**decode.configuration(), **(configuration or {})}) as records:
+        decode_missing(decode, model, prompts, runs, records, batch_size, on_batch)
+        return as_table(records.rows, prompts, runs, list(rewards))
 
 
-def check_sweep(
-    prompts: Sequence[PromptText], runs: Sequence[Run], objectives: list[str]
-) -> tuple[list[tuple], list[str]]:
-    """What tells the runs and the prompts apart. Raises `ValueError` as [`sweep`]."""
+def decode_missing(
+    decode: BatchDecoder,
+    model: PreTrainedModel,
+    prompts: Sequence[PromptText],
+    runs: Sequence[Run],
+    records: Records | RowsInMemory,
+    batch_size: int,
+    on_batch: Callable[[Run], Any] = lambda run: None,
+) -> None:
+    """Decodes what the records lack. Batches are cut as if nothing was there, so that they are those of one run."""
+    for run in runs:
+        lacking, generator = set(missing(records.rows, prompts, [run], decode.objectives)), None
+        for batch in _batches(prompts, batch_size):
+            todo = [prompt for prompt in batch if prompt_key(prompt) in lacking]
+            if todo:
+                # Made once for each run, and only if anything is left to do.
+                generator = generator or run.model_at(model, decode.objectives)
+                records.append(decode(run, generator, todo))
+            on_batch(run)
+
+
+def missing(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[PromptText], runs: Sequence[Run], objectives: Sequence[str]
+) -> list[str]:
+    """The keys of the prompts that some run has no row for, once for each such run."""
+    there = {_key(row) for row in rows}
+    cells = [(run.method, run.weights(objectives)) for run in runs]
+    return [key for cell in cells for key in map(prompt_key, prompts) if (*cell, key) not in there]
+
+
+def as_table(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[PromptText], runs: Sequence[Run], objectives: Sequence[str]
+) -> Dataset:
+    """The rows of these runs and prompts, in their order."""
+    by_key = {_key(row): row for row in rows}
+    cells = [(run.method, run.weights(objectives)) for run in runs]
+    return Dataset.from_list([dict(by_key[*cell, key]) for cell in cells for key in map(prompt_key, prompts)])
+
+
+def check_sweep(prompts: Sequence[PromptText], runs: Sequence[Run], objectives: Sequence[str]) -> None:
+    """Raises `ValueError` as [`sweep`] does, before anything is decoded."""
     keys = [prompt_key(prompt) for prompt in prompts]
     if not keys:
         raise ValueError("`prompts` is empty. Give at least one prompt.")
@@ -105,7 +129,21 @@ def check_sweep(
     if len(set(cells)) < len(cells):
         method, weights = next(cell for cell in cells if cells.count(cell) > 1)
         raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
-    return cells, keys
+
+
+class RowsInMemory:
+    """What [`Records`] are, without a file."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+
+
+def open_records(path: str | Path | None, configuration: Mapping[str, Any]) -> Any:
+    """Rows in a file, to whose methods others may be added, or in memory; a context manager."""
+    return nullcontext(RowsInMemory()) if path is None else Records(path, configuration, growing=["methods"])
 
 
 def prompt_key(prompt: PromptText) -> str:
@@ -116,17 +154,6 @@ def prompt_key(prompt: PromptText) -> str:
 def _key(row: Mapping[str, Any]) -> tuple:
     weights = row["preference"]
     return row["method"], None if weights is None else tuple(weights), prompt_key(row["prompt"])
-
-
-def _generator(run: Run, model: PreTrainedModel, objectives: list[str]) -> PreTrainedModel:
-    if run.generator is None:
-        return model
-    weights = run.preference
-    return run.generator(None if weights is None else as_preference(weights, objectives))
-
-
-def _open(path: str | Path | None, configuration: Mapping[str, Any]) -> Any:
-    return nullcontext() if path is None else Records(path, configuration, growing=["methods"])
 
 
 def _batches(items: Sequence[PromptText], size: int) -> Iterator[list[PromptText]]:

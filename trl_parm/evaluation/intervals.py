@@ -55,9 +55,7 @@ def bootstrap(
     if values.ndim < 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"`rewards` has shape {values.shape}, but it needs (prompts, ...) and finite values.")
     if not 0 < confidence < 1 or resamples < 1:
-        raise ValueError(
-            f"`confidence` is {confidence}, `resamples` {resamples}. Give one in (0, 1), and 1 or more."
-        )
+        raise ValueError(f"`confidence` is {confidence}, `resamples` {resamples}. Give one in (0, 1), and 1 or more.")
     estimate, prompts = float(statistic(values.mean(0))), len(values)
     if prompts == 1:
         return Interval(estimate, math.nan, math.nan)

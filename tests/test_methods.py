@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of the table of methods, from folders as training leaves them, against the processor made by hand.
+
+A new method is one row of `TWINS`.
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+
+from peft_pblora import MoSLoraConfig
+from trl_parm import (
+    BASE,
+    LM,
+    ARGSLogitsProcessor,
+    ClassifierReward,
+    GenARMLogitsProcessor,
+    GuidedLogitsProcessor,
+    MODLogitsProcessor,
+    MODWeakToStrongLogitsProcessor,
+    PARMLogitsProcessor,
+    Prompt,
+    TransferQLogitsProcessor,
+    Vocabulary,
+    rewarded_soup,
+)
+from trl_parm.evaluation.evaluate import Entry, evaluate
+from trl_parm.evaluation.methods import METHODS
+from trl_parm.evaluation.models import Models
+from trl_parm.evaluation.prompts import encode_prompts
+from trl_parm.rewards import brevity, conciseness
+
+
+OBJECTIVES = ["helpful", "harmless"]
+REWARDS = {"helpful": brevity, "harmless": conciseness}
+PROMPTS = ["w1 w2", "w4 w5 w6"]
+GRID = [[0.3, 0.7], [1.0, 0.0]]
+
+
+def save_lora(backbone, folder, seed):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(backbone)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models in folders: two bases, reward models and policies, whole ones and adapters on the large or small one."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("large", 0), ("small", 1), ("one", 2), ("two", 3)):
+        tiny_llama(seed).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    tiny_llama(4, vocab_size=72).save_pretrained(folder / "padded")
+    tiny_tokenizer().save_pretrained(folder / "padded")
+    for name, backbone in (("arm", "large"), ("small_arm", "small"), ("padded_arm", "padded")):
+        tiny_arm(AutoModelForCausalLM.from_pretrained(folder / backbone)).save_pretrained(folder / name)
+    torch.manual_seed(5)
+    config = MoSLoraConfig(
+        objectives=OBJECTIVES, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "large"), config).save_pretrained(folder / "moslora")
+    for i, name in enumerate(("lora_one", "lora_two")):
+        save_lora(folder / "large", folder / name, i)
+        save_lora(folder / "small", folder / f"small_{name}", i + 5)
+    config = tiny_llama(7).config
+    config.num_labels = 2
+    torch.manual_seed(7)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "judge")
+    tiny_tokenizer().save_pretrained(folder / "judge")
+    return folder
+
+
+class Twin:
+    """Models loaded anew for each call, so that nothing is shared."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def model(self, name):
+        return AutoModelForCausalLM.from_pretrained(self.folder / name)
+
+    def adapted(self, backbone, name):
+        return PeftModel.from_pretrained(self.model(backbone), self.folder / name).eval()
+
+    def judge(self):
+        return LlamaForSequenceClassification.from_pretrained(self.folder / "judge")
+
+    def scorers(self, backbone, names):
+        return {o: LM(self.adapted(backbone, n)) for o, n in zip(OBJECTIVES, names)}
+
+
+def text_guide(twin, inputs, α):
+    guide = encode_prompts(tiny_tokenizer(), PROMPTS, "w50 {prompt}")
+    return PARMLogitsProcessor(twin.adapted("large", "arm"), α, 2.0, prompt=Prompt(inputs, guide=guide))
+
+
+def soup_of_loras(twin, α):
+    model = twin.adapted("large", "lora_one")
+    model.load_adapter(twin.folder / "lora_two", adapter_name="two")
+    return rewarded_soup(dict(zip(OBJECTIVES, ["default", "two"])), α, model)
+
+
+def cached_judges(twin):
+    return {"helpful": ClassifierReward(twin.judge(), 0), "harmless": ClassifierReward(twin.judge(), 1)}
+
+
+LORAS = {"helpful": "lora_one", "harmless": "lora_two"}
+SMALL_LORAS = {"helpful": "small_lora_one", "harmless": "small_lora_two"}
+TEXTS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:conciseness"}
+JUDGES = {"helpful": {"source": "judge", "label": 0}, "harmless": {"source": "judge", "label": 1}}
+TWINS = {
+    "base": ({}, lambda t, inputs, α: None),
+    "untrained_arm": (
+        {"arm": "arm", "beta": 2.0},
+        lambda t, inputs, α: GuidedLogitsProcessor(BASE + 0.5 * LM(t.model("large"))),
+    ),
+    "parm": ({"arm": "arm"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), α)),
+    "parm, weak to strong": (
+        {"arm": "small_arm", "beta": 0.5},
+        lambda t, inputs, α: PARMLogitsProcessor(t.adapted("small", "small_arm"), α, 0.5),
+    ),
+    "parm, another vocabulary": (
+        {"arm": "padded_arm"},
+        lambda t, inputs, α: PARMLogitsProcessor(
+            t.adapted("padded", "padded_arm"), α, vocabulary=Vocabulary(tiny_tokenizer(), tiny_tokenizer())
+        ),
+    ),
+    "parm, another template": ({"arm": "arm", "beta": 2.0, "template": "w50 {prompt}"}, text_guide),
+    "uniarm": ({"arm": "moslora"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "moslora"), α)),
+    "svd_lora": ({"arm": "arm"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), α)),
+    "genarm": (
+        {"arms": {"harmless": "lora_two", "helpful": "lora_one"}, "beta": 0.5},
+        lambda t, inputs, α: GenARMLogitsProcessor(t.scorers("large", LORAS.values()), α, 0.5),
+    ),
+    "genarm, weak to strong": (
+        {"arms": SMALL_LORAS},
+        lambda t, inputs, α: GenARMLogitsProcessor(t.scorers("small", SMALL_LORAS.values()), α),
+    ),
+    "mod": ({"policies": LORAS}, lambda t, inputs, α: MODLogitsProcessor(t.scorers("large", LORAS.values()), α)),
+    "mod, whole models": (
+        {"policies": {"helpful": "one", "harmless": "two"}, "divergence": "forward_kl"},
+        lambda t, inputs, α: MODLogitsProcessor({o: t.model(n) for o, n in zip(OBJECTIVES, ("one", "two"))}, α,
+                                                "forward_kl"),
+    ),
+    "mod_w2s": (
+        {"policies": SMALL_LORAS, "reference": "small"},
+        lambda t, inputs, α: MODWeakToStrongLogitsProcessor(
+            t.scorers("small", SMALL_LORAS.values()), t.model("small"), α
+        ),
+    ),
+    "mod_w2s, another reference": (
+        {"policies": SMALL_LORAS, "reference": "two"},
+        lambda t, inputs, α: MODWeakToStrongLogitsProcessor(
+            t.scorers("small", SMALL_LORAS.values()), t.model("two"), α
+        ),
+    ),
+    "args": (
+        {"rewards": TEXTS, "k": 3},
+        lambda t, inputs, α: ARGSLogitsProcessor(REWARDS, α, k=3, tokenizer=tiny_tokenizer(), prompts=PROMPTS),
+    ),
+    "args, cached": (
+        {"rewards": JUDGES, "k": 3, "weight": 2.0, "cached": True},
+        lambda t, inputs, α: ARGSLogitsProcessor(cached_judges(t), α, 2.0, 3),
+    ),
+    "transfer_q": (
+        {"rewards": TEXTS, "k": 3, "rollout_tokens": 2, "policy": "lora_one"},
+        lambda t, inputs, α: TransferQLogitsProcessor(
+            REWARDS, t.adapted("large", "lora_one"), α, k=3, rollout_tokens=2, tokenizer=tiny_tokenizer(),
+            prompts=PROMPTS
+        ),
+    ),
+    "rewarded_soups": ({"policies": LORAS}, None),
+    "rewarded_soups, whole models": ({"policies": {"helpful": "one", "harmless": "two"}}, None),
+}  # fmt: skip
+
+
+def in_folder(folder, value):
+    """Settings whose names of folders are paths."""
+    if isinstance(value, dict):
+        return {key: in_folder(folder, entry) for key, entry in value.items()}
+    return str(folder / value) if isinstance(value, str) and (folder / value).is_dir() else value
+
+
+def run(folder, methods, path, **options):
+    models = Models(str(folder / "large"))
+    options = {"batch_size": 3, "max_new_tokens": 4, **options}
+    return evaluate(models, [in_folder(folder, m) for m in methods], GRID, PROMPTS, REWARDS, path, **options)
+
+
+def by_hand(folder, make, α, method) -> list[str]:
+    twin, tokenizer = Twin(folder), tiny_tokenizer()
+    model = twin.model("large")
+    if method == "rewarded_soups":
+        model = soup_of_loras(twin, α)
+    elif make is None:
+        model = rewarded_soup({o: twin.model(n) for o, n in zip(OBJECTIVES, ("one", "two"))}, α)
+    inputs = encode_prompts(tokenizer, PROMPTS)
+    guide = make(twin, inputs, α) if make else None
+    output = model.generate(
+        **inputs, logits_processor=[guide] if guide else [], max_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", list(TWINS))
+def test_every_method_decodes_as_its_processor_does(folder, tmp_path, name):
+    settings, make = TWINS[name]
+    method = name.split(",")[0]
+    table = run(folder, [{"method": method, **settings}], tmp_path / "results.jsonl")
+    grid = [None] if METHODS[method].control else GRID
+    assert len(table) == len(grid) * 2
+    for i, α in enumerate(grid):
+        assert table["response"][2 * i : 2 * i + 2] == by_hand(folder, make, α, name), α
+    assert set(table["method"]) == {METHODS[method].title}
+    assert len(set(table["response"])) > 1
+
+
+def test_every_row_of_the_table_has_a_twin():
+    assert {name.split(",")[0] for name in TWINS} == set(METHODS)
+
+
+def test_methods_share_nothing_but_the_base(folder, tmp_path):
+    """One after the other, in any order, they do as each alone; adapters on the base leave nothing behind."""
+    names = ["parm", "genarm", "base", "rewarded_soups", "transfer_q"]
+    methods = [{"method": name, **TWINS[name][0]} for name in names]
+    together = run(folder, methods, tmp_path / "together.jsonl", do_sample=True)
+    turned = run(folder, methods[::-1], tmp_path / "turned.jsonl", do_sample=True)
+    key = lambda row: (row["method"], row["label"], row["prompt"])  # noqa: E731
+    assert {key(r): r["response"] for r in together} == {key(r): r["response"] for r in turned}
+    extra = {row["method"]: row["extra_parameters"] for row in together}
+    counts = {
+        name: sum(p.numel() for n, p in Twin(folder).adapted("large", name).named_parameters() if marker in n)
+        for name, marker in (("arm", "pblora_"), ("lora_one", "lora_"))
+    }
+    assert extra["Base"] == 0
+    assert extra["PARM"] == counts["arm"]
+    assert extra["GenARM"] == extra["Rewarded Soups"] == 2 * counts["lora_one"]
+    backbone = sum(p.numel() for p in Twin(folder).model("large").parameters())
+    assert extra["Transfer-Q"] == backbone + counts["lora_one"]
+    assert {row["extra_bytes"] for row in together if row["method"] == "PARM"} == {4 * counts["arm"]}
+
+
+def test_finished_methods_are_not_loaded_again(folder, tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    parm = {"method": "parm", **TWINS["parm"][0]}
+    first = run(folder, ["base", parm], path)
+    loaded = []
+    monkeypatch.setattr(Models, "_load", lambda self, name: loaded.append(name))
+    batches, started = [], []
+    again = run(folder, ["base", parm], path, on_batch=batches.append, on_start=started.append)
+    assert not loaded
+    assert (len(batches), started) == (3, ["Base", "PARM"])
+    assert again.to_list() == first.to_list()
+
+
+def test_another_arm_of_the_same_name_is_refused(folder, tmp_path):
+    path, parm = tmp_path / "results.jsonl", {"method": "parm", "arm": "arm"}
+    run(folder, [parm], path)
+    known = json.loads((tmp_path / "results.config.json").read_text())
+    assert known["methods"]["PARM"]["arm"]["fingerprint"] != known["base"]["fingerprint"]
+    with pytest.raises(ValueError, match="methods PARM was"):
+        run(folder, [{**parm, "arm": "small_arm"}], path)
+    weights = folder / "arm/adapter_model.safetensors"
+    saved = weights.read_bytes()
+    tiny_arm(AutoModelForCausalLM.from_pretrained(folder / "large"), seed=9).save_pretrained(folder / "arm")
+    try:
+        with pytest.raises(ValueError, match="methods PARM was"):
+            run(folder, [parm], path)
+    finally:
+        weights.write_bytes(saved)
+    run(folder, [{**parm, "name": "PARM, β 2", "beta": 2.0}], path)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["palm"], "A method is 'palm', but it must be one of base, untrained_arm, parm"),
+        (["parm"], "'PARM' has no arm. Its settings are arm, beta, template"),
+        ([{"method": "parm", "arm": "arm", "bta": 1}], "'PARM' has bta"),
+        ([{"method": "base", "beta": 1}], "Its settings are nothing"),
+        (["base", {"method": "parm", "name": "Base", "arm": "arm"}], "Two methods have the same name"),
+        ([{"method": "parm", "arm": "arm", "beta": 0}], "must be a positive, finite number"),
+        ([{"method": "genarm", "arms": {"helpful": "lora_one"}}], "has models for helpful, but the objectives are"),
+        (
+            [{"method": "rewarded_soups", "policies": {"helpful": "lora_one", "harmless": "small_lora_one"}}],
+            "need one backbone",
+        ),
+        ([{"method": "args", "rewards": TEXTS, "cached": True}], "`cached` is for classifiers"),
+    ],
+)
+def test_bad_methods(folder, tmp_path, methods, message):
+    with pytest.raises(ValueError, match=message):
+        run(folder, methods, tmp_path / "results.jsonl")
+
+
+def test_controls_have_no_preference():
+    assert [r.preference for r in Entry.of("base").runs(GRID)] == [None]
+    assert [r.preference for r in Entry.of({"method": "parm", "arm": "x"}).runs(GRID)] == GRID

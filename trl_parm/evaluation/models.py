@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model, and beside it the models of one method at a time: adapters share a backbone where they can."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+import peft_pblora  # noqa: F401 - registers its methods with PEFT
+from trl_parm.decoding import LM, Prompt, Vocabulary
+
+from .decoding import Batch
+from .prompts import encode_prompts
+
+
+logger = logging.getLogger(__name__)
+CHAT = "chat"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A language model that guides, policy or reward model.
+
+    Attributes:
+        model (`PreTrainedModel` or `PeftModel`): The model.
+        adapter_name (`str` or `None`): Which of its adapters is meant.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        vocabulary ([`Vocabulary`] or `None`): Where its vocabulary is not the base model's.
+        template (`str` or `None`):
+            Where it reads prompts otherwise than the base model: a text with `{prompt}`, or `"chat"` for the chat
+            template of its own tokenizer.
+    """
+
+    model: Any
+    adapter_name: str | None
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary | None
+    template: str | None
+
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of [`LM`] for a batch."""
+        prompt = None
+        if self.template is not None:
+            template = None if self.template == CHAT else self.template
+            own = encode_prompts(self.tokenizer, batch.prompts, template)
+            prompt = Prompt(batch.inputs, guide=own)
+        return {"adapter_name": self.adapter_name, "vocabulary": self.vocabulary, "prompt": prompt}
+
+    def scorer(self, batch: Batch, disable_adapter: bool = False) -> LM:
+        """log π of this model for a batch, or of its backbone."""
+        return LM(self.model, disable_adapter=disable_adapter, **self.arguments(batch))
+
+
+class Models:
+    """Loads models by name, a folder or an id on the Hub, and forgets those of a method when it is done.
+
+    An adapter is put on the base model itself if it was trained on it, and adapters of one kind share a backbone, so
+    that guides run in one forward with the base or with each other.
+
+    Args:
+        base (`str`): The frozen base model.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of all weights but adapters; as they were saved if not given.
+        **kwargs: Further arguments of `from_pretrained`, such as `device_map`. Without it models go to the GPU if
+            there is one.
+    """
+
+    def __init__(self, base: str, dtype: str = "auto", **kwargs: Any) -> None:
+        self.name, self.kwargs = base, {"dtype": dtype, **kwargs}
+        self._adapted: dict[tuple[str, str], PeftModel] = {}
+        self._whole: dict[str, PreTrainedModel] = {}
+        self._beside: list[torch.nn.Module] = []
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The base model, loaded when it is first needed."""
+        model = self._load(self.name)
+        self._own = {id(parameter) for parameter in model.parameters()}
+        return model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer, with a pad token."""
+        return _tokenizer(self.name)
+
+    def guide(self, name: str, template: str | None = None) -> Guide:
+        """A model that guides the base model: a whole one, or an adapter."""
+        backbone = backbone_name(name)
+        model, adapter_name = self.adapter(name) if backbone else (self.whole(name), None)
+        vocabulary, tokenizer = None, _tokenizer(name, backbone)
+        if _vocabulary_size(model) != _vocabulary_size(self.base):
+            vocabulary = Vocabulary(self.tokenizer, tokenizer)
+        return Guide(model, adapter_name, tokenizer, vocabulary, template)
+
+    def adapter(self, name: str) -> tuple[PeftModel, str]:
+        """An adapter on its backbone, which is the base model if it was trained on that, and its name there."""
+        backbone, config = cast(str, backbone_name(name)), PeftConfig.from_pretrained(name)
+        key = "" if same_model(backbone, self.name) else backbone, str(config.peft_type)
+        taken = "" in {own for own, _ in self._adapted} and key not in self._adapted
+        if key[0] or taken:
+            logger.info("The backbone %s of the adapter %s is loaded beside the base model.", backbone, name)
+        if key not in self._adapted:
+            model = self._load(backbone) if key[0] or taken else self.base
+            self._adapted[key] = PeftModel.from_pretrained(model, name, adapter_name=_adapter_name(name))
+        elif _adapter_name(name) not in self._adapted[key].peft_config:
+            self._adapted[key].load_adapter(name, adapter_name=_adapter_name(name))
+        model = self._adapted[key].eval()
+        # None is active by itself: one that does not guide, such as at weight 0, must not act in the base model.
+        cast(Any, model.base_model).set_adapter([])
+        return model, _adapter_name(name)
+
+    def whole(self, name: str) -> PreTrainedModel:
+        """A whole model, loaded once for a method; the base model itself by its name."""
+        if same_model(name, self.name):
+            return self.base
+        if name not in self._whole:
+            self._whole[name] = self._load(name)
+        return self._whole[name]
+
+    def apart(self, name: str) -> PreTrainedModel:
+        """A model with a backbone of its own, which decodes while the base model does; an adapter is active."""
+        backbone = backbone_name(name)
+        model: Any = self._load(backbone or name)
+        if backbone:
+            model = PeftModel.from_pretrained(model, name)
+        return cast(PreTrainedModel, self.keep(model.eval()))
+
+    def keep(self, model: Any) -> Any:
+        """Counts a model that a method keeps in memory, such as a reward model, and returns it."""
+        self._beside.append(model)
+        return model
+
+    def extra(self) -> tuple[int, int]:
+        """How many parameters, and bytes of them, are in memory beside those of the base model."""
+        models = [*self._adapted.values(), *self._whole.values(), *self._beside]
+        found = {id(p): p for model in models for p in model.parameters() if id(p) not in self._own}
+        return sum(p.numel() for p in found.values()), sum(p.numel() * p.element_size() for p in found.values())
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Models]:
+        """For the time of one method: afterwards what it loaded is gone, and the base model as it was."""
+        try:
+            yield self
+        finally:
+            for model in self._adapted.values():
+                cast(Any, model).unload()
+            for held in (self._adapted, self._whole, self._beside):
+                held.clear()
+            if torch.cuda.is_available():
+                gc.collect()  # what refers to itself goes now, before the next method needs its memory
+                torch.cuda.empty_cache()
+
+    def _load(self, name: str) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(name, **self.kwargs)
+        if "device_map" not in self.kwargs and torch.cuda.is_available():
+            cast(Any, model).to("cuda")
+        return model.eval()
+
+
+def backbone_name(name: str) -> str | None:
+    """The model that an adapter was trained on, or `None` for a whole model."""
+    if find_adapter_config_file(name) is None:
+        return None
+    return cast(str, PeftConfig.from_pretrained(name).base_model_name_or_path)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean one model: equal, or paths of one folder."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+
+
+def _adapter_name(name: str) -> str:
+    """A name for an adapter inside a model, where dots would mean submodules."""
+    return name.replace(".", "_")
+
+
+def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        if backbone is None:
+            raise
+        tokenizer = AutoTokenizer.from_pretrained(backbone)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _vocabulary_size(model: Any) -> int:
+    """How many logits a model has."""
+    return model.get_output_embeddings().weight.shape[0]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewards by name: Python functions, sequence classifiers, and the score models of Safe-RLHF."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from .provenance import fingerprint
+from .rewards import Reward
+from .score_model import ScoreModel
+from .texts import PromptText, as_messages, fill
+
+
+SCORE_MODEL = "ForScore"
+"""How the architectures of Safe-RLHF's score models end, such as `LlamaForScore`."""
+
+
+@dataclass
+class RewardSource:
+    """Where a reward comes from, as a YAML file says it: a mapping, or just its `source`.
+
+    Args:
+        source (`str`):
+            `module:function` for a function of prompts and responses, else a folder or an id on the Hub with a
+            sequence classifier or a score model of Safe-RLHF.
+        template (`str`, *optional*):
+            The text that a model reads, with `{response}` and, unless it judges responses alone, `{prompt}`; the chat
+            template of its tokenizer if not given.
+        label (`int`, *optional*, defaults to 0): Which of a model's outputs is the reward.
+        negate (`bool`, *optional*, defaults to `False`): Whether it is a cost: the reward is minus the output.
+        batch_size (`int`, *optional*, defaults to 8): Texts that a model reads at once.
+        max_length (`int`, *optional*): Most tokens; a longer text is cut where the tokenizer cuts. The tokenizer's
+            own limit if not given.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of a model's weights; as they were saved if not given.
+        model_kwargs (`dict`, *optional*): Further arguments of `from_pretrained`, such as `device_map`.
+
+    Raises:
+        ValueError: no source, or a template without `{response}`.
+    """
+
+    source: str
+    template: str | None = None
+    label: int = 0
+    negate: bool = False
+    batch_size: int = 8
+    max_length: int | None = None
+    dtype: str = "auto"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.template is not None and "{response}" not in self.template:
+            raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
+
+    @classmethod
+    def of(cls, given: str | Mapping[str, Any] | RewardSource) -> RewardSource:
+        """From what stands in YAML, or in JSON on a command line. Raises `ValueError` for keys that are unknown."""
+        if isinstance(given, str) and given.lstrip().startswith("{"):
+            given = cast(dict[str, Any], json.loads(given))
+        if isinstance(given, str):
+            return cls(given)
+        if isinstance(given, RewardSource):
+            return given
+        known = [f.name for f in fields(cls)]
+        if "source" not in given or not set(given) <= set(known):
+            raise ValueError(
+                f"A reward is given as {dict(given)}, but it needs `source`, and may have {', '.join(known[1:])}."
+            )
+        return cls(**given)
+
+    def configuration(self) -> dict[str, Any]:
+        """What the reward's numbers depend on, as JSON."""
+        ignored = ("batch_size", "model_kwargs")
+        settings = {key: value for key, value in asdict(self).items() if key not in ignored}
+        return {**settings, "fingerprint": fingerprint(self.source)}
+
+    def load(self) -> Reward:
+        """The reward. A model is loaded, without code from elsewhere; on the GPU if there is one.
+
+        Raises:
+            ValueError: no such function, a model without such an output, or a text that can't be made.
+        """
+        if ":" in self.source and not Path(self.source).exists():
+            function = load_function(self.source)
+            return (lambda prompts, responses: [-v for v in function(prompts, responses)]) if self.negate else function
+        return ModelReward(self)
+
+
+class ModelReward:
+    """A model that reads prompt and response as one text: its output at the label.
+
+    Args:
+        source ([`RewardSource`]): The model, its template and label.
+    """
+
+    reads_messages = True
+
+    def __init__(self, source: RewardSource) -> None:
+        self.source = source
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.source)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if source.template is None and self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"The tokenizer of the reward model {source.source!r} has no chat template. Give a `template` with "
+                "{prompt} and {response}, as the model was trained with."
+            )
+        self.model = _load_model(source)
+        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        outputs = self.model.config.num_labels
+        if not 0 <= source.label < outputs:
+            raise ValueError(
+                f"`label` is {source.label}, but the reward model {source.source!r} has {outputs} outputs."
+            )
+
+    def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
+        size, values = self.source.batch_size, []
+        for start in range(0, len(responses), size):
+            values += self._batch(prompts[start : start + size], responses[start : start + size])
+        return values
+
+    @torch.no_grad()
+    def _batch(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
+        encoded = self._encode(prompts, responses).to(self.model.device)
+        scores = self.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+        values = scores[:, self.source.label].float()
+        return (-values if self.source.negate else values).tolist()
+
+    def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Any:
+        limit = self.source.max_length or self.tokenizer.model_max_length
+        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+        if limit < 10**9:  # a tokenizer without a limit of its own has a huge number
+            options |= {"truncation": True, "max_length": limit}
+        self.tokenizer.padding_side = "right"
+        template = self.source.template
+        if template is None:
+            chats = [as_messages(p, "user") + as_messages(r, "assistant") for p, r in zip(prompts, responses)]
+            return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
+        parts = [
+            {"response": r, **({"prompt": p} if "{prompt}" in template else {})} for p, r in zip(prompts, responses)
+        ]
+        return self.tokenizer([fill(template, **part) for part in parts], **options)
+
+
+def load_function(path: str) -> Callable:
+    """A function by its import path `module:function`; modules of the working directory are found too.
+
+    Raises:
+        ValueError: no such module, or nothing callable in it.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no function {path!r}: {error}. Give it as module:function.") from None
+    if not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}, but a reward must be a function.")
+    return found
+
+
+def _load_model(source: RewardSource) -> Any:
+    config = AutoConfig.from_pretrained(source.source)
+    kind = AutoModelForSequenceClassification
+    if any(name.endswith(SCORE_MODEL) for name in config.architectures or ()):
+        kind = ScoreModel
+    model = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs)
+    if "device_map" not in source.model_kwargs and torch.cuda.is_available():
+        model.to("cuda")
+    return model.eval()
