@@ -39,6 +39,12 @@ class AdapterSwitch:
         """The adapters that were chosen with `set_adapter`, whether they are switched on or not."""
         return list(dict.fromkeys(name for layer in self.layers for name in layer.active_adapters))
 
+    def chosen(self, name: str | None) -> list[str]:
+        """The active adapters, or the one of this name. Raises `ValueError` if there is none."""
+        if name is not None and name not in self.names:
+            raise ValueError(f"The guiding model has no adapter {name!r}. It has {self.names}.")
+        return self.active if name is None else [name]
+
     @property
     def merged(self) -> list[str]:
         """The adapters that are merged into the weights."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .backbone import SharedBackbone
+from .guide_model import has_sliding_window
 from .joint_forward import adapter_rows, set_preferences
 from .language_model import LM
 from .text_cache import TextCache
@@ -30,7 +31,7 @@ class JointLM:
         together = len(members) > 1 and _obstacle(self.members) is None
         self._groups = [self.members] if together else [[member] for member in self.members]
         self._caches = [TextCache(group[0].empty_cache) for group in self._groups]
-        self._windows = [member for member in self.members if member.has_sliding_window]
+        self._windows = [member for member in self.members if has_sliding_window(member.model)]
         self._states: list[tuple] = []
 
     def read(self, texts: Texts, last: int) -> dict[LM, torch.Tensor]:
@@ -56,8 +57,8 @@ class JointLM:
         """Holes in a cache shift the windows of sliding attention, which are counted in columns."""
         if rows > 1 and self._windows:
             raise ValueError(
-                f"{self._windows[0]!r} has sliding-window attention, with which the rows of a batch can't grow at their own "
-                f"pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
+                f"{self._windows[0]!r} has sliding-window attention, with which the rows of a batch can't grow at "
+                f"their own pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
             )
 
 

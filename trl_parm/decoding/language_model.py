@@ -8,7 +8,6 @@ difference; what it returns is a function of the tokens alone.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -16,9 +15,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from peft_pblora import as_preference, set_preference
 from peft_pblora.adapter import LowRankAdapter, check_rows
@@ -27,6 +24,7 @@ from peft_pblora.preference import Preference
 
 from .adapters import AdapterSwitch, backbone_of
 from .backbone import SharedBackbone
+from .guide_model import check_guide, rewindable_cache
 from .padding import attention_mask, pad_token_id
 from .prefix import Prefix, read
 from .prompts import Prompt
@@ -84,9 +82,9 @@ class LM(Scorer):
         shared_forward: bool = True,
     ) -> None:
         backbone = backbone_of(model)
-        _check_model(model, cast(PreTrainedModel, backbone))
+        check_guide(model, cast(PreTrainedModel, backbone))
         switch = AdapterSwitch.of(backbone)
-        self.adapter_names = _adapter_names(switch, adapter_name)
+        self.adapter_names = switch.chosen(adapter_name)
         if disable_adapter and not self.adapter_names:
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
         self.model = model.eval()
@@ -174,20 +172,9 @@ class LM(Scorer):
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kept
         ).logits
 
-    @property
-    def has_sliding_window(self) -> bool:
-        """Whether some layer sees a window of columns only."""
-        layers = DynamicCache(config=self.model.config.get_text_config()).layers
-        return any(type(layer) is DynamicSlidingWindowLayer for layer in layers)
-
     def empty_cache(self) -> DynamicCache:
-        """A cache that can be taken back at any length, where the model's layers allow it.
-
-        Layers with a window of attention keep all that they have read: the mask says what they see.
-        """
-        cache = DynamicCache(config=self.model.config.get_text_config())
-        cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
-        return cache
+        """See [`rewindable_cache`]."""
+        return rewindable_cache(self.model)
 
     def as_asked(self) -> AbstractContextManager:
         """Sets the preference, and lets the chosen adapter alone act for the time of a forward."""
@@ -288,23 +275,3 @@ class LM(Scorer):
             named = zip(self._objectives(), self.preference.tolist(), strict=True)
             details.append(", ".join(f"{objective}={weight:g}" for objective, weight in named))
         return f"LM({', '.join([name, *details])})"
-
-
-def _check_model(model: Any, backbone: PreTrainedModel) -> None:
-    if backbone.config.is_encoder_decoder:
-        raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise ValueError("The guiding model is tuned by prompt learning. Only adapters on its layers can guide.")
-    if backbone.get_output_embeddings() is None:
-        raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
-    if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
-        raise ValueError(
-            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache "
-            "(`past_key_values`). Use a transformer as the guide."
-        )
-
-
-def _adapter_names(switch: AdapterSwitch, adapter_name: str | None) -> list[str]:
-    if adapter_name is not None and adapter_name not in switch.names:
-        raise ValueError(f"The guiding model has no adapter {adapter_name!r}. It has {switch.names}.")
-    return switch.active if adapter_name is None else [adapter_name]

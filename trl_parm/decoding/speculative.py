@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from .draft_length import DraftLength
 from .drafts import Draft, FromText, StandIn
 from .guided import GuidedLogitsProcessor
 from .joint_forward import PER_ROW
-from .joint_lm import JointLM, families
+from .joint_lm import families
+from .judges import Judges
 from .language_model import LM
-from .next_token import Answers, NextToken
-from .scorers import BASE, Scorer
-from .speculative_sampling import verify
+from .next_token import NextToken
+from .scorers import Scorer
 from .texts import Texts
 
 
@@ -95,7 +94,7 @@ class SpeculativeDecoding:
         mask = model_kwargs.get("attention_mask")
         texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
         next_token = NextToken(logits_processor, bool(generation_config.do_sample))
-        judges = _Judges(model, logits_processor, next_token)
+        judges = Judges(model, logits_processor, next_token)
         draft = self._make_draft(judges, logits_processor, next_token)
         length = DraftLength(self.max_draft_tokens, self.draft_tokens)
         self.rounds = self.drafted = self.accepted = 0
@@ -114,7 +113,7 @@ class SpeculativeDecoding:
         return sequences
 
     def _round(
-        self, texts: Texts, count: int, draft: Draft, judges: _Judges, unfinished: torch.Tensor, length: DraftLength
+        self, texts: Texts, count: int, draft: Draft, judges: Judges, unfinished: torch.Tensor, length: DraftLength
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Drafts and judges: tokens, `(rows, count + 1)`, and how many of them each row writes."""
         start = time.perf_counter()
@@ -153,7 +152,7 @@ class SpeculativeDecoding:
             self.streamer.put(tokens[0, : kept[0]].cpu())
         return texts.extended(tokens, torch.tensor(kept, device=tokens.device)), unfinished
 
-    def _make_draft(self, judges: _Judges, processors: LogitsProcessorList, next_token: NextToken) -> Draft:
+    def _make_draft(self, judges: Judges, processors: LogitsProcessorList, next_token: NextToken) -> Draft:
         if self.draft == "prompt":
             return FromText()
         if self.draft == "auto":
@@ -168,83 +167,7 @@ class SpeculativeDecoding:
         return StandIn(scorer, families([*models, *judges.guides]), next_token)
 
 
-class _Judges:
-    """The base model and its guides, which give the target distribution.
-
-    Attributes:
-        guides (`list[LM]`): All guides.
-        beside_base (`list[LM]`): Those that have the base model's weights: they are read with it.
-        vocab (`int`): Size of the base model's vocabulary, known after the first round.
-    """
-
-    def __init__(self, model: PreTrainedModel, processors: LogitsProcessorList, next_token: NextToken) -> None:
-        self.guides = _guides(processors)
-        self.base, self.next_token, self.vocab = LM(model), next_token, 0
-        self.beside_base = [guide for guide in self.guides if guide.shared and guide.shared is self.base.shared]
-        guiding = {name for guide in self.beside_base for name in guide.adapter_names}
-        self.base.acting_adapters = [name for name in self.base.acting_adapters if name not in guiding]
-        self._with_base = JointLM([self.base, *self.beside_base])
-        self._apart = [guide for guide in self.guides if guide not in self.beside_base]
-        self._others = families(self._apart)
-
-    def judge(
-        self, texts: Texts, tokens: torch.Tensor, q: torch.Tensor | None, draft: Draft
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many drafted tokens each row keeps, `(rows,)`, and the token after them, `(rows, 1)`."""
-        count = tokens.shape[1]
-        longer = texts.extended(tokens)
-        read = self._with_base.read(longer, count + 1)
-        self.vocab = read[self.base].shape[-1]
-        known = draft.answers if q is not None else []
-        asked = bool(known) and all(guide in known[0] for guide in self._apart)
-        if count and not asked:
-            known = _by_position(_read(self._others, longer, count + 1), count + 1)
-        target = [self._target(texts, tokens, i, read, known[i] if self._apart else {}) for i in range(count)]
-        if q is None:
-            counts, left = torch.zeros_like(texts.lengths), None
-        else:
-            p = torch.stack(target, 1)
-            draft.learn(texts, p[:, 0])
-            counts, left = verify(p, q, tokens, torch.rand(tokens.shape, device=tokens.device))
-        if left is None or bool((counts == count).any()):
-            if asked:
-                answers = draft.ask(longer)
-            else:
-                answers = known[count] if known else _by_position(_read(self._others, longer, 1), 1)[0]
-            final = self._target(texts, tokens, count, read, answers)
-            left = final if left is None else torch.where((counts == count)[:, None], final, left)
-        return counts, self.next_token.choose(left)
-
-    def _target(
-        self, texts: Texts, tokens: torch.Tensor, i: int, read: dict[LM, torch.Tensor], others: Answers
-    ) -> torch.Tensor:
-        """The target distribution after the first `i` drafted tokens."""
-        answers = {guide: logits[:, i] for guide, logits in read.items()} | others
-        return self.next_token.distribution(texts.extended(tokens[:, :i]), answers.pop(self.base), answers)
-
-
-def _read(models: Sequence[JointLM], texts: Texts, last: int) -> dict[LM, torch.Tensor]:
-    return {lm: logits for model in models for lm, logits in model.read(texts, last).items()}
-
-
-def _by_position(answers: dict[LM, torch.Tensor], count: int) -> list[Answers]:
-    """Logits of shape `(rows, count, vocab)`, one position after the other."""
-    return [{lm: logits[:, i] for lm, logits in answers.items()} for i in range(count)]
-
-
-def _guides(processors: LogitsProcessorList) -> list[LM]:
-    formulas = [p.formula for p in processors if isinstance(p, GuidedLogitsProcessor)]
-    scorers = dict.fromkeys(scorer for formula in formulas for scorer in formula.scorers())
-    others = [scorer for scorer in scorers if scorer is not BASE and not isinstance(scorer, LM)]
-    if others:
-        raise ValueError(
-            f"SpeculativeDecoding takes guides that are language models, but got {others[0]!r}, which would have to "
-            "be asked for every drafted token. Leave `custom_generate` out."
-        )
-    return [scorer for scorer in scorers if isinstance(scorer, LM)]
-
-
-def _stand_in(judges: _Judges) -> LM:
+def _stand_in(judges: Judges) -> LM:
     """A guide's own model without its adapter, or the guide itself if it has none."""
     apart = [guide for guide in judges.guides if guide not in judges.beside_base]
     if judges.beside_base or not apart:
