@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every decoder in every mode of `generate`, against its formula in float64, without any cache.
 
-A new decoder is one row of `DECODERS`, a new mode one row of `MODES`.
+A new decoder is one row of `DECODERS`, a new mode one row of `MODES`. `make test` runs the corners of this table,
+`make test-slow` the rest.
 """
 
 import copy
@@ -209,6 +210,10 @@ MODES = {
 }
 
 
+IN_EVERY_MODE = ("PARM", "GenARM, α and β a row", "MOD-w2s", "ARGS", "Transfer-Q")
+FOR_EVERY_DECODER = ("greedy", "beam search", "several sequences", "prompt lookup")
+
+
 class NaiveProcessor(LogitsProcessor):
     """A decoder's formula from whole prefixes, in float64."""
 
@@ -246,8 +251,15 @@ def generate(models: Models, processor, prompts=3, assistant=None, **mode):
     return models.base.generate(input_ids=ids, attention_mask=mask, logits_processor=[processor], **settings)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("name", DECODERS, ids=str)
+def table():
+    """Every decoder in every mode. What differs from its neighbours in the formula alone is for `make test-slow`."""
+    for name in DECODERS:
+        for mode in MODES:
+            quick = name in IN_EVERY_MODE or mode in FOR_EVERY_DECODER
+            yield pytest.param(name, mode, id=f"{name}-{mode}", marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "mode"), table())
 def test_every_decoder_in_every_mode(name, mode):
     decoder, settings = DECODERS[name], MODES[mode]
     if decoder.rows and settings.get("prompts") == 1:
