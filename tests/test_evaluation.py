@@ -10,7 +10,7 @@ from conftest import tiny_arm, tiny_llama
 from scipy.stats import chisquare
 
 from trl_parm import PARMLogitsProcessor
-from trl_parm.evaluation import Run, mean_and_error, plot_front, summarize, sweep
+from trl_parm.evaluation import Run, mean_and_error, summarize, sweep
 from trl_parm.evaluation.prompts import encode_prompts
 from trl_parm.evaluation.sampling import RowSampling, row_seed
 from trl_parm.records import Records, read_rows
@@ -45,7 +45,7 @@ def texts(table) -> dict[tuple, str]:
     return {(row["method"], row["label"], row["prompt"]): row["response"] for row in table}
 
 
-def test_sweep_and_figure(tmp_path, tokenizer):
+def test_sweep_and_summary(tokenizer):
     seen = []
     table = run_sweep(tokenizer, parm_runs(tiny_arm()), on_batch=seen.append, do_sample=True)
     assert len(table) == 4 * 3
@@ -62,8 +62,6 @@ def test_sweep_and_figure(tmp_path, tokenizer):
     first = table.select(range(3))["helpful"]
     assert (summary[0]["helpful"], summary[0]["helpful_error"]) == mean_and_error(first)
     assert summary[0]["helpful_low"] <= summary[0]["helpful"] <= summary[0]["helpful_high"]
-    plot_front(summary, ["helpful", "harmless"], tmp_path / "front.png", reference=[-10, -10])
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_row_can_be_decoded_again_alone_from_its_seed(tokenizer):
@@ -281,8 +279,3 @@ def test_damaged_files_are_refused(tmp_path):
 def test_bad_sweeps(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         run_sweep(tokenizer, **{"runs": [Run("base")], **options})
-
-
-def test_bad_figures(tmp_path):
-    with pytest.raises(ValueError, match="exactly two"):
-        plot_front([], ["one"], tmp_path / "front.png")

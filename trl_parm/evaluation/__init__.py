@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .intervals import Interval, bootstrap
     from .measures import correlations, costs, differences, markdown, measure
     from .metrics import hypervolume, mean_and_error, mean_inner_product, pareto_front, rank_correlations
-    from .plots import plot_front
+    from .plots import draw_fronts, plot_front
 
 _HOMES = {
     "decoding": ("Batch", "Run"),
@@ -24,7 +24,7 @@ _HOMES = {
     "intervals": ("Interval", "bootstrap"),
     "measures": ("correlations", "costs", "differences", "markdown", "measure"),
     "metrics": ("hypervolume", "mean_and_error", "mean_inner_product", "pareto_front", "rank_correlations"),
-    "plots": ("plot_front",),
+    "plots": ("draw_fronts", "plot_front"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -38,6 +38,7 @@ __all__ = [
     "correlations",
     "costs",
     "differences",
+    "draw_fronts",
     "hypervolume",
     "markdown",
     "mean_and_error",

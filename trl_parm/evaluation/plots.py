@@ -1,77 +1,274 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of Pareto fronts."""
+"""Pictures of Pareto fronts: one plane for two objectives, a plane for each pair and a view in space for three."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.tri import Triangulation
+
+from .measures import write_csv
 
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#7F7F7F")
+"""Told apart by colour-blind readers (Okabe and Ito 2008, a brown and a grey). Controls are black."""
+MARKERS = "os^Dvph<>d"
+"""Shapes of methods, which tell them apart without any colour."""
+OPEN_MARKERS = "*P8"
+"""Shapes of controls."""
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2)), (0, (2, 2)))
+SHADES = "viridis"
+"""Colours of α, from 0 to 1; they differ in lightness too."""
+Summary = Sequence[Mapping[str, Any]]
 
 
 def plot_front(
-    summary: Sequence[Mapping[str, Any]],
+    summary: Summary,
     objectives: Sequence[str],
     path: str | Path,
     reference: Sequence[float] | None = None,
 ) -> None:
-    """Draws the mean rewards of two objectives: one line for each method, one cross of ± 1 standard error a point.
+    """Draws the mean rewards of two objectives: a line for each method, a cross of 95 % intervals for each point.
 
-    Points of a method are coloured by the weight of the first objective; runs without a preference are drawn as
-    black markers.
+    Points are filled by the weight of the first objective. A control is one open point.
 
     Args:
-        summary (`Sequence[Mapping]`): From [`trl_parm.evaluation.sweep.summarize`].
+        summary (`Sequence[Mapping]`): From [`summarize`].
         objectives (`Sequence[str]`): The two objectives, x axis first.
         path (`str` or `Path`): File to write; its ending names the format (`.png`, `.svg`, ...).
-        reference (`Sequence[float]`, *optional*): The hypervolume's reference point, drawn as a cross.
+        reference (`Sequence[float]`, *optional*): The hypervolume's reference point.
 
     Raises:
         ValueError: not exactly two objectives.
     """
     if len(objectives) != 2:
         raise ValueError(f"`objectives` are {list(objectives)}, but a plane shows exactly two.")
-    x, y = objectives
-    figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    guided = [row for row in summary if row["preference"] is not None]
-    for method in dict.fromkeys(row["method"] for row in guided):
-        front = [row for row in guided if row["method"] == method]
-        weights = [row["preference"][0] for row in front]
-        axes.plot([r[x] for r in front], [r[y] for r in front], color="0.6", lw=1.2, zorder=1)
-        axes.errorbar(*_crosses(front, x, y), fmt="none", ecolor="0.75", elinewidth=1, zorder=1)
-        dots = axes.scatter(
-            [r[x] for r in front],
-            [r[y] for r in front],
-            c=weights,
-            cmap="viridis",
-            vmin=0,
-            vmax=1,
-            s=70,
-            zorder=3,
-            label=method,
-        )
-        for row, weight in zip(front, weights, strict=True):
-            axes.annotate(f"{weight:g}", (row[x], row[y]), xytext=(6, 6), textcoords="offset points", fontsize=8)
-        figure.colorbar(dots, ax=axes, label=f"weight of “{x}”") if method == guided[0]["method"] else None
-    for row, marker in zip((r for r in summary if r["preference"] is None), "s^Dvp", strict=False):
-        axes.errorbar(*_crosses([row], x, y), fmt=marker, color="black", ecolor="0.6", label=row["method"], zorder=2)
-    if reference is not None:
-        axes.scatter(*reference, marker="x", color="crimson", zorder=2)
-        axes.annotate(
-            "reference point", (reference[0], reference[1]), xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
+    _save(_one_plane(summary, objectives, [] if reference is None else [reference]), Path(path))
+
+
+def draw_fronts(
+    summary: Summary,
+    objectives: Sequence[str],
+    folder: str | Path,
+    references: Sequence[Sequence[float]] = (),
+    name: str = "fronts",
+) -> list[Path]:
+    """Writes the figures of all methods as PNG and SVG, and their numbers as CSV.
+
+    Two objectives make `<name>`, more make `<name>_pairs`, and three also `<name>_3d`.
+
+    Args:
+        summary (`Sequence[Mapping]`): From [`summarize`].
+        objectives (`Sequence[str]`): The objectives.
+        folder (`str` or `Path`): Where to write.
+        references (`Sequence[Sequence[float]]`, *optional*): Reference points, each of length k.
+        name (`str`, *optional*, defaults to `"fronts"`): How the files begin.
+
+    Returns:
+        `list[Path]`: The files.
+
+    Raises:
+        ValueError: fewer than two objectives, or a reference point of another length.
+    """
+    if len(objectives) < 2:
+        raise ValueError(f"`objectives` are {list(objectives)}, but a front needs two or more.")
+    if any(len(point) != len(objectives) for point in references):
+        raise ValueError(f"A reference point in {list(references)} has not one number for each of {list(objectives)}.")
+    if len(objectives) == 2:
+        figures = {name: _one_plane(summary, objectives, references)}
+    else:
+        figures = {f"{name}_pairs": _planes(summary, objectives, references)}
+    if len(objectives) == 3:
+        figures[f"{name}_3d"] = _space(summary, objectives, references)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{stem}.{kind}" for stem in figures for kind in ("png", "svg")]
+    for path in paths:
+        _save(figures[path.stem], path)
+    table = folder / f"{name}.csv"
+    write_csv([_flat(row, objectives) for row in summary], table)
+    return [*paths, table]
+
+
+def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence[Sequence[float]]) -> Figure:
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    shades = _plane(axes, summary, objectives, (0, 1), references, connect=True)
+    if len({row["method"] for row in summary if row["preference"] is not None}) == 1:
+        _write_weights(axes, summary, objectives)
+    if shades is not None:
+        figure.colorbar(shades, ax=axes, label=f"α, weight of {objectives[0]}", pad=0.01)
+    _legend(figure, summary, len(references), connect=True)
+    return figure
+
+
+def _planes(summary: Summary, objectives: Sequence[str], references: Sequence[Sequence[float]]) -> Figure:
+    pairs = list(itertools.combinations(range(len(objectives)), 2))
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure = Figure(figsize=(4.4 * columns, 4.0 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    shades = None
+    for axes, pair in zip(panels, pairs):
+        shades = _plane(axes, summary, objectives, pair, references, connect=False) or shades
+    for axes in panels[len(pairs) :]:
+        axes.set_axis_off()
+    if shades is not None:
+        figure.colorbar(shades, ax=list(panels), label="α, weight of the x axis' objective", pad=0.01, fraction=0.03)
+    _legend(figure, summary, len(references))
+    return figure
+
+
+def _plane(
+    axes: Axes,
+    summary: Summary,
+    objectives: Sequence[str],
+    pair: tuple[int, int],
+    references: Sequence[Sequence[float]],
+    connect: bool,
+) -> Any:
+    """Draws two of the objectives, and returns what a colour bar can be made of."""
+    x, y = objectives[pair[0]], objectives[pair[1]]
+    shades = None
+    for (_, rows), (colour, marker, line) in zip(_by_method(summary).items(), _styles(summary)):
+        xs, ys = _column(rows, x), _column(rows, y)
+        right, up = _reach(rows, x), _reach(rows, y)
+        axes.errorbar(xs, ys, up, right, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45, zorder=1)
+        if rows[0]["preference"] is None:
+            axes.scatter(xs, ys, marker=marker, s=110, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=4)
+            continue
+        if connect:
+            along = np.argsort([row["preference"][0] for row in rows])
+            axes.plot(xs[along], ys[along], color=colour, lw=1.3, ls=line, zorder=2)
+        shades = axes.scatter(
+            xs, ys, c=[row["preference"][pair[0]] for row in rows], cmap=SHADES, vmin=0, vmax=1, marker=marker, s=54,
+            edgecolor=colour, linewidth=1.3, zorder=3,
+        )  # fmt: skip
+    for point in references:
+        axes.scatter(point[pair[0]], point[pair[1]], marker="x", s=55, color="black", linewidth=1.6, zorder=5)
     axes.set(xlabel=f"{x} (higher is better)", ylabel=f"{y} (higher is better)")
-    axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.grid(color="0.92", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(0.07)
+    return shades
 
 
-def _crosses(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list, list, list, list]:
-    columns = [[row[key] for row in rows] for key in (x, y, f"{y}_error", f"{x}_error")]
-    return columns[0], columns[1], columns[2], columns[3]
+def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Sequence[float]]) -> Figure:
+    """Surfaces over the simplex, with points filled by the weight of the objective that goes up."""
+    figure = Figure(figsize=(7.4, 5.8), layout="constrained")
+    axes: Any = figure.add_subplot(projection="3d")
+    shades = None
+    for (_, rows), (colour, marker, _) in zip(_by_method(summary).items(), _styles(summary)):
+        points = [_column(rows, name) for name in objectives]
+        if rows[0]["preference"] is None:
+            axes.scatter(*points, marker=marker, s=100, facecolor="white", edgecolor=colour, linewidth=1.4)
+            continue
+        weights = np.array([row["preference"] for row in rows])
+        if len(rows) > 3:
+            triangles = Triangulation(weights[:, 0], weights[:, 1]).triangles
+            axes.plot_trisurf(*points, triangles=triangles, color=colour, alpha=0.16, edgecolor=colour, linewidth=0.5)
+        shades = axes.scatter(
+            *points, c=weights[:, 2], cmap=SHADES, vmin=0, vmax=1, marker=marker, s=40, edgecolor=colour,
+            linewidth=1.0, depthshade=False,
+        )  # fmt: skip
+    for point in references:
+        axes.scatter(*([value] for value in point), marker="x", s=55, color="black", linewidth=1.6)
+    for name, label in zip(("xlabel", "ylabel", "zlabel"), objectives):
+        axes.set(**{name: label})
+    axes.xaxis.labelpad = axes.yaxis.labelpad = 9
+    axes.view_init(elev=22, azim=-52)
+    axes.set_box_aspect(None, zoom=0.95)
+    if shades is not None:
+        figure.colorbar(shades, ax=axes, label=f"α, weight of {objectives[2]}", shrink=0.7, pad=0.07)
+    _legend(figure, summary, len(references), crosses=False)
+    return figure
+
+
+def _legend(figure: Figure, summary: Summary, references: int, connect: bool = False, crosses: bool = True) -> None:
+    """Below the panels, so that it hides no point."""
+    handles = []
+    for (name, rows), (colour, marker, line) in zip(_by_method(summary).items(), _styles(summary)):
+        control = rows[0]["preference"] is None
+        handles.append(
+            Line2D(
+                [], [], color=colour, marker=marker, ls=line if connect and not control else "none", lw=1.3,
+                label=name, markersize=9 if control else 7, markerfacecolor="white" if control else colour,
+            )
+        )  # fmt: skip
+    if crosses:
+        handles.append(Line2D([], [], color="0.5", marker="+", ls="none", label="95 % interval", markersize=11))
+    if references:
+        label = "reference point" if references == 1 else "reference points"
+        handles.append(Line2D([], [], color="black", marker="x", ls="none", label=label, markersize=7))
+    columns = min(len(handles), 3 if figure.get_figwidth() < 8 else 6)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _write_weights(axes: Axes, summary: Summary, objectives: Sequence[str]) -> None:
+    for row in summary:
+        if row["preference"] is not None:
+            place = (row[objectives[0]], row[objectives[1]])
+            axes.annotate(
+                f"{row['preference'][0]:g}", place, xytext=(7, 6), textcoords="offset points", fontsize=8, zorder=6,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
+
+
+def _by_method(summary: Summary) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in summary:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def _styles(summary: Summary) -> list[tuple[str, str, Any]]:
+    """Colour, marker and line of each method; no two of eight share a colour, of ten a marker. Controls are black."""
+    found, controls, methods = [], 0, 0
+    for rows in _by_method(summary).values():
+        if rows[0]["preference"] is None:
+            found.append(("black", OPEN_MARKERS[controls % len(OPEN_MARKERS)], "none"))
+            controls += 1
+        else:
+            style = (COLOURS, MARKERS, LINES)
+            found.append(tuple(choices[methods % len(choices)] for choices in style))
+            methods += 1
+    return found
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def _reach(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """How far intervals reach below and above their points, of shape `(2, points)`; nowhere for a single prompt."""
+    middle = _column(rows, name)
+    reach = np.stack([middle - _column(rows, f"{name}_low"), _column(rows, f"{name}_high") - middle])
+    return np.nan_to_num(reach).clip(min=0)
+
+
+def _flat(row: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
+    weights = row["preference"] or [""] * len(objectives)
+    named = {f"α {name}": weight for name, weight in zip(objectives, weights, strict=True)}
+    rest = {key: value for key, value in row.items() if key not in ("method", "preference", "label")}
+    return {"method": row["method"], **named, **rest}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes a figure, complete or not at all, and the same bytes for the same numbers."""
+    staging = path.with_name(f".{path.stem}.partial{path.suffix}")
+    dated = {"Date": None} if path.suffix == ".svg" else {}
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "trl-parm"}):
+            figure.savefig(staging, dpi=150, metadata=dated, bbox_inches="tight", pad_inches=0.08)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)

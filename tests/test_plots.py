@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What figures show, read back from them and from the files that they become."""
+
+import csv
+
+import matplotlib.colors
+import numpy as np
+import pytest
+
+from trl_parm.evaluation import draw_fronts, plot_front
+from trl_parm.evaluation.plots import _one_plane, _planes, _space, _styles
+
+
+def summary(k=2, methods=("PARM", "GenARM"), grid=None):
+    rng = np.random.default_rng(0)
+    names = [f"o{i}" for i in range(k)]
+    rows = []
+    for method in ("Base", *methods):
+        for weights in [None] if method == "Base" else np.eye(k).tolist() if grid is None else grid:
+            row = {"method": method, "preference": weights, "label": "x"}
+            for name in names:
+                value = rng.normal()
+                row |= {name: value, f"{name}_error": 0.1, f"{name}_low": value - 0.2, f"{name}_high": value + 0.3}
+            rows.append(row)
+    return rows, names
+
+
+def positions(axes) -> set[tuple]:
+    return {tuple(np.round(p, 9)) for dots in axes.collections for p in np.asarray(dots.get_offsets()) if len(p) == 2}
+
+
+def test_a_plane_shows_every_point_interval_and_reference():
+    rows, names = summary(grid=[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    figure = _one_plane(rows, names, [(-5.0, -6.0), (-7.0, -8.0)])
+    axes = figure.axes[0]
+    assert {(-5.0, -6.0), (-7.0, -8.0)} | {(round(r["o0"], 9), round(r["o1"], 9)) for r in rows} <= positions(axes)
+    assert len(axes.containers) == 3
+    texts = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert texts == {"Base", "PARM", "GenARM", "95 % interval", "reference points"}
+    segments = [s for c in axes.collections if hasattr(c, "get_segments") for s in c.get_segments()]
+    assert any(
+        np.allclose(s, [[r["o0"] - 0.2, r["o1"]], [r["o0"] + 0.3, r["o1"]]]) for s in segments for r in rows[1:2]
+    )
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 3)
+    assert line.get_xdata().tolist() == [rows[i]["o0"] for i in (2, 3, 1)]
+    assert figure.axes[1].get_ylabel() == "α, weight of o0"
+
+
+def test_three_objectives_have_a_plane_for_each_pair_and_a_view_in_space():
+    rows, names = summary(3, grid=[[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.4, 0.3, 0.3]])
+    figure = _planes(rows, names, [(-5.0, -6.0, -7.0)])
+    shown = [(a.get_xlabel().split()[0], a.get_ylabel().split()[0]) for a in figure.axes[:3]]
+    assert shown == [("o0", "o1"), ("o0", "o2"), ("o1", "o2")]
+    assert (-6.0, -7.0) in positions(figure.axes[2])
+    shades = [c.get_array() for c in figure.axes[2].collections if c.get_array() is not None]
+    assert [list(s) for s in shades] == [[0, 1, 0, 0.3]] * 2
+    axes = _space(rows, names, []).axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_zlabel()) == ("o0", "o1", "o2")
+
+
+def test_methods_differ_in_colour_and_shape():
+    rows, _ = summary(methods=[f"method {i}" for i in range(8)])
+    styles = _styles(rows)
+    assert len({colour for colour, _, _ in styles}) == len({marker for _, marker, _ in styles}) == 9
+    assert all(matplotlib.colors.is_color_like(colour) for colour, _, _ in styles)
+
+
+@pytest.mark.parametrize(("k", "stems"), [(2, ["f"]), (3, ["f_pairs", "f_3d"]), (4, ["f_pairs"])])
+def test_files(tmp_path, k, stems):
+    rows, names = summary(k)
+    paths = draw_fronts(rows, names, tmp_path / "new", [[-5.0] * k], "f")
+    assert sorted(p.name for p in paths) == sorted(
+        [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")] + ["f.csv"]
+    )
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in paths)
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths if p.suffix == ".png")
+    with (tmp_path / "new/f.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == [row["method"] for row in rows]
+    assert float(table[1]["o0"]) == rows[1]["o0"]
+    assert float(table[1]["o1_high"]) == rows[1]["o1_high"]
+    assert (table[0]["α o0"], float(table[1]["α o0"])) == ("", 1)
+    if k == 2:  # the same numbers make the same bytes
+        before = (tmp_path / "new/f.svg").read_bytes()
+        draw_fronts(rows, names, tmp_path / "new", [[-5.0] * k], "f")
+        assert (tmp_path / "new/f.svg").read_bytes() == before
+
+
+def test_one_point_of_one_prompt(tmp_path):
+    rows, names = summary(methods=())
+    rows[0] |= {"o0_low": float("nan"), "o0_high": float("nan")}
+    plot_front(rows, names, tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_figures(tmp_path):
+    rows, names = summary()
+    with pytest.raises(ValueError, match="exactly two"):
+        plot_front(rows, ["one"], tmp_path / "front.png")
+    with pytest.raises(ValueError, match="needs two or more"):
+        draw_fronts(rows, ["one"], tmp_path)
+    with pytest.raises(ValueError, match="has not one number for each"):
+        draw_fronts(rows, names, tmp_path, [(0, 0, 0)])
+    with pytest.raises(ValueError, match="not supported"):
+        plot_front(rows, names, tmp_path / "front.xyz")
+    assert not list(tmp_path.iterdir())
