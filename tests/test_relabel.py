@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward models by name."""
+"""Reward models by name, and the labels that they give to pairs."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from conftest import tiny_llama, tiny_tokenizer
+from datasets import Dataset
+from pair_data import prepared
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
+from trl_parm.relabel import agreement, relabel
 from trl_parm.reward_models import RewardSource, load_function
-from trl_parm.rewards import positivity, score
+from trl_parm.rewards import brevity, positivity, score
 
 
 CHAT = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}, {"role": "user", "content": "w3"}]
@@ -160,3 +164,163 @@ def test_bad_sources(tmp_path, given, message):
         given = {key: names.get(value, value) if key == "source" else value for key, value in given.items()}
     with pytest.raises(ValueError, match=message):
         RewardSource.of(given).load()
+
+
+PAIRS = [
+    {"prompt": f"w{i // 2}", "response_0": "w1 " * (i % 4 + 1), "response_1": "w2 " * (i % 3 + 1), "safe": True}
+    for i in range(20)
+]
+
+
+def longer(prompts, responses):
+    return [float(len(r.split())) for r in responses]
+
+
+def shorter(prompts, responses):
+    return [-float(len(r.split())) for r in responses]
+
+
+BOTH = {"long": longer, "short": shorter}
+
+
+def test_labels_name_the_better_response(tmp_path):
+    data = relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=0.2, validation_size=3)
+    assert {name: len(rows) for name, rows in data.items()} == {"train": 12, "validation": 4, "test": 4}
+    for row in [row for rows in data.values() for row in rows]:
+        first, second = len(row["response_0"].split()), len(row["response_1"].split())
+        assert (row["long_score_0"], row["long_score_1"]) == (first, second)
+        assert row["long"] == (-1 if first == second else int(second > first))
+        assert row["short"] == (-1 if first == second else int(second < first))
+        assert set(row) == {"prompt", "response_0", "response_1"} | {
+            f"{o}{end}" for o in BOTH for end in ("", "_score_0", "_score_1")
+        }
+    prompts = [set(rows["prompt"]) for rows in data.values()]
+    assert not set.union(*(a & b for a, b in itertools.combinations(prompts, 2)))
+    for name, rows in data.items():
+        assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == rows.to_list()
+    rows = agreement(data["train"], ["long", "short"])
+    assert rows[0]["as short"] == 0
+    assert rows[0]["ties"] == sum(label == -1 for label in data["train"]["long"])
+
+
+def test_the_trainer_takes_what_relabelling_writes(tmp_path, tokenizer):
+    data = relabel(Dataset.from_list(PAIRS), {"helpful": longer, "harmless": shorter}, tmp_path, test_size=0)["train"]
+    labels = prepared(data, "pairs", tokenizer)["labels"]
+    kept = [row for row in data if row["helpful"] != -1]
+    assert labels[:] == [[1 - 2 * row["helpful"], 1 - 2 * row["harmless"]] for row in kept]
+
+
+def test_a_margin_makes_more_ties(tmp_path):
+    narrow = relabel(Dataset.from_list(PAIRS), BOTH, tmp_path / "narrow", test_size=0)["train"]
+    wide = relabel(Dataset.from_list(PAIRS), BOTH, tmp_path / "wide", test_size=0, tie_margin=1)["train"]
+    for a, b in zip(narrow, wide):
+        apart = abs(a["long_score_0"] - a["long_score_1"])
+        assert b["long"] == (a["long"] if apart > 1 else -1)
+
+
+def test_splits_follow_the_seed(tmp_path):
+    found = [
+        relabel(Dataset.from_list(PAIRS), BOTH, tmp_path / str(i), test_size=6, seed=seed)["test"].to_list()
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def messages(role, text):
+    return [{"role": role, "content": text}]
+
+
+@pytest.mark.parametrize("kind", ["pku", "trl", "conversations", "implicit prompts"])
+def test_every_format_of_pairs(tmp_path, kind):
+    row = {"prompt": "w1", "chosen": "w2 w3", "rejected": "w4"}
+    if kind == "pku":
+        row = {"prompt": "w1", "response_0": "w2 w3", "response_1": "w4", "better_response_id": 1}
+    if kind in ("conversations", "implicit prompts"):
+        row = {key: messages("user" if key == "prompt" else "assistant", text) for key, text in row.items()}
+    if kind == "implicit prompts":
+        row = {key: row["prompt"] + row[key] for key in ("chosen", "rejected")}
+    seen = []
+
+    def reward(prompts, responses):
+        seen.extend(zip(prompts, responses))
+        return longer(prompts, responses)
+
+    found = relabel(Dataset.from_list([row]), {"long": reward}, tmp_path, test_size=0)["train"][0]
+    assert seen == [("w1", "w2 w3"), ("w1", "w4")]
+    assert found["long"] == 0
+    if kind in ("conversations", "implicit prompts"):
+        assert found["prompt"] == messages("user", "w1")
+        assert found["response_1"] == messages("assistant", "w4")
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """Finished batches are not scored again, the results are those of a whole run, and nothing is there before."""
+    data, scored = Dataset.from_list(PAIRS), []
+
+    def counting(prompts, responses):
+        scored.append(len(responses))
+        return longer(prompts, responses)
+
+    def stop(pairs):
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+
+    rewards = {"long": counting, "short": shorter}
+    with pytest.raises(KeyboardInterrupt):
+        relabel(data, rewards, tmp_path, batch_size=3, on_batch=stop)
+    assert not (tmp_path / "train.jsonl").exists()
+    scores = tmp_path / "scores.jsonl"
+    scores.write_bytes(scores.read_bytes()[:-9])
+    scored.clear()
+    resumed = relabel(data, rewards, tmp_path, batch_size=3)
+    assert sum(scored) == 2 * (20 - 9 + 1)
+    whole = relabel(data, BOTH, tmp_path / "whole")
+    assert {k: v.to_list() for k, v in resumed.items()} == {k: v.to_list() for k, v in whole.items()}
+    scored.clear()
+    more = relabel(data, {**rewards, "third": brevity}, tmp_path)
+    assert not scored
+    assert "third" in more["train"].column_names
+
+
+def test_a_reward_model_labels_pairs(tmp_path):
+    folder, tensors = save_score_model(tmp_path / "score")
+    source = RewardSource(folder, template=TEMPLATE, negate=True)
+    row = relabel(Dataset.from_list(PAIRS[:2]), {"cost": source}, tmp_path / "out", test_size=0)["train"][0]
+    text = "user w0 assistant {}"
+    for name in ("0", "1"):
+        expected = -naive_score(folder, tensors, text.format(row[f"response_{name}"]))
+        assert row[f"cost_score_{name}"] == pytest.approx(expected, abs=1e-4)
+    assert row["cost"] == int(row["cost_score_1"] > row["cost_score_0"])
+
+
+def broken(prompts, responses):
+    return [float("nan") if r.startswith("w2 w2") else 1.0 for r in responses]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rewards": {"odd": broken}}, "The reward 'odd' returned nan for the response 'w2 w2 ' of row 1"),
+        ({"pairs": [{"prompt": "w1", "chosen": "w2"}]}, "A pair lacks rejected; it has prompt, chosen"),
+        ({"pairs": [{"chosen": "w1", "rejected": "w2"}]}, "A pair lacks prompt"),
+        ({"pairs": []}, "There are no pairs"),
+        ({"rewards": {}}, "There are no pairs, or no rewards"),
+        ({"rewards": {"prompt": longer}}, "would make a column twice"),
+        ({"rewards": {"a": longer, "a_score_0": longer}}, "would make a column twice"),
+        ({"test_size": 20}, "ask for 20 of 20 pairs"),
+        ({"tie_margin": -1.0}, "`tie_margin` is -1.0"),
+    ],
+)
+def test_bad_relabelling(tmp_path, options, message):
+    options = {"pairs": PAIRS, "rewards": BOTH, **options}
+    with pytest.raises(ValueError, match=message):
+        relabel(Dataset.from_list(options.pop("pairs")), options.pop("rewards"), tmp_path / "out", **options)
+    assert not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_scores_of_other_pairs_are_refused(tmp_path):
+    relabel(Dataset.from_list(PAIRS), BOTH, tmp_path)
+    with pytest.raises(ValueError, match="belongs to another configuration: pairs was"):
+        relabel(Dataset.from_list(PAIRS[:-1]), BOTH, tmp_path)
+    with pytest.raises(ValueError, match="rewards long was"):
+        relabel(Dataset.from_list(PAIRS), {"long": shorter}, tmp_path)

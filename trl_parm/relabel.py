@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pairs of responses and reward models to the labelled data set that [`PreferenceARMTrainer`] takes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from trl import extract_prompt
+from trl.data_utils import is_conversational
+
+from peft_pblora.output import output_file
+
+from .records import Records
+from .reward_models import RewardSource
+from .rewards import Reward, score
+from .texts import as_text
+
+
+RESPONSES = ("response_0", "response_1")
+SCORES = "scores.jsonl"
+"""The file with all scores so far, from which a run that was killed goes on."""
+
+
+def relabel(
+    pairs: Dataset,
+    rewards: Mapping[str, RewardSource | Reward],
+    folder: str | Path,
+    test_size: float = 0.1,
+    validation_size: float = 0,
+    tie_margin: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    on_start: Callable[[str], Any] = lambda objective: None,
+    on_batch: Callable[[int], Any] = lambda pairs: None,
+) -> DatasetDict:
+    """Scores both responses of every pair with every reward model, and labels the better one (PARM, its `relabel.py`).
+
+    The label of an objective is 0 or 1, the response with the higher reward, or −1 where the rewards are equal or
+    differ by no more than the margin. Reward models are loaded one after the other. The folder gets `scores.jsonl`,
+    from which a run that was killed goes on, and in the end `train.jsonl`, `validation.jsonl` and `test.jsonl`, as far
+    as they are not empty. Pairs of one prompt come into one split.
+
+    Args:
+        pairs (`Dataset`):
+            `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and `rejected`, as in
+            TRL: texts or messages. Messages may have their prompt in both responses instead.
+        rewards (`Mapping`): Objective → [`RewardSource`], or a function of prompts and responses; higher is better.
+        folder (`str` or `Path`): Where to write.
+        test_size, validation_size (`float`, *optional*): Pairs in these splits: a share below 1, or a number.
+        tie_margin (`float`, *optional*, defaults to 0.0): How much rewards of a tie may differ, 0 or larger.
+        seed (`int`, *optional*, defaults to 0): Of the split.
+        batch_size (`int`, *optional*, defaults to 32): Pairs that are scored and written at once.
+        on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
+        on_batch (`Callable`, *optional*): Called with the number of pairs done, for progress bars.
+
+    Returns:
+        `DatasetDict` with the splits; columns `prompt`, `response_0`, `response_1`, one of labels named like each
+        objective, and its raw rewards `<objective>_score_0` and `<objective>_score_1`.
+
+    Raises:
+        ValueError: no pairs, missing columns, an objective that is called like a column, splits that are too large, a
+            reward that is not finite (the message names it and the row), or scores of another configuration.
+    """
+    rows = [as_pair(cast(dict, row)) for row in pairs]
+    _check(rows, rewards, tie_margin)
+    numbers = _split(rows, {"validation": validation_size, "test": test_size}, seed)
+    folder = Path(folder)
+    configuration = {
+        "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
+        "rewards": {name: _configuration(source) for name, source in rewards.items()},
+    }
+    with Records(folder / SCORES, configuration, growing=["rewards"]) as records:
+        for objective, source in rewards.items():
+            on_start(objective)
+            _score_missing(records, objective, source, rows, batch_size, on_batch)
+        scores = {(row["objective"], row["row"]): row for row in records.rows}
+    for number, row in enumerate(rows):
+        for objective in rewards:
+            row |= _label(objective, scores[objective, number]["scores"], tie_margin)
+    splits = {name: [rows[i] for i in chosen] for name, chosen in numbers.items() if chosen}
+    for name, chosen in splits.items():
+        with output_file(folder / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+    return DatasetDict({name: Dataset.from_list(chosen) for name, chosen in splits.items()})
+
+
+def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in one of the known formats as `prompt`, `response_0` and `response_1`.
+
+    Raises:
+        ValueError: missing columns.
+    """
+    names = RESPONSES if RESPONSES[0] in row else ("chosen", "rejected")
+    found: dict[str, Any] = {name: row[name] for name in ("prompt", *names) if row.get(name) is not None}
+    if "prompt" not in found and len(found) == 2 and names[0] == "chosen" and is_conversational(found):
+        found = extract_prompt(found)
+    missing = [name for name in ("prompt", *names) if name not in found]
+    if missing:
+        raise ValueError(
+            f"A pair lacks {', '.join(missing)}; it has {', '.join(row)}. Pairs need `prompt`, `response_0` and "
+            "`response_1`, or `prompt`, `chosen` and `rejected`."
+        )
+    return {"prompt": found["prompt"], **{new: found[old] for new, old in zip(RESPONSES, names, strict=True)}}
+
+
+def agreement(data: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[dict[str, Any]]:
+    """How the labels of objectives go together.
+
+    Returns:
+        `list[dict]`: For each objective `pairs`, `ties`, and the share of pairs without ties that each objective
+        labels alike (1 with itself).
+    """
+    labels = np.array([[row[name] for name in objectives] for row in data])
+    rows = []
+    for i, name in enumerate(objectives):
+        both = [(labels[:, i] >= 0) & (labels[:, j] >= 0) for j in range(len(objectives))]
+        alike = [labels[keep, i] == labels[keep, j] for j, keep in enumerate(both)]
+        shares = {f"as {o}": float(a.mean()) if len(a) else float("nan") for o, a in zip(objectives, alike)}
+        rows.append({"objective": name, "pairs": len(labels), "ties": int((labels[:, i] < 0).sum()), **shares})
+    return rows
+
+
+def _score_missing(
+    records: Records,
+    objective: str,
+    source: RewardSource | Reward,
+    rows: list[dict[str, Any]],
+    batch_size: int,
+    on_batch: Callable[[int], Any],
+) -> None:
+    """Scores what the records lack. A reward model of which nothing is missing is not loaded."""
+    done = {row["row"] for row in records.rows if row["objective"] == objective}
+    reward: Reward | None = None
+    for start in range(0, len(rows), batch_size):
+        whole = range(start, min(start + batch_size, len(rows)))
+        todo = [number for number in whole if number not in done]
+        if todo:
+            reward = reward or (source.load() if isinstance(source, RewardSource) else source)
+            asked = [number for number in todo for _ in RESPONSES]
+            responses = [as_text(rows[number][name]) for number in todo for name in RESPONSES]
+            values = score(objective, reward, [rows[n]["prompt"] for n in asked], responses, asked)
+            records.append(
+                {"objective": objective, "row": number, "scores": values[2 * i : 2 * i + 2]}
+                for i, number in enumerate(todo)
+            )
+        on_batch(len(whole))
+
+
+def _label(objective: str, scores: Sequence[float], tie_margin: float) -> dict[str, Any]:
+    first, second = scores
+    label = -1 if abs(first - second) <= tie_margin else int(second > first)
+    return {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
+
+
+def _check(rows: list[dict[str, Any]], rewards: Mapping[str, Any], tie_margin: float) -> None:
+    if not rows or not rewards:
+        raise ValueError("There are no pairs, or no rewards. Give at least one of each.")
+    columns = [column for name in rewards for column in (name, f"{name}_score_0", f"{name}_score_1")]
+    taken = sorted(set(columns) & {"prompt", *RESPONSES})
+    if taken or len(set(columns)) < len(columns):
+        raise ValueError(f"The objectives {list(rewards)} would make a column twice. Name them otherwise.")
+    if tie_margin < 0:
+        raise ValueError(f"`tie_margin` is {tie_margin}, but it must be 0 or larger.")
+
+
+def _split(rows: list[dict[str, Any]], sizes: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+    """Numbers of the rows of each split, prompts in random order, all rows of a prompt together."""
+    by_prompt: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_prompt.setdefault(json.dumps(row["prompt"], sort_keys=True), []).append(number)
+    prompts = list(by_prompt)
+    order = [by_prompt[prompts[i]] for i in np.random.default_rng(seed).permutation(len(prompts))]
+    wanted = {name: round(size * len(rows)) if size < 1 else int(size) for name, size in sizes.items()}
+    if min(wanted.values()) < 0 or sum(wanted.values()) >= len(rows):
+        raise ValueError(
+            f"`test_size` and `validation_size` ask for {sum(wanted.values())} of {len(rows)} pairs, which leaves "
+            "none to train on. Give shares below 1, or smaller numbers."
+        )
+    numbers: dict[str, list[int]] = {name: [] for name in ("train", *wanted)}
+    for group in order:
+        name = next((name for name, size in wanted.items() if len(numbers[name]) < size), "train")
+        numbers[name] += group
+    return {name: sorted(found) for name, found in numbers.items()}
+
+
+def _configuration(source: RewardSource | Reward) -> Any:
+    if isinstance(source, RewardSource):
+        return source.configuration()
+    return f"{getattr(source, '__module__', '')}:{getattr(source, '__qualname__', type(source).__name__)}"
