@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What coupled requests carry: the family they belong to, in the engine's free-form arguments of a request.
+
+The values are numbers, texts and lists of numbers under keys that begin with `guidance_`, which `extra_args` of
+`SamplingParams` takes as they are, and `vllm_xargs` of the server too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+PREFIX = "guidance_"
+# The token of a coupled request is chosen by the processor; these would change it afterwards, in one row or in a row
+# at a time, or make one request of the family wait.
+ENGINE_SETTINGS = {
+    "n": 1,
+    "temperature": 0.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "structured_outputs": None,
+    "thinking_token_budget": None,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The requests that write one text together: the base model's, which has role 0, and one for each guide.
+
+    Args:
+        name (`str`): Unique among the requests that run.
+        strengths (`tuple[float, ...]`): w_i > 0 of each guide.
+        temperature (`float`, *optional*, defaults to 0.0): 0 decodes greedily.
+        top_k (`int`, *optional*, defaults to 0): 0 keeps all tokens.
+        top_p (`float`, *optional*, defaults to 1.0): 1 keeps all tokens.
+        seed (`int`, *optional*, defaults to 0): Of the sampling, in [0, 2^63).
+
+    Raises:
+        ValueError: a value of the wrong type or out of range.
+    """
+
+    name: str
+    strengths: tuple[float, ...]
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require(isinstance(self.name, str) and self.name, "name", "a text that is not empty")
+        positive = isinstance(self.strengths, list | tuple) and all(_real(w) and w > 0 for w in self.strengths)
+        self._require(positive and len(self.strengths), "strengths", "a list of positive numbers, one for each guide")
+        self._require(_real(self.temperature) and self.temperature >= 0, "temperature", "a number that is 0 or more")
+        self._require(_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number that is 0 or more")
+        self._require(_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        self._require(_whole(self.seed) and 0 <= self.seed < 2**63, "seed", "a whole number in [0, 2^63)")
+        object.__setattr__(self, "strengths", tuple(float(weight) for weight in self.strengths))
+
+    def _require(self, holds: Any, name: str, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"`{PREFIX}{name}` is {getattr(self, name)!r}, but it must be {allowed}.")
+
+    @property
+    def size(self) -> int:
+        """The number of requests."""
+        return 1 + len(self.strengths)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One request of a family: role 0 is the base model's, role i that of guide i."""
+
+    family: Family
+    role: int
+
+    def extra_args(self) -> dict[str, Any]:
+        """What the request has to carry."""
+        values = {**asdict(self.family), "strengths": list(self.family.strengths), "role": self.role}
+        return {f"{PREFIX}{name}": value for name, value in values.items()}
+
+    @classmethod
+    def of(cls, params: Any) -> Member | None:
+        """The member that a request's `SamplingParams` describe, or None if they describe an ordinary request.
+
+        Raises:
+            ValueError: an argument of guidance that is missing, unknown or invalid, or a setting of the engine's that
+                would tear the family apart.
+        """
+        given = {k.removeprefix(PREFIX): v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
+        if not given:
+            return None
+        fields = {*Family.__dataclass_fields__, "role"}
+        missing, unknown = {"name", "strengths", "role"} - given.keys(), given.keys() - fields
+        if missing or unknown:
+            wrong = [f"{PREFIX}{name} is missing" for name in sorted(missing)]
+            wrong += [f"{PREFIX}{name} is unknown" for name in sorted(unknown)]
+            raise ValueError(f"A coupled request needs other arguments: {', '.join(wrong)}.")
+        role = given.pop("role")
+        family = Family(**given)
+        if not _whole(role) or not 0 <= role < family.size:
+            raise ValueError(
+                f"`{PREFIX}role` is {role!r}, but it must be 0 for the base model or the number of a guide, at most "
+                f"{family.size - 1}."
+            )
+        _check_engine_settings(params)
+        return cls(family, role)
+
+
+def _check_engine_settings(params: Any) -> None:
+    for name, wanted in ENGINE_SETTINGS.items():
+        value = getattr(params, name, wanted)
+        if value != wanted:
+            raise ValueError(
+                f"A coupled request has `{name}`={value!r}, but it must be {wanted!r}: the logits processor chooses "
+                f"the token, and samples with the `{PREFIX}` arguments temperature, top_k, top_p and seed."
+            )
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What guides a sample, and the coupled requests that this makes of one request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .families import Family, Member
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guides of one sample: exported LoRAs (`peft_pblora.save_as_lora`), their weights and β.
+
+        log π = log π_base + Σ_i weight_i/β · log π_i − log Z
+
+    One LoRA of weight 1 is PARM at the preference that the LoRA was exported at; several are GenARM with α as weights.
+    A guide of weight 0 costs nothing.
+
+    Args:
+        loras (`LoRARequest` or a sequence of them): vLLM's; the number of a LoRA must be its own.
+        beta (`float`, *optional*, defaults to 1.0): β > 0.
+        weights (`Sequence[float]`, *optional*): α_i ≥ 0 of each LoRA, not all 0; 1 for each if not given.
+
+    Raises:
+        ValueError: no LoRA, β not positive and finite, or weights that do not fit.
+    """
+
+    loras: Any
+    beta: float = 1.0
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.loras, list | tuple):
+            object.__setattr__(self, "loras", (self.loras,))
+        weights = [1.0] * len(self.loras) if self.weights is None else [float(weight) for weight in self.weights]
+        if not (isinstance(self.beta, int | float) and math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"`beta` is {self.beta!r}, but it must be positive and finite. The strength is 1/beta.")
+        if len(weights) != len(self.loras):
+            raise ValueError(f"There are {len(self.loras)} LoRAs, but {len(weights)} weights. Give one for each.")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            raise ValueError(f"`weights` is {weights}, but weights must be finite, not negative, and not all 0.")
+        object.__setattr__(self, "weights", weights)
+
+    def terms(self) -> list[tuple[Any, float]]:
+        """The LoRAs that count, each with its strength weight/β."""
+        weights = self.weights or ()
+        return [(lora, weight / self.beta) for lora, weight in zip(self.loras, weights) if weight]
+
+
+@dataclass(frozen=True)
+class CoupledRequest:
+    """One request to submit. `lora` is None for the base model's."""
+
+    name: str
+    params: Any
+    lora: Any
+
+
+def coupled_requests(name: str, params: Any, guidance: Guidance) -> list[CoupledRequest]:
+    """The requests of one family, the base model's first.
+
+    What samples the token (temperature, top_k, top_p, seed) goes to the logits processor, and the engine decodes
+    greedily. A sample without a seed gets one of torch's global generator. What masks tokens or biases logits acts on
+    the base model.
+
+    Args:
+        name (`str`): Of the family.
+        params (`SamplingParams`): What the user asks for; not changed.
+        guidance ([`Guidance`]): The guides.
+
+    Raises:
+        ValueError: a setting that coupled requests do not have.
+    """
+    terms = guidance.terms()
+    seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
+    family = Family(
+        name,
+        tuple(strength for _, strength in terms),
+        params.temperature,
+        max(params.top_k, 0),
+        params.top_p,
+        seed if params.temperature else 0,
+    )
+    requests = []
+    for role, lora in enumerate([None, *(lora for lora, _ in terms)]):
+        own = params.clone()
+        own.temperature, own.top_k, own.top_p, own.seed = 0.0, 0, 1.0, None
+        own.extra_args = {**(params.extra_args or {}), **Member(family, role).extra_args()}
+        own.output_kind = type(params.output_kind).FINAL_ONLY if role else type(params.output_kind).CUMULATIVE
+        if role:
+            own.logprobs = own.prompt_logprobs = own.logit_bias = None
+            own.detokenize = bool(params.stop)
+        Member.of(own)
+        requests.append(CoupledRequest(f"{name}-{role}", own, lora))
+    return requests
