@@ -50,7 +50,7 @@ class Rollout:
         device = self.policy.device
         tokens, mask = tokens.to(device), mask.to(device)
         with torch.no_grad():
-            self._prefix = read(self._prefix, tokens, mask, self._forward, DynamicCache, window=1)
+            self._prefix = read(self._prefix, tokens, mask, self._forward, DynamicCache)
         cache = copy.deepcopy(self._prefix.cache)
         cache.batch_repeat_interleave(k)
         ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.view(-1, 1).to(device)], 1)

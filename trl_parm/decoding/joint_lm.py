@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from .backbone import SharedBackbone
 from .guide_model import has_sliding_window
 from .joint_forward import adapter_rows, set_preferences
 from .language_model import LM
+from .prefix import Prefix, read, window_of
 from .text_cache import TextCache
 from .texts import Texts
 
@@ -29,7 +31,9 @@ class JointLM:
     def __init__(self, members: Sequence[LM]) -> None:
         self.members = sorted(members, key=lambda member: member.acting_adapters)
         together = len(members) > 1 and _obstacle(self.members) is None
+        self.together = together
         self._groups = [self.members] if together else [[member] for member in self.members]
+        self._prefix: Prefix | None = None
         self._caches = [TextCache(group[0].empty_cache) for group in self._groups]
         self._windows = [member for member in self.members if has_sliding_window(member.model)]
         self._states: list[tuple] = []
@@ -40,10 +44,7 @@ class JointLM:
         Raises:
             ValueError: several rows, and a model with sliding-window attention.
         """
-        if (states := [member.state() for member in self.members]) != self._states:
-            for cache in self._caches:
-                cache.reset()
-            self._states = states
+        self._follow_changes()
         self._check(len(texts))
         answers: dict[LM, torch.Tensor] = {}
         for group, cache in zip(self._groups, self._caches):
@@ -52,6 +53,31 @@ class JointLM:
                 logits = cache.read(tokens, mask, last, group[0].feed)
             answers |= dict(zip(group, logits.split(len(texts))))
         return answers
+
+    def log_probs(self, input_ids: torch.Tensor) -> dict[LM, torch.Tensor]:
+        """log π of the next token for texts of one length, `(rows, vocab)` each, in any mode of `generate`.
+
+        For members that are read together only.
+        """
+        self._follow_changes()
+        tokens, mask = _stacked([member.reads(input_ids) for member in self.members])
+        rows, first = len(input_ids), self.members[0]
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
+            with _acting(self.members, rows):
+                return torch.log_softmax(first.feed(ids, mask, positions, cache)[:, -1].float(), dim=-1)
+
+        kinds = torch.cat([i * rows + member.preference_rows(rows) for i, member in enumerate(self.members)])
+        self._prefix = read(self._prefix, tokens, mask, forward, first.empty_cache, kinds, window_of(rows))
+        answers = self._prefix.log_probs[tokens.shape[1]]
+        return dict(zip(self.members, answers.split(rows)))
+
+    def _follow_changes(self) -> None:
+        """Forgets what was computed with other weights or preferences."""
+        if (states := [member.state() for member in self.members]) != self._states:
+            for cache in self._caches:
+                cache.reset()
+            self._prefix, self._states = None, states
 
     def _check(self, rows: int) -> None:
         """Holes in a cache shift the windows of sliding attention, which are counted in columns."""

@@ -26,7 +26,7 @@ from .adapters import AdapterSwitch, backbone_of
 from .backbone import SharedBackbone
 from .guide_model import check_guide, rewindable_cache
 from .padding import attention_mask, pad_token_id
-from .prefix import Prefix, read
+from .prefix import Prefix, read, window_of
 from .prompts import Prompt
 from .scorers import Scorer
 from .vocabulary import Vocabulary
@@ -138,7 +138,8 @@ class LM(Scorer):
         rows = None
         if self.preference is not None and self.preference.ndim == 2:
             rows = self.preference_rows(len(tokens))
-        self._prefix = read(self._prefix, tokens, mask, self._forward, self.empty_cache, rows)
+        window = window_of(len(tokens))
+        self._prefix = read(self._prefix, tokens, mask, self._forward, self.empty_cache, rows, window)
         return self._prefix.log_probs[tokens.shape[1]]
 
     @torch.no_grad()

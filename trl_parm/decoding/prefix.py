@@ -12,23 +12,29 @@ from transformers.cache_utils import DynamicLayer
 
 
 WINDOW = 32
-"""How many positions of a single row are remembered."""
+"""How many positions of a single text are remembered."""
+
+
+def window_of(rows: int) -> int:
+    """How many answers to remember for a batch of so many texts."""
+    return WINDOW if rows == 1 else 1
 
 
 class Prefix:
     """The tokens that a cache holds, and the log-probabilities of the token after some of their prefixes, by length.
 
     Assisted decoding asks for the positions of a drafted window twice, once while it drafts and once while it
-    verifies, and takes back what it rejects. It has one row, so remembering a window of positions costs little.
+    verifies, and takes back what it rejects. It has one text, so remembering a window of positions costs little.
 
     Args:
         cache (`Cache`): A fresh cache.
-        window (`int`, *optional*, defaults to 32):
-            How many answers of a single row are remembered. With 1, the cache holds no more than was last asked for.
+
+    Attributes:
+        window (`int`): How many answers are remembered. With 1, the cache holds no more than was last asked for.
     """
 
-    def __init__(self, cache: Cache, window: int = WINDOW) -> None:
-        self.cache, self.window = cache, window
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.window = cache, 1
         self.tokens = torch.empty(0, 0, dtype=torch.long)
         self.mask = self.tokens
         self.groups: torch.Tensor | None = None
@@ -65,7 +71,7 @@ class Prefix:
     ) -> None:
         """Notes that the cache now holds all of `tokens`, and what follows them."""
         kept = {n: answer for n, answer in self.log_probs.items() if n < tokens.shape[1]}
-        recent = sorted(kept)[1 - self.window :] if len(tokens) == 1 and self.window > 1 else []
+        recent = sorted(kept)[1 - self.window :] if self.window > 1 else []
         self.log_probs = {n: kept[n] for n in recent} | {tokens.shape[1]: log_probs}
         self.tokens, self.mask, self.groups = tokens.clone(), mask, groups
 
@@ -94,7 +100,7 @@ def read(
     forward: Forward,
     new_cache: Callable[[], Cache],
     groups: torch.Tensor | None = None,
-    window: int = WINDOW,
+    window: int = 1,
 ) -> Prefix:
     """Makes a model have read `tokens`, feeding those alone that its cache does not hold.
 
@@ -104,14 +110,15 @@ def read(
         forward (`Callable`): See [`Forward`].
         new_cache (`Callable`): Makes a fresh cache.
         groups (`torch.Tensor` of shape `(rows,)`, *optional*): See [`Prefix.align`].
-        window (`int`, *optional*, defaults to 32): See [`Prefix`].
+        window (`int`, *optional*, defaults to 1): See [`Prefix`].
 
     Returns:
         [`Prefix`], with the answer after `tokens` under their length in `log_probs`.
     """
     kept = prefix.align(tokens, mask, groups) if prefix else None
     if prefix is None or kept is None:
-        prefix, kept = Prefix(new_cache(), window), 0
+        prefix, kept = Prefix(new_cache()), 0
+    prefix.window = window
     if kept < tokens.shape[1]:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, kept:]
         prefix.extend(tokens, mask, groups, forward(tokens[:, kept:], mask, positions, prefix.cache))

@@ -130,7 +130,7 @@ class ClassifierReward(TrajectoryReward):
         rows, k, _ = candidates.shape
         device = self.model.device
         mask = mask.to(device)
-        self._prefix = read(self._prefix, tokens.to(device), mask, self._forward, DynamicCache, window=1)
+        self._prefix = read(self._prefix, tokens.to(device), mask, self._forward, DynamicCache)
         cache = copy.deepcopy(self._prefix.cache)
         cache.batch_repeat_interleave(k)
         seen = candidate_mask.flatten(0, 1).to(device)
