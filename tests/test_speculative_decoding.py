@@ -257,6 +257,15 @@ def test_sliding_windows_are_for_single_rows():
         generate(base, processor, drafts=speculative)
 
 
+def test_no_position_beyond_the_last_is_read():
+    """GPT-2 has 64 of them; the rows reach the end, or stop, at different times."""
+    base, arm = tiny_gpt2(0), tiny_arm(tiny_gpt2(1), target_modules=["c_attn"])
+    processor = lambda: PARMLogitsProcessor(arm, ROWS[1])  # noqa: E731
+    settings = {"max_new_tokens": 64 - PROMPTS.shape[1], "eos_token_id": [3]}
+    plain = generate(base, processor, **settings)
+    assert torch.equal(generate(base, processor, drafts=SpeculativeDecoding(draft_tokens=5), **settings), plain)
+
+
 def test_forwards_are_those_of_drafts_and_one_for_each_round():
     base, arm = strong(), tiny_arm(tiny_llama(1))
     rows, rounds = base_forwards(arm), base_forwards_of(base)

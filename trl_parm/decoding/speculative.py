@@ -102,8 +102,10 @@ class SpeculativeDecoding:
             self.streamer.put(input_ids.cpu())
         unfinished = torch.ones(len(texts), dtype=torch.bool, device=input_ids.device)
         while unfinished.any():
-            room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].min())
-            tokens, counts = self._round(texts, min(length.next(), room - 1), draft, judges, unfinished, length)
+            room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].max())
+            # Rows that are done go on from their prompts, so that nothing is read beyond the longest text allowed.
+            going_on = texts.only_prompts_of(~unfinished)
+            tokens, counts = self._round(going_on, min(length.next(), room - 1), draft, judges, unfinished, length)
             texts, unfinished = self._write(texts, tokens, counts, unfinished, stopping_criteria)
         if self.streamer is not None:
             self.streamer.end()

@@ -38,6 +38,12 @@ class Texts:
         longer.new = torch.cat([self.new, room], 1).scatter(1, places, tokens)[:, : int(longer.lengths.max())]
         return longer
 
+    def only_prompts_of(self, rows: torch.Tensor) -> Texts:
+        """These texts without what the given rows, `(rows,)` of bool, have written."""
+        shorter = Texts(self.prompt, self.mask)
+        shorter.new, shorter.lengths = self.new, torch.where(rows, 0, self.lengths)
+        return shorter
+
     def padded(self, token: int = 0) -> torch.Tensor:
         """Ids of shape `(rows, columns + longest)`: short rows end in `token`."""
         new = torch.where(self._written(), self.new, token)
