@@ -110,13 +110,18 @@ class LowRankAdapter(nn.Module):
         bias = None if shift is None else self.scaling * (up @ shift)
         return (down, up @ matrix, bias) if up.shape[0] <= down.shape[1] else (matrix @ down, up, bias)
 
-    def forward(self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor | None = None, folded: bool = False
+    ) -> torch.Tensor:
         """Returns `result + s · B (W(α) A x + δ(α))`; without gradients it is written into `result`.
 
         Args:
             x (`torch.Tensor` of shape `(batch, ..., n)`): The layer's input.
             result (`torch.Tensor` of shape `(batch, ..., m)`): The frozen layer's output; it fixes dtype and shape.
             preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`, *optional*): Instead of the one that is set.
+            folded (`bool`, *optional*, defaults to `False`):
+                Whether [`fold_ahead`] was called since anything changed: a compiled forward then uses that fold,
+                instead of computing W(α) again for every token.
 
         Raises:
             ValueError: the batch is not a multiple of the preference's rows.
@@ -126,8 +131,8 @@ class LowRankAdapter(nn.Module):
             compiling = torch.compiler.is_compiling()
             if not (compiling or self.preference_was_set):
                 self._say_default()
-            if not (self.training or compiling or torch.is_grad_enabled()) and x.dtype == result.dtype:
-                fold = self._folded(x)
+            if not (self.training or torch.is_grad_enabled()) and x.dtype == result.dtype:
+                fold = self._folded(x) if not compiling else self._folds.get(dtype_for(x)) if folded else None
                 if fold is not None:
                     return fold.add_(x, result)
             if self.training and not compiling:
@@ -186,6 +191,19 @@ class LowRankAdapter(nn.Module):
         if fold.rows:
             check_rows(fold.rows, x.shape[0])
         return fold
+
+    def fold_ahead(self, x: torch.Tensor) -> None:
+        """Folds the adapter for inputs like `x`, and forgets other folds that no longer hold.
+
+        Args:
+            x (`torch.Tensor` of shape `(batch, ..., any)`): With the dtype, device and shape of an input.
+
+        Raises:
+            ValueError: the batch is not a multiple of the preference's rows.
+        """
+        for dtype in [dtype for dtype, fold in self._folds.items() if not fold.fits(self)]:
+            del self._folds[dtype]
+        self._folded(x)
 
     def train(self, mode: bool = True) -> LowRankAdapter:
         self._pending = PendingForwards()

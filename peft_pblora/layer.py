@@ -26,10 +26,12 @@ class RowPlan:
     Attributes:
         entries (`Sequence[tuple[str, slice]]` or `None`):
             Adapters with their rows. Without any none acts; with `None` the layers' active adapters do, on all rows.
+        folded (`bool`): Whether the adapters were all folded ahead of this forward, see [`LowRankAdapter.fold_ahead`].
     """
 
     def __init__(self) -> None:
         self.entries: Sequence[tuple[str, slice]] | None = None
+        self.folded = False
 
 
 class PreferenceLinear(nn.Module, BaseTunerLayer):
@@ -200,10 +202,11 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     ) -> torch.Tensor:
         """Each adapter on its own rows, which stand together: they are views, not copies as in a mixed batch."""
         adapters: Any = self.adapters._modules
+        folded = cast(RowPlan, self.row_plan).folded
         for name, rows in entries:
             if name in adapters:
                 own = result[rows]
-                changed = adapters[name].forward(x[rows], own)
+                changed = adapters[name].forward(x[rows], own, folded=folded)
                 if changed is not own:
                     own.copy_(changed)
         return result

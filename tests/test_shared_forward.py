@@ -67,7 +67,7 @@ FORMULAS = {
         ),
     ),
 }  # fmt: skip
-ALONE = [mode for mode, settings in MODES.items() if "assistant" in settings or mode in ("no cache", "static cache")]
+ALONE = [mode for mode, settings in MODES.items() if "assistant" in settings or mode == "no cache"]
 
 
 def generate(model, processor, prompts=3, assistant=None, **mode):
@@ -233,8 +233,7 @@ def test_hidden_states_are_those_of_the_base_model():
 @pytest.mark.parametrize(
     ("settings", "guide", "reason"),
     [
-        ({"cache_implementation": "static", "disable_compile": True}, {}, "needs the default cache"),
-        ({"use_cache": False}, {}, "needs the default cache"),
+        ({"use_cache": False}, {}, "needs the default cache or a static one"),
         ({"prompts": 1, "assistant": True}, {}, "an assistant asks the guides"),
         ({}, {"shared_forward": False}, "was switched off"),
         ({}, {"prompt": Prompt({"input_ids": PROMPTS, "attention_mask": MASK})}, "has a prompt"),

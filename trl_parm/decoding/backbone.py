@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.utils import logging
 
 from .adapters import AdapterSwitch
 from .guided import GuidedLogitsProcessor
-from .joint import JointCache
+from .joint import JointCache, JointRows
 from .joint_forward import PER_ROW, JointForward
+from .joint_static import JointStaticCache, holds_plain_attention
 from .rows import RowAdapters
 from .running import GenerateCall, running_generate
 
@@ -60,7 +61,7 @@ class SharedBackbone:
         self.switch = AdapterSwitch.of(model)
         self.row_adapters = RowAdapters()
         self._guides_run = False
-        self._joint: weakref.ref[JointCache] | None = None
+        self._joint: weakref.ref[JointRows] | None = None
         self._states: list[tuple] = []
         self._entered: list[tuple[ExitStack, JointForward | None]] = []
         model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -69,6 +70,7 @@ class SharedBackbone:
     @contextmanager
     def guide(self, names: Sequence[str]) -> Iterator[None]:
         """For the time of a guide's own forward, with these of the model's adapters."""
+        self._check_merged(names)
         with self._apart(), self.switch.only(names):
             yield
 
@@ -90,25 +92,33 @@ class SharedBackbone:
     def logits_of(self, guide: LM, input_ids: torch.Tensor) -> torch.Tensor | None:
         """What the last joint forward says of a guide after these tokens, or `None`: then it has to run itself."""
         cache = self._joint() if self._joint else None
-        return cache.logits_of(guide, input_ids) if isinstance(cache, JointCache) else None
+        return cache.logits_of(guide, input_ids) if isinstance(cache, JointRows) else None
 
+    # What follows looks at the stack and changes what acts in the model, once for each forward. A compiled forward
+    # finds it done, so that there is nothing in its graph that a new token or another preference would change.
+    @torch.compiler.disable
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        stack, forward = ExitStack(), None
+        self._entered.append((stack, forward))
         call = None if self._guides_run else running_generate()
         guides = self._guides(call) if call is not None and call.model is model else []
-        stack, forward = ExitStack(), None
         if guides and call is not None:
+            self._check_merged(self._own_adapters(guides) if self._any_merged() else [])
             forward = self._join(call, guides, args, kwargs)
         cache = kwargs.get("past_key_values")
-        if forward is None and isinstance(cache, JointCache):
-            cache.release()
+        if forward is None and isinstance(cache, JointRows) and any(g.shared is self for g in cast(Any, cache.groups)):
+            cache.release(_batch(args, kwargs))
         if forward is not None:
-            stack.enter_context(self.row_adapters.acting(forward.plan))
+            compiled = isinstance(forward.cache, JointStaticCache)
+            activations = forward.activations(cast(Any, model).dtype) if compiled else None
+            stack.enter_context(self.row_adapters.acting(forward.plan, activations))
             kwargs = forward.kwargs
         elif guides:
             stack.enter_context(self.switch.only(self._own_adapters(guides)))
-        self._entered.append((stack, forward))
+        self._entered[-1] = stack, forward
         return args, kwargs
 
+    @torch.compiler.disable
     def _after(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         stack, forward = self._entered.pop()
         stack.close()
@@ -129,10 +139,24 @@ class SharedBackbone:
         guiding = {name for guide in guides for name in guide.adapter_names}
         return [name for name in self.switch.active if name not in guiding]
 
+    def _any_merged(self) -> bool:
+        return any(layer.__dict__.get("merged_adapters") for layer in self.switch.layers)
+
+    def _check_merged(self, names: Sequence[str]) -> None:
+        """Raises `ValueError` where a forward with these adapters would be one with what is merged instead."""
+        if self._any_merged() and set(self.switch.merged) != set(names):
+            merged = " and ".join(repr(name) for name in self.switch.merged)
+            wanted = "with " + " and ".join(repr(name) for name in names) if names else "without it"
+            raise ValueError(
+                f"The adapter {merged} is merged into the weights, so the model can't run {wanted}. Call "
+                "`unmerge_adapter()`, or guide with a merged copy of the model or an adapter from "
+                "`peft_pblora.save_as_lora`."
+            )
+
     def _join(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> JointForward | None:
         """The joint forward in the place of the base model's own, if there can be one."""
         cache, states = kwargs.get("past_key_values"), [guide.state() for guide in guides]
-        if isinstance(cache, JointCache):
+        if isinstance(cache, JointRows) and cache.tokens.numel():
             goes_on = list(cache.groups) == guides and self._states == states and _plain(kwargs)
             return JointForward(cache, kwargs) if goes_on else None
         if isinstance(cache, Cache) and cache.get_seq_length() > 0:
@@ -142,12 +166,14 @@ class SharedBackbone:
             logger.warning_once(f"The guides run beside the base model, not in one forward with it: {reason}.")
             return None
         self._states = states
-        return JointForward.first(guides, kwargs, kwargs["input_ids"].shape[1] == call.prompt_length)
+        return JointForward.first(guides, kwargs, _prompt(call, kwargs))
 
     def _obstacle(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> str | None:
         """Why base and guides can't have one forward, or `None` if they can."""
-        if type(kwargs.get("past_key_values")) is not DynamicCache or not kwargs.get("use_cache", True):
-            return "it needs the default cache"
+        cache = kwargs.get("past_key_values")
+        known = type(cache) in (DynamicCache, JointCache) or isinstance(cache, Cache) and holds_plain_attention(cache)
+        if not known or not kwargs.get("use_cache", True):
+            return "it needs the default cache or a static one"
         if args or not _plain(kwargs):
             return "it needs token ids, and a mask of two dimensions"
         if call.assistant_model is not None:
@@ -172,6 +198,30 @@ class SharedBackbone:
 
 
 def _plain(kwargs: dict) -> bool:
-    """Whether a forward has nothing but what can be repeated for every guide."""
+    """Whether a forward has nothing but what can be repeated for every guide.
+
+    For a static cache `generate` has made masks of four dimensions already, and one for each kind of layer if there
+    are several.
+    """
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.ndim}
+    if isinstance(kwargs.get("past_key_values"), StaticCache):
+        tensors.pop("attention_mask", None)
     return "input_ids" in tensors and all(name in PER_ROW and t.ndim == 2 for name, t in tensors.items())
+
+
+def _prompt(call: GenerateCall, kwargs: dict) -> torch.Tensor | None:
+    """All that tells the rows of a prompt apart, shape `(rows, columns)`, if a forward reads all of it."""
+    ids, mask = kwargs["input_ids"], call.attention_mask
+    if len(ids) == 1 or ids.shape[1] != call.prompt_length:
+        return None
+    others = [kwargs.get(name) for name in ("position_ids", "token_type_ids")]
+    parts = [ids, *(other for other in others if other is not None and len(other) == len(ids))]
+    if mask is not None:
+        parts.append(mask.repeat_interleave(len(ids) // len(mask), dim=0).to(ids))
+    return torch.cat(parts, 1)
+
+
+def _batch(args: tuple, kwargs: dict) -> int:
+    """Rows that a forward gets."""
+    inputs = (args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    return len(next(one for one in inputs if one is not None))

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from .prefix import WINDOW
 
 
-class JointCache(DynamicCache):
+class JointRows(Cache):
     """A cache of R rows, to `generate`, that holds R more for each guide: [base | guide 1 | guide 2 | ...].
 
     Whatever `generate` does with its rows (beams, taking back a rejected draft) happens to those of the guides too. It
@@ -24,26 +24,39 @@ class JointCache(DynamicCache):
         tokens (`torch.Tensor` of shape `(rows, length)`): What every group has read.
     """
 
+    ordinary: ClassVar[type[Cache]]
+    """The class that it is to `generate`."""
     groups: dict[Hashable, int]
     tokens: torch.Tensor
     _answers: dict[int, torch.Tensor]
     _asked: torch.Tensor | None
 
-    @staticmethod
-    def adopt(cache: DynamicCache, groups: dict[Hashable, int]) -> JointCache:
+    @classmethod
+    def adopt(cls, cache: Cache, groups: dict[Hashable, int]) -> Self:
         """Makes an empty cache of `generate` a joint one: the same object, which `generate` goes on to use."""
-        cache.__class__ = JointCache
-        joint = cast(JointCache, cache)
-        joint.groups, joint._answers, joint._asked = groups, {}, None
-        joint.tokens = torch.empty(0, 0, dtype=torch.long)
+        cast(Any, cache).__class__ = cls
+        joint = cast(Self, cache)
+        joint.groups = groups
+        joint._forget()
         return joint
 
-    def release(self) -> None:
-        """Makes it an ordinary cache again, with the base model's rows alone."""
-        super().batch_select_indices(torch.arange(len(self.tokens), device=self.tokens.device))
+    def _forget(self) -> None:
+        self.tokens, self._answers, self._asked = torch.empty(0, 0, dtype=torch.long), {}, None
+
+    def release(self, rows: int) -> None:
+        """Makes it an ordinary cache again, with the rows of the base model alone, of which there are so many."""
+        self._keep_first(rows)
         for name in ("groups", "tokens", "_answers", "_asked"):
             delattr(self, name)
-        cast(Any, self).__class__ = DynamicCache
+        cast(Any, self).__class__ = self.ordinary
+
+    def _keep_first(self, rows: int) -> None:
+        """Keeps the base model's rows."""
+        raise NotImplementedError
+
+    def expand(self, rows: torch.Tensor) -> None:
+        """Copies rows, of all groups together, into their places."""
+        raise NotImplementedError
 
     @property
     def copies(self) -> int:
@@ -74,10 +87,6 @@ class JointCache(DynamicCache):
         first = self.groups[guide] * len(self.tokens)
         return answer[first : first + len(self.tokens)]
 
-    def expand(self, rows: torch.Tensor) -> None:
-        """Copies rows, of all groups together, into their places."""
-        super().batch_select_indices(rows)
-
     def _everywhere(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the base model, and the same ones of every guide."""
         offsets = len(self.tokens) * torch.arange(self.copies, device=rows.device)
@@ -86,6 +95,32 @@ class JointCache(DynamicCache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(cast(torch.LongTensor, self._everywhere(beam_idx)))
         self._keep(beam_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        self.tokens = self.tokens[rows.to(self.tokens.device)]
+        self._answers = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copies keys and values, but not the guides, which hold models."""
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update({k: v if k == "groups" else copy.deepcopy(v, memo) for k, v in vars(self).items()})
+        return new
+
+
+class JointCache(JointRows, DynamicCache):
+    """One that grows with the text, `generate`'s default."""
+
+    ordinary = DynamicCache
+
+    def _keep_first(self, rows: int) -> None:
+        super().batch_select_indices(torch.arange(rows, device=self.tokens.device))
+
+    def expand(self, rows: torch.Tensor) -> None:
+        super().batch_select_indices(rows)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(self._everywhere(indices))
@@ -99,13 +134,3 @@ class JointCache(DynamicCache):
         self.tokens = self.tokens[:, : self.tokens.shape[1] - abs(tokens_to_remove)]
         held = self.tokens.shape[1]
         self._answers = {length: answer for length, answer in self._answers.items() if length <= held}
-
-    def _keep(self, rows: torch.Tensor) -> None:
-        self.tokens = self.tokens[rows.to(self.tokens.device)]
-        self._answers = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> JointCache:
-        """Copies keys and values, but not the guides, which hold models."""
-        new = memo[id(self)] = JointCache.__new__(JointCache)
-        new.__dict__.update({k: v if k == "groups" else copy.deepcopy(v, memo) for k, v in vars(self).items()})
-        return new

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import DynamicCache
+from transformers import StaticCache
 
 from peft_pblora import set_preference
 from peft_pblora.adapter import LowRankAdapter, expand_rows
 
-from .joint import JointCache
+from .joint import JointCache, JointRows
+from .joint_static import JointStaticCache
 
 
 if TYPE_CHECKING:
@@ -29,21 +30,22 @@ class JointForward:
     the base model, and once by a guide for each of its preferences.
 
     Args:
-        cache ([`JointCache`]): The cache, with the guides' groups of rows.
+        cache ([`JointRows`]): The cache, with the guides' groups of rows.
         kwargs (`dict`): The arguments of the base model's forward.
-        whole_prompt (`bool`, *optional*, defaults to `False`): Whether it reads all of the prompt and nothing else.
+        prompt (`torch.Tensor` of shape `(rows, ...)`, *optional*):
+            All that tells the rows of a prompt apart, where the forward reads all of it and nothing else.
 
     Attributes:
         kwargs (`dict`): The arguments of the joint one.
         plan (`list[tuple[str, slice]]`): Which adapter acts on which rows.
     """
 
-    def __init__(self, cache: JointCache, kwargs: dict[str, Any], whole_prompt: bool = False) -> None:
+    def __init__(self, cache: JointRows, kwargs: dict[str, Any], prompt: torch.Tensor | None = None) -> None:
         self.cache, self.ids = cache, kwargs["input_ids"]
         guides = {group: guide for guide, group in cast(dict[Any, int], cache.groups).items() if group}
         # Of each group, the rows that are read, and for each row the one among them that it equals.
         read, self._places = [], None
-        keys = [_keys(self.ids, kwargs.get("attention_mask"))] if whole_prompt and len(self.ids) > 1 else []
+        keys = [] if prompt is None else [_numbers(prompt)]
         keys += [keys[0] * len(self.ids) + guides[g].preference_rows(len(self.ids)) for g in sorted(guides) if keys]
         if any(len(key.unique()) < len(key) for key in keys):
             read, self._places = _distinct(keys)
@@ -53,17 +55,27 @@ class JointForward:
         set_preferences(guides, read, len(self.ids))
         rows = torch.cat(read).to(self.ids.device)
         self.kwargs = {
-            name: value[rows] if name in PER_ROW and value is not None and len(value) == len(self.ids) else value
-            for name, value in kwargs.items()
+            name: _select(value, rows, len(self.ids)) if name in PER_ROW else value for name, value in kwargs.items()
         }
 
     @classmethod
-    def first(cls, guides: Sequence[LM], kwargs: dict[str, Any], whole_prompt: bool) -> JointForward:
+    def first(cls, guides: Sequence[LM], kwargs: dict[str, Any], prompt: torch.Tensor | None) -> JointForward:
         """The forward that reads the prompt, for guides of which those of one adapter stand together."""
         groups: dict[Any, int] = {}
         for guide in guides:
             groups[guide] = 1 + max(groups.values(), default=0) if guide.acting_adapters else 0
-        return cls(JointCache.adopt(cast(DynamicCache, kwargs["past_key_values"]), groups), kwargs, whole_prompt)
+        cache = kwargs["past_key_values"]
+        if not isinstance(cache, StaticCache):
+            return cls(JointCache.adopt(cache, groups), kwargs, prompt)
+        joint = JointStaticCache.adopt(cache, groups)
+        joint.make_room(joint.copies * len(kwargs["input_ids"]))
+        return cls(joint, kwargs, None if joint.is_allocated else prompt)
+
+    def activations(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """For each entry of the plan an empty tensor like what its adapter will get, shape `(rows, new, 1)`."""
+        new = self.ids.shape[1]
+        shapes = [(rows.stop - rows.start, new, 1) for _, rows in self.plan]
+        return [torch.empty(shape, dtype=dtype, device=self.ids.device) for shape in shapes]
 
     def split(self, output: Any) -> Any:
         """Keeps the guides' answers and gives the base model's rows of the output back."""
@@ -119,10 +131,16 @@ def adapter_rows(guides: dict[int, LM], read: list[torch.Tensor]) -> list[tuple[
     return plan
 
 
-def _keys(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _select(value: Any, rows: torch.Tensor, batch: int) -> Any:
+    """Rows of what a forward gets for each of the batch's rows: a tensor, or a mask for each kind of layer."""
+    if isinstance(value, dict):
+        return {name: _select(mask, rows, batch) for name, mask in value.items()}
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch else value
+
+
+def _numbers(rows: torch.Tensor) -> torch.Tensor:
     """A number for each row, the same for rows that are the same."""
-    both = ids if mask is None else torch.cat([ids, mask.to(ids)], 1)
-    return torch.unique(both, dim=0, return_inverse=True)[1].cpu()
+    return torch.unique(rows, dim=0, return_inverse=True)[1].cpu()
 
 
 def _distinct(keys: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -37,6 +37,7 @@ class RowAdapters:
             elif isinstance(layer, LoraLinear) and id(layer) not in self._loras:
                 self._loras[id(layer)] = layer
                 layer.register_forward_hook(self._add)
+        self._ours = [layer for layer in switch.layers if isinstance(layer, PreferenceLinear)]
         self._others = AdapterSwitch([layer for layer in switch.layers if not isinstance(layer, PreferenceLinear)])
 
     @staticmethod
@@ -52,14 +53,31 @@ class RowAdapters:
         return f"adapters are merged ({', '.join(sorted(merged))})" if merged else None
 
     @contextmanager
-    def acting(self, entries: Sequence[tuple[str, slice]]) -> Iterator[None]:
-        """For the time of a forward, these adapters act on these rows, and no others do."""
-        self._plan.entries = entries
+    def acting(
+        self, entries: Sequence[tuple[str, slice]], activations: Sequence[torch.Tensor] | None = None
+    ) -> Iterator[None]:
+        """For the time of a forward, these adapters act on these rows, and no others do.
+
+        Args:
+            entries (`Sequence[tuple[str, slice]]`): Adapters with their rows.
+            activations (`Sequence[torch.Tensor]`, *optional*):
+                For each of them something like what it will get, if the forward may be compiled. A compiled layer
+                can't see that its adapter has changed, so that adapters are folded ahead.
+        """
+        if activations is not None:
+            self._fold_ahead(entries, activations)
+        self._plan.entries, self._plan.folded = entries, activations is not None
         try:
             with self._others.only([]):
                 yield
         finally:
-            self._plan.entries = None
+            self._plan.entries, self._plan.folded = None, False
+
+    def _fold_ahead(self, entries: Sequence[tuple[str, slice]], activations: Sequence[torch.Tensor]) -> None:
+        for layer in self._ours:
+            for (name, _), like in zip(entries, activations):
+                if name in layer.adapters:
+                    layer.adapter(name).fold_ahead(like)
 
     def _add(self, layer: Any, args: tuple, output: torch.Tensor) -> None:
         for name, rows in self._plan.entries or ():

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance with static caches and compiled forwards: the answers of the default path, and one compilation for all α.
+
+The compilers here run what was traced as it is, so that what is traced, and how often, is seen in seconds.
+"""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama
+from test_decoders import BETAS, MASK, MODES, PROMPTS, ROWS
+from test_shared_forward import FORMULAS, base_forwards, generate
+from transformers import CompileConfig, StaticCache
+
+from peft_pblora import fold
+from trl_parm import BASE, LM, GenARMLogitsProcessor, GuidedLogitsProcessor, PARMLogitsProcessor, Scorer
+
+
+class Compiler:
+    """Keeps the graphs that it was given to compile.
+
+    Attributes:
+        settings (`dict`): Arguments for `generate`, always the same: others would compile anew.
+    """
+
+    def __init__(self, backend=None, **settings) -> None:
+        torch._dynamo.reset()
+        self.graphs: list[torch.fx.GraphModule] = []
+        self._outputs: list[torch.Tensor] = []
+        # Functions, since `CompileConfig` copies everything else.
+        config = CompileConfig(backend=backend or (lambda graph, inputs, **mode: self.plain(graph)), **settings)
+        config._compile_all_devices = True
+        self.settings = {"cache_implementation": "static", "compile_config": config}
+        self.own_cache = {"compile_config": config}
+
+    def plain(self, graph):
+        self.graphs.append(graph)
+        return graph.forward
+
+    def overwriting(self, graph, inputs, **mode):
+        """As CUDA graphs: every run writes to memory in which earlier runs of any graph have left their outputs."""
+
+        def run(*args):
+            for output in self._outputs:
+                output.fill_(torch.nan)
+            results = graph.forward(*args)
+            self._outputs += [t for t in results if t.is_floating_point()]
+            return results
+
+        return run
+
+
+@pytest.fixture
+def folds(monkeypatch) -> list:
+    """Every fold of an adapter, from now on."""
+    made, make = [], fold.Fold.__init__
+    monkeypatch.setattr(fold.Fold, "__init__", lambda self, *args: (made.append(self), make(self, *args))[1])
+    return made
+
+
+@pytest.fixture
+def own_forwards(monkeypatch) -> list:
+    """Every forward of a guide by itself, from now on."""
+    made, forward = [], LM._forward
+    monkeypatch.setattr(LM, "_forward", lambda self, *args: (made.append(self), forward(self, *args))[1])
+    return made
+
+
+def assert_same(joint, separate):
+    assert torch.equal(joint.sequences, separate.sequences)
+    for ours, theirs in zip(joint.scores, separate.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+COMPILED = {
+    "PARM, GPT-2": 1, "PARM, sliding window": 2, "MoSLoRA": 1, "two preferences, one for each row, and none": 1
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED, ids=str)
+def test_a_compiled_forward_of_base_and_guides_answers_as_two(name, own_forwards):
+    """The masks of a sliding window change their size once it is full: the model alone needs two graphs there too."""
+    make, formula = FORMULAS[name]
+    compiler, model = Compiler(), make()
+    joint = generate(model, formula(model), **compiler.settings)
+    assert not own_forwards
+    assert len(compiler.graphs) == COMPILED[name]
+    assert_same(joint, generate(model, formula(model, shared_forward=False)))
+
+
+STATIC = ["greedy", "one prompt", "sampling", "several sequences", "beam search", "beam sampling", "chunked prefill"]
+
+
+@pytest.mark.parametrize("mode", STATIC)
+def test_a_static_cache_answers_as_the_default_one(mode, own_forwards):
+    static = {"cache_implementation": "static", "disable_compile": True}
+    preference = ROWS[1] if MODES[mode].get("prompts") == 1 else ROWS
+    model = tiny_arm(tiny_llama(0))
+    joint = generate(model, PARMLogitsProcessor(model, preference), **MODES[mode], **static)
+    assert not own_forwards
+    assert_same(joint, generate(model, PARMLogitsProcessor(model, preference, shared_forward=False), **MODES[mode]))
+
+
+def small_llama(seed: int = 0):
+    return tiny_llama(seed, num_hidden_layers=1)
+
+
+def text(base, guide, ids=PROMPTS, **settings):
+    return base.generate(
+        ids, attention_mask=MASK[: len(ids)], max_new_tokens=8, eos_token_id=-1, logits_processor=[guide], **settings
+    )
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["one α", "α and β a row"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one forward", "separate guide"])
+def test_preference_beta_and_text_change_without_compiling_again(shared, rows, folds):
+    """And each adapted layer is folded once for each α, however many tokens follow: W(α) is not in the graph."""
+    preferences = [ROWS, ROWS.flip(0), ROWS.flip(1)] if rows else [[0.3, 0.7], [1.0, 0.0], [0.5, 0.5]]
+    betas = [BETAS, BETAS + 1, BETAS + 2] if rows else [0.5, 1.0, 2.0]
+    arm, twin = tiny_arm(small_llama(0)), tiny_arm(small_llama(0))
+    base = arm.get_base_model() if shared else small_llama(0)
+    compiler, guide, texts = Compiler(), PARMLogitsProcessor(arm, preferences[0]), []
+    for i, (preference, beta) in enumerate(zip(preferences, betas)):
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            guide.set(preference, beta)
+            folds.clear()
+            texts.append(text(base, guide, PROMPTS + 3 * i, **compiler.settings))
+            assert len(folds) == 3
+            text(base, guide, PROMPTS + i, **compiler.settings)
+            assert len(folds) == 3
+    (graph,) = compiler.graphs
+    inputs = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    assert any("fold" in name for name in inputs) == shared
+    assert not any("_core_" in name or "preference" in name for name in inputs)
+    for i, (preference, beta) in enumerate(zip(preferences, betas)):
+        assert torch.equal(
+            texts[i], text(small_llama(0), PARMLogitsProcessor(twin, preference, beta), PROMPTS + 3 * i)
+        )
+
+
+def test_lora_guides_change_their_weights_without_compiling_again():
+    make, _ = FORMULAS["GenARM"]
+    model, compiler = make(), Compiler()
+    for i, preference in enumerate(([0.4, 0.6], [0.9, 0.1], [0.2, 0.8])):
+        arms = {"a": "helpful", "b": "harmless"}
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            ours = text(
+                model.get_base_model(), GenARMLogitsProcessor(arms, preference, adapters_of=model), **compiler.settings
+            )
+        alone = GenARMLogitsProcessor(arms, preference, adapters_of=model, shared_forward=False)
+        assert torch.equal(ours, text(model.get_base_model(), alone))
+
+
+@pytest.mark.parametrize("change", ["preference", "weights"])
+def test_a_compiled_forward_does_not_miss_a_change(change):
+    """Nor in bfloat16, where on a CPU the prompt is read with one fold, and the few tokens of a step with another."""
+    model, compiler = tiny_arm(small_llama(0).bfloat16()), Compiler()
+    guide, ids = PARMLogitsProcessor(model, [0.3, 0.7]), PROMPTS.repeat(1, 2)
+    settings = {"max_new_tokens": 8, "eos_token_id": -1, "logits_processor": [guide]}
+    before = model.get_base_model().generate(ids, **settings, **compiler.settings)
+    if change == "preference":
+        guide.set([1.0, 0.0])
+    else:
+        with torch.no_grad():
+            model.base_model.model.model.layers[0].self_attn.v_proj.adapter("default").B.weight.mul_(-3)
+    after = model.get_base_model().generate(ids, **settings, **compiler.settings)
+    twin = copy.deepcopy(model)
+    settings["logits_processor"] = [PARMLogitsProcessor(twin, [1.0, 0.0] if change == "preference" else [0.3, 0.7])]
+    expected = twin.get_base_model().generate(ids, **settings, cache_implementation="static", disable_compile=True)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, expected)
+    assert len(compiler.graphs) == 1
+
+
+@pytest.mark.slow
+def test_a_guide_that_the_user_compiled():
+    """One graph reads the prompt and one every later token, whatever the preference."""
+    compiler, arm = Compiler(), tiny_arm(small_llama(1))
+    guide = PARMLogitsProcessor(arm, [0.3, 0.7])
+    arm.forward = torch.compile(arm.forward, backend=lambda graph, inputs: compiler.plain(graph), dynamic=True)
+    base = small_llama(0)
+    text(base, guide, **compiler.settings)
+    assert len(compiler.graphs) == 3
+    for preference in ([1.0, 0.0], [0.5, 0.5]):
+        guide.set(preference)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            ours = text(base, guide, **compiler.settings)
+        assert torch.equal(ours, text(base, PARMLogitsProcessor(tiny_arm(small_llama(1)), preference)))
+
+
+def test_the_users_own_cache_stays_where_it_is():
+    model, compiler = tiny_arm(small_llama(0)), Compiler()
+    base, guide = model.get_base_model(), PARMLogitsProcessor(model, [0.3, 0.7])
+    cache = StaticCache(config=base.config, max_cache_len=24)
+    addresses = []
+    for i, preference in enumerate(([0.3, 0.7], [1.0, 0.0], [0.5, 0.5])):
+        guide.set(preference)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            ours = text(base, guide, past_key_values=cache, **compiler.own_cache)
+        assert torch.equal(ours, text(base, PARMLogitsProcessor(model, preference, shared_forward=False)))
+        assert {len(layer.keys) for layer in cache.layers} == {6}
+        addresses.append([(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers])
+        cache.reset()
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+def test_an_emptied_cache_serves_other_rows_with_and_without_guidance():
+    model = tiny_arm(small_llama(0))
+    base, guide = model.get_base_model(), PARMLogitsProcessor(model, [0.3, 0.7])
+    cache = StaticCache(config=base.config, max_cache_len=24)
+    with model.disable_adapter():
+        unguided = base.generate(PROMPTS, attention_mask=MASK, max_new_tokens=8, eos_token_id=-1)
+    for rows in (3, 2, 1, 3):
+        ours = text(base, guide, PROMPTS[:rows], past_key_values=cache)
+        assert torch.equal(ours, text(base, guide, PROMPTS[:rows]))
+        cache.reset()
+    with model.disable_adapter():
+        again = base.generate(PROMPTS, attention_mask=MASK, past_key_values=cache, max_new_tokens=8, eos_token_id=-1)
+    assert torch.equal(again, unguided)
+    assert type(cache) is StaticCache
+    assert {len(layer.keys) for layer in cache.layers} == {3}
+
+
+def test_a_static_cache_goes_on_with_and_without_guidance():
+    model = tiny_arm(small_llama(0))
+    base, guide = model.get_base_model(), PARMLogitsProcessor(model, [0.3, 0.7])
+    settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "eos_token_id": -1}
+    ids = torch.cat([PROMPTS, torch.full((3, 6), 9)], 1)
+    mask = torch.cat([MASK, torch.ones(3, 6, dtype=torch.long)], 1)
+    for guides in ([guide], [PARMLogitsProcessor(model, [1.0, 0.0])], []):
+        cache = StaticCache(config=base.config, max_cache_len=24)
+        first = base.generate(
+            PROMPTS, attention_mask=MASK, logits_processor=[guide], past_key_values=cache, **settings
+        )
+        ids = torch.cat([first.sequences, torch.full((3, 2), 9)], 1)
+        with model.disable_adapter():
+            went_on = base.generate(
+                ids, attention_mask=mask, past_key_values=cache, logits_processor=guides, **settings
+            )
+            anew = base.generate(ids, attention_mask=mask, logits_processor=guides, **settings)
+        assert torch.equal(went_on.sequences, anew.sequences)
+
+
+def test_a_copy_of_a_model_that_has_decoded_decodes_in_one_forward_too(own_forwards):
+    model = tiny_arm(small_llama(0))
+    ours = text(model.get_base_model(), PARMLogitsProcessor(model, [0.3, 0.7]))
+    copied = copy.deepcopy(model)
+    assert torch.equal(ours, text(copied.get_base_model(), PARMLogitsProcessor(copied, [0.3, 0.7])))
+    assert not own_forwards
+
+
+def test_a_prompt_in_many_rows_is_read_once_into_a_static_cache():
+    model, grid = tiny_arm(small_llama(0)), torch.stack([torch.linspace(0, 1, 11), torch.linspace(1, 0, 11)], 1)
+    compiler, base, ids = Compiler(), model.get_base_model(), PROMPTS[1:2].repeat(11, 1)
+
+    def sweep(**settings):
+        guide = PARMLogitsProcessor(model, grid)
+        return base.generate(ids, max_new_tokens=8, eos_token_id=-1, logits_processor=[guide], **settings)
+
+    texts = [sweep(), sweep(**compiler.settings)]
+    assert len(compiler.graphs) == 1
+    rows = base_forwards(model)
+    texts.append(sweep(cache_implementation="static", disable_compile=True))
+    assert rows == [12] + [22] * 7
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[0], texts[2])
+
+
+def test_padded_prompts_that_differ_in_the_mask_alone_are_different_in_a_static_cache():
+    model, ids = tiny_arm(small_llama(0)), torch.tensor([[0, 0, 7, 8], [0, 0, 7, 8], [0, 0, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    base, guide = model.get_base_model(), PARMLogitsProcessor(model, [0.3, 0.7])
+    texts = [
+        base.generate(ids, attention_mask=mask, max_new_tokens=6, logits_processor=[guide], **static)
+        for static in ({}, {"cache_implementation": "static", "disable_compile": True})
+    ]
+    assert torch.equal(*texts)
+
+
+class CompiledScorer(Scorer):
+    """A term that runs a compiled function."""
+
+    def __init__(self, backend) -> None:
+        self.run = torch.compile(lambda scores: scores.sin() * 0.1, backend=backend)
+
+    def __call__(self, input_ids, scores):
+        return self.run(scores.float())
+
+
+def test_answers_are_not_lost_when_a_graph_writes_over_its_outputs():
+    torch._dynamo.reset()
+    compiler = Compiler(backend=lambda graph, inputs, **mode: compiler.overwriting(graph, inputs))
+    model = tiny_arm(small_llama(0))
+
+    def formula(backend):
+        return GuidedLogitsProcessor(BASE + CompiledScorer(backend) + LM(model, [0.3, 0.7]))
+
+    joint = text(model.get_base_model(), formula(compiler.overwriting), **compiler.settings)
+    assert torch.equal(joint, text(model.get_base_model(), formula("eager")))
+    assert compiler._outputs
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one forward", "separate guide"])
+def test_one_graph_of_the_whole_model(shared):
+    compiler, arm = Compiler(fullgraph=True), tiny_arm(small_llama(0))
+    base, guide = arm.get_base_model() if shared else small_llama(0), PARMLogitsProcessor(arm, [0.3, 0.7])
+    assert torch.equal(text(base, guide, **compiler.settings), text(base, guide))
+    assert len(compiler.graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("name", ["PARM", "PARM, α and β a row", "GenARM"])
+def test_inductor(name):
+    make, formula = FORMULAS[name]
+    compiler, model = Compiler(backend="inductor", mode="default"), make()
+    assert_same(generate(model, formula(model), **compiler.settings), generate(model, formula(model)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs():
+    """transformers' own settings on a GPU: inductor with `mode="reduce-overhead"`."""
+    torch._dynamo.reset()
+    model = tiny_arm(small_llama(0)).cuda()
+    base, guide = model.get_base_model(), PARMLogitsProcessor(model, [0.3, 0.7])
+    cache = StaticCache(config=base.config, max_cache_len=24)
+    settings = {"attention_mask": MASK.cuda(), "max_new_tokens": 8, "eos_token_id": -1, "logits_processor": [guide]}
+    for preference in ([0.3, 0.7], [1.0, 0.0], [0.5, 0.5]):
+        guide.set(preference)
+        for static in ({"cache_implementation": "static"}, {"past_key_values": cache}):
+            ours = base.generate(PROMPTS.cuda(), **settings, **static)
+            assert torch.equal(ours, base.generate(PROMPTS.cuda(), **settings))
+        cache.reset()
