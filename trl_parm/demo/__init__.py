@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo app: a page where a preference slider steers a frozen model. Needs the extra `demo`.
+
+    python -m trl_parm.demo --arm folder-or-id [--model folder-or-id] [--host 127.0.0.1] [--port 7860] [--share]
+
+From bottom to top: `simplex` (sliders), `turns` (two calls of `generate` that alternate), `loading` (the models),
+`answering` (questions, one at a time), `measures` (what the picture shows), `session`, `picture` and `markup` (HTML),
+`layout` and `page` (gradio), and `command` (the command line).
+"""
+
+from .command import main
+
+
+__all__ = ["main"]

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTML of the page's parts, and its style. All text of visitors and models is escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from .answering import Answer, Reply
+from .measures import Measure
+from .session import Entry
+
+
+FULL_COLOUR = 0.9
+"""Which quantile of the tokens' log-ratios has full colour: a single token would make all others pale."""
+STYLE = """
+.parm-head p {margin: 2px 0 0; opacity: .75}
+.parm-card {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px; min-height: 168px;
+  background: var(--background-fill-primary)}
+.parm-card h3 {margin: 0 0 8px; font-size: 15px; display: flex; justify-content: space-between; gap: 8px}
+.parm-card h3 small {font-weight: 400; opacity: .65; font-variant-numeric: tabular-nums}
+.parm-card .text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6}
+.parm-card .text.waiting {opacity: .5}
+.parm-card.guided {border-color: var(--color-accent); box-shadow: inset 3px 0 0 var(--color-accent)}
+.parm-card.judged .text {color: #000; background: #fff; border-radius: 6px; padding: 4px 8px; margin: 0 -8px}
+.parm-values {margin-top: 10px; display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px}
+.parm-values b {font-variant-numeric: tabular-nums}
+.parm-note {font-size: 13px; opacity: .75}
+.parm-status {min-height: 22px; font-size: 14px}
+.parm-status.error {color: #b3261e; font-weight: 600}
+.dark .parm-status.error {color: #ff8a80}
+.parm-cost {font-size: 14px; display: flex; flex-wrap: wrap; gap: 4px 20px; font-variant-numeric: tabular-nums}
+.parm-legend {font-size: 13px; display: flex; flex-wrap: wrap; align-items: center; gap: 4px 18px; opacity: .85}
+.parm-bar {display: inline-block; width: 84px; height: 10px; border-radius: 5px; vertical-align: -1px}
+.parm-dot {display: inline-block; width: 11px; height: 11px; border-radius: 50%; border: 1.5px solid;
+  vertical-align: -1px}
+.parm-line {display: inline-block; width: 22px; border-top: 1.5px dashed; vertical-align: 4px; opacity: .7}
+.parm-planes {display: flex; flex-wrap: wrap; gap: 12px}
+.parm-planes svg {flex: 1 1 320px; max-width: 560px; font-size: 11px}
+.parm-planes svg text {fill: currentColor; opacity: .7}
+.parm-planes svg text.name {font-size: 12.5px; opacity: .95}
+.parm-planes .grid {stroke: currentColor; opacity: .12}
+.parm-planes .front {fill: none; stroke: currentColor; stroke-dasharray: 4 4; opacity: .5}
+.parm-planes .pair {stroke: currentColor; opacity: .18}
+.parm-planes .pair.newest {opacity: .6; stroke-width: 1.5}
+.parm-planes circle {stroke: currentColor; stroke-width: 1}
+.parm-planes circle.base {fill: var(--background-fill-primary)}
+.parm-planes circle.newest {stroke-width: 2.2}
+.parm-empty {min-height: 120px; display: grid; place-items: center; opacity: .55;
+  border: 1px dashed var(--border-color-primary); border-radius: 10px}
+.parm-table {overflow: auto; max-height: 300px}
+.parm-table table {border-collapse: collapse; font-size: 13px; width: 100%}
+.parm-table td, .parm-table th {padding: 3px 10px 3px 0; text-align: right; border-bottom: 1px solid
+  var(--border-color-primary); font-variant-numeric: tabular-nums; white-space: nowrap}
+.parm-table td:nth-child(2), .parm-table th:nth-child(2) {text-align: left; white-space: normal; min-width: 160px}
+"""
+
+
+def card(title: str, note: str, answer: Answer, kind: str, measures: Sequence[Measure], scale: float | None) -> str:
+    """An answer: its text as far as it is written; when it is done, with the tokens coloured and the measures.
+
+    Args:
+        title, note (`str`): Its heading and what stands beside it.
+        answer ([`Answer`]): The answer.
+        kind (`str`): `"base"` or `"guided"`, for the style.
+        measures (`Sequence[Measure]`): What `answer.measured` holds.
+        scale (`float`, *optional*): The log-ratio of full colour.
+    """
+    judged = " judged" if answer.rewards else ""
+    text = answer.rewards.to_html(scale) if answer.rewards else html.escape(answer.text)
+    values = zip(measures, answer.measured or (), strict=False)
+    shown = "".join(f"<span>{html.escape(m.objective)} <b>{signed(value)}</b></span>" for m, value in values)
+    return (
+        f'<div class="parm-card {kind}{judged}" aria-live="polite">'
+        f"<h3><span>{html.escape(title)}</span><small>{html.escape(note)}</small></h3>"
+        f'<div class="text">{text}</div><div class="parm-values">{shown}</div></div>'
+    )
+
+
+def cards(reply: Reply, preference: str, measures: Sequence[Measure]) -> tuple[str, str]:
+    """Both answers, their tokens coloured on one scale."""
+    scale = colour_scale(reply)
+    base, guided = reply.base, reply.guided
+    if reply.done:  # an answer may be done without a word
+        base, guided = (a if a.text.strip() else Answer("(it ended without a word)") for a in (base, guided))
+    return (
+        card("Base model", "frozen, unguided", base, "base", measures, scale),
+        card("Guided", preference, guided, "guided", measures, scale),
+    )
+
+
+def colour_scale(reply: Reply) -> float | None:
+    """The log-ratio of full colour: a high quantile of those of both answers."""
+    ratios = [abs(token.log_ratio) for answer in (reply.base, reply.guided) for token in answer.rewards or ()]
+    if not ratios:
+        return None
+    return sorted(ratios)[int(FULL_COLOUR * (len(ratios) - 1))] or None
+
+
+def colour_legend(scale: float | None) -> str:
+    """What the tokens' colours mean."""
+    bar = '<span class="parm-bar" style="background: linear-gradient(90deg, #ff6e64, #fff, #5a96ff)"></span>'
+    ends = f"−{scale:.2f} {bar} +{scale:.2f}" if scale else bar
+    return (
+        f'<div class="parm-legend"><span>{ends}</span><span>What the ARM at your preference makes of each token: '
+        "log π_ARM − log π_ref. Blue it favours, red it does not; point at a token for its numbers.</span></div>"
+    )
+
+
+def cost(reply: Reply) -> str:
+    """Tokens a second of both answers, and what part of a guided token's time is guidance."""
+    base, guided = reply.base.speed, reply.guided.speed
+    if not base or not guided:
+        return ""
+    ratio = base / guided
+    share = (
+        f"guidance takes {1 - 1 / ratio:.0%} of a guided token's time" if ratio > 1 else "guidance cost nothing here"
+    )
+    return (
+        f'<div class="parm-cost"><span>base <b>{base:.1f}</b> tokens/s</span><span>guided <b>{guided:.1f}</b> tokens/s'
+        f"</span><span>a guided token takes <b>{ratio:.2f} ×</b> the time of a base token: {share}</span></div>"
+    )
+
+
+def status(text: str, error: bool = False) -> str:
+    """The line that says what happens."""
+    role = "alert" if error else "status"
+    return f'<div class="parm-status{" error" if error else ""}" role="{role}">{html.escape(text)}</div>'
+
+
+def explained(measures: Sequence[Measure]) -> str:
+    """What the picture's axes are."""
+    items = "; ".join(f"<b>{html.escape(m.objective)}</b>: {html.escape(m.title)}" for m in measures)
+    own = any(m.reward is None for m in measures)
+    note = " The log-ratio is what guidance itself raises, so it is no independent judge." if own else ""
+    return f'<div class="parm-note">{items}. Higher is better.{note}</div>'
+
+
+def table(entries: Sequence[Entry], objectives: Sequence[str]) -> str:
+    """The session's answers as a table, the newest first."""
+    names = [html.escape(name) for name in objectives]
+    head = "".join(
+        f"<th>{cell}</th>"
+        for cell in ("#", "prompt", *(f"α {name}" for name in names), "β", *(f"{n}: base" for n in names),
+                     *(f"{n}: guided" for n in names))
+    )  # fmt: skip
+    rows = []
+    for number, entry in reversed(list(enumerate(entries, 1))):
+        values = [*(entry.base or [None] * len(names)), *(entry.guided or [None] * len(names))]
+        cells = [str(number), html.escape(entry.prompt[:200]), *(f"{w:.2f}" for w in entry.weights), f"{entry.beta:g}"]
+        cells += ["–" if value is None else signed(value) for value in values]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<div class="parm-table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def signed(value: float) -> str:
+    """A number with two digits and a proper minus."""
+    return f"{value:.2f}".replace("-", "−")
