@@ -27,7 +27,7 @@ SCORE_MODEL = "ForScore"
 
 @dataclass
 class RewardSource:
-    """Where a reward comes from, as a YAML file says it: a mapping, or just its `source`.
+    """Where a reward comes from, as a YAML file says it: a mapping, or just its `source`. It is that [`Reward`] too.
 
     Args:
         source (`str`):
@@ -60,6 +60,22 @@ class RewardSource:
     def __post_init__(self) -> None:
         if self.template is not None and "{response}" not in self.template:
             raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
+        self._reward: Reward | None = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it is a model, rather than a function."""
+        return ":" not in self.source or Path(self.source).exists()
+
+    @property
+    def reads_messages(self) -> bool:
+        """Whether it gets prompts as they are given; see [`Reward`]."""
+        return self.is_model
+
+    def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Sequence[float]:
+        """The rewards. What is asked for the first time is loaded, and stays."""
+        self._reward = self._reward or self.load()
+        return self._reward(prompts, responses)
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | RewardSource) -> RewardSource:
@@ -89,10 +105,13 @@ class RewardSource:
         Raises:
             ValueError: no such function, a model without such an output, or a text that can't be made.
         """
-        if ":" in self.source and not Path(self.source).exists():
-            function = load_function(self.source)
-            return (lambda prompts, responses: [-v for v in function(prompts, responses)]) if self.negate else function
-        return ModelReward(self)
+        if self.is_model:
+            try:
+                return ModelReward(self)
+            except OSError as error:
+                raise ValueError(f"The reward model {self.source!r} can't be loaded: {error}") from error
+        function = load_function(self.source)
+        return (lambda prompts, responses: [-v for v in function(prompts, responses)]) if self.negate else function
 
 
 class ModelReward:

@@ -91,7 +91,7 @@ class BatchDecoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        rewards: Mapping[str, Reward],
+        rewards: Mapping[str, Reward | None],
         seed: int,
         template: str | None,
         max_prompt_length: int | None,
@@ -126,7 +126,8 @@ class BatchDecoder:
             processors.append(RowSampling(seeds, inputs["input_ids"].shape[1], **self.sampling))
         tokens, seconds = self._generate(model, inputs, processors)
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        scores = {name: score(name, reward, prompts, responses) for name, reward in self.rewards.items()}
+        judges = {name: reward for name, reward in self.rewards.items() if reward is not None}
+        scores = {name: score(name, reward, prompts, responses) for name, reward in judges.items()}
         weights = run.weights(objectives)
         return [
             {

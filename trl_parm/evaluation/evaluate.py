@@ -61,8 +61,8 @@ def evaluate(
     methods: Sequence[Mapping[str, Any] | str],
     preferences: Sequence[Preference],
     prompts: Sequence[PromptText],
-    rewards: Mapping[str, Reward],
-    path: str | Path,
+    rewards: Mapping[str, Reward | None],
+    path: str | Path | None,
     configuration: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -81,7 +81,8 @@ def evaluate(
         models ([`Models`]): The base model, and how to load others.
         methods (`Sequence`): Names of [`METHODS`], or mappings with `method`, `name` and the method's settings.
         preferences (`Sequence[Preference]`): The grid, points of the simplex of the rewards.
-        prompts, rewards, path, batch_size, seed, template, max_prompt_length, on_batch, generation: As in [`sweep`].
+        prompts, path, batch_size, seed, template, max_prompt_length, on_batch, generation: As in [`sweep`].
+        rewards (`Mapping[str, Reward]`): Objective name → reward, or `None` where nothing is to be scored.
         configuration (`Mapping`, *optional*): What the rows depend on beside what is given here, such as the rewards'.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
 

@@ -161,7 +161,10 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, name: str) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(name, **self.kwargs)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, **self.kwargs)
+        except OSError as error:
+            raise ValueError(f"The model {name!r} can't be loaded: {error}") from error
         if "device_map" not in self.kwargs and torch.cuda.is_available():
             cast(Any, model).to("cuda")
         return model.eval()
@@ -187,10 +190,10 @@ def _adapter_name(name: str) -> str:
 def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        if backbone is None:
-            raise
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        if backbone is not None:
+            return _tokenizer(backbone)
+        raise ValueError(f"The tokenizer of {name!r} can't be loaded: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console command: from pairs to figures with tiny models, bad input, and help without heavy imports."""
+
+import configparser
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from trl_parm.cli.main import VERBS, main
+from trl_parm.records import read_rows
+
+
+REWARDS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:conciseness"}
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars():
+    """A command switches them off before it imports transformers, which the tests have imported already."""
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def run(*words) -> int:
+    return main([str(word) for word in words])
+
+
+def write(path, content) -> str:
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, an ARM on it, and pairs."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_llama().save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    tiny_arm(AutoModelForCausalLM.from_pretrained(folder / "base")).save_pretrained(folder / "arm")
+    pairs = [
+        {"prompt": f"w{i % 8}", "response_0": "w1 " * (i % 4 + 1), "response_1": "w2 . " * (i % 3 + 1)}
+        for i in range(24)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def evaluation(folder, output="results", **changes) -> dict:
+    methods = ["base", {"method": "untrained_arm", "arm": str(folder / "arm"), "name": "sharpened"}]
+    return {
+        "model_name_or_path": str(folder / "base"), "rewards": REWARDS, "grid_steps": 2, "max_new_tokens": 4,
+        "methods": [*methods, {"method": "parm", "arm": str(folder / "arm"), "beta": 0.5}], "do_sample": True,
+        "prompts_data": {"path": str(folder / "pairs.jsonl")}, "num_prompts": 5, "batch_size": 2,
+        "output_dir": str(folder / output), **changes,
+    }  # fmt: skip
+
+
+def test_from_pairs_to_a_figure(folder, monkeypatch, capsys):
+    """Every verb, with what one writes read by the next."""
+    monkeypatch.chdir(folder)
+    relabel = {"data": {"path": "pairs.jsonl"}, "rewards": REWARDS, "output_dir": "labelled", "test_size": 6}
+    assert run("relabel", "--config", write(folder / "relabel.yaml", relabel), "--seed", 3) == 0
+    assert "18 pairs in labelled/train.jsonl, 6 pairs in labelled/test.jsonl" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "labelled/run.yaml").read_text())["arguments"]["seed"] == 3
+
+    train = {
+        "model_name_or_path": "base", "objectives": list(REWARDS), "output_dir": "trained", "max_steps": 2,
+        "train_data": [{"path": "labelled/train.jsonl"}], "eval_data": [{"path": "labelled/test.jsonl"}],
+        "target_modules": ["q_proj"], "bf16": False, "report_to": "none", "use_cpu": True,
+    }  # fmt: skip
+    assert run("train", "--config", write(folder / "train.yaml", train), "--resume", "True") == 0
+    assert "starting anew" in capsys.readouterr().out
+    written = yaml.safe_load((folder / "trained/run.yaml").read_text())
+    assert (written["verb"], written["arguments"]["max_steps"], "torch" in written["versions"]) == ("train", 2, True)
+    assert "eval_helpful_accuracy@helpful" in json.loads((folder / "trained/eval_results.json").read_text())
+
+    evaluate = evaluation(folder, prompts_data={"path": "labelled/train.jsonl"}, num_prompts=None)
+    evaluate["methods"][-1]["arm"] = "trained"
+    assert run("evaluate", "--config", write(folder / "evaluate.yaml", evaluate)) == 0
+    assert "| PARM | 0.50, 0.50 |" in capsys.readouterr().out
+    rows = read_rows(folder / "results/results.jsonl")
+    prompts = {json.loads(line)["prompt"] for line in (folder / "labelled/train.jsonl").read_text().splitlines()}
+    assert len(rows) == 5 * len(prompts)
+    assert {row["prompt"] for row in rows} == prompts
+
+    plot = ("plot", "--results", "results/results.jsonl", "--output_dir", "figures", "--resamples", 20)
+    assert run(*plot, "--references", "[-6, -6]", '{"helpful": -9, "harmless": -8}') == 0
+    text = capsys.readouterr().out
+    assert text.count("helpful -9, harmless -8") == 5
+    assert "Differences from PARM" in text
+    expected = {f"fronts.{kind}" for kind in ("png", "svg", "csv")} | {"measures.md", "run.yaml"}
+    expected |= {f"{name}.csv" for name in ("measures", "differences", "correlations", "costs")}
+    assert {path.name for path in (folder / "figures").iterdir()} == expected
+    assert run(*plot) == 0
+    assert "No hypervolume" in capsys.readouterr().out
+
+    assert run("export", "--adapter", "trained", "--output_dir", "loras", "--grid_steps", 1, "--rank", 16) == 0
+    assert capsys.readouterr().out.split() == ["loras/harmless", "loras/helpful"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "loras/helpful")
+    assert model.peft_config["default"].r == 16
+
+
+def test_generate_prints_or_writes(folder, capsys):
+    method = json.dumps({"method": "parm", "arm": str(folder / "arm")})
+    words = ("generate", "--model_name_or_path", folder / "base", "--prompts", "w1 w2", "w3", "--max_new_tokens", 3)
+    guided = (
+        "--method",
+        method,
+        "--preferences",
+        '{"helpful": 0.3, "harmless": 0.7}',
+        '{"helpful": 1, "harmless": 0}',
+    )
+    assert run(*words, *guided) == 0
+    printed = capsys.readouterr().out
+    assert "# PARM, helpful=0.3,harmless=0.7: w1 w2\n" in printed
+    assert "# PARM, helpful: w3\n" in printed
+    assert run(*words, *guided, "--output", folder / "texts.jsonl") == 0
+    rows = read_rows(folder / "texts.jsonl")
+    assert len(rows) == 4
+    assert all(f"# PARM, {row['label']}: {row['prompt']}\n{row['response']}\n" in printed for row in rows)
+    assert "helpful" not in rows[0]
+    assert yaml.safe_load((folder / "texts.run.yaml").read_text())["arguments"]["seed"] == 0
+    assert run(*words) == 0
+    assert "# Base, -: w3\n" in capsys.readouterr().out
+
+
+def test_an_evaluation_goes_on_and_refuses_another_configuration(folder, capsys):
+    config = write(folder / "again.yaml", evaluation(folder, "again"))
+    assert run("evaluate", "--config", config) == 0
+    results = folder / "again/results.jsonl"
+    whole = results.read_bytes()
+    results.write_bytes(whole[: len(whole) // 2])
+    assert run("evaluate", "--config", config) == 0
+    assert [_without_time(r) for r in read_rows(results)] == [_without_time(json.loads(x)) for x in whole.splitlines()]
+    before = (folder / "again/run.yaml").read_bytes()
+    capsys.readouterr()
+    assert run("evaluate", "--config", config, "--max_new_tokens", 5) == 2
+    assert "belongs to another configuration: generation was {'max_new_tokens': 4}" in capsys.readouterr().err
+    assert (folder / "again/run.yaml").read_bytes() == before
+    assert len(read_rows(results)) == whole.count(b"\n")
+
+
+def _without_time(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_chosen_prompts_do_not_depend_on_their_order(folder):
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "turned.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    chosen = []
+    for name, seed in (("pairs", 0), ("turned", 0), ("pairs", 1)):
+        output = f"chosen-{name}-{seed}"
+        changes = {"prompts_data": {"path": str(folder / f"{name}.jsonl")}, "num_prompts": 3, "seed": seed}
+        config = evaluation(folder, output, methods=["base"], max_new_tokens=1, **changes)
+        assert run("evaluate", "--config", write(folder / "chosen.yaml", config)) == 0
+        chosen.append({row["prompt"] for row in read_rows(folder / output / "results.jsonl")})
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def bad(folder, verb, **changes):
+    defaults = {
+        "evaluate": evaluation(folder, "bad"),
+        "relabel": {"data": str(folder / "pairs.jsonl"), "rewards": REWARDS, "output_dir": str(folder / "bad")},
+        "generate": {"model_name_or_path": str(folder / "base"), "prompts": ["w1"]},
+        "plot": {"results": [str(folder / "nowhere.jsonl")], "output_dir": str(folder / "bad")},
+        "export": {"adapter": str(folder / "arm"), "output_dir": str(folder / "bad"), "grid_steps": 1},
+        "train": {"model_name_or_path": str(folder / "base"), "output_dir": str(folder / "bad"), "use_cpu": True},
+    }
+    return [verb, "--config", write(folder / "bad.yaml", {**defaults[verb], **changes})]
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "message"),
+    [
+        ("evaluate", {"preferences": [[0.5, 0.6]]}, "the weights must sum to 1"),
+        ("evaluate", {"preferences": [{"helpful": 0.5, "funny": 0.5}]}, "`preference` names ['funny']"),
+        ("evaluate", {"grid_steps": None}, "Give `preferences`, points of the simplex, or `grid_steps`"),
+        ("evaluate", {"methods": ["palm"]}, "A method is 'palm', but it must be one of"),
+        ("evaluate", {"rewards": {"helpful": "nosuch:function"}}, "There is no function 'nosuch:function'"),
+        ("evaluate", {"prompt_column": "question"}, "has no column 'question'; it has prompt, response_0"),
+        ("evaluate", {"num_prompts": 9}, "`num_prompts` is 9, but there are 8 distinct prompts"),
+        ("evaluate", {"prompts": ["w1"]}, "Give either `prompts` or `prompts_data`"),
+        ("evaluate", {"metods": ["base"]}, "Unknown arguments from config file: ['--metods'"),
+        ("evaluate", {"rewards": None}, "rewards must be given, in the configuration or as a flag"),
+        ("evaluate", {"methods": ['{"method": ']}, "is no JSON"),
+        ("evaluate", {"model_name_or_path": "nowhere/nothing"}, "nowhere/nothing"),
+        ("relabel", {"data": "nowhere.jsonl"}, "There is no data at 'nowhere.jsonl'"),
+        ("relabel", {"test_size": 30}, "ask for 30 of 24 pairs"),
+        ("generate", {"method": "parm"}, "'PARM' has no arm"),
+        ("generate", {"preferences": ["[0.5, 0.5]"]}, "each must name its objectives"),
+        ("plot", {}, "There are no results at"),
+        ("export", {"adapter": "nowhere"}, "There is no adapter at 'nowhere'"),
+        ("export", {"rank": 2}, "the adapter has rank 5 already"),
+        ("train", {"train_data": [{"path": "nowhere.jsonl"}]}, "There is no data at 'nowhere.jsonl'"),
+        ("train", {"loss_type": "square"}, "must be one of sigmoid, hinge"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capfd, verb, changes, message):
+    assert main(bad(folder, verb, **changes)) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"trl-parm {verb}: error: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the verb '' is not known; there are relabel, train"),
+        (["evalute"], "Did you mean 'evaluate'?"),
+        (["plot", "--results"], "expected at least one argument (see trl-parm plot --help)"),
+        (["plot", "--results", "x", "--output_dir", "y", "--nosuch", "1"], "nosuch"),
+        (["plot", "--config"], "--config names no file"),
+        (["plot", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["plot", "--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_words_are_one_line_and_exit_code_2(capfd, words, message):
+    assert main(words) == 2
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_plots_of_damaged_results(folder, tmp_path, capfd):
+    rows = [
+        {"method": "PARM", "preference": [w, 1 - w], "label": "x", "prompt": f"p{i}", "a": w, "b": -w, "tokens": 1,
+         "seconds": 1.0, "extra_parameters": 0, "extra_bytes": 0}
+        for w in (0.0, 1.0) for i in range(3)
+    ]  # fmt: skip
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["plot", "--results", str(path), "--output_dir", str(tmp_path / "figures"), "--resamples", "5"]
+    assert main(words) == 2
+    assert "results.config.json is missing, which names the objectives" in capfd.readouterr().err
+    words += ["--objectives", "a", "b"]
+    assert main([*words, "--references", "[1, 2, 3]"]) == 2
+    assert "has 3 numbers, but there are 2 objectives" in capfd.readouterr().err
+    assert main([*words, "--methods", "MOD"]) == 2
+    assert "no method 'MOD'; they have PARM" in capfd.readouterr().err
+    assert not (tmp_path / "figures").exists()
+    path.write_text(path.read_text() + '{"method": "PARM", "pref')
+    with pytest.warns(UserWarning, match="hypervolume is 0"):
+        assert main([*words, "--references", "[9, 9]"]) == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    assert main(words) == 2
+    assert "differ in 1 prompts" in capfd.readouterr().err
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    """So it answers at once. Each verb's help names its keys."""
+    code = (
+        "import sys; from trl_parm.cli.main import VERBS, main\n"
+        "for words in ([], *([verb] for verb in VERBS)):\n"
+        "    try: main([*words, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print('imported:', sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "imported: []"
+    keys = (
+        "--num_prompts",
+        "--tie_margin",
+        "--against",
+        "--grid_steps",
+        "preference_per",
+        "adapter_kwargs",
+        "objective",
+    )
+    for text in (*VERBS, *keys):
+        assert text in result.stdout
+
+
+def test_the_module_is_the_command():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    assert setup["options.entry_points"]["console_scripts"].strip() == f"trl-parm = {main.__module__}:{main.__name__}"
+    result = subprocess.run(
+        [sys.executable, "-m", "trl_parm", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout[:9]) == (0, "trl-parm ")
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_says_nothing_but_its_line(folder):
+    words = bad(folder, "export", rank=2)
+    result = subprocess.run([sys.executable, "-m", "trl_parm", *words], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == "trl-parm export: error: `rank` is 2, but the adapter has rank 5 already. Give a larger one.\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_goes_on(folder):
+    """SIGKILL in the middle: no row is lost, none is there twice, and the texts are those of a whole run."""
+    prompts = [f"w{i} w{j}" for i in range(12) for j in range(5)]
+    changes = {"prompts_data": None, "num_prompts": None, "prompts": prompts, "max_new_tokens": 16}
+    environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def command(output):
+        config = write(folder / f"{output}.yaml", evaluation(folder, output, **changes))
+        return [sys.executable, "-m", "trl_parm", "evaluate", "--config", config]
+
+    results = folder / "killed/results.jsonl"
+    process = subprocess.Popen(command("killed"), env=environment, stdout=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (results.exists() and results.read_bytes().count(b"\n") > 30) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    kept = results.read_bytes()
+    for output in ("killed", "whole"):
+        finished = subprocess.run(command(output), env=environment, capture_output=True, text=True, timeout=600)
+        assert finished.returncode == 0, finished.stderr
+    assert results.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    found = [
+        [_without_time(row) for row in read_rows(folder / name / "results.jsonl")] for name in ("killed", "whole")
+    ]
+    assert found[0] == found[1]

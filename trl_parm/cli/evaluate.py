@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-parm evaluate`: the same prompts with all methods at all preferences, scored, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from .common import decoded, grid, load_rewards, parse, progress, required, say, write_run
+from .decoding import DecodingArguments
+
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(DecodingArguments):
+    """Arguments of [`trl_parm.evaluation.evaluate.evaluate`]."""
+
+    methods: list[str] | None = field(
+        default=None, metadata={"help": "Methods: names, or {method: parm, name: , arm: , beta: }, as JSON in a flag."}
+    )
+    rewards: dict | str | None = field(
+        default=None, metadata={"help": "Objective to module:function, a model, or {source: , template: , ...}."}
+    )
+    preferences: list[str] | None = field(
+        default=None, metadata={"help": "The grid: vectors or mappings by objective, as JSON in a flag."}
+    )
+    grid_steps: int | None = field(default=None, metadata={"help": "A regular grid of so many steps instead."})
+    output_dir: str = field(default="", metadata={"help": f"Where {RESULTS} goes."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.methods, self.preferences = decoded(self.methods), decoded(self.preferences)
+        self.rewards = decoded(self.rewards)
+        required(self, "methods", "rewards", "output_dir")
+
+
+def main(argv: list[str]) -> None:
+    arguments: EvaluateArguments = parse("evaluate", EvaluateArguments, argv, __doc__)
+    from trl_parm.evaluation.evaluate import Entry, evaluate
+    from trl_parm.evaluation.fronts import summarize
+
+    sources = load_rewards(cast(dict, arguments.rewards))
+    objectives, folder = list(sources), Path(arguments.output_dir)
+    preferences = grid(arguments.preferences, arguments.grid_steps, objectives)
+    methods, prompts = cast(list[Any], arguments.methods), arguments.read_prompts()
+    runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
+    batches = runs * -(-len(prompts) // arguments.batch_size)
+    say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}")
+    with progress(batches, "batch") as bar:
+
+        def start(name: str) -> None:
+            write_run(folder, "evaluate", arguments)
+            say(f"{name}")
+
+        table = evaluate(
+            arguments.models(),
+            methods,
+            preferences,
+            prompts,
+            sources,
+            folder / RESULTS,
+            configuration={"rewards": {name: source.configuration() for name, source in sources.items()}},
+            on_start=start,
+            on_batch=lambda run: bar.update(),
+            **arguments.settings(),
+        )
+    say(_means(summarize(cast(Any, table), objectives), objectives))
+    say(f"Measures and figures: trl-parm plot --results {folder / RESULTS} --references '[...]' --output_dir {folder}")
+
+
+def _means(summary: list[dict[str, Any]], objectives: list[str]) -> str:
+    from trl_parm.evaluation.measures import markdown
+
+    rows = [
+        {
+            "method": row["method"],
+            "preference": "-" if row["preference"] is None else ", ".join(f"{w:.2f}" for w in row["preference"]),
+            **{name: f"{row[name]:.3g} ± {row[f'{name}_error']:.2g}" for name in objectives},
+        }
+        for row in summary
+    ]
+    return f"Mean rewards ± standard error; preferences are ({', '.join(objectives)}):\n\n{markdown(rows)}"

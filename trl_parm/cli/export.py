@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-parm export`: an adapter at fixed preferences as plain LoRA, which serving engines load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .common import decoded, grid, parse, required, say, write_run
+
+
+@dataclass
+class ExportArguments:
+    """Arguments of [`peft_pblora.save_as_lora`]."""
+
+    adapter: str = field(default="", metadata={"help": "The adapter: a folder or Hub id."})
+    output_dir: str = field(default="", metadata={"help": "Where the LoRAs go, each in a folder of its own."})
+    preferences: list[str] | None = field(
+        default=None, metadata={"help": "Vectors or mappings by objective, as JSON in a flag."}
+    )
+    grid_steps: int | None = field(default=None, metadata={"help": "A regular grid of so many steps instead."})
+    rank: int | None = field(default=None, metadata={"help": "Pad to this rank, for engines that know certain ranks."})
+    dtype: str = field(default="auto", metadata={"help": "Of the backbone while it is loaded."})
+
+    def __post_init__(self) -> None:
+        self.preferences = decoded(self.preferences)
+        required(self, "adapter", "output_dir")
+
+
+def main(argv: list[str]) -> None:
+    arguments: ExportArguments = parse("export", ExportArguments, argv, __doc__)
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    from peft_pblora import get_objectives, save_as_lora
+
+    if find_adapter_config_file(arguments.adapter) is None:
+        raise ValueError(f"There is no adapter at {arguments.adapter!r}. Name a folder or an id on the Hub.")
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(arguments.adapter, dtype=arguments.dtype)
+    preferences = grid(arguments.preferences, arguments.grid_steps, get_objectives(model))
+    folders = save_as_lora(model, arguments.output_dir, torch.tensor(preferences), rank=arguments.rank)
+    write_run(Path(arguments.output_dir), "export", arguments)
+    for folder in folders:
+        say(str(folder))

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-parm plot`: measures, tables and figures of what `evaluate` has written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from .common import decoded, parse, required, say, write_run
+
+
+if TYPE_CHECKING:
+    from trl_parm.evaluation.fronts import Front
+
+
+@dataclass
+class PlotArguments:
+    """Arguments of `trl-parm plot`."""
+
+    results: list[str] | None = field(default=None, metadata={"help": "Files that evaluate has written."})
+    output_dir: str = field(default="", metadata={"help": "Where tables and figures go."})
+    references: list[str] | None = field(
+        default=None, metadata={"help": "Reference points of the hypervolume: vectors or mappings, as JSON in a flag."}
+    )
+    objectives: list[str] | None = field(
+        default=None, metadata={"help": "Columns with rewards; those that were evaluated if not given."}
+    )
+    methods: list[str] | None = field(default=None, metadata={"help": "Names of methods; all if not given."})
+    against: str | None = field(
+        default=None, metadata={"help": "The method from which the others' differences are taken."}
+    )
+    base: str = field(default="Base", metadata={"help": "The method that is the bare base model, for costs."})
+    resamples: int = field(default=2000, metadata={"help": "Of the bootstrap over prompts."})
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+    name: str = field(default="fronts", metadata={"help": "How the figures' files begin."})
+
+    def __post_init__(self) -> None:
+        self.references = decoded(self.references)
+        required(self, "results", "output_dir")
+
+
+def main(argv: list[str]) -> None:
+    arguments: PlotArguments = parse("plot", PlotArguments, argv, __doc__)
+    from trl_parm.evaluation.fronts import arrange, summarize
+    from trl_parm.evaluation.plots import draw_fronts
+    from trl_parm.records import read_rows
+
+    files = [Path(path) for path in arguments.results or []]
+    rows = _chosen([row for path in files for row in read_rows(path)], arguments.methods)
+    objectives = arguments.objectives or _objectives(files[0])
+    references = [_point(given, objectives) for given in arguments.references or []]
+    folder = Path(arguments.output_dir)
+    tables = _tables(arrange(rows, objectives), objectives, references, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = write_tables(tables, folder)
+    figures = draw_fronts(summarize(rows, objectives), objectives, folder, references, arguments.name)
+    write_run(folder, "plot", arguments)
+    say(text)
+    if not references:
+        say("No hypervolume: it needs a reference point, such as --references '[-3, -5]'.")
+    say(f"Tables are in {folder / 'measures.md'}, figures in {', '.join(path.name for path in figures)}.")
+
+
+def write_tables(tables: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> str:
+    """Writes tables by title as CSV files and together as `measures.md`, and returns that text."""
+    from peft_pblora.output import output_file
+    from trl_parm.evaluation.measures import markdown, write_csv
+
+    found = {title: rows for title, rows in tables.items() if rows}
+    text = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in found.items())
+    for title, rows in found.items():
+        write_csv(rows, folder / f"{title.split()[0].strip(',').lower()}.csv")
+    with output_file(folder / "measures.md") as file:
+        file.write(text + "\n")
+    return text
+
+
+def _tables(
+    found: Sequence[Front], objectives: list[str], references: list[list[float]], arguments: PlotArguments
+) -> dict[str, list[dict[str, Any]]]:
+    from trl_parm.evaluation.measures import correlations, costs, differences, measure
+
+    options = (objectives, references)
+    sampling = {"resamples": arguments.resamples, "seed": arguments.seed}
+    guided = [front.method for front in found if front.preferences is not None]
+    against = arguments.against or next(iter(guided), found[0].method)
+    return {
+        f"Measures with 95 % bootstrap intervals over prompts ({', '.join(objectives)}; higher is better)": measure(
+            found, *options, **sampling
+        ),
+        f"Differences from {against} on the same prompts, with 95 % bootstrap intervals": differences(
+            found, *options, against, **sampling
+        ),
+        "Correlations of rank between the weight of an objective and its reward": correlations(found, objectives),
+        f"Costs, relative to {arguments.base}": costs(found, arguments.base),
+    }
+
+
+def _chosen(rows: list[dict[str, Any]], methods: list[str] | None) -> list[dict[str, Any]]:
+    there = list(dict.fromkeys(row["method"] for row in rows))
+    unknown = [name for name in methods or [] if name not in there]
+    if unknown:
+        raise ValueError(f"The results have no method {unknown[0]!r}; they have {', '.join(there)}.")
+    return [row for name in methods or there for row in rows if row["method"] == name]
+
+
+def _objectives(path: Path) -> list[str]:
+    from trl_parm.records import configuration_path
+
+    beside = configuration_path(path)
+    if not beside.exists():
+        raise ValueError(f"{beside} is missing, which names the objectives. Give them with `objectives`.")
+    return json.loads(beside.read_text(encoding="utf-8"))["objectives"]
+
+
+def _point(given: Any, objectives: list[str]) -> list[float]:
+    """A reference point in the order of the objectives."""
+    if isinstance(given, Mapping):
+        if set(given) != set(objectives):
+            raise ValueError(f"A reference point names {list(given)}, but the objectives are {objectives}.")
+        return [float(given[name]) for name in objectives]
+    try:
+        return [float(value) for value in cast(Any, given)]
+    except (TypeError, ValueError):
+        raise ValueError(f"A reference point is {given!r}, but it must be a list of numbers.") from None

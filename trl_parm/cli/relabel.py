@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-parm relabel`: pairs of responses and reward models → the labelled data set that training takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .common import decoded, load_data, load_rewards, parse, progress, required, say, write_run
+
+
+@dataclass
+class RelabelArguments:
+    """Arguments of [`trl_parm.relabel.relabel`]."""
+
+    data: dict | str | None = field(default=None, metadata={"help": "Pairs: a file or Hub id, or {path: , split: }."})
+    rewards: dict | str | None = field(
+        default=None, metadata={"help": "Objective to module:function, a model, or {source: , template: , ...}."}
+    )
+    output_dir: str = field(default="", metadata={"help": "Where the splits go."})
+    test_size: float = field(default=0.1, metadata={"help": "Pairs in the test split: a share below 1, or a number."})
+    validation_size: float = field(default=0.0, metadata={"help": "The same for the validation split."})
+    tie_margin: float = field(default=0.0, metadata={"help": "How much rewards of a tie may differ."})
+    seed: int = field(default=0, metadata={"help": "Of the split."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs that are scored and written at once."})
+
+    def __post_init__(self) -> None:
+        self.data, self.rewards = decoded(self.data), decoded(self.rewards)
+        required(self, "data", "rewards", "output_dir")
+
+
+def main(argv: list[str]) -> None:
+    arguments: RelabelArguments = parse("relabel", RelabelArguments, argv, __doc__)
+    from trl_parm.evaluation.measures import markdown
+    from trl_parm.relabel import agreement, relabel
+
+    rewards = load_rewards(arguments.rewards)  # pyright: ignore[reportArgumentType]
+    pairs = load_data(arguments.data)
+    folder = Path(arguments.output_dir)
+    with progress(len(rewards) * len(pairs), "pair") as bar:
+
+        def start(objective: str) -> None:
+            write_run(folder, "relabel", arguments)
+            say(f"{objective}: {rewards[objective].source}")
+
+        splits = relabel(
+            pairs,
+            rewards,
+            folder,
+            test_size=arguments.test_size,
+            validation_size=arguments.validation_size,
+            tie_margin=arguments.tie_margin,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            on_start=start,
+            on_batch=bar.update,
+        )
+    say(", ".join(f"{len(rows)} pairs in {folder / f'{name}.jsonl'}" for name, rows in splits.items()))
+    labelled: list[Any] = [row for rows in splits.values() for row in rows]
+    say(markdown(agreement(labelled, list(rewards))))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`trl-parm train`: trains an autoregressive reward model, on one CPU or, with `accelerate launch -m trl_parm`, on a
+cluster."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .common import RUN_FILE, parse, say
+
+
+if TYPE_CHECKING:
+    from trl_parm import PreferenceARMConfig
+    from trl_parm.training.arguments import ARMArguments
+
+SOURCES = {"arguments": ("PairData", "ARMArguments"), "config": ("PreferenceARMConfig",)}
+"""Modules of `trl_parm.training` → their classes, whose documentation is the help of this verb."""
+
+
+def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        print(describe())
+        return
+    from trl_parm import PreferenceARMConfig
+    from trl_parm.training.arguments import ARMArguments
+
+    train(*parse("train", (ARMArguments, PreferenceARMConfig), argv))
+
+
+def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
+    """Trains, evaluates and saves a reward model, with its card and the resolved arguments beside it.
+
+    With `resume` it goes on from the last complete checkpoint, or starts where there is none yet.
+    """
+    from dataclasses import asdict
+
+    from trl_parm import PreferenceARMTrainer
+    from trl_parm.provenance import write_run
+
+    if not sys.stderr.isatty():
+        config.disable_tqdm = True
+    trainer = PreferenceARMTrainer(
+        arguments.model_name_or_path,
+        config,
+        train_dataset=arguments.load(arguments.train_data),
+        eval_dataset=arguments.load(arguments.eval_data),
+        quantization_config=arguments.quantization_config(),
+        peft_config=arguments.peft_config(config.label_columns),  # pyright: ignore[reportArgumentType]
+    )
+    if trainer.is_world_process_zero():
+        write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
+    trainer.train(resume_from_checkpoint=_checkpoint(str(config.output_dir)) if arguments.resume else None)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    trainer.save_model(config.output_dir)
+    trainer.create_model_card()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    # Without this a process may end while another still talks to it, and be counted as failed.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def describe() -> str:
+    """The help: the documentation of the arguments, read from the source, since importing it takes seconds."""
+    folder = Path(__file__).parents[1] / "training"
+    texts = ["usage: trl-parm train [--config FILE.yaml] [--KEY VALUE ...]", __doc__ or ""]
+    for module, names in SOURCES.items():
+        tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
+        found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in names]
+    return "\n\n".join([*texts, "All arguments of transformers.TrainingArguments are keys too."])
+
+
+def _checkpoint(folder: str) -> str | None:
+    from trl_parm.training.setup import last_complete_checkpoint
+
+    try:
+        return last_complete_checkpoint(folder)
+    except ValueError:
+        say(f"There is no complete checkpoint in {folder} yet: starting anew.")
+        return None
