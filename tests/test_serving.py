@@ -216,7 +216,9 @@ def test_bad_arguments_of_a_request_are_refused(changes, message):
     arguments |= {name: value for name, value in changes.items() if name.startswith("guidance_")}
     arguments = {name: value for name, value in arguments.items() if value is not None}
     own = {name: value for name, value in changes.items() if not name.startswith("guidance_")}
-    params = SamplingParams(**{"temperature": 0.0, **own}, extra_args=arguments)
+    params = SamplingParams(temperature=0.0, extra_args=arguments)
+    for name, value in own.items():
+        setattr(params, name, value)
     with pytest.raises(ValueError, match=message):
         Member.of(params)
 

@@ -20,10 +20,10 @@ except ImportError as error:
 
 
 class AsyncGuidance:
-    """`AsyncLLM.generate` with guides. It has to be the engine's only user: the room for families is counted here.
+    """`AsyncLLMEngine.generate` with guides. It has to be the engine's only user: the room for families is counted here.
 
     Args:
-        engine (`vllm.AsyncLLM`): With one of our logits processors and `enable_lora=True`.
+        engine (`vllm.AsyncLLMEngine`): With one of our logits processors and `enable_lora=True`.
 
     Raises:
         ValueError: an engine that can't run coupled requests.
@@ -52,7 +52,7 @@ class AsyncGuidance:
 
         Args:
             prompt (`str` or `list[int]`): A text or token ids.
-            sampling_params (`SamplingParams`): As in `AsyncLLM.generate`, with n = 1 and without stop strings, which
+            sampling_params (`SamplingParams`): As in `AsyncLLMEngine.generate`, with n = 1 and without stop strings, which
                 end one request at a time.
             guidance ([`Guidance`]): The guides.
 

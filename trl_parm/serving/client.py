@@ -62,7 +62,7 @@ def guided_generate(
     params = llm.get_default_sampling_params() if sampling_params is None else sampling_params
     params = _for_each(params, SamplingParams, "sampling_params", len(prompts))
     samples = [make_sample(capacity, llm.get_tokenizer, *of_one) for of_one in zip(prompts, params, guides)]
-    check_lora_slots(engine.vllm_config, engine.list_loras().union(*(sample.need.loras for sample in samples)))
+    check_lora_slots(engine.vllm_config, set(engine.list_loras()).union(*(sample.need.loras for sample in samples)))
     _run(engine, capacity, samples)
     return [sample.result() for sample in samples]
 
