@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from trl_parm.cli.main import VERBS, main
+from trl_parm.demo.command import _parser
 from trl_parm.records import read_rows
 
 
@@ -281,6 +282,19 @@ def test_help_imports_neither_torch_nor_transformers():
     )
     for text in (*VERBS, *keys):
         assert text in result.stdout
+
+
+def test_the_demo_gets_its_arguments(folder, monkeypatch):
+    import trl_parm.demo
+
+    seen = []
+    monkeypatch.setattr(trl_parm.demo, "main", lambda words: seen.append(words) or 7)
+    config = write(folder / "demo.yaml", {"arm": "arm", "share": True, "port": 7000})
+    assert run("demo", "--config", config, "--beta", 0.5) == 7
+    shown = ["--arm", "arm", "--beta", "0.5", "--dtype", "auto", "--host", "127.0.0.1", "--port", "7000", "--share"]
+    assert seen == [shown]
+    assert vars(_parser().parse_args(shown))["port"] == 7000
+    assert run("demo") == 2
 
 
 def test_the_module_is_the_command():

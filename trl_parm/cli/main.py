@@ -19,8 +19,9 @@ VERBS = {
     "evaluate": "decode and score prompts with all methods at all preferences",
     "plot": "measures, tables and figures of an evaluation",
     "export": "write an adapter at fixed preferences as plain LoRA",
+    "demo": "serve a page where a preference slider steers a model",
 }
-"""Verb → what it does. Each is a module of this package with a function `main`."""
+"""Verb → what it does. Each is a module of this package with a function `main`, which may return an exit code."""
 HELP = ("-h", "--help")
 TRACEBACK = "TRL_PARM_TRACEBACK"
 """Set in the environment, an error ends with where it came from instead of one line."""
@@ -44,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = f"trl-parm {argv[0]}" if argv and argv[0] in VERBS else "trl-parm"
     try:
-        run(argv)
+        return run(argv)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         _say_last(f"{name}: interrupted; the same command goes on from here")
         return 130
@@ -55,11 +57,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _say_last(f"{name}: error: {' '.join(str(error).split())}")
         return 2
-    return 0
 
 
-def run(argv: list[str]) -> None:
-    """Runs a verb. Raises `ValueError` if there is none of that name."""
+def run(argv: list[str]) -> int:
+    """Runs a verb and returns its exit code. Raises `ValueError` if there is none of that name."""
     verb = argv[0] if argv else ""
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
@@ -68,7 +69,7 @@ def run(argv: list[str]) -> None:
     module = importlib.import_module(f"{__package__}.{verb}")
     if not set(argv) & set(HELP):
         _prepare()
-    module.main(argv[1:])
+    return module.main(argv[1:]) or 0
 
 
 def overview() -> str:

@@ -168,7 +168,13 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> Decoding:
         if len(owners) > 1:
             raise ValueError("The LoRAs of a soup need one backbone. Tune all of them from one model.")
         names = {objective: name for objective, (_, name) in found.items()}
-        return Decoding(generator=lambda α: rewarded_soup(names, _ordered(α, names), next(iter(owners.values()))))
+        owner: Any = next(iter(owners.values()))
+
+        def soup(weights: dict[str, float]) -> Any:
+            owner.base_model.set_adapter([])  # the soup before, which goes
+            return rewarded_soup(names, _ordered(weights, names), owner)
+
+        return Decoding(generator=soup)
     wholes = {objective: models.apart(policy) for objective, policy in policies.items()}
     return Decoding(generator=lambda α: rewarded_soup(wholes, _ordered(α, wholes)))
 
