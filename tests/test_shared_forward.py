@@ -98,8 +98,8 @@ def test_one_forward_answers_as_two(name, mode, monkeypatch):
     if settings.get("prompts") == 1 and "row" in name:
         pytest.skip("it has a preference for each of three rows")
     own = []
-    forward = LM._forward
-    monkeypatch.setattr(LM, "_forward", lambda self, *args: (own.append(self), forward(self, *args))[1])
+    feed = LM.feed
+    monkeypatch.setattr(LM, "feed", lambda self, *args: (own.append(self), feed(self, *args))[1])
     joint = generate(model, formula(model), **settings)
     assert bool(own) == (mode in ALONE)
     separate = generate(model, formula(model, shared_forward=False), **settings)
@@ -116,6 +116,41 @@ def test_each_token_costs_one_forward_of_all_rows():
     rows.clear()
     generate(model, FORMULAS["MOD-w2s"][1](model), max_new_tokens=6)
     assert rows == [9] * 6
+
+
+def test_guides_on_one_small_model_run_in_one_forward():
+    """Weak to strong: each token costs the small model one forward of all its adapters."""
+    small, base = lora_model("helpful", "harmless"), tiny_llama(6)
+    rows = base_forwards(small)
+    for name, guides in (("GenARM", 2), ("MOD-w2s", 3)):
+        texts = []
+        for shared in (True, False):
+            rows.clear()
+            processor = FORMULAS[name][1](small, shared_forward=shared)
+            texts.append(
+                base.generate(
+                    PROMPTS, attention_mask=MASK, max_new_tokens=6, num_beams=2, eos_token_id=-1,
+                    logits_processor=[processor],
+                )
+            )  # fmt: skip
+            assert rows == ([6 * guides] * 6 if shared else [6] * 6 * guides)
+        assert torch.equal(*texts)
+
+
+def test_guides_on_one_small_model_follow_changes_between_calls():
+    """The very same prompt tensor, with other weights and another preference."""
+    base, small = tiny_llama(6), tiny_arm(tiny_llama(1))
+    texts = []
+    for shared in (True, False):
+        first, second = LM(small, [0.9, 0.1], shared_forward=shared), LM(small, [0.2, 0.8], shared_forward=shared)
+        guide, found = GuidedLogitsProcessor(BASE + first - 0.5 * second), []
+        for preference in ([0.9, 0.1], [0.0, 1.0]):
+            first.set_preference(preference)
+            found.append(base.generate(PROMPTS, attention_mask=MASK, max_new_tokens=6, logits_processor=[guide]))
+        texts.append(found)
+    assert not torch.equal(texts[0][0], texts[0][1])
+    for ours, theirs in zip(*texts):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_prompt_in_many_rows_is_read_once():

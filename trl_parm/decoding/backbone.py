@@ -23,9 +23,10 @@ from .adapters import AdapterSwitch
 from .guided import GuidedLogitsProcessor
 from .joint import JointCache, JointRows
 from .joint_forward import PER_ROW, JointForward
+from .joint_lm import JointLM
 from .joint_static import JointStaticCache, holds_plain_attention
 from .rows import RowAdapters
-from .running import GenerateCall, running_generate
+from .running import GenerateCall, guided_generate, running_generate
 
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class SharedBackbone:
         self._guides_run = False
         self._joint: weakref.ref[JointRows] | None = None
         self._states: list[tuple] = []
+        self._family: JointLM | None = None
+        self._answered: tuple[weakref.ref[torch.Tensor], dict[LM, torch.Tensor]] | None = None
         self._entered: list[tuple[ExitStack, JointForward | None]] = []
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True, always_call=True)
@@ -93,6 +96,22 @@ class SharedBackbone:
         """What the last joint forward says of a guide after these tokens, or `None`: then it has to run itself."""
         cache = self._joint() if self._joint else None
         return cache.logits_of(guide, input_ids) if isinstance(cache, JointRows) else None
+
+    def log_probs_of(self, guide: LM, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """log π of a guide after these tokens from one forward of all guides of this model, or `None` if it is alone.
+
+        For guides beside the base model: adapters on a small model, or where base and guides can't have one forward.
+        """
+        known = self._answered and self._answered[0]() is input_ids and guide in self._answered[1]
+        if not known or self._family is None or self._family.is_outdated:
+            call = guided_generate(GuidedLogitsProcessor)
+            guides = self._guides(call) if call is not None else []
+            if guide not in guides or len(guides) < 2 or self.obstacle(guides) is not None:
+                return None
+            if self._family is None or self._family.members != guides:
+                self._family = JointLM(guides)
+            self._answered = weakref.ref(input_ids), self._family.log_probs(input_ids)
+        return cast(Any, self._answered)[1][guide]
 
     # What follows looks at the stack and changes what acts in the model, once for each forward. A compiled forward
     # finds it done, so that there is nothing in its graph that a new token or another preference would change.

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
 
-from .backbone import SharedBackbone
 from .guide_model import has_sliding_window
 from .joint_forward import adapter_rows, set_preferences
-from .language_model import LM
 from .prefix import Prefix, read, window_of
 from .text_cache import TextCache
 from .texts import Texts
+
+
+if TYPE_CHECKING:
+    from .language_model import LM
 
 
 class JointLM:
@@ -72,12 +74,17 @@ class JointLM:
         answers = self._prefix.log_probs[tokens.shape[1]]
         return dict(zip(self.members, answers.split(rows)))
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether weights or preferences have changed since it was asked last."""
+        return [member.state() for member in self.members] != self._states
+
     def _follow_changes(self) -> None:
         """Forgets what was computed with other weights or preferences."""
-        if (states := [member.state() for member in self.members]) != self._states:
+        if self.is_outdated:
             for cache in self._caches:
                 cache.reset()
-            self._prefix, self._states = None, states
+            self._prefix, self._states = None, [member.state() for member in self.members]
 
     def _check(self, rows: int) -> None:
         """Holes in a cache shift the windows of sliding attention, which are counted in columns."""
@@ -108,7 +115,7 @@ def _acting(group: Sequence[LM], rows: int) -> Iterator[None]:
     read = [torch.arange((len(group) - len(adapted)) * rows)] + [torch.arange(rows)] * len(adapted)
     set_preferences(guides, read, rows)
     shared = group[0].shared
-    assert isinstance(shared, SharedBackbone)
+    assert shared is not None
     with shared.rows(adapter_rows(guides, read)):
         yield
 
@@ -116,7 +123,7 @@ def _acting(group: Sequence[LM], rows: int) -> Iterator[None]:
 def _obstacle(members: Sequence[LM]) -> str | None:
     """Why the members can't have one forward, or `None` if they can."""
     shared = members[0].shared
-    assert isinstance(shared, SharedBackbone)
+    assert shared is not None
     return shared.obstacle(members)
 
 

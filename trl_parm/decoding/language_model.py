@@ -118,7 +118,11 @@ class LM(Scorer):
         logits = _given.get().get(self)
         if logits is None and self.shared:
             logits = self.shared.logits_of(self, input_ids)
-        log_probs = self._log_probs(input_ids) if logits is None else torch.log_softmax(logits.float(), dim=-1)
+        log_probs = None if logits is None else torch.log_softmax(logits.float(), dim=-1)
+        if log_probs is None and self.shared:
+            log_probs = self.shared.log_probs_of(self, input_ids)
+        if log_probs is None:
+            log_probs = self._log_probs(input_ids)
         if self.vocabulary is not None:
             log_probs = self.vocabulary.to_base(log_probs, scores.shape[-1])
         elif log_probs.shape[-1] != scores.shape[-1]:
