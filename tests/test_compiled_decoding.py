@@ -10,11 +10,13 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
+from peft import PeftModel, get_peft_model
 from test_decoders import BETAS, MASK, MODES, PROMPTS, ROWS
+from test_guides import lora_model
 from test_shared_forward import FORMULAS, base_forwards, generate
 from transformers import CompileConfig, StaticCache
 
-from peft_pblora import fold
+from peft_pblora import MoSLoraConfig, PBLoraConfig, fold, save_as_lora, set_preference
 from trl_parm import BASE, LM, GenARMLogitsProcessor, GuidedLogitsProcessor, PARMLogitsProcessor, Scorer
 
 
@@ -308,6 +310,80 @@ def test_one_graph_of_the_whole_model(shared):
     base, guide = arm.get_base_model() if shared else small_llama(0), PARMLogitsProcessor(arm, [0.3, 0.7])
     assert torch.equal(text(base, guide, **compiler.settings), text(base, guide))
     assert len(compiler.graphs) == 1
+
+
+def merged(arm, path):
+    arm.merge_adapter()
+    return arm
+
+
+def unloaded(arm, path):
+    return arm.merge_and_unload()
+
+
+def exported(arm, path):
+    save_as_lora(arm, path, [0.3, 0.7])
+    return PeftModel.from_pretrained(small_llama(0), path).eval()
+
+
+@pytest.mark.parametrize("fixed", [merged, unloaded, exported])
+@pytest.mark.parametrize("config", [PBLoraConfig, MoSLoraConfig])
+def test_an_arm_fixed_at_a_preference_guides_as_the_one_that_is_not(config, fixed, tmp_path):
+    def arm():
+        torch.manual_seed(5)
+        settings = config(
+            objectives=["a", "b"], target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_weights=False
+        )
+        model = get_peft_model(small_llama(0), settings).eval()
+        set_preference(model, [0.3, 0.7])
+        return model
+
+    settings = {"return_dict_in_generate": True, "output_scores": True}
+    expected = text(small_llama(0), PARMLogitsProcessor(arm(), beta=0.5), **settings)
+    guide = fixed(arm(), tmp_path)
+    assert_same(text(small_llama(0), PARMLogitsProcessor(guide, beta=0.5), **settings), expected)
+    if fixed is exported:
+        compiler = Compiler()
+        joint = text(guide.get_base_model(), PARMLogitsProcessor(guide, beta=0.5), **settings, **compiler.settings)
+        assert_same(joint, expected)
+
+
+def test_a_merged_arm_has_one_preference():
+    arm = tiny_arm(small_llama(0))
+    set_preference(arm, [0.3, 0.7])
+    guide = PARMLogitsProcessor(merged(arm, None), [0.3, 0.7])
+    text(small_llama(0), guide)
+    guide.set([1.0, 0.0])
+    with pytest.raises(ValueError, match="is merged into the base weights at one preference"):
+        text(small_llama(0), guide)
+    with pytest.raises(ValueError, match="'default' is merged into the weights, so the model can't run without it"):
+        text(small_llama(0), GuidedLogitsProcessor(BASE + LM(arm, disable_adapter=True)))
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_arm(small_llama(0)), lambda: lora_model("helpful")])
+def test_a_guide_merged_into_the_model_that_generates_is_refused(make):
+    """That model is not the base model any more. The weights stay as they are, and it works again when unmerged."""
+    model = make()
+    base, guide = model.get_base_model(), GuidedLogitsProcessor(BASE + LM(model))
+    before = text(base, guide)
+    model.merge_adapter()
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    for settings in ({}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}):
+        with pytest.raises(ValueError, match="is merged into the weights, so the model can't run without it. Call"):
+            text(base, guide, **settings)
+    assert all(torch.equal(weight, weights[name]) for name, weight in base.state_dict().items())
+    model.unmerge_adapter()
+    assert torch.equal(text(base, guide), before)
+
+
+@pytest.mark.parametrize("active", ["sft", "arm"])
+def test_a_guide_beside_a_merged_adapter_is_refused(active):
+    """PEFT lets no adapter act in a layer with a merged one: the guide would be the base model."""
+    model = lora_model("sft", "arm")
+    model.set_adapter(active)
+    model.merge_adapter(["sft"])
+    with pytest.raises(ValueError, match="'sft' is merged into the weights, so the model can't run with"):
+        text(model.get_base_model(), GuidedLogitsProcessor(BASE + LM(model, adapter_name="arm")))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import logging
 import torch
 from transformers import LogitsProcessor
 
-from .running import asks_what_is_forbidden, running_generate
+from .running import asks_what_is_forbidden, processors_of_batch, running_generate
 from .scorers import Scorer
 
 
@@ -17,13 +17,15 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     Tokens that the base model excludes (a score of −inf) stay excluded. Temperature, top-k and top-p act on the
     guided distribution, since `generate` applies them after custom processors; a repetition penalty acts on the base
-    model alone. With `cache_implementation="paged"` transformers drops custom processors; that is an error here.
+    model alone. In continuous batching, `generate_batch` and `cache_implementation="paged"`, transformers drops custom
+    processors; that is an error here.
 
     Args:
         formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
 
     Raises:
         TypeError: something else than a scorer.
+        NotImplementedError: when called, in continuous batching, with the last token of every row alone.
     """
 
     def __init__(self, formula: Scorer) -> None:
@@ -37,6 +39,11 @@ class GuidedLogitsProcessor(LogitsProcessor):
         if asks_what_is_forbidden():
             # The draft is checked against the guided distribution afterwards: an answer here would cost a forward.
             return scores
+        if input_ids.ndim != 2:
+            raise NotImplementedError(
+                f"Guidance needs all tokens of every row, of shape (rows, length), but got {tuple(input_ids.shape)}: "
+                "continuous batching passes the last ones alone. Use `generate`."
+            )
         guided = self.formula(input_ids, scores)
         return guided.masked_fill(scores == -torch.inf, -torch.inf)
 
@@ -45,23 +52,31 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
 
 class _RefuseContinuousBatching(logging.Filter):
-    """transformers announces in its log that it goes over to continuous batching, which drops custom processors.
+    """transformers goes over to continuous batching, which drops custom processors, with no other sign than its log.
 
-    There is no other sign of it before the first token. The logger has to pass every record here, whatever the
-    verbosity, so this filter also does what the level of the loggers above would have done.
+    So a logger passes all records here, at a level that nobody else sets, and this filter does what the level of the
+    logger above it would have done.
     """
 
+    def __init__(self, name: str, level: int, above: str | None) -> None:
+        super().__init__()
+        self.logger, self.level, self.above = logging.getLogger(name), level, above
+        self.logger.setLevel(level)
+        self.logger.addFilter(self)
+
     def filter(self, record: logging.LogRecord) -> bool:
-        if "cache_implementation=paged" in str(record.msg):
-            call = running_generate()
-            if call and any(isinstance(processor, GuidedLogitsProcessor) for processor in call.processors):
-                raise NotImplementedError(
-                    '`cache_implementation="paged"` drops logits processors, so the text would not be guided. Use the '
-                    "default cache."
-                )
-        return record.levelno >= logging.getLogger("transformers").getEffectiveLevel()
+        dropped, call = processors_of_batch(), running_generate()
+        if call is not None and "cache_implementation=paged" in str(record.msg):
+            dropped += call.processors
+        if any(isinstance(processor, GuidedLogitsProcessor) for processor in dropped):
+            raise NotImplementedError(
+                'Continuous batching (`generate_batch`, `cache_implementation="paged"`) drops logits processors, so '
+                "the text would not be guided. Use `generate` with the default cache or a static one."
+            )
+        chosen = self.logger.level != self.level
+        return chosen or record.levelno >= logging.getLogger(self.above).getEffectiveLevel()
 
 
-_generate_log = logging.getLogger("transformers.generation.utils")
-_generate_log.setLevel(logging.DEBUG)
-_generate_log.addFilter(_RefuseContinuousBatching())
+_RefuseContinuousBatching("transformers.generation.utils", logging.DEBUG - 1, above="transformers")
+# Above DEBUG, at which `generate_batch` shows no progress.
+_RefuseContinuousBatching("ContinuousBatchingLogger", logging.INFO - 1, above=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 
 _GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+_GENERATE_BATCH = inspect.unwrap(GenerationMixin.generate_batch).__code__
 _DRAFT_FROM_PROMPT = PromptLookupCandidateGenerator.get_candidates.__code__
 
 
@@ -65,9 +66,15 @@ def asks_what_is_forbidden() -> bool:
     return frame is not None and frame.f_code is _DRAFT_FROM_PROMPT
 
 
-def _frames() -> Iterator[Any]:
+def processors_of_batch() -> list[LogitsProcessor]:
+    """The logits processors that a running `generate_batch` was given, which takes any argument and ignores it."""
+    calls = (frame.f_locals["kwargs"] for frame in _frames(_GENERATE_BATCH))
+    return list(next(calls, {}).get("logits_processor") or ())
+
+
+def _frames(code: CodeType = _GENERATE) -> Iterator[Any]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if frame.f_code is _GENERATE:
+        if frame.f_code is code:
             yield frame
         frame = frame.f_back
