@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,12 +35,12 @@ def describe_machine() -> str:
     return f"{name}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleave(variants: Mapping[Any, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[Any, list[float]]:
     """Runs all variants in turn, `repeats` times, and returns each one's seconds for each round."""
     for run in variants.values():
         for _ in range(warmup):
             run()
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[Any, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
             start = _now()

@@ -3,7 +3,7 @@
 
     python benchmarks/shared_backbone.py [--models ...] [--dtype float32|bfloat16] [--kernels onednn|torch]
 
-Decode steps after one prompt, beside the unguided base model at the same batch size: PARM and GenARM in one forward,
+Decoding after one prompt, beside the unguided base model at the same batch size: PARM and GenARM in one forward,
 the same in forwards of their own, and the authors' way, which we wrote as a naive twin: two forwards, one prompt at a
 time, and an adapter that multiplies out its m×n product in every layer of every forward.
 """
@@ -61,7 +61,7 @@ def measure(name: str, args: argparse.Namespace):
             module.forward = DenseTwin(module)
     for batch in args.batch_sizes:
         yield from of_batch(name, batch, base, parm, genarm, dense, args)
-    yield of_sweep(name, base, parm, args)
+    yield from of_sweep(name, base, parm, args)
 
 
 def shared_copy(model):
@@ -73,60 +73,64 @@ def shared_copy(model):
 
 
 def of_batch(name, batch, base, parm, genarm, dense, args):
-    ids, settings = prompts(batch, PROMPT, device()), generation(args.tokens)
-    preference, arms = [0.3, 0.7], {"helpful": "helpful", "harmless": "harmless"}
+    ids, preference = prompts(batch, PROMPT, device()), [0.3, 0.7]
+    arms = {"helpful": "helpful", "harmless": "harmless"}
     parm_base, genarm_base = parm.get_base_model(), genarm.get_base_model()
 
     def guided(model, processor):
-        return lambda: model.generate(ids, logits_processor=[processor()], **settings)
+        return lambda tokens: model.generate(ids, logits_processor=[processor()], **generation(tokens))
+
+    def of_genarm(**settings):
+        return lambda: GenARMLogitsProcessor(arms, preference, adapters_of=genarm, **settings)
 
     variants = {
-        "unguided": lambda: base.generate(ids, **settings),
+        "unguided": lambda tokens: base.generate(ids, **generation(tokens)),
         "PARM, one forward": guided(parm_base, lambda: PARMLogitsProcessor(parm, preference)),
         "PARM, two forwards": guided(parm_base, lambda: PARMLogitsProcessor(parm, preference, shared_forward=False)),
-        "GenARM k=2, one forward": guided(
-            genarm_base, lambda: GenARMLogitsProcessor(arms, preference, adapters_of=genarm)
-        ),
-        "GenARM k=2, three forwards": guided(
-            genarm_base,
-            lambda: GenARMLogitsProcessor(arms, preference, adapters_of=genarm, shared_forward=False),
-        ),
+        "GenARM k=2, one forward": guided(genarm_base, of_genarm()),
+        "GenARM k=2, three forwards": guided(genarm_base, of_genarm(shared_forward=False)),
     }
     if batch == 1:
-        variants["the authors' way"] = lambda: authors_decode(base, dense, ids, args.tokens)
-    times = interleave(variants, args.repeats, warmup=1)
+        variants["the authors' way"] = lambda tokens: authors_decode(base, dense, ids, tokens)
+    whole, steps = timed(variants, args)
     for variant in variants:
-        yield line(name, batch, variant, times, "unguided", {"/ PARM, one forward": "PARM, one forward"})
+        yield line(name, batch, variant, whole, steps)
 
 
 def of_sweep(name, base, parm, args):
     """Eleven preferences of one prompt at once, beside one unguided sequence and eleven guided ones in turn."""
-    ids, settings = prompts(1, PROMPT, device()), generation(args.tokens)
-    grid, model = preference_grid(["a", "b"], 10), parm.get_base_model()
+    ids, grid, model = prompts(1, PROMPT, device()), preference_grid(["a", "b"], 10), parm.get_base_model()
 
-    def in_turn():
+    def in_turn(tokens):
         for preference in grid:
             guide = PARMLogitsProcessor(parm, preference, shared_forward=False)
-            model.generate(ids, logits_processor=[guide], **settings)
+            model.generate(ids, logits_processor=[guide], **generation(tokens))
+
+    def at_once(tokens):
+        guide = PARMLogitsProcessor(parm, grid)
+        return model.generate(ids.repeat(11, 1), logits_processor=[guide], **generation(tokens))
 
     variants = {
-        "unguided": lambda: base.generate(ids, **settings),
-        "sweep": lambda: model.generate(
-            ids.repeat(11, 1), logits_processor=[PARMLogitsProcessor(parm, grid)], **settings
-        ),
-        "in turn": in_turn,
+        "unguided": lambda tokens: base.generate(ids, **generation(tokens)),
+        "11 α of one prompt, one forward": at_once,
+        "11 α in turn, two forwards": in_turn,
     }
-    times = interleave(variants, max(3, args.repeats // 2), warmup=1)
-    found = line(
-        name,
-        "11 α of one prompt",
-        "sweep, one forward",
-        {**times, "sweep, one forward": times["sweep"]},
-        "unguided",
-        {},
-    )
-    found["in turn, two forwards / this"] = text(paired_ratio(times, "in turn", "sweep"))
-    return found
+    whole, steps = timed(variants, args)
+    for variant in list(variants)[1:]:
+        yield line(name, 1, variant, whole, steps)
+
+
+def timed(variants, args) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of whole calls, and of all their tokens but the first, which the prompt's forward gives."""
+    calls = {
+        (variant, tokens): lambda run=run, tokens=tokens: run(tokens)
+        for variant, run in variants.items()
+        for tokens in (1, args.tokens)
+    }
+    times = interleave(calls, args.repeats, warmup=1)
+    whole = {variant: times[variant, args.tokens] for variant in variants}
+    first = {variant: times[variant, 1] for variant in variants}
+    return whole, {name: [a - b for a, b in zip(whole[name], first[name])] for name in variants}
 
 
 def generation(tokens: int) -> dict[str, object]:
@@ -158,10 +162,12 @@ class DenseTwin:
         return self.layer.base_layer(x) + F.linear(x.to(delta.dtype), delta).to(x.dtype)
 
 
-def line(name, batch, variant, times, unit, others) -> dict[str, object]:
-    found = {"model": name, "batch": batch, "": variant, "time / unguided": text(paired_ratio(times, variant, unit))}
-    for column, other in others.items():
-        found[f"time {column}"] = f"{paired_ratio(times, variant, other)[0]:.2f}"
+def line(name, batch, variant, whole, steps) -> dict[str, object]:
+    found: dict[str, object] = {"model": name, "batch": batch, "": variant}
+    found["token / unguided token"] = text(paired_ratio(steps, variant, "unguided"))
+    found["with the prompt"] = f"{paired_ratio(whole, variant, 'unguided')[0]:.2f}"
+    one = next(other for other in steps if other.endswith("one forward"))
+    found["token / token in one forward"] = f"{paired_ratio(steps, variant, one)[0]:.2f}"
     print(found, flush=True)
     return found
 
@@ -174,9 +180,10 @@ def notes(args: argparse.Namespace) -> list[str]:
     kernels = ", linear layers by oneDNN with packed weights" if args.kernels == "onednn" else ""
     capability = "" if torch.cuda.is_available() else f"; the CPU has {torch.backends.cpu.get_cpu_capability()}"
     return [
-        f"{args.dtype}{kernels}{capability}. `generate`, greedy, {args.tokens} tokens after prompts of {PROMPT}, "
-        f"prefill included; median [quartiles] of {args.repeats} paired rounds. The authors' way decodes "
-        "prompt by prompt, so that a batch takes it as many times as long as one.",
+        f"{args.dtype}{kernels}{capability}. `generate`, greedy, {args.tokens} tokens after prompts of {PROMPT}; median "
+        f"[quartiles] of {args.repeats} paired rounds. A token: the time of all but the first, whose forward reads the "
+        "prompt. In one forward: PARM's, or that of the eleven preferences. The authors' way decodes prompt by prompt, "
+        "so that a batch takes it as many times as long as one.",
     ]
 
 
