@@ -180,10 +180,10 @@ def notes(args: argparse.Namespace) -> list[str]:
     kernels = ", linear layers by oneDNN with packed weights" if args.kernels == "onednn" else ""
     capability = "" if torch.cuda.is_available() else f"; the CPU has {torch.backends.cpu.get_cpu_capability()}"
     return [
-        f"{args.dtype}{kernels}{capability}. `generate`, greedy, {args.tokens} tokens after prompts of {PROMPT}; median "
-        f"[quartiles] of {args.repeats} paired rounds. A token: the time of all but the first, whose forward reads the "
-        "prompt. In one forward: PARM's, or that of the eleven preferences. The authors' way decodes prompt by prompt, "
-        "so that a batch takes it as many times as long as one.",
+        f"{args.dtype}{kernels}{capability}. `generate`, greedy, {args.tokens} tokens after prompts of {PROMPT}; "
+        f"median [quartiles] of {args.repeats} paired rounds. A token: the time of all but the first, whose forward "
+        "reads the prompt. In one forward: PARM's, or that of the eleven preferences. The authors' way decodes prompt "
+        "by prompt, so that a batch takes it as many times as long as one.",
     ]
 
 

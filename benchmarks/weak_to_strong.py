@@ -34,8 +34,9 @@ def main() -> None:
         "weak_to_strong",
         rows,
         [
-            f"{args.base} guided by {args.guide}, {args.dtype}; greedy, {args.tokens} tokens after prompts of {PROMPT}, "
-            f"median [quartiles] of {args.repeats} paired rounds. Extra parameters: of everything but the base model."
+            f"{args.base} guided by {args.guide}, {args.dtype}; greedy, {args.tokens} tokens after prompts of "
+            f"{PROMPT}; median [quartiles] of {args.repeats} paired rounds. Extra parameters: of everything but the "
+            "base model.",
         ],
     )
 
