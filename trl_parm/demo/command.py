@@ -27,11 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         return _refuse(f"the demo needs {', '.join(missing)}: pip install 'trl-parm[demo]'")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio looks before any page is made
+    from trl_parm.decoding.processors import guidance_strength
+
     from .answering import Answering
     from .loading import load_models, one_line
     from .page import Page
 
     try:
+        guidance_strength(args.beta)
         page = Page(Answering(load_models(args.arm, args.model, args.dtype)), args.beta)
     except ValueError as error:
         return _refuse(one_line(error))

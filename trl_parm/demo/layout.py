@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -46,7 +47,7 @@ class Layout:
 
     def _head(self, answering: Answering) -> None:
         base, arm = (html.escape(_short(name)) for name in (answering.models.base_name, answering.models.arm_name))
-        gr.HTML(
+        _html(
             f'<div class="parm-head"><h1>Steer a frozen model with a slider</h1><p>The base model <b>{base}</b> stays '
             f"as it is. The reward model <b>{arm}</b> guides each token towards your preference.</p></div>"
         )
@@ -56,11 +57,11 @@ class Layout:
         k = len(self.objectives)
         with gr.Group():
             self.weights = [
-                gr.Slider(0, 1, start, step=0.01, label=name, interactive=k > 1, elem_id=f"weight-{i}")
+                gr.Slider(0, 1, start, step=0.01, label=name, interactive=k > 1, buttons=[], elem_id=f"weight-{i}")
                 for i, (name, start) in enumerate(zip(self.objectives, uniform(k), strict=True))
             ]
         text = "The weights sum to 1: move one, the others follow." if k > 1 else "The only objective has all weight."
-        gr.HTML(f'<div class="parm-note">{text}</div>')
+        _html(f'<div class="parm-note">{text}</div>')
         info = "Guidance has strength 1/β: smaller is stronger."
         self.beta = gr.Number(beta, label="β", info=info, step=0.1, elem_id="beta")
         with gr.Accordion("Sampling", open=False):
@@ -71,30 +72,37 @@ class Layout:
             self.seed = gr.Number(0, precision=0, label="Seed", info="Both answers share its noise.", elem_id="seed")
 
     def _question(self) -> None:
-        self.prompt = gr.Textbox(
-            label="Prompt", placeholder="Ask something, then press Enter", lines=1, max_lines=6, autofocus=True,
-            elem_id="prompt",
-        )  # fmt: skip
-        gr.Examples([[text] for text in EXAMPLES], inputs=[self.prompt], label="For example")
-        with gr.Row():
-            self.send = gr.Button("Send", variant="primary", elem_id="send")
-            self.stop = gr.Button("Stop", elem_id="stop")
-        self.status = gr.HTML(markup.status("Move a slider, ask, and compare."), elem_id="status")
+        with gr.Row(equal_height=False, elem_classes="parm-ask"):
+            self.prompt = gr.Textbox(
+                label="Prompt", placeholder="Ask something, then press Enter", lines=1, max_lines=6, autofocus=True,
+                scale=6, elem_id="prompt",
+            )  # fmt: skip
+            self.send = gr.Button("Send", variant="primary", scale=1, min_width=100, elem_id="send")
+            self.stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
+        gr.Examples([[text] for text in EXAMPLES], inputs=[self.prompt], label="For example", elem_id="examples")
+        self.status = _html(markup.status("Move a slider, ask, and compare."), elem_id="status")
 
     def _answers(self) -> None:
         base, guided = markup.cards(Reply(), "at your preference", self.measures)
         with gr.Row(equal_height=True):
-            self.base, self.guided = gr.HTML(base, elem_id="base"), gr.HTML(guided, elem_id="guided")
-        self.legend = gr.HTML(markup.colour_legend(None), elem_id="legend")
-        self.cost = gr.HTML("", elem_id="cost")
+            self.base, self.guided = _html(base, elem_id="base"), _html(guided, elem_id="guided")
+        self.legend = _html("", elem_id="legend")
+        self.cost = _html("", elem_id="cost")
 
     def _session(self) -> None:
-        gr.HTML("<h2>This session</h2>")
-        self.picture = gr.HTML(picture([], self.objectives), elem_id="picture")
-        gr.HTML(markup.explained(self.measures))
-        with gr.Accordion("The answers as a table", open=False):
-            self.table = gr.HTML(markup.table([], self.objectives), elem_id="table")
-        self.clear = gr.Button("Clear the session", size="sm", elem_id="clear")
+        with gr.Row(equal_height=True):
+            _html('<h2 class="parm-title">This session</h2>')
+            self.clear = gr.Button("Clear", size="sm", elem_id="clear")
+        with gr.Row():
+            with gr.Column(scale=4, min_width=380):
+                self.picture = _html(picture([], self.objectives), elem_id="picture")
+            with gr.Column(scale=3, min_width=320):
+                self.table = _html(markup.table([], self.objectives), elem_id="table")
+                _html(markup.explained(self.measures))
+
+
+def _html(text: str, **options: Any) -> gr.HTML:
+    return gr.HTML(text, elem_classes="parm", **options)
 
 
 def _short(name: str) -> str:

@@ -13,10 +13,17 @@ from .session import Entry
 
 FULL_COLOUR = 0.9
 """Which quantile of the tokens' log-ratios has full colour: a single token would make all others pale."""
+MOST_OF_PROMPT = 200
 STYLE = """
+.parm .html-container {padding: 0; height: 100%}
+.parm .prose {height: 100%}
 .parm-head p {margin: 2px 0 0; opacity: .75}
+.parm-title {margin: 8px 0 0 !important}
+.parm-ask {align-items: end}
+#send, #stop {max-height: 44px; margin-bottom: 8px}
+#clear {flex: 0 0 90px; align-self: center; min-width: 90px}
 .parm-card {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px; min-height: 168px;
-  background: var(--background-fill-primary)}
+  height: 100%; box-sizing: border-box; background: var(--background-fill-primary)}
 .parm-card h3 {margin: 0 0 8px; font-size: 15px; display: flex; justify-content: space-between; gap: 8px}
 .parm-card h3 small {font-weight: 400; opacity: .65; font-variant-numeric: tabular-nums}
 .parm-card .text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6}
@@ -29,7 +36,11 @@ STYLE = """
 .parm-status {min-height: 22px; font-size: 14px}
 .parm-status.error {color: #b3261e; font-weight: 600}
 .dark .parm-status.error {color: #ff8a80}
-.parm-cost {font-size: 14px; display: flex; flex-wrap: wrap; gap: 4px 20px; font-variant-numeric: tabular-nums}
+.parm-cost {font-size: 14px; font-variant-numeric: tabular-nums; display: grid; gap: 4px; margin-top: 6px}
+.parm-cost .bar {display: flex; align-items: center; gap: 10px}
+.parm-cost .bar span:first-child {width: 54px}
+.parm-cost .bar i {display: block; height: 10px; border-radius: 3px; background: var(--neutral-400)}
+.parm-cost .bar i.extra {background: var(--color-accent); margin-left: -9px}
 .parm-legend {font-size: 13px; display: flex; flex-wrap: wrap; align-items: center; gap: 4px 18px; opacity: .85}
 .parm-bar {display: inline-block; width: 84px; height: 10px; border-radius: 5px; vertical-align: -1px}
 .parm-dot {display: inline-block; width: 11px; height: 11px; border-radius: 50%; border: 1.5px solid;
@@ -48,11 +59,13 @@ STYLE = """
 .parm-planes circle.newest {stroke-width: 2.2}
 .parm-empty {min-height: 120px; display: grid; place-items: center; opacity: .55;
   border: 1px dashed var(--border-color-primary); border-radius: 10px}
-.parm-table {overflow: auto; max-height: 300px}
-.parm-table table {border-collapse: collapse; font-size: 13px; width: 100%}
-.parm-table td, .parm-table th {padding: 3px 10px 3px 0; text-align: right; border-bottom: 1px solid
-  var(--border-color-primary); font-variant-numeric: tabular-nums; white-space: nowrap}
-.parm-table td:nth-child(2), .parm-table th:nth-child(2) {text-align: left; white-space: normal; min-width: 160px}
+.parm-table {overflow: auto; max-height: 360px}
+.parm-table table {border-collapse: collapse; font-size: 13px; width: 100%; margin: 0; border: 0}
+.parm-table table td, .parm-table table th {border: 0; border-bottom: 1px solid var(--border-color-primary);
+  padding: 5px 14px 5px 0; text-align: left; font-variant-numeric: tabular-nums; white-space: nowrap}
+.parm-table table tr {border: 0}
+.parm-table table th {font-weight: 600}
+.parm-table .prompt {max-width: 150px; overflow: hidden; text-overflow: ellipsis}
 """
 
 
@@ -98,27 +111,32 @@ def colour_scale(reply: Reply) -> float | None:
 
 
 def colour_legend(scale: float | None) -> str:
-    """What the tokens' colours mean."""
-    bar = '<span class="parm-bar" style="background: linear-gradient(90deg, #ff6e64, #fff, #5a96ff)"></span>'
-    ends = f"−{scale:.2f} {bar} +{scale:.2f}" if scale else bar
+    """What the tokens' colours mean; nothing while none is coloured."""
+    if scale is None:
+        return ""
+    colours = "linear-gradient(90deg, #ff6e64, #fff, #5a96ff)"
     return (
-        f'<div class="parm-legend"><span>{ends}</span><span>What the ARM at your preference makes of each token: '
-        "log π_ARM − log π_ref. Blue it favours, red it does not; point at a token for its numbers.</span></div>"
+        f'<div class="parm-legend"><span>−{scale:.2f} <span class="parm-bar" style="background: {colours}"></span> '
+        f"+{scale:.2f}</span><span>log π_ARM − log π_ref of each token at your "
+        "preference: the ARM favours blue ones. Point at one for its numbers.</span></div>"
     )
 
 
 def cost(reply: Reply) -> str:
-    """Tokens a second of both answers, and what part of a guided token's time is guidance."""
+    """Tokens a second of both answers, the time of a token as bars, and what part of a guided one's is guidance."""
     base, guided = reply.base.speed, reply.guided.speed
     if not base or not guided:
         return ""
     ratio = base / guided
-    share = (
-        f"guidance takes {1 - 1 / ratio:.0%} of a guided token's time" if ratio > 1 else "guidance cost nothing here"
-    )
+    share = f"guidance is {1 - 1 / ratio:.0%} of its time" if ratio > 1 else "guidance cost nothing here"
+    unit = 40 / max(1.0, ratio)
+    extra = f'<i class="extra" style="width: {unit * (ratio - 1):.1f}%"></i>' if ratio > 1 else ""
     return (
-        f'<div class="parm-cost"><span>base <b>{base:.1f}</b> tokens/s</span><span>guided <b>{guided:.1f}</b> tokens/s'
-        f"</span><span>a guided token takes <b>{ratio:.2f} ×</b> the time of a base token: {share}</span></div>"
+        f'<div class="parm-cost"><div class="bar"><span>base</span><i style="width: {unit:.1f}%"></i>'
+        f"<span><b>{base:.1f}</b> tokens/s</span></div>"
+        f'<div class="bar"><span>guided</span><i style="width: {unit * min(1.0, ratio):.1f}%"></i>{extra}'
+        f"<span><b>{guided:.1f}</b> tokens/s</span></div>"
+        f"<div>A guided token takes <b>{ratio:.2f} ×</b> the time of a base token: {share}.</div></div>"
     )
 
 
@@ -137,22 +155,29 @@ def explained(measures: Sequence[Measure]) -> str:
 
 
 def table(entries: Sequence[Entry], objectives: Sequence[str]) -> str:
-    """The session's answers as a table, the newest first."""
-    names = [html.escape(name) for name in objectives]
-    head = "".join(
-        f"<th>{cell}</th>"
-        for cell in ("#", "prompt", *(f"α {name}" for name in names), "β", *(f"{n}: base" for n in names),
-                     *(f"{n}: guided" for n in names))
-    )  # fmt: skip
+    """The session's answers as a table, the newest first: what the base model's answer measures → the guided one's."""
+    if not entries:
+        return ""
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in objectives)
     rows = []
     for number, entry in reversed(list(enumerate(entries, 1))):
-        values = [*(entry.base or [None] * len(names)), *(entry.guided or [None] * len(names))]
-        cells = [str(number), html.escape(entry.prompt[:200]), *(f"{w:.2f}" for w in entry.weights), f"{entry.beta:g}"]
-        cells += ["–" if value is None else signed(value) for value in values]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f'<div class="parm-table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+        weights = ", ".join(f"{weight:.2f}" for weight in entry.weights)
+        prompt = html.escape(entry.prompt[:MOST_OF_PROMPT])
+        empty = [None] * len(objectives)
+        changes = zip(entry.base or empty, entry.guided or empty, strict=True)
+        cells = "".join(f"<td>{_signed_or_none(base)} → {_signed_or_none(guided)}</td>" for base, guided in changes)
+        rows.append(
+            f'<tr><td>{number}</td><td class="prompt" title="{prompt}">{prompt}</td><td>{weights}</td>'
+            f"<td>{entry.beta:g}</td>{cells}</tr>"
+        )
+    head = f"<tr><th>#</th><th>prompt</th><th>α</th><th>β</th>{names}</tr>"
+    return f'<div class="parm-table"><table>{head}{"".join(rows)}</table></div>'
 
 
 def signed(value: float) -> str:
     """A number with two digits and a proper minus."""
     return f"{value:.2f}".replace("-", "−")
+
+
+def _signed_or_none(value: float | None) -> str:
+    return "–" if value is None else signed(value)

@@ -46,7 +46,13 @@ class Page:
         Raises:
             OSError: the port is taken.
         """
-        theme = gr.themes.Soft(font=FONTS, font_mono=MONO)  # of the visitor's machine: nothing comes from elsewhere
+        # Fonts of the visitor's machine: nothing comes from elsewhere.
+        theme = gr.themes.Soft(font=FONTS, font_mono=MONO).set(
+            body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
+            block_title_background_fill="none", block_title_background_fill_dark="none",
+            block_title_text_color="*body_text_color", block_title_text_color_dark="*body_text_color",
+            block_title_padding="0",
+        )  # fmt: skip
         self.blocks.queue(max_size=VISITORS, default_concurrency_limit=VISITORS)
         _, url, _ = self.blocks.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=not block,
