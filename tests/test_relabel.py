@@ -226,6 +226,22 @@ def test_splits_follow_the_seed(tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+def test_a_template_for_training_and_ranked_pairs(tmp_path):
+    data = relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, template="USER: {prompt} ASSISTANT:", ranked=True)
+    rows = data["train"].to_list()
+    assert all(row["prompt"] == f"USER: {row['raw_prompt']} ASSISTANT:" for row in rows)
+    for objective in BOTH:
+        ranked = [json.loads(line) for line in (tmp_path / f"ranked/{objective}.jsonl").read_text().splitlines()]
+        assert len(ranked) == sum(row[objective] >= 0 for row in rows)
+        for pair in ranked:
+            better, worse = BOTH[objective](["", ""], [pair["chosen"], pair["rejected"]])
+            assert better > worse
+            assert pair["prompt"].startswith("USER: ")
+    with pytest.raises(ValueError, match="has no {prompt}"):
+        relabel(Dataset.from_list(PAIRS), BOTH, tmp_path / "bad", template="USER:")
+    assert not (tmp_path / "bad/train.jsonl").exists()
+
+
 def messages(role, text):
     return [{"role": role, "content": text}]
 

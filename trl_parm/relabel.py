@@ -19,7 +19,7 @@ from peft_pblora.output import output_file
 from .records import Records
 from .reward_models import RewardSource
 from .rewards import Reward, score
-from .texts import as_text
+from .texts import as_text, fill
 
 
 RESPONSES = ("response_0", "response_1")
@@ -34,6 +34,8 @@ def relabel(
     test_size: float = 0.1,
     validation_size: float = 0,
     tie_margin: float = 0.0,
+    template: str | None = None,
+    ranked: bool = False,
     seed: int = 0,
     batch_size: int = 32,
     on_start: Callable[[str], Any] = lambda objective: None,
@@ -54,6 +56,12 @@ def relabel(
         folder (`str` or `Path`): Where to write.
         test_size, validation_size (`float`, *optional*): Pairs in these splits: a share below 1, or a number.
         tie_margin (`float`, *optional*, defaults to 0.0): How much rewards of a tie may differ, 0 or larger.
+        template (`str`, *optional*):
+            A text with `{prompt}` in it, for models without chat template: what training reads as the prompt. The
+            prompt itself then is the column `raw_prompt`, which rewards and evaluation read.
+        ranked (`bool`, *optional*, defaults to `False`):
+            Also write the training pairs of each objective as `ranked/<objective>.jsonl`, with `prompt`, `chosen` and
+            `rejected` and without ties, as trainers of policies such as TRL's DPO take them.
         seed (`int`, *optional*, defaults to 0): Of the split.
         batch_size (`int`, *optional*, defaults to 32): Pairs that are scored and written at once.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
@@ -69,6 +77,8 @@ def relabel(
     """
     rows = [as_pair(cast(dict, row)) for row in pairs]
     _check(rows, rewards, tie_margin)
+    if template is not None:
+        fill(template, prompt="")  # before anything is scored
     numbers = _split(rows, {"validation": validation_size, "test": test_size}, seed)
     folder = Path(folder)
     configuration = {
@@ -83,10 +93,13 @@ def relabel(
     for number, row in enumerate(rows):
         for objective in rewards:
             row |= _label(objective, scores[objective, number]["scores"], tie_margin)
+        if template is not None:
+            row |= {"prompt": fill(template, prompt=row["prompt"]), "raw_prompt": row["prompt"]}
     splits = {name: [rows[i] for i in chosen] for name, chosen in numbers.items() if chosen}
     for name, chosen in splits.items():
-        with output_file(folder / f"{name}.jsonl") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+        _write(folder / f"{name}.jsonl", chosen)
+    for objective in rewards if ranked else ():
+        _write(folder / f"ranked/{objective}.jsonl", as_ranked(splits["train"], objective))
     return DatasetDict({name: Dataset.from_list(chosen) for name, chosen in splits.items()})
 
 
@@ -107,6 +120,15 @@ def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
             "`response_1`, or `prompt`, `chosen` and `rejected`."
         )
     return {"prompt": found["prompt"], **{new: found[old] for new, old in zip(RESPONSES, names, strict=True)}}
+
+
+def as_ranked(rows: Iterable[Mapping[str, Any]], objective: str) -> list[dict[str, Any]]:
+    """Labelled rows as `prompt`, `chosen` and `rejected` of one objective; ties are left out."""
+    return [
+        {"prompt": row["prompt"], "chosen": row[RESPONSES[label]], "rejected": row[RESPONSES[1 - label]]}
+        for row in rows
+        if (label := row[objective]) >= 0
+    ]
 
 
 def agreement(data: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[dict[str, Any]]:
@@ -152,6 +174,11 @@ def _score_missing(
         on_batch(len(whole))
 
 
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with output_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _label(objective: str, scores: Sequence[float], tie_margin: float) -> dict[str, Any]:
     first, second = scores
     label = -1 if abs(first - second) <= tie_margin else int(second > first)
@@ -162,7 +189,7 @@ def _check(rows: list[dict[str, Any]], rewards: Mapping[str, Any], tie_margin: f
     if not rows or not rewards:
         raise ValueError("There are no pairs, or no rewards. Give at least one of each.")
     columns = [column for name in rewards for column in (name, f"{name}_score_0", f"{name}_score_1")]
-    taken = sorted(set(columns) & {"prompt", *RESPONSES})
+    taken = sorted(set(columns) & {"prompt", "raw_prompt", *RESPONSES})
     if taken or len(set(columns)) < len(columns):
         raise ValueError(f"The objectives {list(rewards)} would make a column twice. Name them otherwise.")
     if tie_margin < 0:

@@ -22,6 +22,10 @@ class RelabelArguments:
     test_size: float = field(default=0.1, metadata={"help": "Pairs in the test split: a share below 1, or a number."})
     validation_size: float = field(default=0.0, metadata={"help": "The same for the validation split."})
     tie_margin: float = field(default=0.0, metadata={"help": "How much rewards of a tie may differ."})
+    template: str | None = field(
+        default=None, metadata={"help": "What training reads as the prompt: a text with {prompt}; see raw_prompt."}
+    )
+    ranked: bool = field(default=False, metadata={"help": "Also write chosen and rejected for each objective."})
     seed: int = field(default=0, metadata={"help": "Of the split."})
     batch_size: int = field(default=32, metadata={"help": "Pairs that are scored and written at once."})
 
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> None:
             test_size=arguments.test_size,
             validation_size=arguments.validation_size,
             tie_margin=arguments.tie_margin,
+            template=arguments.template,
+            ranked=arguments.ranked,
             seed=arguments.seed,
             batch_size=arguments.batch_size,
             on_start=start,
