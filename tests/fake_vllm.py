@@ -2,7 +2,8 @@
 """Stands in for vLLM: the data that its two interfaces for logits processors pass, and an engine that schedules.
 
 The classes follow `vllm.v1.sample.logits_processor` and `vllm.v1.worker.gpu.sample.logits_processor` of vLLM 0.32 and
-0.33, which take their places where it is installed. The engine's models are tables of random logits of a text, so that every expected token can be computed anew.
+0.33, which take their places where it is installed. The engine's models are tables of random logits of a text, so that
+every expected token can be computed anew.
 """
 
 import copy
@@ -75,6 +76,28 @@ class LogitsProcessorV2(ABC):
     def apply(self, logits, ctx): ...
 
 
+@dataclass(frozen=True)
+class LogitsProcRequestState:
+    device: Any
+    max_num_reqs: int
+    vocab_size: int
+    all_token_ids: Any
+    prompt_len: Any
+    prefill_len: Any
+    total_len: Any
+
+
+@dataclass(frozen=True)
+class LogitsContext:
+    expanded_idx_mapping: Any
+    idx_mapping: Any
+    idx_mapping_np: Any
+    expanded_local_pos: Any
+    input_ids: Any
+    pos: Any
+    seq_lens_upper_bound_np: Any
+
+
 @dataclass
 class SamplingParams:
     n: int = 1
@@ -103,6 +126,7 @@ class SamplingParams:
 try:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 except ImportError:
     INSTALLED = False
 else:
@@ -196,8 +220,8 @@ class V2Batch:
 
     def __init__(self, **config):
         runner = importlib.import_module(f"{PACKAGE}.v2_runner")
-        lengths = {name: SimpleNamespace(np=np.zeros(64, dtype=np.int32)) for name in ("prompt_len", "prefill_len")}
-        self.states = SimpleNamespace(**lengths)
+        prompts, prefills = (SimpleNamespace(np=np.zeros(64, dtype=np.int32)) for _ in range(2))
+        self.states = LogitsProcRequestState(torch.device("cpu"), 64, VOCAB, None, prompts, prefills, None)
         config = SimpleNamespace(**{"speculative_config": None, **config})
         self.processor = runner.CoupledLogitsProcessorV2(config, self.states)
         self.slots: dict[int, Request] = {}
@@ -215,9 +239,15 @@ class V2Batch:
         order = requests[::-1]
         texts = [request.prompt + request.output for request in order]
         seen = [len(text) if request.read else len(text) - 1 for text, request in zip(texts, order)]
-        context = SimpleNamespace(
-            idx_mapping_np=np.array([slot_of[id(request)] for request in order]),
-            input_ids=torch.tensor([text[length - 1] for text, length in zip(texts, seen)] + [0] * extra_rows),
+        slots = torch.tensor([slot_of[id(request)] for request in order])
+        last = torch.tensor([text[length - 1] for text, length in zip(texts, seen)] + [0] * extra_rows)
+        context = LogitsContext(
+            expanded_idx_mapping=slots,
+            idx_mapping=slots,
+            idx_mapping_np=slots.numpy(),
+            expanded_local_pos=torch.zeros_like(slots),
+            input_ids=last,
+            pos=torch.tensor(seen) - 1,
             seq_lens_upper_bound_np=np.array(seen),
         )
         rows = [request.logits() for request in order] + [torch.zeros(VOCAB)] * extra_rows
