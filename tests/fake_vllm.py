@@ -281,7 +281,7 @@ class FakeEngine:
     """Schedules as vLLM does: those that run first, then those that wait in their order, each as far as there is room.
 
     A prompt that does not fit into the step is cut, and the newest request is preempted when the memory is full. Like
-    an engine in its own process, it begins a step as soon as it is given a request, unless it is paused.
+    an engine in its own process, it begins a step as soon as it has a request and is not paused.
     """
 
     def __init__(self, batch, **changes):
@@ -303,6 +303,7 @@ class FakeEngine:
     def wake_up(self, tags):
         assert tags == ["scheduling"]
         self.paused = False
+        self._step()
 
     def add_request(self, name, prompt, params, lora_request=None):
         lora = lora_request.lora_int_id if lora_request else 0

@@ -67,6 +67,14 @@ def test_combine_takes_a_strength_for_each_row():
     assert torch.equal(combine(base, arm, strengths), expected)
 
 
+def test_tokens_that_the_base_excludes_stay_excluded():
+    """Also under a negative strength, where −inf of a guide counts as +∞."""
+    base = logits(3, 20)
+    found = combine(base, base, -0.5)
+    assert torch.equal(found == -torch.inf, base == -torch.inf)
+    assert not found.isnan().any()
+
+
 def test_combine_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="2 guides, but 1 strengths"):
         combine(logits(1, 8), [logits(1, 8), logits(1, 8)], [1.0])
@@ -125,34 +133,29 @@ def member_rows(written=(3, 3), last=(5, 5), roles=(0, 1), at=(0, 1), **settings
     return [Row(i, Member(family, role), w, t) for i, role, w, t in zip(at, roles, written, last)]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_of_all_families_are_joined_and_others_left_alone(temperature):
-    step = logits(7, VOCAB)
+def test_rows_of_all_families_are_joined_and_others_left_alone():
+    """Families of one size and of another, with settings of all kinds, in rows of any order."""
+    settings = [{}, {"temperature": 0.7}, {"temperature": 0.7, "seed": 4}, {"temperature": 1.5}]
+    settings += [{"temperature": 0.7, "top_k": 4}, {"temperature": 0.7, "top_p": 0.6}]
+    families = [Family(f"a{i}", (0.2 + 0.3 * i,), **own) for i, own in enumerate(settings)]
+    families += [Family(f"b{i}", (0.3, 1.1 + i), **own) for i, own in enumerate(settings)]
+    members = [Member(family, role) for family in families for role in range(family.size)]
+    step = logits(len(members) + 3, VOCAB) / 3
     before = step.clone()
-    first = Family("a", (0.5,), temperature, seed=3)
-    second = Family("b", (0.3, 1.1), temperature, top_k=4)
-    third = Family("c", (2.0,), temperature, seed=4)
-    places = {
-        (first, 0): 5,
-        (first, 1): 0,
-        (second, 2): 2,
-        (second, 0): 3,
-        (second, 1): 6,
-        (third, 1): 1,
-        (third, 0): 4,
-    }
-    del places[third, 1], places[third, 0]  # two families of one size and one of another need 7 rows; c shares none
-    rows = [Row(at, Member(family, role), 4, 7) for (family, role), at in places.items()]
-    assert join(step, rows) is step
-    for family in (first, second):
-        own = [places[family, role] for role in range(family.size)]
-        scores = combine(before[own[0]], [before[at] for at in own[1:]], family.strengths)
-        if temperature:
-            token = draw(warp(scores[None], temperature, family.top_k, family.top_p), [family.seed], [4])
+    order = torch.randperm(len(step), generator=torch.Generator().manual_seed(0)).tolist()
+    place = dict(zip(members, order))
+    assert join(step, [Row(at, member, 4, 7) for member, at in place.items()]) is step
+    for family in families:
+        base, *guides = (place[Member(family, role)] for role in range(family.size))
+        scores = combine(before[base], [before[at] for at in guides], family.strengths)
+        if family.temperature:
+            token = draw(warp(scores[None], family.temperature, family.top_k, family.top_p), [family.seed], [4])
             scores = torch.full_like(scores, -torch.inf)
             scores[token] = 0.0
-        assert all(torch.equal(step[at], scores) for at in own)
-    assert torch.equal(step[[1, 4]], before[[1, 4]])
+        for at in (base, *guides):
+            torch.testing.assert_close(step[at], scores)
+    others = order[len(members) :]
+    assert torch.equal(step[others], before[others])
 
 
 APART = {
@@ -390,12 +393,14 @@ def test_v2_leaves_incomplete_prompts_alone(engine):
 def test_v2_counts_what_was_written_before_a_preemption(engine):
     """A preempted family that comes back together goes on as if nothing had been."""
     batch = V2Batch()
-    requests = family("a", [2, 3], Guidance(lora(1)), temperature=1.0, seed=2)
+    requests = family("a", [2, 3], Guidance(lora(1)), temperature=2.0, seed=5)
     for _ in range(3):
         write(batch, requests)
     batch.run([Request("other", [4], SamplingParams(), 0, read=True)])
-    write(batch, requests)
-    expected = expected_text([2, 3], Guidance(lora(1)), 4, temperature=1.0, seed=2)
+    for _ in range(5):
+        write(batch, requests)
+    expected = expected_text([2, 3], Guidance(lora(1)), 8, temperature=2.0, seed=5)
+    assert len(expected) > 5
     assert requests[0].output[: len(expected)] == expected
     assert requests[0].output == requests[1].output
 

@@ -27,7 +27,7 @@ def combine(
     Args:
         base_logits (`torch.Tensor` of shape `(..., vocab)`): The base model's logits or log-probabilities.
         arm_logits (`torch.Tensor` of shape `(..., vocab)`, or a sequence of them): Those of the guide, or of each.
-        strength (`float` or `torch.Tensor` of shape `(rows,)`, or a sequence of them): w ≥ 0 of each guide.
+        strength (`float` or `torch.Tensor` of shape `(rows,)`, or a sequence of them): w of each guide.
 
     Returns:
         `torch.Tensor` of shape `(..., vocab)`, float32.
