@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,14 +30,14 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The basic bootstrap interval of a function of mean rewards, over prompts (Davison and Hinkley 1997, eq. 5.6).
+    """The symmetric bootstrap interval of a function of mean rewards, over prompts (Hall, JRSS B 1988).
 
-        [2 t − q_{1−a/2}, 2 t − q_{a/2}],   t = statistic(mean), q the quantiles over resampled prompts
+        t ± q,   t = statistic(mean), q the quantile of |t* − t| over resampled prompts
 
     All preferences and methods in `rewards` are resampled together, prompt by prompt, so what they share cancels. The
-    hypervolume of noisy means is too large, and that of resampled means even more so: percentile intervals then lie
-    too high, and with 24 prompts only 71 % of them hold the true value in a simulated front where 95 % of the basic
-    ones do (`tests/test_measures.py`). An estimate near the upper end of its interval is this bias.
+    hypervolume of noisy means is too large, and that of resampled means even more so: of percentile intervals, which
+    lie too high, only two thirds hold the true value of a simulated front with 24 prompts, of these 96 %
+    (`tests/test_measures.py`). Where no point lies above the reference point, they still tell how near one comes.
 
     Args:
         statistic (`Callable`): Maps mean rewards, of the shape of `rewards` without its first axis, to a number.
@@ -61,6 +62,8 @@ def bootstrap(
         return Interval(estimate, math.nan, math.nan)
     shares = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
     means = np.tensordot(shares, values, axes=1)
-    drawn = np.array([statistic(mean) for mean in means])
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(2 * estimate - high), float(2 * estimate - low))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of resamples; those of the estimate are the user's
+        drawn = np.array([statistic(mean) for mean in means])
+    reach = float(np.quantile(np.abs(drawn - estimate), confidence))
+    return Interval(estimate, estimate - reach, estimate + reach)

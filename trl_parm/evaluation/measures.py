@@ -18,6 +18,9 @@ from .intervals import Interval, bootstrap
 from .metrics import hypervolume, mean_inner_product, rank_correlations
 
 
+HYPERVOLUME, INNER_PRODUCT = "hypervolume", "mean inner product"
+
+
 def measure(
     found: Sequence[Front],
     objectives: Sequence[str],
@@ -48,6 +51,8 @@ def measure(
     for name, statistic in _statistics(objectives, references, grid).items():
         for front in found:
             interval = bootstrap(statistic, front.rewards, resamples, seed=seed)
+            if name[0] == HYPERVOLUME:
+                interval = interval._replace(low=max(interval.low, 0.0))
             rows.append({**_head(front), **_measure(*name, interval)})
     return rows
 
@@ -159,9 +164,9 @@ def _statistics(
                 f"objectives ({', '.join(objectives)})."
             )
         name = ", ".join(f"{o} {value:g}" for o, value in zip(objectives, point, strict=True))
-        found["hypervolume", name] = lambda mean, point=point: hypervolume(mean, point)
+        found[HYPERVOLUME, name] = lambda mean, point=point: hypervolume(mean, point)
     if grid is not None:
-        found["mean inner product", "-"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
+        found[INNER_PRODUCT, "-"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
     return found
 
 
