@@ -16,10 +16,19 @@ import yaml
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
+from trl_parm import PreferenceARMConfig
+from trl_parm.cli.common import grid, load_rewards, parse
+from trl_parm.cli.evaluate import EvaluateArguments
+from trl_parm.cli.export import ExportArguments
 from trl_parm.cli.main import VERBS, main
+from trl_parm.cli.plot import PlotArguments
+from trl_parm.cli.relabel import RelabelArguments
 from trl_parm.demo.command import _parser
+from trl_parm.evaluation.evaluate import Entry
 from trl_parm.records import read_rows
+from trl_parm.training.arguments import ARMArguments
 
 
 REWARDS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:conciseness"}
@@ -346,3 +355,36 @@ def test_a_killed_evaluation_goes_on(folder):
         [_without_time(row) for row in read_rows(folder / name / "results.jsonl")] for name in ("killed", "whole")
     ]
     assert found[0] == found[1]
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "examples/configs").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configurations_are_what_their_verbs_take(path):
+    """Keys, methods and their settings, rewards, reference points and adapters; nothing is loaded."""
+    verb = path.stem.split("_")[0]
+    words = ["--config", str(path)]
+    if verb == "relabel":
+        arguments = parse(verb, RelabelArguments, words)
+        load_rewards(arguments.rewards)
+    elif verb == "evaluate":
+        arguments = parse(verb, EvaluateArguments, words)
+        objectives = list(load_rewards(arguments.rewards))
+        assert len(grid(arguments.preferences, arguments.grid_steps, objectives)) in (5, 11, 13)
+        names = [Entry.of(method).name for method in arguments.methods]
+        assert len(set(names)) == len(names)
+    elif verb == "plot":
+        points = parse(verb, PlotArguments, words).references
+        assert all(isinstance(value, int | float) for point in points for value in point.values())
+    elif verb == "export":
+        assert parse(verb, ExportArguments, words).grid_steps
+    elif verb == "dpo":
+        classes = (ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig)
+        given = TrlParser(classes).parse_args_and_config([*words, "--use_cpu", "true"])
+        assert given[1].beta == 0.1
+    else:
+        arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), [*words, "--use_cpu", "true"])
+        adapter = arguments.peft_config(config.label_columns)
+        assert getattr(adapter, "objectives", None) == arguments.objectives
+        assert arguments.resume

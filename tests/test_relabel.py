@@ -118,6 +118,9 @@ def test_a_classifier_with_a_chat_template_reads_whole_conversations(tmp_path):
     text = "user w1 <eos> assistant w2 <eos> user w3 <eos> assistant w4 <eos>"
     plain = RewardSource(folder, template="{response}").load()
     assert score("helpful", reward, [CHAT], ["w4"]) == pytest.approx(plain([CHAT], [text]), abs=1e-5)
+    other = RewardSource(folder, chat_template="{% for m in messages %}w50 {{ m['content'] }} {% endfor %}").load()
+    expected = plain([CHAT], ["w50 w1 w50 w2 w50 w3 w50 w4"])
+    assert score("helpful", other, [CHAT], ["w4"]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_functions_by_import_path(tmp_path, monkeypatch):
@@ -148,6 +151,7 @@ def test_a_trained_anew_model_is_another_one(tmp_path):
         ({"template": "{response}"}, "it needs `source`, and may have template, label"),
         ({"source": "x", "sauce": 1}, "it needs `source`"),
         ({"source": "x", "template": "{prompt}"}, "has no {response}"),
+        ({"source": "x", "template": "{response}", "chat_template": "x"}, "Give one of them"),
         ("trl_parm.rewards:nosuch", "There is no function 'trl_parm.rewards:nosuch'"),
         ("nosuch:function", "There is no function 'nosuch:function'"),
         ("trl_parm.rewards:SENTENCE_END", "is a Pattern, but a reward must be a function"),

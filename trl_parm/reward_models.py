@@ -36,6 +36,9 @@ class RewardSource:
         template (`str`, *optional*):
             The text that a model reads, with `{response}` and, unless it judges responses alone, `{prompt}`; the chat
             template of its tokenizer if not given.
+        chat_template (`str`, *optional*):
+            A template in Jinja for its tokenizer, where conversations have several messages and the model was trained
+            with a format that its tokenizer does not know.
         label (`int`, *optional*, defaults to 0): Which of a model's outputs is the reward.
         negate (`bool`, *optional*, defaults to `False`): Whether it is a cost: the reward is minus the output.
         batch_size (`int`, *optional*, defaults to 8): Texts that a model reads at once.
@@ -45,11 +48,12 @@ class RewardSource:
         model_kwargs (`dict`, *optional*): Further arguments of `from_pretrained`, such as `device_map`.
 
     Raises:
-        ValueError: no source, or a template without `{response}`.
+        ValueError: no source, a template without `{response}`, or two templates.
     """
 
     source: str
     template: str | None = None
+    chat_template: str | None = None
     label: int = 0
     negate: bool = False
     batch_size: int = 8
@@ -60,6 +64,8 @@ class RewardSource:
     def __post_init__(self) -> None:
         if self.template is not None and "{response}" not in self.template:
             raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
+        if self.template is not None and self.chat_template is not None:
+            raise ValueError("A reward has a `template` and a `chat_template`. Give one of them.")
         self._reward: Reward | None = None
 
     @property
@@ -128,6 +134,7 @@ class ModelReward:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.source)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.chat_template = source.chat_template or self.tokenizer.chat_template
         if source.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The tokenizer of the reward model {source.source!r} has no chat template. Give a `template` with "
