@@ -58,6 +58,12 @@ def test_three_objectives_have_a_plane_for_each_pair_and_a_view_in_space():
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_zlabel()) == ("o0", "o1", "o2")
 
 
+def test_four_objectives_have_six_planes():
+    rows, names = summary(4)
+    panels = [axes for axes in _planes(rows, names, []).axes if axes.axison and "higher" in axes.get_xlabel()]
+    assert len(panels) == 6
+
+
 def test_methods_differ_in_colour_and_shape():
     rows, _ = summary(methods=[f"method {i}" for i in range(8)])
     styles = _styles(rows)
@@ -65,7 +71,7 @@ def test_methods_differ_in_colour_and_shape():
     assert all(matplotlib.colors.is_color_like(colour) for colour, _, _ in styles)
 
 
-@pytest.mark.parametrize(("k", "stems"), [(2, ["f"]), (3, ["f_pairs", "f_3d"]), (4, ["f_pairs"])])
+@pytest.mark.parametrize(("k", "stems"), [(2, ["f"]), (3, ["f_pairs", "f_3d"])])
 def test_files(tmp_path, k, stems):
     rows, names = summary(k)
     paths = draw_fronts(rows, names, tmp_path / "new", [[-5.0] * k], "f")

@@ -148,7 +148,7 @@ def test_a_trained_anew_model_is_another_one(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"template": "{response}"}, "it needs `source`, and may have template, label"),
+        ({"template": "{response}"}, "it needs `source`, and may have template, chat_template"),
         ({"source": "x", "sauce": 1}, "it needs `source`"),
         ({"source": "x", "template": "{prompt}"}, "has no {response}"),
         ({"source": "x", "template": "{response}", "chat_template": "x"}, "Give one of them"),
