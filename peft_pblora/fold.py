@@ -72,7 +72,7 @@ class Fold:
         return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
 
     def _mix_rows(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        bias, repeats = self.bias, hidden.shape[0] // self.rows
+        bias, repeats = self.bias, hidden.shape[0] // matrix.shape[0]
         if repeats != 1:
             matrix = matrix.repeat_interleave(repeats, dim=0)
             bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)

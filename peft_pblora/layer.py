@@ -26,12 +26,21 @@ class RowPlan:
     Attributes:
         entries (`Sequence[tuple[str, slice]]` or `None`):
             Adapters with their rows. Without any none acts; with `None` the layers' active adapters do, on all rows.
+        groups (`int` or `None`):
+            The slices count groups of rows, all of one size, of which the batch has so many; with `None` they count
+            rows. A plan in groups is the same for every batch, so that a compiled forward serves them all.
         folded (`bool`): Whether the adapters were all folded ahead of this forward, see [`LowRankAdapter.fold_ahead`].
     """
 
     def __init__(self) -> None:
         self.entries: Sequence[tuple[str, slice]] | None = None
+        self.groups: int | None = None
         self.folded = False
+
+    def rows(self, batch: int) -> list[tuple[str, slice]]:
+        """The adapters with their rows, in a batch of so many rows."""
+        size = 1 if self.groups is None else batch // self.groups
+        return [(name, slice(size * part.start, size * part.stop)) for name, part in self.entries or ()]
 
 
 class PreferenceLinear(nn.Module, BaseTunerLayer):
@@ -153,7 +162,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             base.bias, self.bias_was_added = None, False
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        plan = None if self.row_plan is None else self.row_plan.entries
+        plan = None if self.row_plan is None or self.row_plan.entries is None else self.row_plan
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if plan is None and (self._disable_adapters or self.merged_adapters):
@@ -197,16 +206,13 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             result[rows] = adapter(x[rows], result[rows], preference)
         return result
 
-    def _act_on_rows(
-        self, x: torch.Tensor, result: torch.Tensor, entries: Sequence[tuple[str, slice]]
-    ) -> torch.Tensor:
+    def _act_on_rows(self, x: torch.Tensor, result: torch.Tensor, plan: RowPlan) -> torch.Tensor:
         """Each adapter on its own rows, which stand together: they are views, not copies as in a mixed batch."""
         adapters: Any = self.adapters._modules
-        folded = cast(RowPlan, self.row_plan).folded
-        for name, rows in entries:
+        for name, rows in plan.rows(len(x)):
             if name in adapters:
                 own = result[rows]
-                changed = adapters[name].forward(x[rows], own, folded=folded)
+                changed = adapters[name].forward(x[rows], own, folded=plan.folded)
                 if changed is not own:
                     own.copy_(changed)
         return result

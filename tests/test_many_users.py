@@ -99,18 +99,19 @@ def test_preferences_and_strengths_of_other_rows_do_not_reach_a_row():
         assert user.written == alone(base, arm, user)
 
 
-def test_the_slots_of_a_compiled_batch_change_hands_without_compiling_again():
-    """A fixed number of rows, of which those nobody needs repeat another user, in one static cache."""
+@pytest.mark.parametrize(("slots", "graphs"), [(4, 1), (None, 3)], ids=["four slots", "as many rows as users"])
+def test_users_come_and_go_in_a_compiled_batch(slots, graphs):
+    """Slots that nobody needs repeat a user, and one graph serves all calls. Without them there is a graph for the
+    first number of rows, one for every other, and one for a single row, as there is without guidance."""
     arm, everyone, compiler = tiny_arm(tiny_llama(0, num_hidden_layers=1)), users(), Compiler()
     base, guide = arm.get_base_model(), PARMLogitsProcessor(arm, everyone[0].preference)
     cache = StaticCache(config=base.config, max_cache_len=32)
-    for call, members in enumerate(MEMBERSHIP):
-        slots = [everyone[i] for i in members]
-        slots += [User(slots[0].text, slots[0].preference, slots[0].beta) for _ in range(4 - len(slots))]
-        with torch.compiler.set_stance("fail_on_recompile" if call else "default"):
-            take_turn(base, guide, slots, past_key_values=cache, **compiler.own_cache)
+    for membership in MEMBERSHIP:
+        members = [everyone[i] for i in membership]
+        others = [User(members[0].text, members[0].preference, members[0].beta)] * ((slots or 0) - len(members))
+        take_turn(base, guide, members + others, past_key_values=cache, **compiler.own_cache)
         cache.reset()
-    assert len(compiler.graphs) == 1
+    assert len(compiler.graphs) == graphs
     for user in everyone:
         assert user.written == alone(base, arm, user)
 

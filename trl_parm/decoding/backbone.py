@@ -130,7 +130,7 @@ class SharedBackbone:
         if forward is not None:
             compiled = isinstance(forward.cache, JointStaticCache)
             activations = forward.activations(cast(Any, model).dtype) if compiled else None
-            stack.enter_context(self.row_adapters.acting(forward.plan, activations))
+            stack.enter_context(self.row_adapters.acting(forward.plan, forward.groups, activations))
             kwargs = forward.kwargs
         elif guides:
             stack.enter_context(self.switch.only(self._own_adapters(guides)))

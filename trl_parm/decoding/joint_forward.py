@@ -37,7 +37,8 @@ class JointForward:
 
     Attributes:
         kwargs (`dict`): The arguments of the joint one.
-        plan (`list[tuple[str, slice]]`): Which adapter acts on which rows.
+        plan (`list[tuple[str, slice]]`): Which adapter acts on which rows, or groups of rows.
+        groups (`int` or `None`): How many groups of rows there are, if they are of one size and `plan` counts them.
     """
 
     def __init__(self, cache: JointRows, kwargs: dict[str, Any], prompt: torch.Tensor | None = None) -> None:
@@ -49,9 +50,10 @@ class JointForward:
         keys += [keys[0] * len(self.ids) + guides[g].preference_rows(len(self.ids)) for g in sorted(guides) if keys]
         if any(len(key.unique()) < len(key) for key in keys):
             read, self._places = _distinct(keys)
+            self.plan, self.groups = adapter_rows(guides, read), None
         else:
             read = [torch.arange(len(self.ids))] * cache.copies
-        self.plan = adapter_rows(guides, read)
+            self.plan, self.groups = adapter_rows(guides, [torch.arange(1)] * cache.copies), cache.copies
         set_preferences(guides, read, len(self.ids))
         rows = torch.cat(read).to(self.ids.device)
         self.kwargs = {
@@ -73,8 +75,8 @@ class JointForward:
 
     def activations(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """For each entry of the plan an empty tensor like what its adapter will get, shape `(rows, new, 1)`."""
-        new = self.ids.shape[1]
-        shapes = [(rows.stop - rows.start, new, 1) for _, rows in self.plan]
+        size, new = 1 if self.groups is None else len(self.ids), self.ids.shape[1]
+        shapes = [(size * (part.stop - part.start), new, 1) for _, part in self.plan]
         return [torch.empty(shape, dtype=dtype, device=self.ids.device) for shape in shapes]
 
     def split(self, output: Any) -> Any:

@@ -54,19 +54,23 @@ class RowAdapters:
 
     @contextmanager
     def acting(
-        self, entries: Sequence[tuple[str, slice]], activations: Sequence[torch.Tensor] | None = None
+        self,
+        entries: Sequence[tuple[str, slice]],
+        groups: int | None = None,
+        activations: Sequence[torch.Tensor] | None = None,
     ) -> Iterator[None]:
         """For the time of a forward, these adapters act on these rows, and no others do.
 
         Args:
             entries (`Sequence[tuple[str, slice]]`): Adapters with their rows.
+            groups (`int`, *optional*): How many groups of rows the batch has, if slices count those, see [`RowPlan`].
             activations (`Sequence[torch.Tensor]`, *optional*):
                 For each of them something like what it will get, if the forward may be compiled. A compiled layer
                 can't see that its adapter has changed, so that adapters are folded ahead.
         """
         if activations is not None:
             self._fold_ahead(entries, activations)
-        self._plan.entries, self._plan.folded = entries, activations is not None
+        self._plan.entries, self._plan.groups, self._plan.folded = entries, groups, activations is not None
         try:
             with self._others.only([]):
                 yield
@@ -80,7 +84,7 @@ class RowAdapters:
                     layer.adapter(name).fold_ahead(like)
 
     def _add(self, layer: Any, args: tuple, output: torch.Tensor) -> None:
-        for name, rows in self._plan.entries or ():
+        for name, rows in self._plan.rows(len(output)):
             if name in layer.lora_A._modules:
                 low, up = layer.lora_A[name], layer.lora_B[name]
                 result = output[rows]
