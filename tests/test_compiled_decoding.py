@@ -76,19 +76,22 @@ def assert_same(joint, separate):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-COMPILED = {
-    "PARM, GPT-2": 1, "PARM, sliding window": 2, "MoSLoRA": 1, "two preferences, one for each row, and none": 1
-}  # fmt: skip
+COMPILED = [
+    ("PARM, GPT-2", 1),
+    ("two preferences, one for each row, and none", 1),
+    pytest.param("PARM, sliding window", 2, marks=pytest.mark.slow),
+    pytest.param("MoSLoRA", 1, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("name", COMPILED, ids=str)
-def test_a_compiled_forward_of_base_and_guides_answers_as_two(name, own_forwards):
+@pytest.mark.parametrize(("name", "graphs"), COMPILED)
+def test_a_compiled_forward_of_base_and_guides_answers_as_two(name, graphs, own_forwards):
     """The masks of a sliding window change their size once it is full: the model alone needs two graphs there too."""
     make, formula = FORMULAS[name]
     compiler, model = Compiler(), make()
     joint = generate(model, formula(model), **compiler.settings)
     assert not own_forwards
-    assert len(compiler.graphs) == COMPILED[name]
+    assert len(compiler.graphs) == graphs
     assert_same(joint, generate(model, formula(model, shared_forward=False)))
 
 
@@ -115,15 +118,16 @@ def text(base, guide, ids=PROMPTS, **settings):
     )
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["one α", "α and β a row"])
-@pytest.mark.parametrize("shared", [True, False], ids=["one forward", "separate guide"])
+@pytest.mark.parametrize(
+    ("shared", "rows"), [(True, False), (True, True), (False, True)], ids=["one α", "α and β a row", "separate guide"]
+)
 def test_preference_beta_and_text_change_without_compiling_again(shared, rows, folds):
     """And each adapted layer is folded once for each α, however many tokens follow: W(α) is not in the graph."""
     preferences = [ROWS, ROWS.flip(0), ROWS.flip(1)] if rows else [[0.3, 0.7], [1.0, 0.0], [0.5, 0.5]]
     betas = [BETAS, BETAS + 1, BETAS + 2] if rows else [0.5, 1.0, 2.0]
     arm, twin = tiny_arm(small_llama(0)), tiny_arm(small_llama(0))
     base = arm.get_base_model() if shared else small_llama(0)
-    compiler, guide, texts = Compiler(), PARMLogitsProcessor(arm, preferences[0]), []
+    compiler, guide, texts = Compiler(fullgraph=True), PARMLogitsProcessor(arm, preferences[0]), []
     for i, (preference, beta) in enumerate(zip(preferences, betas)):
         with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
             guide.set(preference, beta)
@@ -155,24 +159,25 @@ def test_lora_guides_change_their_weights_without_compiling_again():
         assert torch.equal(ours, text(model.get_base_model(), alone))
 
 
-@pytest.mark.parametrize("change", ["preference", "weights"])
-def test_a_compiled_forward_does_not_miss_a_change(change):
+def test_a_compiled_forward_does_not_miss_a_change():
     """Nor in bfloat16, where on a CPU the prompt is read with one fold, and the few tokens of a step with another."""
-    model, compiler = tiny_arm(small_llama(0).bfloat16()), Compiler()
-    guide, ids = PARMLogitsProcessor(model, [0.3, 0.7]), PROMPTS.repeat(1, 2)
-    settings = {"max_new_tokens": 8, "eos_token_id": -1, "logits_processor": [guide]}
-    before = model.get_base_model().generate(ids, **settings, **compiler.settings)
-    if change == "preference":
-        guide.set([1.0, 0.0])
-    else:
-        with torch.no_grad():
-            model.base_model.model.model.layers[0].self_attn.v_proj.adapter("default").B.weight.mul_(-3)
-    after = model.get_base_model().generate(ids, **settings, **compiler.settings)
-    twin = copy.deepcopy(model)
-    settings["logits_processor"] = [PARMLogitsProcessor(twin, [1.0, 0.0] if change == "preference" else [0.3, 0.7])]
-    expected = twin.get_base_model().generate(ids, **settings, cache_implementation="static", disable_compile=True)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, expected)
+    model, compiler, ids = tiny_arm(small_llama(0).bfloat16()), Compiler(), PROMPTS.repeat(1, 2)
+    guide, texts = PARMLogitsProcessor(model, [0.3, 0.7]), []
+    settings = {"max_new_tokens": 8, "eos_token_id": -1}
+    for change in ("nothing", "preference", "weights"):
+        if change == "preference":
+            guide.set([1.0, 0.0])
+        elif change == "weights":
+            with torch.no_grad():
+                model.base_model.model.model.layers[0].self_attn.v_proj.adapter("default").B.weight.mul_(-3)
+        texts.append(model.get_base_model().generate(ids, logits_processor=[guide], **settings, **compiler.settings))
+        twin = copy.deepcopy(model)
+        expected = PARMLogitsProcessor(twin, [0.3, 0.7] if change == "nothing" else [1.0, 0.0])
+        eager = {"cache_implementation": "static", "disable_compile": True}
+        expected = twin.get_base_model().generate(ids, logits_processor=[expected], **settings, **eager)
+        assert torch.equal(texts[-1], expected)
+    assert not torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[1], texts[2])
     assert len(compiler.graphs) == 1
 
 
@@ -304,14 +309,6 @@ def test_answers_are_not_lost_when_a_graph_writes_over_its_outputs():
     assert compiler._outputs
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one forward", "separate guide"])
-def test_one_graph_of_the_whole_model(shared):
-    compiler, arm = Compiler(fullgraph=True), tiny_arm(small_llama(0))
-    base, guide = arm.get_base_model() if shared else small_llama(0), PARMLogitsProcessor(arm, [0.3, 0.7])
-    assert torch.equal(text(base, guide, **compiler.settings), text(base, guide))
-    assert len(compiler.graphs) == 1
-
-
 def merged(arm, path):
     arm.merge_adapter()
     return arm
@@ -343,8 +340,7 @@ def test_an_arm_fixed_at_a_preference_guides_as_the_one_that_is_not(config, fixe
     guide = fixed(arm(), tmp_path)
     assert_same(text(small_llama(0), PARMLogitsProcessor(guide, beta=0.5), **settings), expected)
     if fixed is exported:
-        compiler = Compiler()
-        joint = text(guide.get_base_model(), PARMLogitsProcessor(guide, beta=0.5), **settings, **compiler.settings)
+        joint = text(guide.get_base_model(), PARMLogitsProcessor(guide, beta=0.5), **settings)
         assert_same(joint, expected)
 
 

@@ -99,7 +99,13 @@ def test_preferences_and_strengths_of_other_rows_do_not_reach_a_row():
         assert user.written == alone(base, arm, user)
 
 
-@pytest.mark.parametrize(("slots", "graphs"), [(4, 1), (None, 3)], ids=["four slots", "as many rows as users"])
+@pytest.mark.parametrize(
+    ("slots", "graphs"),
+    [
+        pytest.param(4, 1, id="four slots"),
+        pytest.param(None, 3, id="as many rows as users", marks=pytest.mark.slow),
+    ],
+)
 def test_users_come_and_go_in_a_compiled_batch(slots, graphs):
     """Slots that nobody needs repeat a user, and one graph serves all calls. Without them there is a graph for the
     first number of rows, one for every other, and one for a single row, as there is without guidance."""
