@@ -20,7 +20,7 @@ except ImportError as error:
 
 
 class AsyncGuidance:
-    """`AsyncLLMEngine.generate` with guides. It has to be the engine's only user: the room for families is counted here.
+    """`AsyncLLMEngine.generate` with guides. It has to be the engine's only user: room for families is counted here.
 
     Args:
         engine (`vllm.AsyncLLMEngine`): With one of our logits processors and `enable_lora=True`.
@@ -52,8 +52,8 @@ class AsyncGuidance:
 
         Args:
             prompt (`str` or `list[int]`): A text or token ids.
-            sampling_params (`SamplingParams`): As in `AsyncLLMEngine.generate`, with n = 1 and without stop strings, which
-                end one request at a time.
+            sampling_params (`SamplingParams`): As in `AsyncLLMEngine.generate`, with n = 1 and without stop strings,
+                which end one request at a time.
             guidance ([`Guidance`]): The guides.
 
         Raises:
