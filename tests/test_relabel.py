@@ -140,6 +140,7 @@ def test_functions_by_import_path(tmp_path, monkeypatch):
 def test_a_trained_anew_model_is_another_one(tmp_path):
     folder = save_classifier(tmp_path / "classifier")
     first = RewardSource(folder).configuration()
+    (tmp_path / "classifier/trainer_state.json").write_text("{}")
     assert RewardSource(folder).configuration() == first
     save_classifier(tmp_path / "classifier", seed=8)
     assert RewardSource(folder).configuration() != first

@@ -19,7 +19,11 @@ from peft_pblora.output import output_file
 PACKAGES = (
     "trl-parm", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "moocore",
 )  # fmt: skip
-HASHED = (".json", ".safetensors", ".bin")
+HASHED = (
+    "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""What a model's answers depend on; not what a trainer writes about itself."""
 WHOLE = 64 * 2**20
 """Files up to this size are hashed as a whole, of larger ones the first and the last MiB."""
 
@@ -55,7 +59,7 @@ def fingerprint(name: str) -> str | None:
     if not os.path.isdir(name):  # unlike `Path.is_dir`, it takes any text
         return None
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(name).iterdir() if p.suffix in HASHED and p.is_file()):
+    for path in sorted(path for pattern in HASHED for path in Path(name).glob(pattern)):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from datasets import Dataset
 
 from peft_pblora.preference import Preference
-from trl_parm.provenance import fingerprint
+from trl_parm.provenance import fingerprint, plain
 from trl_parm.rewards import Reward
 from trl_parm.texts import PromptText
 
@@ -102,7 +102,7 @@ def evaluate(
     whole = {
         **decode.configuration(),
         "base": _with_fingerprints(models.name),
-        "dtype": str(models.kwargs["dtype"]),
+        "loading": plain({key: value for key, value in models.kwargs.items() if key != "device_map"}),
         **(configuration or {}),
         "methods": {entry.name: entry.configuration() for entry in entries},
     }
