@@ -113,10 +113,12 @@ class Answering:
         # A fast tokenizer may not be used by two threads at once, and the worker uses the models' own.
         self._tokenizer, self._tokenizing = copy.deepcopy(models.tokenizer), threading.Lock()
         self._worker = ThreadPoolExecutor(1, "answering")
-        self._line: list[Future] = []
+        self._line: dict[Future, threading.Event] = {}
 
     def close(self) -> None:
-        """Takes no more questions, drops those that wait and lets the one at work finish."""
+        """Takes no more questions, drops those that wait and stops the one at work."""
+        for stop in list(self._line.values()):
+            stop.set()
         self._worker.shutdown(cancel_futures=True)
 
     def check(self, question: Question) -> BatchEncoding:
@@ -156,8 +158,8 @@ class Answering:
         replies: queue.Queue[Reply] = queue.Queue()
         stop = threading.Event()
         future = self._worker.submit(self._answer, question, inputs, replies, stop)
-        self._line.append(future)
-        future.add_done_callback(self._line.remove)
+        self._line[future] = stop
+        future.add_done_callback(self._line.pop)
         try:
             yield from self._follow(future, replies)
         finally:
