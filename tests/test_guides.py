@@ -28,6 +28,7 @@ from trl_parm import (
     MODWeakToStrongLogitsProcessor,
     PARMLogitsProcessor,
     Prompt,
+    SpeculativeDecoding,
     Vocabulary,
 )
 
@@ -445,3 +446,21 @@ def test_a_control_without_preference_shares_the_backbone_too():
     models.base = arm.get_base_model()
     ours = generate(models, GuidedLogitsProcessor(BASE + LM(arm, disable_adapter=True))).sequences
     assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("active", ["helpful", "harmless"])
+def test_a_guide_of_weight_zero_stays_out_of_the_base_model(active, speculative):
+    """At a vertex of the simplex the other adapter is not asked, but the base model still runs without it."""
+    model = lora_model("helpful", "harmless")
+    model.set_adapter(active)
+    base, ids = model.get_base_model(), torch.tensor([[7, 8, 20, 41, 2]])
+    arms = {"a": "helpful", "b": "harmless"}
+    settings = {"max_new_tokens": 8, "custom_generate": SpeculativeDecoding("prompt") if speculative else None}
+    alone = copy.deepcopy(model)
+    for guide, formula in (
+        (GenARMLogitsProcessor(arms, [1.0, 0.0], adapters_of=model), BASE + LM(alone, adapter_name="helpful")),
+        (GuidedLogitsProcessor(BASE + 0.0 * LM(model) + 0.0 * LM(model, adapter_name="harmless")), BASE),
+    ):
+        plain = tiny_llama(0).generate(ids, max_new_tokens=8, logits_processor=[GuidedLogitsProcessor(formula)])
+        assert torch.equal(base.generate(ids, logits_processor=[guide], **settings), plain)

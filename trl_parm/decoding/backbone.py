@@ -120,9 +120,13 @@ class SharedBackbone:
         stack, forward = ExitStack(), None
         self._entered.append((stack, forward))
         call = None if self._guides_run else running_generate()
-        guides = self._guides(call) if call is not None and call.model is model else []
+        if call is not None and call.model is not model:
+            call = None
+        guides = self._guides(call) if call is not None else []
+        guiding = self._guiding(call) if call is not None else set()
+        if guiding:
+            self._check_merged(self._own_adapters(guiding) if self._any_merged() else [])
         if guides and call is not None:
-            self._check_merged(self._own_adapters(guides) if self._any_merged() else [])
             forward = self._join(call, guides, args, kwargs)
         cache = kwargs.get("past_key_values")
         if forward is None and isinstance(cache, JointRows) and any(g.shared is self for g in cast(Any, cache.groups)):
@@ -132,8 +136,8 @@ class SharedBackbone:
             activations = forward.activations(cast(Any, model).dtype) if compiled else None
             stack.enter_context(self.row_adapters.acting(forward.plan, forward.groups, activations))
             kwargs = forward.kwargs
-        elif guides:
-            stack.enter_context(self.switch.only(self._own_adapters(guides)))
+        elif guiding:
+            stack.enter_context(self.switch.only(self._own_adapters(guiding)))
         self._entered[-1] = stack, forward
         return args, kwargs
 
@@ -153,9 +157,14 @@ class SharedBackbone:
         guides = dict.fromkeys(s for s in scorers if getattr(s, "shared", None) is self)
         return sorted(cast(Any, guides), key=lambda guide: guide.acting_adapters)
 
-    def _own_adapters(self, guides: Sequence[LM]) -> list[str]:
+    def _guiding(self, call: GenerateCall) -> set[str]:
+        """The adapters of this model that guide a call of `generate`, those of weight 0 included."""
+        formulas = [p.formula for p in call.processors if isinstance(p, GuidedLogitsProcessor)]
+        scorers: Any = (scorer for formula in formulas for scorer in (*formula.scorers(), *formula.silent()))
+        return {name for s in scorers if getattr(s, "shared", None) is self for name in s.adapter_names}
+
+    def _own_adapters(self, guiding: set[str]) -> list[str]:
         """The active adapters that belong to the base model."""
-        guiding = {name for guide in guides for name in guide.adapter_names}
         return [name for name in self.switch.active if name not in guiding]
 
     def _any_merged(self) -> bool:
@@ -199,8 +208,8 @@ class SharedBackbone:
             return "an assistant asks the guides for every drafted token anyway"
         if any(guide.prompt is not None or guide.vocabulary is not None for guide in guides):
             return "a guide has a prompt or a vocabulary of its own"
-        if self._own_adapters(guides):
-            return f"the base model has an adapter of its own ({', '.join(self._own_adapters(guides))})"
+        if own := self._own_adapters(self._guiding(call)):
+            return f"the base model has an adapter of its own ({', '.join(own)})"
         return self.obstacle(guides)
 
     def obstacle(self, guides: Sequence[LM]) -> str | None:

@@ -31,7 +31,9 @@ class Judges:
         self.guides = language_models(processors)
         self.base, self.next_token, self.vocab = LM(model), next_token, 0
         self.beside_base = [guide for guide in self.guides if guide.shared and guide.shared is self.base.shared]
-        guiding = {name for guide in self.beside_base for name in guide.adapter_names}
+        silent = [s for p in processors if isinstance(p, GuidedLogitsProcessor) for s in p.formula.silent()]
+        all_guides = [*self.guides, *(scorer for scorer in silent if isinstance(scorer, LM))]
+        guiding = {name for guide in all_guides if guide.shared is self.base.shared for name in guide.adapter_names}
         self.base.acting_adapters = [name for name in self.base.acting_adapters if name not in guiding]
         self._with_base = JointLM([self.base, *self.beside_base])
         self._apart = [guide for guide in self.guides if guide not in self.beside_base]

@@ -214,12 +214,11 @@ def objective_weights(argument: str, objectives: Sequence[str], preference: Pref
 def _weighted_scorers(
     argument: str, models: Models, preference: Preference, adapters_of: Any, guide: dict[str, Any]
 ) -> list[tuple[Weight, Scorer]]:
-    """The weight and the scorer of each objective, without those of weight 0."""
+    """The weight and the scorer of each objective."""
     weights = objective_weights(argument, list(models), preference)
     return [
         (weight, _scorer(argument, model, adapters_of, guide))
         for weight, model in zip(weights, models.values(), strict=True)
-        if torch.as_tensor(weight).any()
     ]
 
 

@@ -45,8 +45,14 @@ class Scorer:
         """The scorers that this one is made of, down to those that are made of no others."""
         yield self
 
+    def silent(self) -> Iterator[Scorer]:
+        """The scorers of weight 0 below this one. They are never asked, but they are guides all the same."""
+        yield from ()
+
     def __add__(self, other: Scorer) -> Scorer:
-        return LinearCombination(self.terms() + other.terms()) if isinstance(other, Scorer) else NotImplemented
+        if not isinstance(other, Scorer):
+            return NotImplemented
+        return LinearCombination([*self.terms(), *_nothing_of(self), *other.terms(), *_nothing_of(other)])
 
     def __sub__(self, other: Scorer) -> Scorer:
         return self + -1.0 * other if isinstance(other, Scorer) else NotImplemented
@@ -58,7 +64,7 @@ class Scorer:
             raise ValueError(f"A term's weight is {weight}, but it must be finite.")
         if isinstance(weight, torch.Tensor) and weight.ndim != 1:
             raise ValueError(f"A term's weight has shape {tuple(weight.shape)}, but it must be a number or (rows,).")
-        return LinearCombination([(weight * own, scorer) for own, scorer in self.terms()])
+        return LinearCombination([*((weight * own, scorer) for own, scorer in self.terms()), *_nothing_of(self)])
 
     __rmul__ = __mul__
 
@@ -67,6 +73,11 @@ class Scorer:
 
     def __neg__(self) -> Scorer:
         return self * -1.0
+
+
+def _nothing_of(scorer: Scorer) -> list[tuple[Weight, Scorer]]:
+    """Terms of weight 0, which keep in mind who would guide."""
+    return [(0.0, silent) for silent in scorer.silent()]
 
 
 def of_rows(weight: Weight, rows: int) -> torch.Tensor:
@@ -102,6 +113,8 @@ class LinearCombination(Scorer):
         for weight, scorer in terms:
             merged[scorer] = merged.get(scorer, 0.0) + weight
         self._terms = [(weight, scorer) for scorer, weight in merged.items() if torch.as_tensor(weight).any()]
+        heard = {scorer for _, scorer in self._terms}
+        self._silent = [scorer for scorer in merged if scorer not in heard]
 
     def terms(self) -> list[tuple[Weight, Scorer]]:
         return list(self._terms)
@@ -109,6 +122,12 @@ class LinearCombination(Scorer):
     def scorers(self) -> Iterator[Scorer]:
         for _, scorer in self._terms:
             yield from scorer.scorers()
+
+    def silent(self) -> Iterator[Scorer]:
+        for scorer in self._silent:
+            yield from scorer.scorers()
+        for _, scorer in self._terms:
+            yield from scorer.silent()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(scores, dtype=torch.float32)
@@ -143,10 +162,17 @@ class PowerMean(Scorer):
             raise ValueError(f"The weights are {[weight for weight, _ in terms]}, but none may be negative.")
         self.order = order
         self.means = [(weight, scorer) for (weight, scorer), value in zip(terms, weights) if value.any()]
+        self._silent = [scorer for (_, scorer), value in zip(terms, weights) if not value.any()]
 
     def scorers(self) -> Iterator[Scorer]:
         for _, scorer in self.means:
             yield from scorer.scorers()
+
+    def silent(self) -> Iterator[Scorer]:
+        for scorer in self._silent:
+            yield from scorer.scorers()
+        for _, scorer in self.means:
+            yield from scorer.silent()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         found = []
