@@ -52,7 +52,7 @@ def check_engine(config: Any) -> None:
 def check_lora_slots(config: Any, loras: Iterable[int]) -> None:
     """Checks that no LoRA will sit in the slot that the CPU's kernels also apply to requests without LoRA.
 
-    Requests without LoRA have the slot −1, which vLLM's kernels for CPUs took as the last one up to 0.33 at least
+    Requests without LoRA have the slot −1, which vLLM 0.32's kernels for CPUs take as the last one
     (vllm-project/vllm#48421): the base model would be the ARM, silently, as soon as all slots are in use.
 
     Args:
@@ -65,8 +65,8 @@ def check_lora_slots(config: Any, loras: Iterable[int]) -> None:
     slots, used = config.lora_config.max_loras, len(set(loras))
     if used >= slots and _last_slot_leaks():
         raise ValueError(
-            f"This engine has {slots} slots for LoRAs (max_loras), and {used} LoRAs are in use. On CPUs vLLM applies "
-            "the LoRA in the last slot to the base model's requests too (vllm-project/vllm#48421). Start the engine "
+            f"This engine has {slots} slots for LoRAs (max_loras), and {used} LoRAs are in use. On CPUs this vLLM "
+            "applies the LoRA in the last slot to the base model's requests too (vllm-project/vllm#48421). Start the engine "
             "with max_loras above the number of LoRAs that it will ever load."
         )
 
