@@ -66,8 +66,8 @@ def check_lora_slots(config: Any, loras: Iterable[int]) -> None:
     if used >= slots and _last_slot_leaks():
         raise ValueError(
             f"This engine has {slots} slots for LoRAs (max_loras), and {used} LoRAs are in use. On CPUs this vLLM "
-            "applies the LoRA in the last slot to the base model's requests too (vllm-project/vllm#48421). Start the engine "
-            "with max_loras above the number of LoRAs that it will ever load."
+            "applies the LoRA in the last slot to the base model's requests too (vllm-project/vllm#48421). Start "
+            "the engine with max_loras above the number of LoRAs that it will ever load."
         )
 
 
