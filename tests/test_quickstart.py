@@ -138,3 +138,12 @@ def test_readme_block_runs_as_it_stands(demo_folder, index):
     result = run(demo_folder, "-c", blocks[index])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("page", ["decoding"])
+def test_the_blocks_of_a_page_run_one_after_the_other(demo_folder, page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    result = run(demo_folder, "-c", "\n".join(blocks))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
