@@ -106,6 +106,7 @@ def test_a_private_repository_needs_the_token(hub, arm, tmp_path):
     assert loaded.returncode == 0, loaded.stderr
 
 
+@pytest.mark.slow
 def test_loading_without_the_import_fails_in_peft(hub, arm, tmp_path):
     """PEFT offers no way to find a method that was not imported; the README and every card show the import."""
     assert run(hub, tmp_path, PUSH.format(private=False)).returncode == 0

@@ -83,6 +83,7 @@ def test_two_processes_train_like_one(folder, one, engine):
         assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
     """Where they share a preference, and one has the objective with the largest loss more often."""
     flags = (
@@ -103,7 +104,12 @@ def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
 
 
 @pytest.mark.parametrize(
-    ("engine", "order"), [("ddp_cpu", "random"), ("ddp_cpu", "group_by_length"), ("fsdp2_cpu", "random")]
+    ("engine", "order"),
+    [
+        ("ddp_cpu", "group_by_length"),
+        pytest.param("ddp_cpu", "random", marks=pytest.mark.slow),
+        pytest.param("fsdp2_cpu", "random", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_resume_bit_by_bit(folder, engine, order):
     """In the middle of an epoch: 16 rows, 2 in each of 2 processes, accumulated twice."""

@@ -86,8 +86,8 @@ def test_quickstart_without_a_chat_template(demo_folder):
     ("arguments", "message"),
     [
         (["--pairs", "nowhere.jsonl"], "There are no pairs at nowhere.jsonl"),
-        (["--pairs", "wrong.jsonl"], "Line 1 of wrong.jsonl lacks ['chosen'"),
-        (["--output", "stdout"], "is a file"),
+        pytest.param(["--pairs", "wrong.jsonl"], "Line 1 of wrong.jsonl lacks ['chosen'", marks=pytest.mark.slow),
+        pytest.param(["--output", "stdout"], "is a file", marks=pytest.mark.slow),
         (["--beta", "0"], "must be a positive, finite number"),
     ],
 )

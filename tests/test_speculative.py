@@ -50,6 +50,7 @@ def exact(base, arm, ids):
     return torch.softmax(scores[0] + scores[1] / 0.5, -1)[0]
 
 
+@pytest.mark.slow
 def test_sampling_is_unbiased():
     """The first two tokens of many samples, drafted and verified, against their exact joint distribution."""
     base, arm, samples = strong(), weak_arm(), 600

@@ -95,6 +95,7 @@ def test_train_on_data_sets_by_their_name(tmp_path, tokenizer):
     run.train()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_alike(tmp_path, tokenizer):
     compiled = trained(tmp_path, tokenizer, torch_compile=True, torch_compile_backend="aot_eager", optim="sgd")
     torch.testing.assert_close(compiled, trained(tmp_path, tokenizer, optim="sgd"), atol=1e-5, rtol=1e-4)

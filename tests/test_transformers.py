@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import OBJECTIVES, tiny_llama
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from test_cores import every_adapter, make_model
+from test_cores import TABLE, every_adapter, make_model
 from transformers import AutoModelForCausalLM
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
@@ -39,7 +39,7 @@ def test_load_adapter_and_from_pretrained_on_an_adapter_folder(row, base, tmp_pa
         torch.testing.assert_close(copy(IDS).logits, expected)
 
 
-@every_adapter
+@pytest.mark.parametrize("row", [TABLE["pblora, r2=0"], TABLE["svdlora"], TABLE["moslora"]])
 def test_the_block_of_the_saved_card_loads_the_adapter(row, base, tmp_path):
     model = make_model(row, AutoModelForCausalLM.from_pretrained(base))
     for _ in range(2):
