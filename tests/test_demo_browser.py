@@ -18,7 +18,7 @@ from test_demo import OBJECTIVES, save
 pytestmark = pytest.mark.slow
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SECONDS = 60
+SECONDS = 180
 
 
 @pytest.fixture(scope="module")
