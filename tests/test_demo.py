@@ -306,9 +306,9 @@ BAD = [
     ({"prompt": " \n"}, "prompt is empty"),
     ({"prompt": "w1 " * 2000}, r"2003 tokens, but at most 1024"),
     ({"prompt": "w" * 30_000}, "30000 characters, but at most 20000"),
-    ({"beta": 0}, "`beta` is 0"),
-    ({"beta": -1.0}, "`beta` is -1.0"),
-    ({"beta": float("nan")}, "`beta` is nan"),
+    ({"beta": 0}, "β is 0"),
+    ({"beta": -1.0}, "β is -1.0"),
+    ({"beta": float("nan")}, "β is nan"),
     ({"weights": (-1.0, 2.0)}, "negative weight"),
     ({"weights": (1.0,)}, "1 entries"),
     ({"max_new_tokens": 0}, "max new tokens is 0"),
@@ -441,7 +441,7 @@ def test_the_page_streams_answers_and_adds_them_to_its_own_session(page):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"prompt": ""}, "The prompt is empty"), ({"beta": -2}, "`beta` is -2"), ({"beta": None}, "“β” is empty"),
+    [({"prompt": ""}, "The prompt is empty"), ({"beta": -2}, "β is -2"), ({"beta": None}, "“β” is empty"),
      ({"weights": (0, None)}, "All weights are 0")],
 )  # fmt: skip
 def test_the_page_says_what_is_wrong_and_leaves_the_rest_alone(page, fields, message):

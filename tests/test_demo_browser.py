@@ -179,7 +179,7 @@ def test_bad_input_says_what_is_wrong_and_breaks_nothing(visit):
     visitor.wait_for("3003 tokens, but at most 1024 fit")
     visitor.set("beta", "-1")
     visitor.send("w3")
-    visitor.wait_for("`beta` is -1")
+    visitor.wait_for("β is -1")
     visitor.set("beta", "")
     visitor.send("w3")
     visitor.wait_for("“β” is empty")

@@ -130,7 +130,11 @@ class Answering:
         if not question.prompt or not question.prompt.strip():
             raise ValueError("The prompt is empty. Write something that the model can answer.")
         as_preference(question.weights, self.models.objectives, normalize=True)
-        guidance_strength(question.beta)
+        try:
+            guidance_strength(question.beta)
+        except ValueError:
+            text = f"β is {question.beta}, but it must be a positive, finite number. Guidance has strength 1/β."
+            raise ValueError(text) from None
         for name, value, least, most in (
             ("max new tokens", question.max_new_tokens, 1, MOST_NEW_TOKENS),
             ("temperature", question.temperature, 0, 5),

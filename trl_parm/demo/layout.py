@@ -36,7 +36,7 @@ class Layout:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=280):
                 self._preference(beta)
-            with gr.Column(scale=5, min_width=420):
+            with gr.Column(scale=5, min_width=320):
                 self._question()
                 self._answers()
         self._session()
@@ -75,7 +75,7 @@ class Layout:
         with gr.Row(equal_height=False, elem_classes="parm-ask"):
             self.prompt = gr.Textbox(
                 label="Prompt", placeholder="Ask something, then press Enter", lines=1, max_lines=6, autofocus=True,
-                scale=6, elem_id="prompt",
+                scale=6, min_width=260, elem_id="prompt",
             )  # fmt: skip
             self.send = gr.Button("Send", variant="primary", scale=1, min_width=100, elem_id="send")
             self.stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
@@ -85,7 +85,8 @@ class Layout:
     def _answers(self) -> None:
         base, guided = markup.cards(Reply(), "at your preference", self.measures)
         with gr.Row(equal_height=True):
-            self.base, self.guided = _html(base, elem_id="base"), _html(guided, elem_id="guided")
+            self.base = _html(base, min_width=260, elem_id="base")
+            self.guided = _html(guided, min_width=260, elem_id="guided")
         self.legend = _html("", elem_id="legend")
         self.cost = _html("", elem_id="cost")
 
@@ -93,8 +94,8 @@ class Layout:
         with gr.Row(equal_height=True):
             _html('<h2 class="parm-title">This session</h2>')
             self.clear = gr.Button("Clear", size="sm", elem_id="clear")
-        with gr.Row():
-            with gr.Column(scale=4, min_width=380):
+        with gr.Row() if len(self.objectives) <= 2 else gr.Column():
+            with gr.Column(scale=4, min_width=320):
                 self.picture = _html(picture([], self.objectives), elem_id="picture")
             with gr.Column(scale=3, min_width=320):
                 self.table = _html(markup.table([], self.objectives), elem_id="table")

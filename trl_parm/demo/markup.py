@@ -46,8 +46,8 @@ STYLE = """
 .parm-dot {display: inline-block; width: 11px; height: 11px; border-radius: 50%; border: 1.5px solid;
   vertical-align: -1px}
 .parm-line {display: inline-block; width: 22px; border-top: 1.5px dashed; vertical-align: 4px; opacity: .7}
-.parm-planes {display: flex; flex-wrap: wrap; gap: 12px}
-.parm-planes svg {flex: 1 1 320px; max-width: 560px; font-size: 11px}
+.parm-planes {display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 12px}
+.parm-planes svg {max-width: 560px; font-size: 11px}
 .parm-planes svg text {fill: currentColor; opacity: .7}
 .parm-planes svg text.name {font-size: 12.5px; opacity: .95}
 .parm-planes .grid {stroke: currentColor; opacity: .12}
@@ -148,7 +148,10 @@ def status(text: str, error: bool = False) -> str:
 
 def explained(measures: Sequence[Measure]) -> str:
     """What the picture's axes are."""
-    items = "; ".join(f"<b>{html.escape(m.objective)}</b>: {html.escape(m.title)}" for m in measures)
+    by_title: dict[str, list[str]] = {}
+    for m in measures:
+        by_title.setdefault(m.title, []).append(f"<b>{html.escape(m.objective)}</b>")
+    items = "; ".join(f"{', '.join(names)}: {html.escape(title)}" for title, names in by_title.items())
     own = any(m.reward is None for m in measures)
     note = " The log-ratio is what guidance itself raises, so it is no independent judge." if own else ""
     return f'<div class="parm-note">{items}. Higher is better.{note}</div>'
