@@ -9,13 +9,16 @@ OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datas
 OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores decoders decoding export guides preference \
 	rewards_in_decoding serving shared_forward soup_and_token_rewards speculative speculative_decoding transformers
 
-.PHONY: help demo test test-slow test-peft test-oldest test-vllm check clean
+.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about 8 minutes on two cores)
 	$(PY) examples/quickstart.py
+
+reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write docs/results.md (about two hours on two cores)
+	$(PY) examples/reproduce_small.py
 
 test: $(VENV)/.demo  ## Run the tests
 	$(TEST_ENV) $(PY) -m pytest -n 2

@@ -53,7 +53,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     name = args.model or smollm2()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(name)
     pairs = []
     with output_file(args.output) as file:
         prompts = make_prompts(args.seed)[: args.prompts]

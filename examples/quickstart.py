@@ -22,7 +22,7 @@ from peft import PeftModel
 from report import print_accuracies, write_report
 from smollm2 import smollm2
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from peft_pblora import PBLoraConfig, preference_grid
 from peft_pblora.output import output_folder
@@ -49,9 +49,8 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(name)
         arm, accuracies = train(name, tokenizer, pairs, folder, args)
         print_accuracies(accuracies, OBJECTIVES)
-        base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
         prompts = sorted({pair["prompt"][0]["content"] for pair in pairs["test"]})[:: args.every_prompt]
-        table = guide(base, arm, tokenizer, prompts, strength, args)
+        table = guide(arm, tokenizer, prompts, strength, args)
         write_report(table, OBJECTIVES, reference=[0.0, -float(args.max_new_tokens)], folder=folder)
     print(f"\nAll results are in {args.output}")
 
@@ -91,7 +90,7 @@ def train(
     name: str, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[dict]], folder: Path, args: argparse.Namespace
 ) -> tuple[PeftModel, dict[str, float]]:
     """Trains the reward model and returns it with its held-out metrics."""
-    backbone = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    backbone = AutoModelForCausalLM.from_pretrained(name)
     trainer = PreferenceARMTrainer(
         backbone,
         PreferenceARMConfig(
@@ -138,21 +137,22 @@ def by_objective(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, most: in
 
 
 def guide(
-    base: PreTrainedModel,
     arm: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     strength: float,
     args: argparse.Namespace,
 ) -> Dataset:
-    """Decodes the prompts at five preferences and with two controls.
+    """Decodes the prompts with the ARM's own backbone, frozen, at five preferences and with two controls.
 
     Multiplying by π_ARM also sharpens the distribution. The second control does the same with the untrained ARM, so
     that what remains between it and the guided rows is preference.
     """
+    base = arm.get_base_model()
+    arm.base_model.set_adapter([])  # the adapter acts where it guides and is not active in the base model by itself
     sharpened = GuidedLogitsProcessor(BASE + strength * LM(arm, disable_adapter=True))
     runs = [Run("base"), Run("base, sharpened", decoder=lambda _: sharpened)]
-    guided: Callable = lambda batch: PARMLogitsProcessor(arm, batch.preference, args.beta)  # noqa: E731
+    guided: Callable = lambda batch: PARMLogitsProcessor(arm, batch.preference, args.beta, adapter_name="default")  # noqa: E731
     runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]
     batch_size = 16
     batches = len(runs) * -(-len(prompts) // batch_size)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page `docs/results.md`: what `reproduce_small.py` found, and what holds, worked out from its tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peft_pblora.output import output_file
+from trl_parm.evaluation.fronts import summarize
+from trl_parm.evaluation.measures import markdown
+from trl_parm.records import read_rows
+
+
+AGAINST = "PARM"
+UPPER_BOUNDS = ("ARGS", "Transfer-Q")
+VERSIONS = ("python", "torch", "transformers", "peft", "trl")
+
+INTRODUCTION = """# Results on two cores
+
+All methods on the same prompts, with the same training pairs and the same budget. `make reproduce-small` trains,
+evaluates and writes this page; every sentence under "What holds" is worked out from the tables. A language model of
+135 million parameters and two rewards that need no model (`positive`: VADER's compound sentiment; `concise`: minus the
+mean number of words in a sentence) make a small and easy test: it shows whether methods steer, not how well they would
+steer a large model towards helpful and harmless answers."""
+
+SETTINGS = """- **Model**: SmolLM2-135M-Instruct, frozen, float32; it is also the backbone of all reward models and
+  policies.
+- **Pairs**: {pairs} of its own answers, labelled for both objectives, about topics that no evaluation prompt is about.
+- **Budget**: {steps} steps of {batch} pairs for each training run, adapters of rank 8 on the attention's q, k and v.
+  PARM, SVD-LoRA and UniARM train one adapter; GenARM and DPO one for each objective, so they take twice as many steps.
+- **Learning rates**: the better of {rates} in the second half of a pilot of 14 steps: {chosen}.
+- **β**: for each guided method the one of {betas} whose front has the largest hypervolume above (positive 0,
+  concise -40) on {validation} other prompts: {chosen_betas}. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of
+  8 tokens) are not tuned; Rewarded Soups and MOD have no such dial.
+- **Evaluation**: {prompts} prompts, five preferences, 40 new tokens sampled from the 50 likeliest; seed {seed}, the
+  same noise for each prompt in all runs. The scorers that judge are those that labelled the pairs, no reward model.
+- **Versions**: {versions}."""
+
+CONTROLS = """ARGS and Transfer-Q search with the very scorers that judge, which a user of a reward model does not
+have: they are upper bounds for search, not rivals. The untrained ARM multiplies the base model with the ARM's
+backbone, which sharpens it without any preference."""
+
+LIMITS = """## What this does not show
+
+One seed of training for each method, one small model, {prompts} prompts, and rewards that short happy phrases satisfy.
+The intervals are over prompts, so they do not contain what another training run would change. Two learning rates and
+three β are a coarse choice. With few prompts hypervolume is biased upwards, more so for methods with noisier points.
+Times are those of a shared machine with two cores; [decoding](decoding.md) has paired measurements."""
+
+
+def write_page(folder: Path, docs: Path, rates: Mapping[str, float], betas: Mapping[str, float]) -> None:
+    """Writes `results.md` and its figure into `docs`, from the tables that `trl-parm plot` left in `folder`."""
+    docs.joinpath("images").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "figures" / "fronts.png", docs / "images" / "results.png")
+    search = [row for row in _table(folder / "figures_transfer_q" / "measures.csv") if row["measure"] == "hypervolume"]
+    sections = [
+        INTRODUCTION,
+        settings_text(folder, rates, betas),
+        "![Mean rewards of all methods at five preferences](images/results.png)",
+        CONTROLS,
+        "## What holds\n\n"
+        + "\n".join(f"- {line}" for line in findings(_table(folder / "figures" / "differences.csv"))),
+        "## Mean rewards\n\n" + rewards_text(folder / "results" / "results.jsonl"),
+        (folder / "figures" / "measures.md").read_text().strip(),
+        f"## With Transfer-Q\n\nTransfer-Q was run on {search[0]['prompts']} of the prompts, beside these methods.",
+        (folder / "figures_transfer_q" / "measures.md").read_text().strip(),
+        LIMITS.format(prompts=_run(folder / "results")["num_prompts"]),
+    ]
+    with output_file(docs / "results.md") as file:
+        file.write("\n\n".join(sections) + "\n")
+
+
+def settings_text(folder: Path, rates: Mapping[str, float], betas: Mapping[str, float]) -> str:
+    """What was run, from the files that the commands wrote beside their results."""
+    trained, evaluated = _run(folder / "parm"), _run(folder / "results")
+    versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
+    pilots = json.loads((folder / "pilots" / "parm.json").read_text())
+    volumes = json.loads((folder / "betas.json").read_text())
+    return SETTINGS.format(
+        pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
+        steps=trained["max_steps"],
+        batch=trained["per_device_train_batch_size"],
+        rates=" and ".join(f"{float(rate):g}" for rate in pilots),
+        chosen=", ".join(f"{name} {rate:g}" for name, rate in rates.items()),
+        betas=", ".join(f"{float(beta):g}" for beta in volumes["parm"]),
+        validation=_run(folder / "validation")["num_prompts"],
+        chosen_betas=", ".join(f"{name} {beta:g}" for name, beta in betas.items()),
+        prompts=evaluated["num_prompts"],
+        seed=evaluated["seed"],
+        versions=", ".join(f"{name} {versions[name]}" for name in VERSIONS),
+    )
+
+
+def findings(differences: Sequence[Mapping[str, str]]) -> list[str]:
+    """For each measure, which methods are above PARM, below it, or not told apart from it by 95 % intervals."""
+    lines = []
+    for measure, reference in dict.fromkeys((row["measure"], row["reference"]) for row in differences):
+        rows = [row for row in differences if (row["measure"], row["reference"]) == (measure, reference)]
+        above = f" above ({reference})" if measure == "hypervolume" else ""
+        parts = []
+        for verdict, chosen in _by_verdict(rows).items():
+            if chosen:
+                parts.append(f"{verdict} " + ", ".join(f"{row['method']} ({_interval(row)})" for row in chosen))
+        lines.append(f"**{measure.capitalize()}{above}**, relative to {AGAINST}: " + "; ".join(parts) + ".")
+    return lines
+
+
+def rewards_text(results: Path) -> str:
+    """Mean rewards of every run as a Markdown table."""
+    objectives = json.loads(results.with_name("results.config.json").read_text())["objectives"]
+    rows = [
+        {
+            "method": row["method"] + (" (upper bound)" if row["method"] in UPPER_BOUNDS else ""),
+            f"preference ({', '.join(objectives)})": (
+                "-" if row["preference"] is None else ", ".join(f"{weight:.2f}" for weight in row["preference"])
+            ),
+            **{name: f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in objectives},
+        }
+        for row in summarize(read_rows(results), objectives)
+    ]
+    return "Mean ± standard error over prompts.\n\n" + markdown(rows)
+
+
+def _by_verdict(rows: Sequence[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:
+    verdicts: dict[str, list[Mapping[str, str]]] = {"lower:": [], "not told apart:": [], "higher:": []}
+    for row in rows:
+        verdict = (
+            "not told apart:" if row["differs"] == "False" else "lower:" if float(row["value"]) < 0 else "higher:"
+        )
+        verdicts[verdict].append(row)
+    return verdicts
+
+
+def _interval(row: Mapping[str, str]) -> str:
+    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
+    return f"{value:+.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "run.yaml").read_text())["arguments"]
