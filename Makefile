@@ -5,16 +5,17 @@ TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # The oldest releases that setup.cfg allows and that resolve together.
 OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0 huggingface_hub==1.5.0 \
-	safetensors==0.8.0
-OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores decoders decoding export guides preference \
-	rewards_in_decoding serving shared_forward soup_and_token_rewards speculative speculative_decoding transformers
+	safetensors==0.8.0 numpy==2.0.2 matplotlib==3.9.0 scipy==1.13.0 moocore==0.2.0 vaderSentiment==3.3.2
+OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores decoders decoding evaluation export guides \
+	measures methods plots preference relabel rewards_in_decoding serving shared_forward soup_and_token_rewards \
+	speculative speculative_decoding transformers
 
 .PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm check clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about 8 minutes on two cores)
+demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about 10 minutes on two cores)
 	$(PY) examples/quickstart.py
 
 reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write docs/results.md (about two hours on two cores)
@@ -60,7 +61,7 @@ $(VENV)/.demo: $(VENV)/.ready
 .venv-oldest/.ready: setup.cfg pyproject.toml constraints.txt
 	test -x .venv-oldest/bin/python || python3 -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis scipy \
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis \
 		optimum-quanto
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
