@@ -11,6 +11,7 @@ done again, so that a run that was stopped goes on; delete `runs/small` to begin
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,6 @@ OBJECTIVES = ["positive", "concise"]
 REWARD_MODELS = ["parm", "svd_lora", "uniarm", "genarm_positive", "genarm_concise"]
 POLICIES = ["dpo_positive", "dpo_concise"]
 LEARNING_RATES = [2e-3, 1e-2]
-PILOT_STEPS = 14
 BETAS = [0.5, 1.0, 2.0]
 GUIDED = ["parm", "svd_lora", "uniarm", "genarm"]
 REFERENCE = [0.0, -40.0]
@@ -39,10 +39,7 @@ REFERENCE = [0.0, -40.0]
 def main() -> None:
     smollm2()
     run("trl_parm", "relabel", "--config", CONFIGS / "relabel.yaml")
-    rates = {name: choose_learning_rate(name) for name in REWARD_MODELS + POLICIES}
-    for name, rate in rates.items():
-        if not (FOLDER / name / "adapter_model.safetensors").exists():
-            train(name, learning_rate=rate)
+    rates = {name: train_at_best_rate(name) for name in REWARD_MODELS + POLICIES}
     betas = choose_betas()
     for name in ("evaluate", "evaluate_transfer_q"):
         run("trl_parm", "evaluate", "--config", with_betas(CONFIGS / f"{name}.yaml", betas))
@@ -51,32 +48,32 @@ def main() -> None:
     write_page(FOLDER, Path("docs"), rates, betas)
 
 
-def choose_learning_rate(name: str) -> float:
-    """The rate with the lowest training loss in the second half of a short run, in which every pair is new."""
-    chosen = FOLDER / "pilots" / f"{name}.json"
-    if not chosen.exists():
-        losses = {}
-        for rate in LEARNING_RATES:
-            folder = FOLDER / "pilots" / f"{name}-{rate:g}"
-            state = folder / f"checkpoint-{PILOT_STEPS}" / "trainer_state.json"
-            if not state.exists():
-                steps = {"max_steps": PILOT_STEPS, "save_steps": PILOT_STEPS, "logging_steps": 1}
-                train(name, output_dir=str(folder), learning_rate=rate, **steps)
-            history = [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
-            losses[rate] = sum(history[PILOT_STEPS // 2 :]) / len(history[PILOT_STEPS // 2 :])
-        chosen.write_text(json.dumps(losses, indent=2) + "\n")
-    losses = json.loads(chosen.read_text())
-    return float(min(losses, key=losses.get))
+def train_at_best_rate(name: str) -> float:
+    """Trains at each learning rate, keeps the run with the lowest loss in its last third, and returns its rate.
+
+    There are more pairs than a run reads, so each pair is new when its loss is taken: no run is ahead by learning pairs
+    by heart.
+    """
+    losses = {}
+    for rate in LEARNING_RATES:
+        folder = FOLDER / "rates" / f"{name}-{rate:g}"
+        if not (folder / "adapter_model.safetensors").exists():
+            train(name, folder, rate)
+        states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+        history = [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
+        losses[rate] = sum(history[-len(history) // 3 :]) / len(history[-len(history) // 3 :])
+    best = min(losses, key=lambda rate: losses[rate])
+    shutil.copytree(FOLDER / "rates" / f"{name}-{best:g}", FOLDER / name, dirs_exist_ok=True)
+    (FOLDER / "rates" / f"{name}.json").write_text(json.dumps(losses, indent=2) + "\n")
+    return best
 
 
-def train(name: str, **changed: Any) -> None:
+def train(name: str, folder: Path, rate: float) -> None:
     """Trains what a configuration describes, a reward model with our command and a policy with TRL's."""
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) | changed
-    pilot = "max_steps" in changed
-    if pilot:
-        config.pop("eval_data", None)
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config |= {"output_dir": str(folder), "learning_rate": rate, "logging_steps": 1}
     command = ("trl_parm", "train") if name in REWARD_MODELS else ("trl.scripts.dpo",)
-    run(*command, "--config", written(config, f"{name}{'-pilot' if pilot else ''}.yaml"))
+    run(*command, "--config", written(config, f"{name}.yaml"))
 
 
 def choose_betas() -> dict[str, float]:

@@ -35,7 +35,8 @@ SETTINGS = """- **Model**: SmolLM2-135M-Instruct, frozen, float32; it is also th
 - **Pairs**: {pairs} of its own answers, labelled for both objectives, about topics that no evaluation prompt is about.
 - **Budget**: {steps} steps of {batch} pairs for each training run, adapters of rank 8 on the attention's q, k and v.
   PARM, SVD-LoRA and UniARM train one adapter; GenARM and DPO one for each objective, so they take twice as many steps.
-- **Learning rates**: the better of {rates} in the second half of a pilot of 14 steps: {chosen}.
+- **Learning rates**: of {rates} the one with the lower loss in the last third of its run, where every pair is new:
+  {chosen}.
 - **β**: for each guided method the one of {betas} whose front has the largest hypervolume above (positive 0,
   concise -40) on {validation} other prompts: {chosen_betas}. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of
   8 tokens) are not tuned; Rewarded Soups and MOD have no such dial.
@@ -81,13 +82,13 @@ def settings_text(folder: Path, rates: Mapping[str, float], betas: Mapping[str, 
     """What was run, from the files that the commands wrote beside their results."""
     trained, evaluated = _run(folder / "parm"), _run(folder / "results")
     versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
-    pilots = json.loads((folder / "pilots" / "parm.json").read_text())
+    rates_tried = json.loads((folder / "rates" / "parm.json").read_text())
     volumes = json.loads((folder / "betas.json").read_text())
     return SETTINGS.format(
         pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
         steps=trained["max_steps"],
         batch=trained["per_device_train_batch_size"],
-        rates=" and ".join(f"{float(rate):g}" for rate in pilots),
+        rates=" and ".join(f"{float(rate):g}" for rate in rates_tried),
         chosen=", ".join(f"{name} {rate:g}" for name, rate in rates.items()),
         betas=", ".join(f"{float(beta):g}" for beta in volumes["parm"]),
         validation=_run(folder / "validation")["num_prompts"],
