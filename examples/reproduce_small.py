@@ -51,8 +51,7 @@ def main() -> None:
 def train_at_best_rate(name: str) -> float:
     """Trains at each learning rate, keeps the run with the lowest loss in its last third, and returns its rate.
 
-    There are more pairs than a run reads, so each pair is new when its loss is taken: no run is ahead by learning pairs
-    by heart.
+    There are more pairs than a run reads, so each pair is new when its loss is taken: learning by heart is no help.
     """
     losses = {}
     for rate in LEARNING_RATES:
