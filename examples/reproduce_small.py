@@ -71,6 +71,7 @@ def train(name: str, folder: Path, rate: float) -> None:
     """Trains what a configuration describes, a reward model with our command and a policy with TRL's."""
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config |= {"output_dir": str(folder), "learning_rate": rate, "logging_steps": 1}
+    config.pop("eval_data", None)
     command = ("trl_parm", "train") if name in REWARD_MODELS else ("trl.scripts.dpo",)
     run(*command, "--config", written(config, f"{name}.yaml"))
 
