@@ -61,9 +61,12 @@ class Block:
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     name = str(page.relative_to(ROOT))
+    found = list(FENCE.finditer(text))
+    fences = re.findall(r"^\s*```\w", text, re.MULTILINE)
+    assert len(fences) == len(found), f"{name} has a block that is indented or not closed, and would not be run"
     return [
         Block(name, text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["reason"])
-        for found in FENCE.finditer(text)
+        for found in found
     ]
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import peft.mapping
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from doc_blocks import MODEL, ROOT, blocks_of, make_folder, run, run_each_alone, run_page
 
 
@@ -75,6 +76,11 @@ def test_each_block_of_the_readme_runs_on_its_own(folder):
     for block, (status, output) in zip(README_BLOCKS, run_each_alone(folder, README_BLOCKS), strict=True):
         assert status == "0", f"{block}: {output}"
         assert output.strip(), str(block)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/accelerate_configs").iterdir()), ids=lambda path: path.stem)
+def test_configurations_of_accelerate_load(path):
+    assert load_config_from_file(str(path)).num_processes >= 2
 
 
 def anchors(page: Path) -> set[str]:
