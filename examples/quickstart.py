@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,8 +37,8 @@ REWARDS = {"positive": positivity, "concise": conciseness}
 PAIRS = Path(__file__).parent / "data" / "pairs.jsonl"
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     disable_progress_bars()
     # transformers announces renamed training arguments of its version 6; TRL still uses the old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -55,7 +55,7 @@ def main() -> None:
     print(f"\nAll results are in {args.output}")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct from its wheel)")
     parser.add_argument("--pairs", type=Path, default=PAIRS, help="JSONL made by make_pairs.py")
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--every-prompt", type=int, default=2, help="decode every n-th held-out prompt")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_pairs(path: Path) -> dict[str, list[dict]]:
@@ -150,7 +150,7 @@ def guide(
     """
     base = arm.get_base_model()
     arm.base_model.set_adapter([])  # the adapter acts where it guides and is not active in the base model by itself
-    sharpened = GuidedLogitsProcessor(BASE + strength * LM(arm, disable_adapter=True))
+    sharpened = GuidedLogitsProcessor(BASE + strength * LM(arm, adapter_name="default", disable_adapter=True))
     runs = [Run("base"), Run("base, sharpened", decoder=lambda _: sharpened)]
     guided: Callable = lambda batch: PARMLogitsProcessor(arm, batch.preference, args.beta, adapter_name="default")  # noqa: E731
     runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]
