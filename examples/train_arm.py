@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # /// script
+# requires-python = ">=3.11"
 # dependencies = ["trl-parm"]
 # ///
 """Trains an autoregressive reward model from YAML, on one CPU or, with `accelerate launch`, on a cluster.
