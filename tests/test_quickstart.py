@@ -1,28 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo and the README's blocks, run as a user runs them: in a process of their own, in an empty folder."""
+"""The demo, run as a user runs it: in a process of its own, in an empty folder."""
 
 import json
-import os
-import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
+from doc_blocks import MODEL, ROOT, run
 
 
-ROOT = Path(__file__).parents[1]
-MODEL = "runs/models/smollm2-135m-instruct"
 FILES = {"arm", "measures.json", "pareto.png", "report.md", "responses.jsonl"}
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -125,25 +114,3 @@ def test_shipped_pairs_are_what_they_claim():
         better, worse = rewards[row["objective"]]([prompt] * 2, [chosen, rejected])
         assert better > worse
     assert not splits["train"] & splits["test"]
-
-
-def readme_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.mark.parametrize("index", range(5), ids=["adapter", "train", "decode", "formula", "token rewards"])
-def test_readme_block_runs_as_it_stands(demo_folder, index):
-    blocks = readme_blocks()
-    assert len(blocks) == 5
-    result = run(demo_folder, "-c", blocks[index])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
-
-
-@pytest.mark.parametrize("page", ["decoding"])
-def test_the_blocks_of_a_page_run_one_after_the_other(demo_folder, page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
-    assert blocks
-    result = run(demo_folder, "-c", "\n".join(blocks))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
