@@ -48,7 +48,7 @@ class PBLoraCore(Core):
         r2 (`int`): Rank of the preference-aware block, 0 or larger; `r1 + r2` must be positive.
 
     Attributes:
-        W1 (`nn.Parameter` of shape `(r1, r1)` or `None`).
+        W1 (`nn.Parameter` of shape `(r1, r1)` or `None`): The same for every preference.
         W2 (`nn.Parameter` of shape `(k, r2 * r2)` or `None`): φ, one flattened row-major matrix for each objective.
     """
 

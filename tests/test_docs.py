@@ -6,16 +6,25 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import peft.mapping
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from doc_blocks import MODEL, ROOT, blocks_of, make_folder, run, run_each_alone, run_page
+from doc_blocks import MODEL, OBJECTIVES, ROOT, blocks_of, make_folder, run, run_each_alone, run_page
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_pblora import PBLoraConfig
+from trl_parm.evaluation.methods import METHODS
 
 
 DOCS = ROOT / "docs"
@@ -41,17 +50,20 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(checkout, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of the folder as working directory; what a page registers with PEFT is gone after it."""
+def folder(checkout, tmp_path, monkeypatch) -> Iterator[Path]:
+    """A fresh copy of the folder as working directory. What a page registers is gone after it."""
     shutil.copytree(checkout, tmp_path / "checkout")
     monkeypatch.chdir(tmp_path / "checkout")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TRL_PARM_TRACEBACK", "1")
-    for name in ("CONFIG", "TUNER", "PREFIX"):
-        registry = f"PEFT_TYPE_TO_{name}_MAPPING"
-        for key in set(vars(peft.mapping)[registry]):
-            monkeypatch.setitem(vars(peft.mapping)[registry], key, vars(peft.mapping)[registry][key])
-    return tmp_path / "checkout"
+    mapping = vars(peft.mapping)
+    tables: list[Any] = [mapping[f"PEFT_TYPE_TO_{name}_MAPPING"] for name in ("CONFIG", "TUNER", "PREFIX")]
+    tables += [METHODS, os.environ]
+    before = [dict(table) for table in tables]
+    yield tmp_path / "checkout"
+    for table, entries in zip(tables, before, strict=True):
+        for key in set(table) - set(entries):
+            del table[key]
 
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
@@ -62,12 +74,16 @@ def test_the_blocks_of_a_page_run_one_after_the_other(folder, page):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_a_page_runs_with_the_model_that_it_names(folder, name):
-    sys.path.insert(0, str(ROOT / "examples"))
-    shutil.rmtree(folder / MODEL)
-    shutil.rmtree(folder / "runs/demo")
-    few = ["--steps", "2", "--batch-size", "2", "--eval-pairs", "2", "--max-new-tokens", "5", "--every-prompt", "8"]
-    result = run(folder, str(ROOT / "examples/quickstart.py"), *few)
+    """SmolLM2 with an ARM of random weights, so that the preference matters."""
+    for path in (MODEL, "runs/demo/arm"):
+        shutil.rmtree(folder / path)
+    convert = "from smollm2 import smollm2; smollm2()"
+    result = run(folder, "-c", f"import sys; sys.path.insert(0, {str(ROOT / 'examples')!r}); {convert}")
     assert result.returncode == 0, result.stderr
+    config = PBLoraConfig(
+        objectives=OBJECTIVES, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_weights=False
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), config).save_pretrained("runs/demo/arm")
     run_page(blocks_of(DOCS / f"{name}.md"))
 
 
@@ -155,3 +171,19 @@ def test_the_reference_has_every_public_name_once():
     for entry in listed:
         package, _, name = entry.rpartition(".")
         assert documentation(importlib.import_module(package), name), entry
+
+
+@pytest.mark.slow
+def test_the_site_builds_with_all_names_of_the_reference(tmp_path):
+    zensical = shutil.which("zensical", path=str(Path(sys.executable).parent))
+    if zensical is None:
+        pytest.skip("the extra `docs` is not installed")
+    for name in ("docs", "peft_pblora", "trl_parm"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "zensical.toml", tmp_path)
+    result = subprocess.run([zensical, "build", "--strict"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for page in sorted((DOCS / "reference").glob("*.md")):
+        site = (tmp_path / f"build/site/reference/{page.stem}.html").read_text(encoding="utf-8")
+        for entry in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert f'id="{entry}"' in site, entry
