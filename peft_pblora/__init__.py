@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference-conditioned adapters as PEFT methods. Importing this package registers them with PEFT."""
 
+from .card import add_results
 from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
@@ -22,6 +23,7 @@ __all__ = [
     "PreferenceConfig",
     "SVDLoraConfig",
     "SVDLoraModel",
+    "add_results",
     "as_preference",
     "get_objectives",
     "get_preference",

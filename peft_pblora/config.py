@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from peft import PeftConfig
 
-from .card import add_loading_section
 from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
 from .official import name_objectives, number_objectives, starting_preference
 from .preference import as_preference, check_objectives
@@ -38,6 +39,9 @@ class PreferenceConfig(PeftConfig):
         layers_to_transform (`list[int]` or `int`, *optional*): Layer indices to adapt.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the layer list for `layers_to_transform`.
         trainable_token_indices (*optional*): Not supported by these adapters; present because TRL reads it.
+        card (`dict`, *optional*):
+            What the model card says beyond this configuration, see [`card.CardFacts`]; it travels with the adapter.
+            `{"prompt": None}` saves without generating the card's sample.
     """
 
     objectives: list[str] = field(
@@ -67,6 +71,7 @@ class PreferenceConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Not supported by these adapters."}
     )
+    card: dict[str, Any] | None = field(default=None, metadata={"help": "Further facts for the model card."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,9 +97,28 @@ class PreferenceConfig(PeftConfig):
         return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, and the model card beside it, if there is one, shows how to load the adapter."""
+        """As PEFT's, and where PEFT has put its model card, the adapter's own stands in its place, with a sample."""
+        from .card import CardFacts, refresh_facts, write_card  # which has to do with whole models
+
+        has_card = (Path(save_directory) / "README.md").is_file()
+        if has_card:
+            refresh_facts(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_section(save_directory, self)
+        if has_card:
+            write_card(save_directory, self, cast(CardFacts, self.card))
+
+    @property
+    def tuner(self) -> Any:
+        """The tuner that this configuration is part of, as long as it lives; `None` if there is none."""
+        found = self.__dict__.get("_tuner")
+        return None if found is None else found()
+
+    @tuner.setter
+    def tuner(self, tuner: Any) -> None:
+        self.__dict__["_tuner"] = weakref.ref(tuner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tuner"}
 
     def build_core(self) -> Core:
         """A fresh core, the module that computes W(α)."""

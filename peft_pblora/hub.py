@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters over the Hub, with their card."""
+"""Adapters over the Hub, with their card, as safetensors and text alone."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from .card import FOLDER
+
+
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.png", "*.txt", "*.model", "LICENSE*")
+"""What an upload consists of: weights, tokenizer, card. Pickles, a trainer's `*.bin` and `*.pt`, stay behind."""
+LOGS = ("trainer_state.json", "*_results.json")
+"""What a trainer writes about a run, which may name folders of its machine."""
 
 
 def push_to_hub(
@@ -18,13 +29,15 @@ def push_to_hub(
     commit_message: str = "Upload adapter",
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Uploads what `model.save_pretrained` writes, the model card included.
+    """Uploads an adapter with its card, in one commit: after an upload that breaks off nothing of it is there.
 
     `model.push_to_hub` works too, but puts transformers' general card in the place of the one that shows how to load
     the adapter.
 
     Args:
-        model (`PeftModel`): The model with its adapters.
+        model (`PeftModel`, `str` or `Path`):
+            The model with its adapters; or the folder of a saved adapter, with all that was added to its card, such as
+            a figure.
         repo_id (`str`): The repository, as `user/name`; it is created if it does not exist.
         private (`bool`, *optional*): Whether a new repository is private; the account's default if not given.
         token (`str` or `bool`, *optional*): A token of the Hub; the stored one if not given.
@@ -34,11 +47,48 @@ def push_to_hub(
 
     Returns:
         `huggingface_hub.CommitInfo`: The commit.
+
+    Raises:
+        ValueError: the folder has no adapter, or has its weights as a pickle.
     """
+    saved = Path(model) if isinstance(model, str | Path) else None
+    if saved is not None:
+        _check(saved)
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if saved is None:
+            model.save_pretrained(name)
+        else:
+            _copy(saved, folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        card = folder / "README.md"
+        if card.is_file():
+            card.write_text(card.read_text(encoding="utf-8").replace(FOLDER, repo_id), encoding="utf-8")
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message, create_pr=create_pr
+            repo_id=repo_id,
+            folder_path=name,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            allow_patterns=list(FILES),
+            ignore_patterns=list(LOGS),
         )
+
+
+def _check(folder: Path) -> None:
+    """Raises `ValueError` before anything is created on the Hub."""
+    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"There is no {' and no '.join(missing)} in {str(folder)!r}. Give the folder of an adapter that was saved "
+            "as safetensors; a pickle is not uploaded, since loading it can run code."
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    """The files of the folder itself, links among them by their content; checkpoints and other folders stay."""
+    for pattern in FILES:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)

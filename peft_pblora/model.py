@@ -30,6 +30,12 @@ class PreferenceTuner(BaseTuner):
     tuner_layer_cls: ClassVar[type[PreferenceLinear]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for config in self.peft_config.values():  # of a copy of the model
+            if isinstance(config, PreferenceConfig):
+                config.tuner = self
+
     def _create_and_replace(
         self,
         config: PreferenceConfig,
@@ -40,6 +46,7 @@ class PreferenceTuner(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
+        config.tuner = self
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config=config)
             return

@@ -10,7 +10,6 @@ from conftest import tiny_arm, tiny_llama
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pair_data import labelled, pairs
 from training_runs import LORA, PBLORA, config, trainer, two_sets
-from transformers import AutoModelForCausalLM
 
 from trl_parm import PreferenceARMTrainer
 
@@ -24,24 +23,6 @@ def test_defaults_of_the_arguments(tokenizer, tmp_path, monkeypatch):
     assert run.args.output_dir == "base-PARM"
     assert run.args.learning_rate == 5e-4
     assert run.arm_loss.beta.tolist() == pytest.approx([0.01, 0.01])
-
-
-def test_card_tells_what_was_trained_and_how_to_use_it(tmp_path, tokenizer):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    run = trainer(tmp_path / "arm", tokenizer, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    run.train()
-    run.save_model()
-    run.create_model_card("my arm", "my/data", tags="mine")
-    card = (tmp_path / "arm" / "README.md").read_text()
-    for part in ("# my arm", "import peft_pblora", "lin2025parm", "helpful 0.1, harmless 0.1", "Dirichlet(0.5)",
-                 "my/data", "- trl\n", "- parm\n", "- mine\n", "library_name: peft"):  # fmt: skip
-        assert part in card, part
-    block = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "arm"))
-    guide = card.split("```python\n")[2].split("```")[0]
-    base, inputs = tiny_llama(1), {"input_ids": torch.tensor([[5, 6]])}
-    scope = {"base": base, "inputs": inputs}
-    exec(block + guide, scope)
-    assert scope["output"].shape[1] > 2
 
 
 @pytest.mark.parametrize(

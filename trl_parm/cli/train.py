@@ -40,17 +40,22 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
 
     from trl_parm import PreferenceARMTrainer
     from trl_parm.provenance import write_run
+    from trl_parm.training.card import data_facts, run_yaml
 
     if not sys.stderr.isatty():
         config.disable_tqdm = True
+    data = arguments.load(arguments.train_data)
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
         config,
-        train_dataset=arguments.load(arguments.train_data),
+        train_dataset=data,
         eval_dataset=arguments.load(arguments.eval_data),
         quantization_config=arguments.quantization_config(),
         peft_config=arguments.peft_config(config.label_columns),  # pyright: ignore[reportArgumentType]
     )
+    paths = [entry.path for entry in arguments.train_data]
+    trainer.card |= data_facts(trainer, list(data or ()), paths)
+    trainer.card["run"] = "# trl-parm train --config this.yaml\n" + run_yaml(arguments, config)
     if trainer.is_world_process_zero():
         write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
     trainer.train(resume_from_checkpoint=_checkpoint(str(config.output_dir)) if arguments.resume else None)

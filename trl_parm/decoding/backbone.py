@@ -19,7 +19,8 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.utils import logging
 
-from .adapters import AdapterSwitch
+from peft_pblora.switch import AdapterSwitch
+
 from .guided import GuidedLogitsProcessor
 from .joint import JointCache, JointRows
 from .joint_forward import PER_ROW, JointForward

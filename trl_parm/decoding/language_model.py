@@ -21,8 +21,8 @@ from peft_pblora import as_preference, set_preference
 from peft_pblora.adapter import LowRankAdapter, check_rows
 from peft_pblora.control import active_adapter, has_preference
 from peft_pblora.preference import Preference
+from peft_pblora.switch import AdapterSwitch, backbone_of
 
-from .adapters import AdapterSwitch, backbone_of
 from .backbone import SharedBackbone
 from .guide_model import check_guide, rewindable_cache
 from .padding import attention_mask, pad_token_id

@@ -13,8 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_pblora.layer import PreferenceLinear, RowPlan
-
-from .adapters import AdapterSwitch
+from peft_pblora.switch import AdapterSwitch
 
 
 class RowAdapters:

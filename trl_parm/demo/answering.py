@@ -20,8 +20,8 @@ import torch
 from transformers import BatchEncoding, LogitsProcessor
 
 from peft_pblora import as_preference
+from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.decoding import PARMLogitsProcessor, TokenRewards, token_rewards
-from trl_parm.decoding.adapters import AdapterSwitch, backbone_of
 from trl_parm.decoding.processors import guidance_strength
 from trl_parm.evaluation.decoding import GREEDY
 from trl_parm.evaluation.prompts import encode_prompts

@@ -1,132 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card that a trainer writes beside its reward model."""
+"""What a trainer knows of its reward model, for the model card beside it."""
 
 from __future__ import annotations
 
-import textwrap
-from importlib.metadata import version
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
 from accelerate.utils import is_peft_model
-from huggingface_hub import ModelCard, ModelCardData
 
-from peft_pblora.card import loading_section
+from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, store_card, versions, write_card
 from peft_pblora.config import PreferenceConfig
+from trl_parm.provenance import plain
+
+from .data import JointPreferenceDataset
+from .sources import Pairs
 
 
 if TYPE_CHECKING:
     from .trainer import PreferenceARMTrainer
 
-
-PARM = """\
-@inproceedings{lin2025parm,
-  title     = {{PARM}: Multi-Objective Test-Time Alignment via Preference-Aware Autoregressive Reward Model},
-  author    = {Lin, Baijiong and Jiang, Weisen and Xu, Yuancheng and Chen, Hao and Chen, Ying-Cong},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2025},
-}"""
-GENARM = """\
-@inproceedings{xu2025genarm,
-  title     = {{GenARM}: Reward Guided Generation with Autoregressive Reward Model for Test-Time Alignment},
-  author    = {Xu, Yuancheng and Sehwag, Udari Madhushani and Koppel, Alec and Zhu, Sicheng and An, Bang and
-               Huang, Furong and Ganesh, Sumitra},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2025},
-}"""
-PANACEA = """\
-@inproceedings{zhong2024panacea,
-  title     = {Panacea: {Pareto} Alignment via Preference Adaptation for {LLMs}},
-  author    = {Zhong, Yifan and Ma, Chengdong and Zhang, Xiaoyuan and Yang, Ziran and Chen, Haojun and
-               Zhang, Qingfu and Qi, Siyuan and Yang, Yaodong},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024},
-}"""
-UNIARM = """\
-@misc{uniarm2026,
-  title         = {{UniARM}},
-  eprint        = {2602.09538},
-  archivePrefix = {arXiv},
-  year          = {2026},
-}"""
-ADAPTER_PAPERS = {"SVDLORA": PANACEA, "MOSLORA": UNIARM}
+NOT_OF_THE_MODEL = {
+    "accelerator_config", "activation_checkpointing", "card_prompt", "dataloader_pin_memory", "disable_tqdm",
+    "eval_data", "hub_token", "local_rank", "logging_dir", "output_dir", "resume", "run_name",
+}  # fmt: skip
+"""Arguments that say where and how a run went, not what it made."""
 
 
-def citations(trainer: PreferenceARMTrainer) -> list[str]:
-    """BibTeX of the methods that a trainer used: the ARM's, the adapter's, the loss's."""
-    found = [PARM if trainer.preference_conditioned else GENARM]
-    config = _adapter_config(trainer)
-    if config is not None:
-        found.append(ADAPTER_PAPERS.get(str(config.peft_type), found[0]))
-    if trainer.args.aggregation == "tchebycheff":
-        found.append(PANACEA)
-    if trainer.args.global_weight:
-        found.append(UNIARM)
-    return list(dict.fromkeys(found))
-
-
-def arm_card(
-    trainer: PreferenceARMTrainer, model_name: str | None, dataset_name: str | None, tags: list[str]
-) -> ModelCard:
-    """The card of a trained reward model.
+def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str, Pairs]) -> CardFacts:
+    """What is known before training: data, settings, versions, citations.
 
     Args:
         trainer ([`PreferenceARMTrainer`]): The trainer.
-        model_name (`str`, *optional*): The model's name.
-        dataset_name (`str`, *optional*): Of the training data, as on the Hub.
-        tags (`list[str]`): Tags of the card.
+        given (`PairSources`): Its `train_dataset`, in which a text is a file or an id on the Hub.
+        sources (`Mapping[str, Pairs]`): The same, loaded, from [`name_sources`].
     """
-    config = _adapter_config(trainer)
-    base = getattr(config, "base_model_name_or_path", None) or cast(Any, trainer.model).config._name_or_path or None
-    data = ModelCardData(
-        base_model=base,
-        datasets=dataset_name,
-        library_name="peft" if config is not None else "transformers",
-        pipeline_tag="text-generation",
-        tags=sorted({"generated_from_trainer", *tags}),
-    )
-    sections = [
-        f"# {model_name or 'An autoregressive reward model'}",
-        f"An autoregressive reward model (ARM) for {', '.join(trainer.objectives)}, trained on `{base}`. Its "
-        "log-probabilities are rewards for each token; they guide a frozen language model while it decodes.",
-        loading_section(config) if isinstance(config, PreferenceConfig) else "",
-        _decoding(trainer),
-        _training(trainer),
-        "## Citation\n\n" + "\n\n".join(f"```bibtex\n{entry}\n```" for entry in citations(trainer)),
+    names = given.values() if isinstance(given, Mapping) else [given]
+    return {
+        "tags": ["generated_from_trainer", *trainer._tag_names],
+        "training": _settings(trainer),
+        "run": run_yaml(trainer.args),
+        "versions": versions("trl", "datasets"),
+        "citations": _citations(trainer),
+        "prompt": trainer.args.card_prompt,
+        **data_facts(trainer, list(sources), [name if isinstance(name, str) else None for name in names]),
+        **_data_license(sources),
+    }
+
+
+def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequence[str | None]) -> CardFacts:
+    """The data sets with what they are for and how many pairs they have.
+
+    Args:
+        trainer ([`PreferenceARMTrainer`]): The trainer, with its prepared data.
+        keys (`Sequence[str]`): The data sets' objectives, or other keys where a data set has labels for all.
+        names (`Sequence[str | None]`): The file or the id on the Hub of each; `None` if it is not known.
+    """
+    data: Any = trainer.train_dataset
+    known = isinstance(data, JointPreferenceDataset)
+    counts = [f"{len(part):,}" for part in data.datasets] if known else ["a stream"] * len(keys)
+    rows = [
+        [key if key in trainer.objectives else ", ".join(trainer.objectives), _public(name or "not named"), count]
+        for key, name, count in zip(keys, names, counts, strict=True)
     ]
-    body = "\n\n".join(section.strip() for section in sections if section)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    hub = [name for name in names if name and hub_id(name)]
+    return {"data": [["objective", "data", "pairs"], *rows], "datasets": list(dict.fromkeys(hub))}
 
 
-def _adapter_config(trainer: PreferenceARMTrainer):
+def hand_over(trainer: PreferenceARMTrainer, sample: bool = True) -> None:
+    """Puts the facts into the adapter's configuration, which writes the card when it is saved."""
+    config = adapter_config(trainer)
+    accuracies = _accuracies(trainer)
+    if accuracies:
+        trainer.card["accuracies"] = accuracies
+    if isinstance(config, PreferenceConfig):
+        facts = {**trainer.card, **trainer.own_card}
+        config.card = facts if sample else {**facts, "prompt": None}
+
+
+def finish(trainer: PreferenceARMTrainer, folder: str | Path, anew: bool = True) -> None:
+    """Writes the card of a saved model. A preference-conditioned adapter has written its own, unless it is `anew`."""
+    config = adapter_config(trainer)
+    if not isinstance(config, PreferenceConfig):
+        write_card(folder, config, trainer.card)
+    elif anew:
+        sample = (config.card or {}).get("sample")
+        hand_over(trainer)
+        store_card(folder, config, sample)
+
+
+def adapter_config(trainer: PreferenceARMTrainer) -> Any:
+    """The configuration of the adapter that is trained; `None` for a whole model."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return model.peft_config[model.active_adapter] if is_peft_model(model) else None
 
 
-def _decoding(trainer: PreferenceARMTrainer) -> str:
-    preference = ""
-    if trainer.preference_conditioned:
-        share = round(1 / len(trainer.objectives), 3)
-        preference = ", preference=[" + ", ".join([str(share)] * (len(trainer.objectives) - 1))
-        preference += f"{', ' if len(trainer.objectives) > 1 else ''}{1 - share * (len(trainer.objectives) - 1):.3g}]"
-    return textwrap.dedent(f"""\
-        ## Guiding a model
-
-        ```python
-        from trl_parm import PARMLogitsProcessor
-
-        guide = PARMLogitsProcessor(model{preference}, beta=1.0)
-        output = base.generate(**inputs, logits_processor=[guide])
-        ```
-
-        `base` is any causal language model with the same tokenizer.""")
+def run_yaml(*configurations: Any) -> str:
+    """The arguments that are not at their defaults, as YAML; of a path on this machine the name alone."""
+    found: dict[str, Any] = {}
+    for configuration in configurations:
+        values = configuration.to_dict() if hasattr(configuration, "to_dict") else dataclasses.asdict(configuration)
+        for field in dataclasses.fields(configuration):
+            value, default = values.get(field.name), field.default
+            if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if field.name not in NOT_OF_THE_MODEL and value not in (None, [], {}) and value != plain(default):
+                found[field.name] = value
+    return yaml.safe_dump(_public(plain(found)), sort_keys=False, allow_unicode=True)
 
 
-def _training(trainer: PreferenceARMTrainer) -> str:
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _data_license(sources: Mapping[str, Pairs]) -> CardFacts:
+    stated = [getattr(getattr(data, "info", None), "license", None) for data in sources.values()]
+    found = list(dict.fromkeys(licence for licence in stated if licence))
+    return {"data_license": ", ".join(found)} if found else {}
+
+
+def _settings(trainer: PreferenceARMTrainer) -> list[list[str]]:
     args = trainer.args
+    betas = zip(trainer.objectives, trainer.arm_loss.beta.tolist(), strict=True)
     rows = {
-        "β of each objective": ", ".join(
-            f"{o} {b:g}" for o, b in zip(trainer.objectives, trainer.arm_loss.beta.tolist(), strict=True)
-        ),
+        "β of each objective": ", ".join(f"{objective} {beta:g}" for objective, beta in betas),
         "loss": args.loss_type + (", mean log-probabilities" if args.length_normalized else ""),
         "aggregation": args.aggregation + (f", global term × {args.global_weight:g}" if args.global_weight else ""),
     }
@@ -134,7 +137,37 @@ def _training(trainer: PreferenceARMTrainer) -> str:
         drawn = "a fixed set" if args.train_preferences else f"Dirichlet({args.concentration:g})"
         rows["preferences in training"] = f"{drawn}, one for each {args.preference_per}"
     rows |= {"learning rate": f"{args.learning_rate:g}", "seed": str(args.seed)}
-    packages = ("trl-parm", "trl", "peft", "transformers", "torch", "datasets")
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    versions = "\n".join(f"- {package}: {version(package)}" for package in packages)
-    return f"## Training\n\n| | |\n|---|---|\n{table}\n\n### Framework versions\n\n{versions}"
+    return [list(row) for row in rows.items()]
+
+
+def _accuracies(trainer: PreferenceARMTrainer) -> list[list[str]]:
+    """The last evaluation: accuracy of each objective at each preference; nothing if there was none."""
+    names = list(trainer.eval_preferences)
+    for entry in reversed(trainer.state.log_history):
+        rows = [
+            [objective, *(_accuracy(entry, objective, name) for name in names)] for objective in trainer.objectives
+        ]
+        if any(cell != "-" for row in rows for cell in row[1:]):
+            return [["objective", *(f"at {name}" for name in names)], *rows]
+    return []
+
+
+def _accuracy(entry: Mapping[str, float], objective: str, preference: str) -> str:
+    plain_one = entry.get(f"eval_{objective}_accuracy@{preference}")
+    relative = entry.get(f"eval_{objective}_ratio_accuracy@{preference}")
+    if plain_one is None:
+        return "-"
+    return f"{plain_one:.3f}" + ("" if relative is None else f" ({relative:.3f})")
+
+
+def _citations(trainer: PreferenceARMTrainer) -> list[str]:
+    """The papers whose methods were used: the ARM's, the adapter's, the loss's."""
+    found = ["parm" if trainer.preference_conditioned else "genarm"]
+    config = adapter_config(trainer)
+    own = ADAPTER_PAPERS.get(cast(Any, config.peft_type).value) if isinstance(config, PreferenceConfig) else None
+    found += [own] if own else []
+    if trainer.args.aggregation == "tchebycheff":
+        found.append("panacea")
+    if trainer.args.global_weight:
+        found.append("uniarm")
+    return list(dict.fromkeys(found))

@@ -8,7 +8,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
+
+from peft_pblora.card.sample import PROMPT
 
 from .compat import BaseConfig
 
@@ -69,6 +72,11 @@ class PreferenceARMConfig(BaseConfig):
         activation_offloading (`bool`, *optional*, defaults to `False`): Keep activations in CPU memory.
         model_init_kwargs (`dict`, *optional*): For `from_pretrained` where the trainer gets a model id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Passed on to `from_pretrained`.
+        card_prompt (`str`, *optional*):
+            A prompt that the base model answers at several preferences when the model is saved, for the model card;
+            it has a default. `None` for no answers.
+        hub_strategy (`str`, *optional*, defaults to `"end"`):
+            As in transformers. While it trains, the others upload pickles too: arguments, optimizer states.
         learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
     """
 
@@ -110,6 +118,8 @@ class PreferenceARMConfig(BaseConfig):
     activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in CPU memory."})
     model_init_kwargs: dict | str | None = field(default=None, metadata={"help": "For from_pretrained."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Passed on to from_pretrained."})
+    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to push; see the documentation."})
+    card_prompt: str | None = field(default=PROMPT, metadata={"help": "What the model card's sample answers."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:

@@ -12,11 +12,12 @@ import torch
 from accelerate.utils import set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from peft_pblora.control import has_preference
 
 from .arm_loss import ARMLoss, count_labels
-from .card import arm_card
+from .card import adapter_config, finish, first_facts, hand_over
 from .collator import PreferenceCollator
 from .compat import (
     disable_dropout_in_model,
@@ -125,9 +126,12 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         )
         self._distances_ahead: torch.Tensor | None = None
         self._offloading: Any = nullcontext()
+        self._saves_checkpoint = False
         if args.activation_offloading:
             self._offloading = get_act_offloading_ctx_manager(model)
         model.add_model_tags(self._tag_names)
+        self.own_card: dict[str, Any] = dict(getattr(adapter_config(self), "card", None) or {})
+        self.card = first_facts(self, train_dataset, sources)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end."""
@@ -170,11 +174,40 @@ class PreferenceARMTrainer(PreferenceEvaluation):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes the card of the reward model to the output folder, see [`card.arm_card`]."""
-        if self.is_world_process_zero():
-            given = [tags] if isinstance(tags, str) else list(tags or [])
-            card = arm_card(self, model_name, dataset_name, [*self._tag_names, *given])
-            card.save(Path(cast(str, self.args.output_dir)) / "README.md")
+        """Writes the card of the reward model to the output folder, see [`peft_pblora.card.render`].
+
+        Args:
+            model_name (`str`, *optional*): The card's title.
+            dataset_name (`str`, *optional*): Of the training data, as on the Hub.
+            tags (`str` or `list[str]`, *optional*): Further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = [tags] if isinstance(tags, str) else list(tags or [])
+        self.card["tags"] = sorted({*self.card.get("tags", ()), *given})
+        if model_name:
+            self.card["title"] = model_name
+        if dataset_name:
+            self.card["datasets"] = [dataset_name]
+        finish(self, cast(str, self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As transformers', with our card. The arguments stand in it as YAML, so that no pickle need hold them."""
+        folder = Path(cast(str, output_dir or self.args.output_dir))
+        if self.args.should_save:
+            cast(Any, self.processing_class).save_pretrained(folder)  # the card's sample needs it
+        hand_over(self, sample=not self._saves_checkpoint)
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            finish(self, folder, anew=False)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._saves_checkpoint = False
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labelled pairs of each objective, and pairs, of the whole step, divided by the number of processes.

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards of saved adapters: what they say, that it is true, and that a card never costs a save."""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
+from pair_data import pairs
+from peft import PeftConfig, PeftModel
+from test_cores import every_adapter, make_model
+from training_runs import LORA, trainer, two_sets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_pblora import add_results, get_preference, set_preference
+from peft_pblora.card import sample, writing
+from peft_pblora.card.sample import PROMPT, guided_answers, sample_preferences
+from peft_pblora.card.writing import MARK, render
+from trl_parm import PARMLogitsProcessor, PreferenceARMConfig
+
+
+OBJECTIVES = ["helpful", "harmless"]
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def arm(base):
+    return tiny_arm(AutoModelForCausalLM.from_pretrained(base))
+
+
+def card_of(folder) -> str:
+    return (Path(folder) / "README.md").read_text(encoding="utf-8")
+
+
+def code_of(card: str, folder) -> str:
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace("path/to/this/folder", str(folder))
+
+
+def answers_of(card: str) -> dict[str, str]:
+    lines = card.split("## One prompt")[1].split("##")[0].splitlines()
+    rows = [line.strip("| ").split(" | ", 1) for line in lines if line.startswith("|")]
+    return {row[0]: row[-1] for row in rows[2:]}
+
+
+def check_metadata(card: str) -> dict:
+    """What the Hub demands of the head: known keys of the right types, ids that can be ids."""
+    data = ModelCard(card).data.to_dict()
+    assert yaml.safe_load(card.split("---\n")[1]) == data
+    assert data["library_name"] in ("peft", "transformers")
+    assert data.get("pipeline_tag", "text-generation") == "text-generation"
+    assert all(isinstance(tag, str) and "/tmp" not in tag for tag in data["tags"])
+    for name in [*filter(None, [data.get("base_model")]), *data.get("datasets", [])]:
+        validate_repo_id(name)
+    known = {"base_model", "datasets", "library_name", "license", "pipeline_tag", "tags"}
+    assert set(data) <= known
+    return data
+
+
+def test_sample_is_what_guided_decoding_gives(arm, base, tmp_path):
+    """The card's plain greedy loop against `PARMLogitsProcessor` in `generate`."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    preferences = sample_preferences(OBJECTIVES)
+    found = guided_answers(arm.get_base_model(), "default", tokenizer, "w1 w2", preferences, 0.5, 8)
+    chat = [{"role": "user", "content": "w1 w2"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    guides = [[], *([PARMLogitsProcessor(arm, row, 0.5)] for row in preferences)]
+    for text, guide in zip(found, guides, strict=True):
+        output = plain.generate(**inputs, logits_processor=guide, max_new_tokens=8, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
+        assert text.removesuffix(" …") == tokenizer.decode(new, skip_special_tokens=True).strip()
+        assert text.endswith(" …") == (1 not in new.tolist())
+    assert len(set(found)) > 1
+
+
+def test_card_of_a_saved_adapter(arm, base, tmp_path):
+    set_preference(arm, [0.2, 0.8])
+    arm.train()
+    arm.get_base_model().lm_head.eval()
+    arm.save_pretrained(tmp_path / "arm")
+    card = card_of(tmp_path / "arm")
+    data = check_metadata(card)
+    assert "base_model" not in data  # a folder is no id on the Hub
+    assert {"pblora", "preference-conditioned"} <= set(data["tags"])
+    for part in ("A PBLoRA adapter", "**helpful**", "**harmless**", "lin2025parm", "### Framework versions", PROMPT):
+        assert part in card, part
+    assert "xu2025genarm" not in card
+    assert set(answers_of(card)) == {"(the base model alone)", "helpful", "uniform", "harmless"}
+    # Saving leaves everything as it was.
+    assert get_preference(arm).tolist() == pytest.approx([0.2, 0.8])
+    assert arm.training
+    assert not arm.get_base_model().lm_head.training
+
+
+def test_the_card_s_code_runs_and_gives_the_card_s_answer(arm, base, tmp_path):
+    arm.save_pretrained(tmp_path / "arm")
+    card = card_of(tmp_path / "arm")
+    code = code_of(card, tmp_path / "arm")
+    assert code.startswith("import peft_pblora\n")
+    assert "trust_remote_code" not in card
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert answers_of(card)["uniform"].removesuffix(" …") in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda arm: setattr(arm.peft_config["default"], "base_model_name_or_path", "no/where"),
+            "is not on the machine",
+        ),
+        (lambda arm: setattr(arm.peft_config["default"], "task_type", "SEQ_CLS"), "task is SEQ_CLS"),
+        (lambda arm: arm.merge_adapter(), "merged"),
+        (lambda arm: setattr(arm.get_base_model(), "forward", lambda **_: 1 / 0), "division by zero"),
+    ],
+)
+def test_what_hinders_the_sample_stands_in_the_card(arm, base, tmp_path, change, reason):
+    change(arm)
+    arm.save_pretrained(tmp_path / "arm")
+    card = card_of(tmp_path / "arm")
+    assert reason in card.split("No answer was generated when the adapter was saved: ")[1].splitlines()[0]
+    assert (tmp_path / "arm" / "adapter_model.safetensors").is_file()
+    check_metadata(card)
+
+
+def test_a_sample_that_takes_too_long_is_given_up(arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "SECONDS", -1.0)
+    arm.save_pretrained(tmp_path / "arm")
+    assert "it took longer than" in card_of(tmp_path / "arm")
+
+
+def test_several_processes_generate_nothing(arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    arm.save_pretrained(tmp_path / "arm")
+    assert "by one of several processes" in card_of(tmp_path / "arm")
+
+
+def test_the_sample_can_be_switched_off(arm, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "make_sample", lambda *_: pytest.fail("generated"))
+    arm.peft_config["default"].card = {"prompt": None}
+    arm.save_pretrained(tmp_path / "arm")
+    assert "## One prompt" not in card_of(tmp_path / "arm")
+    loaded = PeftModel.from_pretrained(arm.get_base_model(), tmp_path / "arm", adapter_name="again")
+    assert loaded.peft_config["again"].card["prompt"] is None
+
+
+@every_adapter
+def test_every_method_s_card(row, base, tmp_path):
+    model = make_model(row, AutoModelForCausalLM.from_pretrained(base))
+    model.save_pretrained(tmp_path / "arm")
+    card = card_of(tmp_path / "arm")
+    check_metadata(card)
+    assert len(answers_of(card)) == 4
+    assert card.count("@") == 1
+
+
+def test_what_a_user_wrote_stays(arm, tmp_path):
+    folder = tmp_path / "arm"
+    arm.save_pretrained(folder)
+    own = card_of(folder).replace(MARK, "My own words.").split("## One prompt")[0]
+    (folder / "README.md").write_text(own)
+    arm.save_pretrained(folder)
+    assert "My own words." in card_of(folder)
+    assert "## One prompt" not in card_of(folder)
+    (folder / "README.md").write_text("# Mine\n")
+    arm.save_pretrained(folder)
+    assert card_of(folder).startswith("---\n")
+    assert "# Mine" in card_of(folder)
+    assert code_of(card_of(folder), folder).startswith("import peft_pblora\n")
+
+
+def test_facts_travel_and_results_are_added(arm, base, tmp_path):
+    config = arm.peft_config["default"]
+    config.base_model_name_or_path = "some/model"
+    config.card = {"title": "My arm", "license": "mit", "datasets": ["my/data"], "base_license": "apache-2.0"}
+    arm.save_pretrained(tmp_path / "arm")
+    (tmp_path / "front.png").write_bytes(b"\x89PNG")
+    table = [["measure", "value"], ["hypervolume above (helpful 0, harmless -5)", 18.83]]
+    add_results(tmp_path / "arm", table, tmp_path / "front.png", data_license="cc-by-4.0")
+    for folder in ("arm", "again"):
+        card = card_of(tmp_path / folder)
+        data = check_metadata(card)
+        assert (data["base_model"], data["datasets"], data["license"]) == ("some/model", ["my/data"], "mit")
+        assert "base_model:adapter:some/model" in data["tags"]
+        for part in ("# My arm", "hypervolume above (helpful 0, harmless -5) | 18.83", "cc-by-4.0", "(front.png)"):
+            assert part in card, part
+        assert (tmp_path / folder / "front.png").read_bytes() == b"\x89PNG"
+        loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / folder)
+        loaded.save_pretrained(tmp_path / "again")
+        assert PeftConfig.from_pretrained(tmp_path / folder).inference_mode
+    add_results(tmp_path / "arm", [["measure"], ["other"]])
+    assert "18.83" not in card_of(tmp_path / "arm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"folder": "nowhere"}, "There is no adapter in 'nowhere'"),
+        ({"figure": "no.png"}, "There is no figure at 'no.png'"),
+        ({"colour": "red"}, "A card has no colour"),
+    ],
+)
+def test_results_that_can_t_be_added(arm, tmp_path, arguments, message):
+    arm.save_pretrained(tmp_path / "arm")
+    before = card_of(tmp_path / "arm")
+    with pytest.raises(ValueError, match=message):
+        add_results(**{"folder": tmp_path / "arm", **arguments})
+    assert card_of(tmp_path / "arm") == before
+
+
+def test_the_licence_of_the_base_is_read_from_its_card(arm, base, tmp_path):
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nA base.")
+    arm.save_pretrained(tmp_path / "arm")
+    assert f"Base model, `{base}`: apache-2.0" in card_of(tmp_path / "arm")
+
+
+def test_copies_of_a_model_write_their_own_sample(arm, tmp_path):
+    twin = copy.deepcopy(arm)
+    for parameter in twin.parameters():
+        parameter.data.mul_(-1)
+    for name, model in (("one", arm), ("two", twin)):
+        model.save_pretrained(tmp_path / name)
+    one, two = (answers_of(card_of(tmp_path / name)) for name in ("one", "two"))
+    assert one != two
+    assert twin.peft_config["default"].tuner is twin.base_model
+
+
+def test_a_table_s_cells_stay_in_their_cells():
+    facts = {"sample": {"prompt": "a | b", "beta": 1.0, "answers": [["x", "one\ntwo | <b>three"]]}}
+    assert "| x | one two \\| &lt;b>three |" in str(render(None, facts))
+
+
+def test_trainer_s_card_tells_what_was_trained(tmp_path, base, tokenizer):
+    two_sets()["helpful"].to_json(tmp_path / "helpful.jsonl")
+    data = {"helpful": str(tmp_path / "helpful.jsonl"), "harmless": two_sets()["harmless"]}
+    run = trainer(
+        tmp_path / "arm", tokenizer, AutoModelForCausalLM.from_pretrained(base), data, two_sets(), max_steps=2,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    run.train()
+    metrics = run.evaluate()
+    run.save_model()
+    card = card_of(tmp_path / "arm")
+    assert "generated_from_trainer" in check_metadata(card)["tags"]
+    value = metrics["eval_helpful_accuracy@harmless"]
+    for part in ("| helpful | helpful.jsonl | 6 |", "| harmless | not named | 4 |", "helpful 0.1, harmless 0.1",
+                 "Dirichlet(0.5), one for each step", f"{value:.3f} (", "lin2025parm", "- trl ",
+                 "max_steps: 2"):  # fmt: skip
+        assert part in card, part
+    assert str(tmp_path) not in card.split("## How it was made")[1].split("##")[0]
+    assert not list((tmp_path / "arm").glob("*.bin"))
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
+    again = PreferenceARMConfig("out", **{**settings, "bf16": False})
+    assert (again.beta, again.learning_rate, again.max_steps) == (0.1, 0.1, 2)
+    checkpoint = card_of(tmp_path / "arm" / "checkpoint-1")
+    assert "## One prompt" not in checkpoint
+    assert len(answers_of(card)) == 4
+    run.create_model_card("my arm", "my/data", tags="mine")
+    later = card_of(tmp_path / "arm")
+    assert (check_metadata(later)["datasets"], answers_of(later)) == (["my/data"], answers_of(card))
+    assert "mine" in check_metadata(later)["tags"]
+    assert json.loads((tmp_path / "arm/adapter_config.json").read_text())["card"]["title"] == "my arm"
+    exec(code_of(later, tmp_path / "arm"), scope := {})
+    assert scope["output"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+
+
+def test_the_card_of_a_plain_lora_is_genarm_s(tmp_path, base, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    run = trainer(tmp_path / "arm", tokenizer, model, data=pairs(4), peft_config=LORA, max_steps=1)
+    run.train()
+    run.save_model()
+    card = card_of(tmp_path / "arm")
+    check_metadata(card)
+    assert "xu2025genarm" in card
+    assert "lin2025parm" not in card
+    exec(code_of(card, tmp_path / "arm"), scope := {})
+    assert scope["output"].shape[1] > scope["inputs"]["input_ids"].shape[1]
