@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small server on loopback that speaks the Hub's protocol: repositories, commits, LFS uploads, downloads, tokens."""
+"""A small server on loopback that speaks the Hub's protocol: repositories, branches, LFS uploads, downloads, tokens.
+
+It refuses a card's metadata where the Hub does, and can stand still in the middle of a request, as a net may.
+"""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 TOKEN = "hf_local"
@@ -18,21 +26,66 @@ TOKEN = "hf_local"
 
 @dataclass
 class Repository:
-    """A repository: its commits in order, each a mapping from path to content, and the paths that went over LFS."""
+    """A repository: the commits of each branch in order, each a mapping from path to content; what went over LFS."""
 
     private: bool = False
-    commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+    branches: dict[str, list[tuple[str, dict[str, bytes]]]] = field(default_factory=lambda: {"main": []})
     large: set[str] = field(default_factory=set)
 
-    def commit(self, files: dict[str, bytes]) -> str:
-        digest = hashlib.sha1(repr((len(self.commits), sorted(files.items()))).encode()).hexdigest()
-        self.commits.append((digest, files))
+    @property
+    def commits(self) -> list[tuple[str, dict[str, bytes]]]:
+        return self.branches["main"]
+
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+        content = (branch, len(self.branches[branch]), sorted(files.items()))
+        digest = hashlib.sha1(repr(content).encode()).hexdigest()
+        self.branches[branch].append((digest, files))
         return digest
 
     def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        if revision == "main":
-            return self.commits[-1] if self.commits else None
-        return next((commit for commit in self.commits if commit[0] == revision), None)
+        if revision in self.branches:
+            return self.branches[revision][-1]
+        every = (commit for commits in self.branches.values() for commit in commits)
+        return next((commit for commit in every if commit[0] == revision), None)
+
+
+def metadata_of(card: str) -> dict:
+    """The metadata of a card, empty if it has none."""
+    found = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    return (yaml.safe_load(found[1]) if found else None) or {}
+
+
+def tags_of(repository: Repository) -> list[str]:
+    card = repository.commits[-1][1].get("README.md", b"").decode()
+    return metadata_of(card).get("tags", [])
+
+
+def faults_of(card: str) -> list[str]:
+    """What the Hub refuses in a card's metadata, as far as these cards have it."""
+    try:
+        metadata = metadata_of(card)
+    except yaml.YAMLError as error:
+        return [f"the metadata is no YAML: {error}"]
+    errors = []
+    for name in ("library_name", "pipeline_tag", "license", "base_model_relation"):
+        if not isinstance(metadata.get(name, ""), str):
+            errors.append(f'"{name}" must be a string')
+    for name in ("tags", "datasets", "base_model"):
+        values = metadata.get(name, [])
+        values = [values] if isinstance(values, str) and name != "tags" else values
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            errors.append(f'"{name}" must be a list of strings')
+        elif name != "tags":
+            errors += [f'"{name}" with value "{value}" is not valid' for value in values if not is_repo_id(value)]
+    return errors
+
+
+def is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 class HubServer(ThreadingHTTPServer):
@@ -45,6 +98,8 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.stands_still_at: str | None = None
+        self.stands_still = threading.Event()
 
     @property
     def url(self) -> str:
@@ -68,6 +123,8 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/whoami-v2", "whoami"),
+        ("GET", r"/api/models", "list"),
+        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>.+)", "create_branch"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>.+)", "preupload"),
         ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>.+)", "commit"),
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
@@ -75,30 +132,45 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
         ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/objects/(?P<oid>[0-9a-f]+)", "put_object"),
-        ("POST", r"/verify", "validate"),
+        ("POST", r"/verify", "verify"),
         ("HEAD|GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
     def handle_request(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for method, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("|"):
+                if name == self.server.stands_still_at:
+                    self.stand_still()
+                    return
+                self.body = self.rfile.read(self.length())
                 if self.may(name, **match.groupdict()):
                     getattr(self, name)(**match.groupdict())
                 return
+        self.rfile.read(self.length())
         self.answer(404, {"error": f"no route for {self.command} {path}"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def length(self) -> int:
+        return int(self.headers.get("Content-Length") or 0)
+
+    def stand_still(self) -> None:
+        """Takes half of a request, and then nothing happens until its sender is gone; nor is anything kept of it."""
+        self.rfile.read(self.length() // 2)
+        self.server.stands_still.set()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.rfile.read()
 
     def may(self, name: str, repo: str | None = None, **_: str) -> bool:
         """Writing needs the token, and so does a private repository, which else does not seem to exist."""
         if self.headers.get("Authorization") == f"Bearer {TOKEN}":
             return True
         known = self.server.repositories.get(repo or "")
-        if name in ("create", "preupload", "commit", "batch", "whoami"):
+        if name in ("create", "create_branch", "preupload", "commit", "batch", "whoami"):
             self.answer(401, {"error": "a token is needed"})
             return False
         if known is not None and known.private:
@@ -117,8 +189,31 @@ class Handler(BaseHTTPRequestHandler):
         repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self.answer(200, {"url": f"{self.server.url}/{name}", "name": name, "id": name})
 
+    def list(self) -> None:
+        """Repositories of an author; private ones only for who has the token."""
+        author = parse_qs(urlparse(self.path).query).get("author", [None])[0]
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        found = [
+            {"id": name, "modelId": name, "private": repository.private, "tags": tags_of(repository)}
+            for name, repository in self.server.repositories.items()
+            if (known or not repository.private) and author in (None, name.split("/")[0])
+        ]
+        self.answer(200, found)
+
+    def create_branch(self, repo: str, branch: str) -> None:
+        repository = self.server.repositories[repo]
+        if branch in repository.branches:
+            self.answer(409, {"error": "exists"})
+            return
+        repository.branches[branch] = list(repository.commits)
+        self.answer(200, {})
+
     def validate(self) -> None:
-        self.answer(200, {"errors": [], "warnings": []})
+        errors = faults_of(json.loads(self.body)["content"])
+        self.answer(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
+
+    def verify(self) -> None:
+        self.answer(200, {})
 
     def whoami(self) -> None:
         self.answer(200, {"name": "user", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
@@ -148,7 +243,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo: str, revision: str) -> None:
         repository = self.server.repositories[repo]
-        files = dict(repository.commits[-1][1])
+        if revision not in repository.branches:
+            self.answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
+            return
+        files = dict(repository.branches[revision][-1][1])
         for line in self.body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -159,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
                 repository.large.add(value["path"])
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"], None)
-        digest = repository.commit(files)
+        digest = repository.commit(files, revision)
         self.answer(
             200, {"success": True, "commitOid": digest, "commitUrl": f"{self.server.url}/{repo}/commit/{digest}"}
         )
