@@ -11,6 +11,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
+from peft_pblora import add_results
 from trl_parm.evaluation import hypervolume, mean_and_error, mean_inner_product, plot_front, summarize
 
 
@@ -34,7 +35,7 @@ def print_accuracies(metrics: Mapping[str, float], objectives: Sequence[str]) ->
 
 
 def write_report(table: Dataset, objectives: Sequence[str], reference: Sequence[float], folder: Path) -> None:
-    """Prints the results and writes them into `folder`."""
+    """Prints the results and writes them into `folder`, and into the card of the adapter there."""
     summary = summarize(table, objectives)
     front = [row for row in summary if row["method"] == "PARM"]
     points = [[row[name] for name in objectives] for row in front]
@@ -47,6 +48,13 @@ def write_report(table: Dataset, objectives: Sequence[str], reference: Sequence[
     table.to_json(folder / "responses.jsonl", force_ascii=False)
     (folder / "measures.json").write_text(json.dumps(measures, indent=2) + "\n", encoding="utf-8")
     plot_front(summary, objectives, folder / "pareto.png", reference)
+    above = ", ".join(f"{name} {value:g}" for name, value in measures["reference_point"].items())
+    rows = [
+        ["measure", "value"],
+        [f"hypervolume above ({above})", round(measures["hypervolume"], 2)],
+        ["mean inner product", round(measures["mean_inner_product"], 2)],
+    ]
+    add_results(folder / "arm", rows, folder / "pareto.png")
     text = "\n\n".join([table_text(summary, objectives), measures_text(measures), samples_text(table, objectives)])
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
     print("\n" + text)
