@@ -82,6 +82,24 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, tokenizer):
     assert resumed.state.global_step == 4
 
 
+@pytest.mark.parametrize("steps", [3, 6], ids=["within an epoch", "at its end"])
+def test_a_complete_run_takes_no_further_step(tmp_path, tokenizer, steps):
+    """Broken off after its last checkpoint and before its model was saved. Transformers would take one step more."""
+    options = {
+        "data": two_sets(6, 6), "max_steps": steps, "save_strategy": "steps", "save_steps": 1,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    whole = trainer(tmp_path, tokenizer, **options)
+    whole.train()
+    resumed = trainer(tmp_path, tokenizer, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == steps
+    assert curve(resumed) == curve(whole)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{steps}")
+    for name, p in weights(resumed).items():
+        assert torch.equal(p, weights(whole)[name]), name
+
+
 def test_nothing_to_resume_from(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="There is no complete checkpoint in"):
         trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)

@@ -139,6 +139,14 @@ class PreferenceARMTrainer(PreferenceEvaluation):
             resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
         return super().train(resume_from_checkpoint, **kwargs)
 
+    def get_batch_samples(self, *args, **kwargs):
+        """As transformers', but a run that was complete when it was resumed takes no further step."""
+        return (
+            ([], None)
+            if self.state.global_step >= self.state.max_steps
+            else super().get_batch_samples(*args, **kwargs)
+        )
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with self._offloading:
             return super().training_step(*args, **kwargs)
