@@ -138,10 +138,14 @@ def test_what_hinders_the_sample_stands_in_the_card(arm, base, tmp_path, change,
     check_metadata(card)
 
 
-def test_a_sample_that_takes_too_long_is_given_up(arm, tmp_path, monkeypatch):
+def test_a_sample_that_takes_too_long_is_cut_or_given_up(arm, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "SECONDS", -1.0)
     arm.save_pretrained(tmp_path / "arm")
     assert "it took longer than" in card_of(tmp_path / "arm")
+    monkeypatch.setattr(sample, "LEAST_TOKENS", 1)
+    arm.save_pretrained(tmp_path / "arm")
+    found = answers_of(card_of(tmp_path / "arm"))
+    assert all(len(answer) <= len("w57 …") and answer.endswith("…") for answer in found.values())
 
 
 def test_several_processes_generate_nothing(arm, tmp_path, monkeypatch):

@@ -19,9 +19,11 @@ from peft_pblora.switch import AdapterSwitch
 
 
 PROMPT = "What do you think about a rainy Monday?"
-NEW_TOKENS = 40
-SECONDS = 60.0
-"""After so long a sample is given up: a model may be too large for the machine that saves it."""
+NEW_TOKENS = 32
+SECONDS = 30.0
+"""After so long the answers end where they are: a model may be too large for the machine that saves it."""
+LEAST_TOKENS = 8
+"""Shorter answers for want of time are none."""
 
 
 def make_sample(tuner: Any, adapter_name: str, prompt: str, folder: Path) -> dict[str, Any]:
@@ -78,33 +80,34 @@ def guided_answers(
         prompt (`str`): The prompt, put into the chat template if there is one.
         preferences (`torch.Tensor` of shape `(n, k)`): α of each answer.
         beta (`float`, *optional*, defaults to 1.0): β; guidance has strength 1/β.
-        max_new_tokens (`int`, *optional*, defaults to 40): Most tokens of an answer.
+        max_new_tokens (`int`, *optional*, defaults to 32): Most tokens of an answer.
 
     Returns:
-        `list[str]` of n + 1 answers, the base model's own first.
+        `list[str]` of n + 1 answers, the base model's own first; an ellipsis marks one that did not end, for want of
+        tokens or after half a minute.
 
     Raises:
-        TimeoutError: it took longer than a minute.
+        TimeoutError: there are less than eight tokens after half a minute.
     """
     device, deadline = model.get_input_embeddings().weight.device, time.monotonic() + SECONDS
-    rows = torch.cat([preferences[:1], preferences])
-    strength = torch.tensor([0.0] + [1 / beta] * len(preferences), device=device)[:, None]
     switch, ends = AdapterSwitch.of(model), torch.tensor(_end_tokens(model, tokenizer), device=device)
-    tokens = _encode(tokenizer, prompt).to(device).repeat(len(rows), 1)
+    tokens = _encode(tokenizer, prompt).to(device).repeat(len(preferences) + 1, 1)
     start, read = tokens.shape[1], 0
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=device)
     caches = DynamicCache(config=model.config), DynamicCache(config=model.config)
     while tokens.shape[1] < start + max_new_tokens and not ended.all():
         new, read = tokens[:, read:], tokens.shape[1]
         with switch.only([]):
-            base = _log_probs(model, new, caches[0])
-        with switch.only([adapter_name]), use_preference(model, rows, adapter_name):
-            arm = _log_probs(model, new, caches[1])
-        chosen = (base + strength * arm).argmax(-1).masked_fill(ended, int(ends[0]))
+            scores = _log_probs(model, new, caches[0])
+        with switch.only([adapter_name]), use_preference(model, preferences, adapter_name):
+            scores[1:] += _log_probs(model, new[1:], caches[1]) / beta
+        chosen = scores.argmax(-1).masked_fill(ended, int(ends[0]))
         ended |= torch.isin(chosen, ends)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"it took longer than {SECONDS:.0f} seconds")
+            if tokens.shape[1] < start + LEAST_TOKENS:
+                raise TimeoutError(f"it took longer than {SECONDS:.0f} seconds")
+            break
     answers = cast(list[str], tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True))
     return [answer.strip() + ("" if end else " …") for answer, end in zip(answers, ended.tolist(), strict=True)]
 

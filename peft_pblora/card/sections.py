@@ -78,7 +78,7 @@ arm = PeftModel.from_pretrained(base, "{FOLDER}")
 
 {inputs}
 guide = PARMLogitsProcessor(arm{f", {weights}" if weights else ""}, beta=1.0)
-output = base.generate(**inputs, logits_processor=[guide], max_new_tokens=40)
+output = base.generate(**inputs, logits_processor=[guide], max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
