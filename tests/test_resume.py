@@ -86,7 +86,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, tokenizer):
 def test_a_complete_run_takes_no_further_step(tmp_path, tokenizer, steps):
     """Broken off after its last checkpoint and before its model was saved. Transformers would take one step more."""
     options = {
-        "data": two_sets(6, 6), "max_steps": steps, "save_strategy": "steps", "save_steps": 1,
+        "data": two_sets(12, 12), "max_steps": steps, "save_strategy": "steps", "save_steps": 1,
         "lr_scheduler_type": "constant",
     }  # fmt: skip
     whole = trainer(tmp_path, tokenizer, **options)
