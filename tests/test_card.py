@@ -202,9 +202,10 @@ def test_facts_travel_and_results_are_added(arm, base, tmp_path):
         data = check_metadata(card)
         assert (data["base_model"], data["datasets"], data["license"]) == ("some/model", ["my/data"], "mit")
         assert "base_model:adapter:some/model" in data["tags"]
-        for part in ("# My arm", "hypervolume above (helpful 0, harmless -5) | 18.83", "cc-by-4.0", "(front.png)"):
+        for part in ("# My arm", "hypervolume above (helpful 0, harmless -5) | 18.83", "cc-by-4.0"):
             assert part in card, part
-        assert (tmp_path / folder / "front.png").read_bytes() == b"\x89PNG"
+        assert ("(front.png)" in card) == (tmp_path / folder / "front.png").exists() == (folder == "arm")
+        assert str(tmp_path) not in (tmp_path / folder / "adapter_config.json").read_text()
         loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / folder)
         loaded.save_pretrained(tmp_path / "again")
         assert PeftConfig.from_pretrained(tmp_path / folder).inference_mode

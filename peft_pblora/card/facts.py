@@ -24,7 +24,7 @@ class CardFacts(TypedDict, total=False):
     - `title`, and `tags` and `datasets`, ids on the Hub, for the metadata.
     - `license` of the adapter, `base_license` and `data_license`, each as on the Hub, such as `apache-2.0`.
     - `data`, `accuracies` and `measures`: tables; `training` and `versions`: rows of a name and a value.
-    - `figure`: a PNG, which is copied beside the card; `run`: the YAML that made the adapter.
+    - `figure`: the name of a PNG beside the card, see [`add_results`]; `run`: the YAML that made the adapter.
     - `citations`: keys of [`CITATIONS`]; the adapter's own paper if not given.
     - `prompt`: what the sample answers; `None` leaves the sample out. `sample` itself is written while saving.
     """

@@ -62,7 +62,7 @@ def render(config: Any, facts: CardFacts, tags: Sequence[str] = ()) -> ModelCard
 
 
 def write_card(folder: str | Path, config: Any, facts: CardFacts) -> None:
-    """Writes `README.md`, and the figure beside it, if there is one. Words of a user's own are left as they are."""
+    """Writes `README.md`. Words of a user's own are left as they are."""
     path = Path(folder) / "README.md"
     found = path.read_text(encoding="utf-8") if path.is_file() else ""
     if found and MARK not in found and TEMPLATE not in found:
@@ -71,7 +71,7 @@ def write_card(folder: str | Path, config: Any, facts: CardFacts) -> None:
         return
     tags = (ModelCard(found).data.tags or []) if found else []
     with output_file(path) as file:
-        file.write(str(render(config, {**facts, "figure": _figure_beside(path, facts)}, tags)))
+        file.write(str(render(config, facts if _has_figure(folder, facts) else {**facts, "figure": ""}, tags)))
 
 
 def refresh_facts(config: PreferenceConfig, folder: str | Path) -> None:
@@ -119,7 +119,9 @@ def add_results(
         folder (`str` or `Path`): The adapter's folder.
         measures (`Table`, *optional*):
             Rows of plain values, the head first; a hypervolume's reference point belongs into its row.
-        figure (`str` or `Path`, *optional*): A PNG, such as a Pareto front; it is copied beside the card.
+        figure (`str` or `Path`, *optional*):
+            A PNG, such as a Pareto front. It is copied into this folder and stays there:
+            an adapter that is loaded and saved elsewhere leaves it behind.
         **facts: Further [`CardFacts`], such as `license="apache-2.0"`.
 
     Raises:
@@ -144,7 +146,9 @@ def add_results(
         raise ValueError(f"The adapter in {str(folder)!r} has no preference; only cards of those that do are kept.")
     if figure is not None and not Path(figure).is_file():
         raise ValueError(f"There is no figure at {str(figure)!r}. Name a PNG file.")
-    given = {**facts, "measures": measures, "figure": None if figure is None else str(figure)}
+    if figure is not None:
+        facts["figure"] = _copied(Path(figure), Path(folder))
+    given = {**facts, "measures": measures}
     config.card = {**(config.card or {}), **{name: value for name, value in given.items() if value is not None}}
     store_card(folder, config, config.card.get("sample", {}))
 
@@ -177,12 +181,12 @@ model = AutoPeftModelForCausalLM.from_pretrained("{FOLDER}")
 """)
 
 
-def _figure_beside(card: Path, facts: CardFacts) -> str:
-    """The file name of the figure, which is copied beside the card unless it is there; empty if it can't be found."""
-    source = Path(facts.get("figure") or "")
-    if not source.name:
-        return ""
-    target = card.with_name(source.name)
-    if source.is_file() and source.resolve() != target.resolve():
-        shutil.copyfile(source, target)
-    return target.name if target.is_file() else ""
+def _has_figure(folder: str | Path, facts: CardFacts) -> bool:
+    return bool(facts.get("figure")) and (Path(folder) / facts.get("figure", "")).is_file()
+
+
+def _copied(figure: Path, folder: Path) -> str:
+    """The name of a file that is in the folder now; where it was is nobody else's business."""
+    if figure.resolve() != (folder / figure.name).resolve():
+        shutil.copyfile(figure, folder / figure.name)
+    return figure.name
