@@ -78,12 +78,12 @@ def train(name: str, folder: Path, rate: float) -> None:
 
 def choose_betas() -> dict[str, float]:
     """For each guided method the β whose front has the largest hypervolume on prompts of the validation pairs."""
-    config = yaml.safe_load((CONFIGS / "validate.yaml").read_text())
+    config = yaml.safe_load((CONFIGS / "evaluate_validation.yaml").read_text())
     methods = {entry["method"]: entry for entry in config["methods"]}
     config["methods"] = [
         {**methods[name], "name": f"{name} {beta}", "beta": beta} for name in GUIDED for beta in BETAS
     ]
-    run("trl_parm", "evaluate", "--config", written(config, "validate.yaml"))
+    run("trl_parm", "evaluate", "--config", written(config, "evaluate_validation.yaml"))
     rows = summarize(read_rows(Path(config["output_dir"]) / "results.jsonl"), OBJECTIVES)
     volumes = {
         name: {beta: hypervolume(points(rows, f"{name} {beta}"), REFERENCE) for beta in BETAS} for name in GUIDED
