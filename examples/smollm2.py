@@ -19,7 +19,7 @@ FOLDER = Path("runs/models/smollm2-135m-instruct")
 def smollm2(folder: Path = FOLDER) -> str:
     """Converts the wheel's GGUF file to a float32 safetensors folder, once, and returns the folder's path.
 
-    A CPU without units for bfloat16 multiplies it up to fifty times slower than float32.
+    A CPU without units for bfloat16 multiplies it many times slower than float32.
 
     Raises:
         ValueError: the wheel is not installed.

@@ -141,11 +141,9 @@ class PreferenceARMTrainer(PreferenceEvaluation):
 
     def get_batch_samples(self, *args, **kwargs):
         """As transformers', but a run that was complete when it was resumed takes no further step."""
-        return (
-            ([], None)
-            if self.state.global_step >= self.state.max_steps
-            else super().get_batch_samples(*args, **kwargs)
-        )
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         with self._offloading:
