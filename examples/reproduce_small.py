@@ -61,7 +61,7 @@ def train_at_best_rate(name: str) -> float:
             train(name, folder, rate)
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
         history = [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
-        losses[rate] = fmean(history[-(len(history) // 3) :])
+        losses[rate] = fmean(history[-len(history) // 3 :])
     best = min(losses, key=lambda rate: losses[rate])
     shutil.copytree(FOLDER / "rates" / f"{name}-{best:g}", FOLDER / name, dirs_exist_ok=True)
     (FOLDER / "rates" / f"{name}.json").write_text(json.dumps(losses, indent=2) + "\n")
