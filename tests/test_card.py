@@ -25,6 +25,7 @@ from peft_pblora.card import sample, writing
 from peft_pblora.card.sample import PROMPT, guided_answers, sample_preferences
 from peft_pblora.card.writing import MARK, render
 from trl_parm import PARMLogitsProcessor, PreferenceARMConfig
+from trl_parm.cli.main import main
 
 
 OBJECTIVES = ["helpful", "harmless"]
@@ -211,6 +212,25 @@ def test_facts_travel_and_results_are_added(arm, base, tmp_path):
         assert PeftConfig.from_pretrained(tmp_path / folder).inference_mode
     add_results(tmp_path / "arm", [["measure"], ["other"]])
     assert "18.83" not in card_of(tmp_path / "arm")
+
+
+def test_plot_completes_the_card(arm, tmp_path):
+    arm.save_pretrained(tmp_path / "arm")
+    rows = [
+        {"method": "PARM", "preference": [w, 1 - w], "label": str(w), "prompt": f"p{i}", "helpful": w + 0.1 * i,
+         "harmless": -w, "tokens": 1, "seconds": 1.0, "extra_parameters": 0, "extra_bytes": 0}
+        for w in (0.0, 1.0) for i in range(3)
+    ]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["plot", "--results", str(tmp_path / "results.jsonl"), "--output_dir", str(tmp_path / "figures")]
+    words += ["--objectives", *OBJECTIVES, "--references", "[-1, -2]", "--resamples", "5", "--card"]
+    assert main([*words, str(tmp_path / "arm")]) == 0
+    card = card_of(tmp_path / "arm")
+    # The front is (0.1, 0) and (1.1, -1): 1.1 · 2 for the first, 1 · 1 more for the second.
+    assert "hypervolume | helpful -1, harmless -2 | 3.2 |" in card
+    assert "(fronts.png)" in card
+    assert (tmp_path / "arm" / "fronts.png").read_bytes() == (tmp_path / "figures" / "fronts.png").read_bytes()
+    assert main([*words, str(tmp_path / "nowhere")]) == 2
 
 
 @pytest.mark.parametrize(

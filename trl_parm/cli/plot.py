@@ -36,6 +36,9 @@ class PlotArguments:
     resamples: int = field(default=2000, metadata={"help": "Of the bootstrap over prompts."})
     seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
     name: str = field(default="fronts", metadata={"help": "How the figures' files begin."})
+    card: str | None = field(
+        default=None, metadata={"help": "The folder of an adapter, whose card gets the measures and the first figure."}
+    )
 
     def __post_init__(self) -> None:
         self.references = decoded(self.references)
@@ -58,6 +61,8 @@ def main(argv: list[str]) -> None:
     text = write_tables(tables, folder)
     figures = draw_fronts(summarize(rows, objectives), objectives, folder, references, arguments.name)
     write_run(folder, "plot", arguments)
+    if arguments.card:
+        _complete_card(arguments.card, next(iter(tables.values())), figures)
     say(text)
     if not references:
         say("No hypervolume: it needs a reference point, such as --references '[-3, -5]'.")
@@ -76,6 +81,14 @@ def write_tables(tables: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path
     with output_file(folder / "measures.md") as file:
         file.write(text + "\n")
     return text
+
+
+def _complete_card(adapter: str, measures: Sequence[Mapping[str, Any]], figures: Sequence[Path]) -> None:
+    from peft_pblora import add_results
+
+    table = [list(measures[0]), *(list(row.values()) for row in measures)] if measures else None
+    add_results(adapter, table, next(path for path in figures if path.suffix == ".png"))
+    say(f"The card in {adapter} has the measures and the figure.")
 
 
 def _tables(

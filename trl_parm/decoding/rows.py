@@ -86,9 +86,8 @@ class RowAdapters:
         for name, rows in self._plan.rows(len(output)):
             if name in layer.lora_A._modules:
                 low, up = layer.lora_A[name], layer.lora_B[name]
-                result = output[rows]
                 added = up(low(layer._cast_input_dtype(args[0][rows], low.weight.dtype)))
-                result.copy_(result + added * layer.scaling[name])
+                output[rows].add_(added, alpha=layer.scaling[name])
 
 
 def _adapters_of(layer: nn.Module) -> Any:

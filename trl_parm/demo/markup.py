@@ -62,10 +62,11 @@ STYLE = """
 .parm-table {overflow: auto; max-height: 360px}
 .parm-table table {border-collapse: collapse; font-size: 13px; width: 100%; margin: 0; border: 0}
 .parm-table table td, .parm-table table th {border: 0; border-bottom: 1px solid var(--border-color-primary);
-  padding: 5px 14px 5px 0; text-align: left; font-variant-numeric: tabular-nums; white-space: nowrap}
+  padding: 5px 12px 5px 0; text-align: left; font-variant-numeric: tabular-nums; white-space: nowrap}
 .parm-table table tr {border: 0}
 .parm-table table th {font-weight: 600}
-.parm-table .prompt {max-width: 150px; overflow: hidden; text-overflow: ellipsis}
+.parm-table .prompt {max-width: 120px; overflow: hidden; text-overflow: ellipsis}
+.parm-table table td.measure {white-space: normal}
 """
 
 
@@ -168,7 +169,9 @@ def table(entries: Sequence[Entry], objectives: Sequence[str]) -> str:
         prompt = html.escape(entry.prompt[:MOST_OF_PROMPT])
         empty = [None] * len(objectives)
         changes = zip(entry.base or empty, entry.guided or empty, strict=True)
-        cells = "".join(f"<td>{_signed_or_none(base)} → {_signed_or_none(guided)}</td>" for base, guided in changes)
+        cells = "".join(
+            f'<td class="measure">{_signed_or_none(base)} → {_signed_or_none(guided)}</td>' for base, guided in changes
+        )
         rows.append(
             f'<tr><td>{number}</td><td class="prompt" title="{prompt}">{prompt}</td><td>{weights}</td>'
             f"<td>{entry.beta:g}</td>{cells}</tr>"
