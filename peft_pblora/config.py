@@ -220,7 +220,7 @@ class SVDLoraConfig(PreferenceConfig):
 
 @dataclass
 class MoSLoraConfig(PreferenceConfig):
-    """MoSLoRA (UniARM, arXiv 2602.09538), in our reading of a paper whose full text and code are not public.
+    """MoSLoRA (UniARM, arXiv 2602.09538), in our reading of the paper's description.
 
         y = W0 x + s · B [(1 + γ) ⊙ A x + δ],   [γ, δ] = M Σ_i α_i o_i,   s = lora_alpha / r
 

@@ -120,7 +120,7 @@ class SVDLoraCore(Core):
 class MoSLoraCore(Core):
     """W(α) = diag(1 + γ(α)) and a shift δ(α), [γ, δ] = M Σ_i α_i o_i: MoSLoRA (UniARM, arXiv 2602.09538).
 
-    The paper's full text and code are not public: this is our reading of its description. A shared module extracts
+    This is our reading of the paper's description, not checked against its equations. A shared module extracts
     low-rank features, and a modulation conditioned on the *mixed* preference applies an affine map to them.
 
     Args:

@@ -83,7 +83,7 @@ def tchebycheff(distances: torch.Tensor, preference: torch.Tensor, whole: torch.
 def global_loss(
     margins: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, preference: torch.Tensor, count: torch.Tensor
 ) -> torch.Tensor:
-    """UniARM's global term (arXiv 2602.09538) in our reading of a paper whose full text is not public.
+    """UniARM's global term (arXiv 2602.09538) in our reading of the paper's description.
 
         l_global = mean over pairs of |c| · −log σ( β sign(c) Δ ),  c = Σ_i α_i z_i,  Δ = log π(y1) − log π(y2)
 
