@@ -3,19 +3,18 @@
 
     python examples/reproduce_small.py      # or `make reproduce-small`; about two hours
 
-Trains everything on the same pairs with the same budget, chooses a learning rate for each training run and a β for
-each guided method, evaluates all methods on the same prompts, and writes `docs/results.md`. What is complete is not
-done again, so that a run that was stopped goes on; delete `runs/small` to begin anew.
+Trains everything on the same pairs with the same budget at two learning rates, chooses one of them and a β for each
+method on prompts of its own, evaluates all methods on the same prompts, and writes `docs/results.md`. What is complete
+is not done again, so that a run that was stopped goes on; delete `runs/small` to begin anew.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -33,43 +32,30 @@ REWARD_MODELS = ["parm", "svd_lora", "uniarm", "genarm_positive", "genarm_concis
 POLICIES = ["dpo_positive", "dpo_concise"]
 LEARNING_RATES = [2e-3, 1e-2]
 BETAS = [0.5, 1.0, 2.0]
-GUIDED = ["parm", "svd_lora", "uniarm", "genarm"]
+SETTINGS_OF = {"untrained_arm": "parm", "transfer_q": "rewarded_soups"}
+"""Methods without a choice of their own, and those whose models they use."""
 REFERENCE = [0.0, -40.0]
 
 
 def main() -> None:
     smollm2()
     run("trl_parm", "relabel", "--config", CONFIGS / "relabel.yaml")
-    rates = {name: train_at_best_rate(name) for name in REWARD_MODELS + POLICIES}
-    betas = choose_betas()
+    for rate in LEARNING_RATES:
+        for name in REWARD_MODELS + POLICIES:
+            train(name, rate)
+    settings = choose_settings()
     for name in ("evaluate", "evaluate_transfer_q"):
-        run("trl_parm", "evaluate", "--config", with_betas(CONFIGS / f"{name}.yaml", betas))
+        run("trl_parm", "evaluate", "--config", with_settings(CONFIGS / f"{name}.yaml", settings))
     for name in ("plot", "plot_transfer_q"):
         run("trl_parm", "plot", "--config", CONFIGS / f"{name}.yaml")
-    write_page(FOLDER, Path("docs"), rates, betas)
+    write_page(FOLDER, Path("docs"), settings)
 
 
-def train_at_best_rate(name: str) -> float:
-    """Trains at each learning rate, keeps the run with the lowest loss in its last third, and returns its rate.
-
-    There are more pairs than a run reads, so each pair is new when its loss is taken: learning by heart is no help.
-    """
-    losses = {}
-    for rate in LEARNING_RATES:
-        folder = FOLDER / "rates" / f"{name}-{rate:g}"
-        if not (folder / "adapter_model.safetensors").exists():
-            train(name, folder, rate)
-        states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-        history = [entry["loss"] for entry in json.loads(states[-1].read_text())["log_history"] if "loss" in entry]
-        losses[rate] = fmean(history[-len(history) // 3 :])
-    best = min(losses, key=lambda rate: losses[rate])
-    shutil.copytree(FOLDER / "rates" / f"{name}-{best:g}", FOLDER / name, dirs_exist_ok=True)
-    (FOLDER / "rates" / f"{name}.json").write_text(json.dumps(losses, indent=2) + "\n")
-    return best
-
-
-def train(name: str, folder: Path, rate: float) -> None:
+def train(name: str, rate: float) -> None:
     """Trains what a configuration describes, a reward model with our command and a policy with TRL's."""
+    folder = FOLDER / f"{name}-{rate:g}"
+    if (folder / "adapter_model.safetensors").exists():
+        return
     config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config |= {"output_dir": str(folder), "learning_rate": rate, "logging_steps": 1}
     config.pop("eval_data", None)
@@ -77,33 +63,61 @@ def train(name: str, folder: Path, rate: float) -> None:
     run(*command, "--config", written(config, f"{name}.yaml"))
 
 
-def choose_betas() -> dict[str, float]:
-    """For each guided method the β whose front has the largest hypervolume on prompts of the validation pairs."""
+def choose_settings() -> dict[str, dict[str, float]]:
+    """For each trained method the learning rate, and β if it has one, of the front with the largest hypervolume.
+
+    The prompts are those of the validation pairs, on which nothing was trained and nothing is evaluated.
+    """
     config = yaml.safe_load((CONFIGS / "evaluate_validation.yaml").read_text())
-    methods = {entry["method"]: entry for entry in config["methods"]}
-    config["methods"] = [
-        {**methods[name], "name": f"{name} {beta}", "beta": beta} for name in GUIDED for beta in BETAS
-    ]
+    tried: dict[str, dict[str, dict[str, float]]] = {}
+    entries = []
+    for entry in config["methods"]:
+        method = entry["method"]
+        tried[method] = {
+            label(method, setting): setting
+            for rate in LEARNING_RATES
+            for setting in ([{"rate": rate, "beta": b} for b in BETAS] if "beta" in entry else [{"rate": rate}])
+        }
+        entries += [{**with_setting(entry, setting), "name": name} for name, setting in tried[method].items()]
+    config["methods"] = entries
     run("trl_parm", "evaluate", "--config", written(config, "evaluate_validation.yaml"))
     rows = summarize(read_rows(Path(config["output_dir"]) / "results.jsonl"), OBJECTIVES)
     volumes = {
-        name: {beta: hypervolume(points(rows, f"{name} {beta}"), REFERENCE) for beta in BETAS} for name in GUIDED
+        name: hypervolume([[row[o] for o in OBJECTIVES] for row in rows if row["method"] == name], REFERENCE)
+        for names in tried.values()
+        for name in names
     }
-    (FOLDER / "betas.json").write_text(json.dumps(volumes, indent=2) + "\n")
-    return {name: max(found, key=lambda beta: found[beta]) for name, found in volumes.items()}
+    (FOLDER / "validation.json").write_text(json.dumps(volumes, indent=2) + "\n")
+    return {method: found[max(found, key=lambda name: volumes[name])] for method, found in tried.items()}
 
 
-def points(rows: list[dict[str, Any]], method: str) -> list[list[float]]:
-    return [[row[name] for name in OBJECTIVES] for row in rows if row["method"] == method]
+def label(method: str, setting: Mapping[str, float]) -> str:
+    return " ".join([method, *(f"{name} {value:g}" for name, value in setting.items())])
 
 
-def with_betas(path: Path, betas: dict[str, float]) -> Path:
-    """A configuration whose guided methods have the β that was chosen; the untrained ARM has PARM's."""
+def with_settings(path: Path, settings: Mapping[str, Mapping[str, float]]) -> Path:
+    """A configuration whose methods have the settings that were chosen for them."""
     config = yaml.safe_load(path.read_text())
-    for entry in config["methods"]:
-        if isinstance(entry, dict) and "beta" in entry:
-            entry["beta"] = betas["parm" if entry["method"] == "untrained_arm" else entry["method"]]
+    config["methods"] = [
+        with_setting(entry, settings.get(SETTINGS_OF.get(entry["method"], entry["method"]), {}))
+        if isinstance(entry, dict)
+        else entry
+        for entry in config["methods"]
+    ]
     return written(config, path.name)
+
+
+def with_setting(entry: Mapping[str, Any], setting: Mapping[str, float]) -> dict[str, Any]:
+    """The entry of a method with this β, if it has one, and with what was trained at this learning rate."""
+
+    def located(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: located(one) for key, one in value.items()}
+        trained = isinstance(value, str) and value.startswith(f"{FOLDER}/")
+        return f"{value}-{setting['rate']:g}" if trained else value
+
+    found = {key: located(value) for key, value in entry.items()}
+    return found | {"beta": setting["beta"]} if "beta" in entry else found
 
 
 def written(config: dict[str, Any], name: str) -> Path:

@@ -35,11 +35,9 @@ SETTINGS = """- **Model**: SmolLM2-135M-Instruct, frozen, float32; it is also th
 - **Pairs**: {pairs} of its own answers, labelled for both objectives, about topics that no evaluation prompt is about.
 - **Budget**: {steps} steps of {batch} pairs for each training run, adapters of rank 8 on the attention's q, k and v.
   PARM, SVD-LoRA and UniARM train one adapter; GenARM and DPO one for each objective, so they take twice as many steps.
-- **Learning rates**: of {rates} the one with the lower loss in the last third of its run, where every pair is new:
-  {chosen}.
-- **β**: for each guided method the one of {betas} whose front has the largest hypervolume above (positive 0,
-  concise -40) on {validation} other prompts: {chosen_betas}. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of
-  8 tokens) are not tuned; Rewarded Soups and MOD have no such dial.
+- **Learning rates and β**: for each method those of the front with the largest hypervolume above (positive 0,
+  concise -40) on {validation} prompts of held-out pairs, of {tried} combinations: {chosen}. Rewarded Soups and MOD
+  have no β. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of 8 tokens) are not tuned.
 - **Evaluation**: {prompts} prompts, five preferences, 40 new tokens sampled from the 50 likeliest; seed {seed}, the
   same noise for each prompt in all runs. The scorers that judge are those that labelled the pairs, no reward model.
 - **Versions**: {versions}."""
@@ -52,18 +50,19 @@ LIMITS = """## What this does not show
 
 One seed of training for each method, one small model, {prompts} prompts, and rewards that short happy phrases satisfy.
 The intervals are over prompts, so they do not contain what another training run would change. Two learning rates and
-three β are a coarse choice. With few prompts hypervolume is biased upwards, more so for methods with noisier points.
-Times are those of a shared machine with two cores; [decoding](decoding.md) has paired measurements."""
+three β are a coarse choice, made on few prompts. With few prompts hypervolume is biased upwards, more so for methods
+with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired
+measurements."""
 
 
-def write_page(folder: Path, docs: Path, rates: Mapping[str, float], betas: Mapping[str, float]) -> None:
+def write_page(folder: Path, docs: Path, settings: Mapping[str, Mapping[str, float]]) -> None:
     """Writes `results.md` and its figure into `docs`, from the tables that `trl-parm plot` left in `folder`."""
     docs.joinpath("images").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "figures" / "fronts.png", docs / "images" / "results.png")
     search = [row for row in _table(folder / "figures_transfer_q" / "measures.csv") if row["measure"] == "hypervolume"]
     sections = [
         INTRODUCTION,
-        settings_text(folder, rates, betas),
+        settings_text(folder, settings),
         "![Mean rewards of all methods at five preferences](images/results.png)",
         CONTROLS,
         "## What holds\n\n"
@@ -78,25 +77,28 @@ def write_page(folder: Path, docs: Path, rates: Mapping[str, float], betas: Mapp
         file.write("\n\n".join(sections) + "\n")
 
 
-def settings_text(folder: Path, rates: Mapping[str, float], betas: Mapping[str, float]) -> str:
+def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> str:
     """What was run, from the files that the commands wrote beside their results."""
-    trained, evaluated = _run(folder / "parm"), _run(folder / "results")
+    evaluated = _run(folder / "results")
+    trained = _run(folder / f"parm-{settings['parm']['rate']:g}")
     versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
-    rates_tried = json.loads((folder / "rates" / "parm.json").read_text())
-    volumes = json.loads((folder / "betas.json").read_text())
+    chosen = (f"{method} {_described(setting)}" for method, setting in settings.items())
     return SETTINGS.format(
         pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
         steps=trained["max_steps"],
         batch=trained["per_device_train_batch_size"],
-        rates=" and ".join(f"{float(rate):g}" for rate in rates_tried),
-        chosen=", ".join(f"{name} {rate:g}" for name, rate in rates.items()),
-        betas=", ".join(f"{float(beta):g}" for beta in volumes["parm"]),
+        tried=len(json.loads((folder / "validation.json").read_text())),
+        chosen="; ".join(chosen),
         validation=_run(folder / "validation")["num_prompts"],
-        chosen_betas=", ".join(f"{name} {beta:g}" for name, beta in betas.items()),
         prompts=evaluated["num_prompts"],
         seed=evaluated["seed"],
         versions=", ".join(f"{name} {versions[name]}" for name in VERSIONS),
     )
+
+
+def _described(setting: Mapping[str, float]) -> str:
+    beta = f", β {setting['beta']:g}" if "beta" in setting else ""
+    return f"rate {setting['rate']:g}{beta}"
 
 
 def findings(differences: Sequence[Mapping[str, str]]) -> list[str]:
