@@ -316,17 +316,24 @@ def test_good_drafts_grow_and_bad_ones_are_switched_off():
     assert sum(n > 0 for n in dear) <= 16
 
 
-def test_drafting_never_costs_a_tenth_of_plain_decoding():
-    """Time of 600 tokens with drafts that are always wrong and cost a third of a step each, beside 600 steps."""
+@pytest.mark.parametrize(("count", "drafting", "window"), [(600, 0.3, 0.0), (96, 0.3, 0.15), (96, 0.1, 0.4)])
+def test_drafting_never_costs_a_tenth_of_plain_decoding(count, drafting, window):
+    """Tokens whose drafts are always wrong: a draft costs a share of a step, and so does each in the window judged."""
     length, seconds, tokens = DraftLength(8), 0.0, 0
-    while tokens < 600:
+    while tokens < count:
         n = length.next()
-        length.record(n, 0, min(1, n), n * 0.3, 1.0)
-        seconds, tokens = seconds + n * 0.3 + 1.0, tokens + 1
-    assert seconds < 600 / 0.9
+        length.record(n, 0, min(1, n), n * drafting, 1.0 + n * window)
+        seconds, tokens = seconds + n * (drafting + window) + 1.0, tokens + 1
+    assert seconds < count / 0.9
 
 
-def test_pauses_double_up_to_a_limit_and_plain_steps_are_timed_again():
+def test_drafts_that_begin_to_fit_are_found():
+    length = DraftLength(8)
+    rounds(length, 60, 0.05, 1.0, 0.0, 0.05)
+    assert rounds(length, 400, 0.05, 1.0, 1.0, 0.05).count(8) > 250
+
+
+def test_pauses_grow_up_to_a_limit_and_plain_steps_are_timed_again():
     bad = rounds(DraftLength(8), 3000, 0.3, 1.0, 0.0)
     tries = [i for i in range(1, len(bad)) if bad[i] and not bad[i - 1]]
     gaps = [b - a for a, b in zip(tries, tries[1:])]

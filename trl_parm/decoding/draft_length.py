@@ -9,14 +9,14 @@ from collections import deque
 from .speculative_sampling import expected_tokens
 
 
-FIRST = 3
-"""Tokens of the first draft."""
+FIRST, AGAIN = 3, 1
+"""Tokens of the first draft, and of the first one after a pause: that costs least where nothing has changed."""
 RECENT = 7
 """Rounds whose times count: their median."""
 MEMORY = 0.9
 """What a round's acceptances weigh after the next one."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 8, 256
-"""Rounds without drafts before drafting is tried again: doubled each time that it does not pay."""
+SHORTEST_PAUSE, LONGEST_PAUSE, LONGER = 8, 256, 4
+"""Rounds without drafts before drafting is tried again, and by what they grow each time that it does not pay."""
 LEAST_GAIN = 1.03
 """How much faster than plain decoding drafting has to be."""
 REMEASURE = 64
@@ -51,10 +51,10 @@ class DraftLength:
             return self.fixed
         if not self._plain:
             return 0
-        if len(self._verifying) == 0:
-            return min(FIRST, self.most)
         if self._pause > 0:
             return 0
+        if len(self._verifying) == 0:
+            return min(FIRST if self._next_pause == SHORTEST_PAUSE else AGAIN, self.most)
         if self._since_plain >= REMEASURE:
             return 0
         return self._best()
@@ -92,7 +92,7 @@ class DraftLength:
         if self._gain(self._best()) >= LEAST_GAIN:
             self._next_pause = SHORTEST_PAUSE
         else:
-            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
+            self._pause, self._next_pause = self._next_pause, min(LONGER * self._next_pause, LONGEST_PAUSE)
             self._drafting.clear()
             self._verifying.clear()
 
