@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small comparison: that every configuration gets what was chosen, and that its page says what its tables say."""
+
+import pytest
+import reproduce_small as comparison
+import results_page
+import yaml
+
+
+SETTINGS = {
+    "parm": {"rate": 0.01, "beta": 2.0},
+    "svd_lora": {"rate": 0.002, "beta": 0.5},
+    "uniarm": {"rate": 0.002, "beta": 1.0},
+    "genarm": {"rate": 0.002, "beta": 0.5},
+    "rewarded_soups": {"rate": 0.01},
+    "mod": {"rate": 0.002},
+}
+
+
+def texts_in(value):
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(one)
+    elif isinstance(value, str):
+        yield value
+
+
+@pytest.mark.parametrize("name", ["evaluate", "evaluate_transfer_q"])
+def test_every_method_is_evaluated_with_its_own_settings(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(comparison, "written", lambda config, name: config)
+    config = comparison.with_settings(comparison.CONFIGS / f"{name}.yaml", SETTINGS)
+    trained = {
+        str(comparison.FOLDER / f"{one}-{rate:g}"): rate
+        for one in comparison.REWARD_MODELS + comparison.POLICIES
+        for rate in comparison.LEARNING_RATES
+    }
+    seen = set()
+    for entry in config["methods"][1:]:
+        setting = SETTINGS.get(comparison.SETTINGS_OF.get(entry["method"], entry["method"]), {})
+        folders = [text for text in texts_in(entry) if text.startswith(str(comparison.FOLDER))]
+        assert [trained[folder] for folder in folders] == [setting["rate"]] * len(folders)
+        assert entry.get("beta") == setting.get("beta") or entry["method"] == "transfer_q"
+        seen.add(entry["method"])
+    assert {"parm", "genarm", "args"} <= seen
+    assert config["output_dir"] == yaml.safe_load((comparison.CONFIGS / f"{name}.yaml").read_text())["output_dir"]
+
+
+def test_settings_are_those_of_the_largest_validation_hypervolume(tmp_path, monkeypatch):
+    """Rewards at which one setting of each method is above all others."""
+    best = {"parm rate 0.01 beta 2", "svd_lora rate 0.002 beta 0.5", "uniarm rate 0.002 beta 1"}
+    best |= {"genarm rate 0.002 beta 0.5", "rewarded_soups rate 0.01", "mod rate 0.002"}
+    asked = []
+
+    def evaluated(*words):
+        asked.extend(entry["name"] for entry in yaml.safe_load(words[-1].read_text())["methods"])
+
+    def rows(path):
+        for name in asked:
+            reward = 0.9 if name in best else 0.1
+            yield {"method": name, "preference": [0.5, 0.5], "label": "uniform", "positive": reward, "concise": -20.0}
+
+    monkeypatch.setattr(comparison, "FOLDER", tmp_path)
+    monkeypatch.setattr(comparison, "run", evaluated)
+    monkeypatch.setattr(comparison, "read_rows", lambda path: list(rows(path)))
+    assert comparison.choose_settings() == SETTINGS
+    assert len(asked) == len(set(asked)) == 4 * 2 * 3 + 2 * 2
+
+
+def test_findings_follow_the_intervals():
+    def row(method, value, low, high):
+        return {
+            "method": method, "minus": "PARM", "measure": "hypervolume", "reference": "a 0, b 0", "value": str(value),
+            "low": str(low), "high": str(high), "differs": str(not low <= 0 <= high),
+        }  # fmt: skip
+
+    rows = [row("Base", -2.0, -3.0, -1.0), row("MOD", 0.5, -1.0, 2.0), row("GenARM", 3.0, 1.0, 5.0)]
+    (line,) = results_page.findings(rows)
+    assert "lower: Base (-2.00 [-3.00, -1.00])" in line
+    assert "not told apart: MOD (+0.50 [-1.00, 2.00])" in line
+    assert "higher: GenARM (+3.00 [1.00, 5.00])" in line
