@@ -38,7 +38,7 @@ def test_every_method_is_evaluated_with_its_own_settings(tmp_path, monkeypatch, 
     for entry in config["methods"][1:]:
         setting = SETTINGS.get(comparison.SETTINGS_OF.get(entry["method"], entry["method"]), {})
         folders = [text for text in texts_in(entry) if text.startswith(str(comparison.FOLDER))]
-        assert [trained[folder] for folder in folders] == [setting["rate"]] * len(folders)
+        assert [trained[folder] for folder in folders] == [setting.get("rate")] * len(folders)
         assert entry.get("beta") == setting.get("beta") or entry["method"] == "transfer_q"
         seen.add(entry["method"])
     assert {"parm", "genarm", "args"} <= seen
@@ -57,7 +57,14 @@ def test_settings_are_those_of_the_largest_validation_hypervolume(tmp_path, monk
     def rows(path):
         for name in asked:
             reward = 0.9 if name in best else 0.1
-            yield {"method": name, "preference": [0.5, 0.5], "label": "uniform", "positive": reward, "concise": -20.0}
+            yield {
+                "method": name,
+                "preference": [0.5, 0.5],
+                "label": "uniform",
+                "prompt": "p",
+                "positive": reward,
+                "concise": -20.0,
+            }
 
     monkeypatch.setattr(comparison, "FOLDER", tmp_path)
     monkeypatch.setattr(comparison, "run", evaluated)
