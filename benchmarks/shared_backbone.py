@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--kernels", default="torch" if cuda else "onednn", choices=["torch", "onednn"])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=5 if cuda else 3)
+    parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
 

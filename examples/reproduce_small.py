@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison of all methods on two CPU cores: the configurations of `configs/small`, one after the other.
 
-    python examples/reproduce_small.py      # or `make reproduce-small`; about two hours
+    python examples/reproduce_small.py      # or `make reproduce-small`; two to three hours
 
 Trains everything on the same pairs with the same budget at two learning rates, chooses one of them and a β for each
 method on prompts of its own, evaluates all methods on the same prompts, and writes `docs/results.md`. What is complete
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results_page import write_page
+from results_page import label, write_page
 from smollm2 import smollm2
 
 from trl_parm.evaluation import hypervolume
@@ -69,30 +69,29 @@ def choose_settings() -> dict[str, dict[str, float]]:
     The prompts are those of the validation pairs, on which nothing was trained and nothing is evaluated.
     """
     config = yaml.safe_load((CONFIGS / "evaluate_validation.yaml").read_text())
-    tried: dict[str, dict[str, dict[str, float]]] = {}
-    entries = []
-    for entry in config["methods"]:
-        method = entry["method"]
-        tried[method] = {
-            label(method, setting): setting
-            for rate in LEARNING_RATES
-            for setting in ([{"rate": rate, "beta": b} for b in BETAS] if "beta" in entry else [{"rate": rate}])
-        }
-        entries += [{**with_setting(entry, setting), "name": name} for name, setting in tried[method].items()]
-    config["methods"] = entries
+    tried = {entry["method"]: settings_of(entry) for entry in config["methods"]}
+    config["methods"] = [
+        {**with_setting(entry, setting), "name": label(entry["method"], setting)}
+        for entry in config["methods"]
+        for setting in tried[entry["method"]]
+    ]
     run("trl_parm", "evaluate", "--config", written(config, "evaluate_validation.yaml"))
     rows = summarize(read_rows(Path(config["output_dir"]) / "results.jsonl"), OBJECTIVES)
     volumes = {
         name: hypervolume([[row[o] for o in OBJECTIVES] for row in rows if row["method"] == name], REFERENCE)
-        for names in tried.values()
-        for name in names
+        for name in (entry["name"] for entry in config["methods"])
     }
     (FOLDER / "validation.json").write_text(json.dumps(volumes, indent=2) + "\n")
-    return {method: found[max(found, key=lambda name: volumes[name])] for method, found in tried.items()}
+    return {
+        method: max(settings, key=lambda setting: volumes[label(method, setting)])
+        for method, settings in tried.items()
+    }
 
 
-def label(method: str, setting: Mapping[str, float]) -> str:
-    return " ".join([method, *(f"{name} {value:g}" for name, value in setting.items())])
+def settings_of(entry: Mapping[str, Any]) -> list[dict[str, float]]:
+    """All settings that are tried for a method."""
+    betas = [{"beta": beta} for beta in BETAS] if "beta" in entry else [{}]
+    return [{"rate": rate, **beta} for rate in LEARNING_RATES for beta in betas]
 
 
 def with_settings(path: Path, settings: Mapping[str, Mapping[str, float]]) -> Path:

@@ -82,13 +82,12 @@ def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> 
     evaluated = _run(folder / "results")
     trained = _run(folder / f"parm-{settings['parm']['rate']:g}")
     versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
-    chosen = (f"{method} {_described(setting)}" for method, setting in settings.items())
     return SETTINGS.format(
         pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
         steps=trained["max_steps"],
         batch=trained["per_device_train_batch_size"],
         tried=len(json.loads((folder / "validation.json").read_text())),
-        chosen="; ".join(chosen),
+        chosen=", ".join(label(method, setting) for method, setting in settings.items()),
         validation=_run(folder / "validation")["num_prompts"],
         prompts=evaluated["num_prompts"],
         seed=evaluated["seed"],
@@ -96,9 +95,9 @@ def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> 
     )
 
 
-def _described(setting: Mapping[str, float]) -> str:
-    beta = f", β {setting['beta']:g}" if "beta" in setting else ""
-    return f"rate {setting['rate']:g}{beta}"
+def label(method: str, setting: Mapping[str, float]) -> str:
+    """A method with its settings, in words."""
+    return " ".join([method, *(f"{name} {value:g}" for name, value in setting.items())])
 
 
 def findings(differences: Sequence[Mapping[str, str]]) -> list[str]:

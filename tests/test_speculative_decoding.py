@@ -317,14 +317,14 @@ def test_good_drafts_grow_and_bad_ones_are_switched_off():
 
 
 @pytest.mark.parametrize(("count", "drafting", "window"), [(600, 0.3, 0.0), (96, 0.3, 0.15), (96, 0.1, 0.4)])
-def test_drafting_never_costs_a_tenth_of_plain_decoding(count, drafting, window):
+def test_drafting_that_never_fits_costs_less_than_a_twentieth(count, drafting, window):
     """Tokens whose drafts are always wrong: a draft costs a share of a step, and so does each in the window judged."""
     length, seconds, tokens = DraftLength(8), 0.0, 0
     while tokens < count:
         n = length.next()
         length.record(n, 0, min(1, n), n * drafting, 1.0 + n * window)
         seconds, tokens = seconds + n * (drafting + window) + 1.0, tokens + 1
-    assert seconds < count / 0.9
+    assert seconds < count / 0.95
 
 
 def test_drafts_that_begin_to_fit_are_found():
