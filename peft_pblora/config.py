@@ -98,14 +98,14 @@ class PreferenceConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, and where PEFT has put its model card, the adapter's own stands in its place, with a sample."""
-        from .card import CardFacts, refresh_facts, write_card  # which has to do with whole models
+        from .card import CardFacts, place_of_card, refresh_facts, write_card  # which has to do with whole models
 
-        has_card = (Path(save_directory) / "README.md").is_file()
-        if has_card:
+        place = place_of_card(self, Path(save_directory))
+        if place is not None:
             refresh_facts(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
-        if has_card:
-            write_card(save_directory, self, cast(CardFacts, self.card))
+        if place is not None:
+            write_card(place, self, cast(CardFacts, self.card), Path(save_directory).relative_to(place))
 
     @property
     def tuner(self) -> Any:

@@ -15,12 +15,12 @@ from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from pair_data import pairs
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from test_cores import every_adapter, make_model
 from training_runs import LORA, trainer, two_sets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_pblora import add_results, get_preference, set_preference
+from peft_pblora import PBLoraConfig, add_results, get_preference, set_preference
 from peft_pblora.card import sample, writing
 from peft_pblora.card.sample import PROMPT, guided_answers, sample_preferences
 from peft_pblora.card.writing import MARK, render
@@ -116,6 +116,26 @@ def test_the_card_s_code_runs_and_gives_the_card_s_answer(arm, base, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert answers_of(card)["uniform"].removesuffix(" …") in result.stdout
+
+
+def test_an_adapter_in_a_folder_of_its_own_has_the_card_above_it(base, tmp_path):
+    settings = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    first, second = (PBLoraConfig(objectives=own, **settings) for own in (OBJECTIVES, ["brief", "kind"]))
+    arm = get_peft_model(AutoModelForCausalLM.from_pretrained(base), first, adapter_name="first")
+    arm.add_adapter("second", second)
+    for _ in range(2):
+        arm.save_pretrained(tmp_path / "arm")
+        card = card_of(tmp_path / "arm")
+        assert "**helpful**" in card
+        assert "**brief**" not in card
+        assert len(answers_of(card)) == 4
+    code = code_of(card, tmp_path / "arm")
+    assert f'arm = PeftModel.from_pretrained(base, "{tmp_path}/arm", subfolder="first")' in code
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "README.md").write_text("# A project\n")
+    arm.peft_config["first"].save_pretrained(tmp_path / "first")
+    assert card_of(tmp_path) == "# A project\n"
 
 
 @pytest.mark.parametrize(

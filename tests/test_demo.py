@@ -19,10 +19,11 @@ from tokenizers import decoders
 from peft_pblora import set_preference
 from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor
 from trl_parm.demo import command, markup
-from trl_parm.demo.answering import Answer, Answering, Question, Reply
+from trl_parm.demo.answering import Answering
 from trl_parm.demo.loading import load_models
 from trl_parm.demo.measures import measures_of
 from trl_parm.demo.picture import picture
+from trl_parm.demo.questions import Answer, Question, Reply
 from trl_parm.demo.session import MOST_ENTRIES, Entry, add
 from trl_parm.demo.simplex import rescale, uniform
 from trl_parm.demo.turns import Turns

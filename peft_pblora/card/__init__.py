@@ -7,7 +7,7 @@ are the facts in its field `card`, which is saved and loaded with the adapter.
 
 from .citations import ADAPTER_PAPERS, CITATIONS
 from .facts import CardFacts, Table, hub_id, versions
-from .writing import FOLDER, add_results, exported_card, refresh_facts, render, store_card, write_card
+from .writing import FOLDER, add_results, exported_card, place_of_card, refresh_facts, render, store_card, write_card
 
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "add_results",
     "exported_card",
     "hub_id",
+    "place_of_card",
     "refresh_facts",
     "render",
     "store_card",

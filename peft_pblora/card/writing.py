@@ -61,8 +61,29 @@ def render(config: Any, facts: CardFacts, tags: Sequence[str] = ()) -> ModelCard
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def write_card(folder: str | Path, config: Any, facts: CardFacts) -> None:
-    """Writes `README.md`. Words of a user's own are left as they are."""
+def place_of_card(config: PreferenceConfig, folder: Path) -> Path | None:
+    """Where the card of an adapter that is saved in this folder belongs, or `None` if PEFT has put none.
+
+    PEFT saves adapters that are not named `default` in folders below its card. That one is of the first of them.
+    """
+    if (folder / "README.md").is_file():
+        return folder
+    tuner, above = config.tuner, folder.parent / "README.md"
+    if tuner is None or tuner.peft_config.get(folder.name) is not config or not above.is_file():
+        return None
+    found = above.read_text(encoding="utf-8")
+    return folder.parent if TEMPLATE in found or _quoted(FOLDER, Path(folder.name)) in found else None
+
+
+def write_card(folder: str | Path, config: Any, facts: CardFacts, subfolder: Path = Path()) -> None:
+    """Writes `README.md`. Words of a user's own are left as they are.
+
+    Args:
+        folder (`str` or `Path`): Where.
+        config (`PeftConfig` or `None`): The adapter's; `None` for a whole model.
+        facts ([`CardFacts`]): What else is known.
+        subfolder (`Path`, *optional*): Where below the folder the adapter is, relative to it.
+    """
     path = Path(folder) / "README.md"
     found = path.read_text(encoding="utf-8") if path.is_file() else ""
     if found and MARK not in found and TEMPLATE not in found:
@@ -71,7 +92,8 @@ def write_card(folder: str | Path, config: Any, facts: CardFacts) -> None:
         return
     tags = (ModelCard(found).data.tags or []) if found else []
     with output_file(path) as file:
-        file.write(str(render(config, facts if _has_figure(folder, facts) else {**facts, "figure": ""}, tags)))
+        card = str(render(config, facts if _has_figure(folder, facts) else {**facts, "figure": ""}, tags))
+        file.write(card.replace(_quoted(FOLDER), _quoted(FOLDER, subfolder)))
 
 
 def refresh_facts(config: PreferenceConfig, folder: str | Path) -> None:
@@ -179,6 +201,11 @@ from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{FOLDER}")
 ```
 """)
+
+
+def _quoted(folder: str, subfolder: Path = Path()) -> str:
+    """The arguments by which `from_pretrained` finds an adapter."""
+    return json.dumps(folder) + (f", subfolder={json.dumps(subfolder.as_posix())}" if subfolder.parts else "")
 
 
 def _has_figure(folder: str | Path, facts: CardFacts) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 import gradio as gr
 
 from . import markup
-from .answering import MOST_NEW_TOKENS, Answering, Reply
+from .answering import MOST_NEW_TOKENS, Answering
 from .picture import picture
+from .questions import Reply
 from .simplex import uniform
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from .answering import Answer, Reply
 from .measures import Measure
+from .questions import Answer, Reply
 from .session import Entry
 
 

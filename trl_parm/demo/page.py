@@ -11,9 +11,10 @@ from typing import Any
 import gradio as gr
 
 from . import markup
-from .answering import Answering, Question, Reply
+from .answering import Answering
 from .layout import Layout
 from .picture import picture
+from .questions import Question, Reply
 from .session import Entry, add
 from .simplex import rescale
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .answering import Question, Reply
+from .questions import Question, Reply
 
 
 MOST_ENTRIES = 200
