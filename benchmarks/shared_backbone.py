@@ -20,6 +20,7 @@ from models import load, prompts, use_onednn, with_arm, with_loras
 from transformers import DynamicCache
 
 from peft_pblora import preference_grid
+from peft_pblora.kv_cache import cache_argument
 from peft_pblora.layer import PreferenceLinear
 from trl_parm import GenARMLogitsProcessor, PARMLogitsProcessor
 
@@ -143,7 +144,9 @@ def authors_decode(base, arm, ids: torch.Tensor, tokens: int) -> torch.Tensor:
     caches, new = [DynamicCache(config=base.config) for _ in range(2)], ids
     for _ in range(tokens):
         found = [
-            torch.log_softmax(model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1].float(), -1)
+            torch.log_softmax(
+                model(input_ids=new, use_cache=True, **cache_argument(model, cache)).logits[:, -1].float(), -1
+            )
             for model, cache in zip((base, arm), caches)
         ]
         new = (found[0] + found[1]).argmax(-1, keepdim=True)

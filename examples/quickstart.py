@@ -102,6 +102,7 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=5,
             beta=args.arm_beta,
+            share_prompt=True,
             eval_preferences=torch.eye(len(OBJECTIVES)).tolist(),
             gradient_checkpointing=False,
             bf16=False,

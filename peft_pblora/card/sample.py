@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from peft_pblora.control import use_preference
+from peft_pblora.kv_cache import cache_argument
 from peft_pblora.preference import name_preference
 from peft_pblora.switch import AdapterSwitch
 
@@ -113,7 +114,8 @@ def guided_answers(
 
 
 def _log_probs(model: Any, tokens: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1].float().log_softmax(-1)
+    output = model(input_ids=tokens, use_cache=True, **cache_argument(model, cache))
+    return output.logits[:, -1].float().log_softmax(-1)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

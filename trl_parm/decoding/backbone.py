@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.utils import logging
 
+from peft_pblora.kv_cache import cache_in
 from peft_pblora.switch import AdapterSwitch
 
 from .guided import GuidedLogitsProcessor
@@ -129,7 +130,7 @@ class SharedBackbone:
             self._check_merged(self._own_adapters(guiding) if self._any_merged() else [])
         if guides and call is not None:
             forward = self._join(call, guides, args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if forward is None and isinstance(cache, JointRows) and any(g.shared is self for g in cast(Any, cache.groups)):
             cache.release(_batch(args, kwargs))
         if forward is not None:
@@ -184,7 +185,7 @@ class SharedBackbone:
 
     def _join(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> JointForward | None:
         """The joint forward in the place of the base model's own, if there can be one."""
-        cache, states = kwargs.get("past_key_values"), [guide.state() for guide in guides]
+        cache, states = cache_in(kwargs), [guide.state() for guide in guides]
         if isinstance(cache, JointRows) and cache.tokens.numel():
             goes_on = list(cache.groups) == guides and self._states == states and _plain(kwargs)
             return JointForward(cache, kwargs) if goes_on else None
@@ -199,7 +200,7 @@ class SharedBackbone:
 
     def _obstacle(self, call: GenerateCall, guides: list[LM], args: tuple, kwargs: dict) -> str | None:
         """Why base and guides can't have one forward, or `None` if they can."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         known = type(cache) in (DynamicCache, JointCache) or isinstance(cache, Cache) and holds_plain_attention(cache)
         if not known or not kwargs.get("use_cache", True):
             return "it needs the default cache or a static one"
@@ -233,7 +234,7 @@ def _plain(kwargs: dict) -> bool:
     are several.
     """
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and value.ndim}
-    if isinstance(kwargs.get("past_key_values"), StaticCache):
+    if isinstance(cache_in(kwargs), StaticCache):
         tensors.pop("attention_mask", None)
     return "input_ids" in tensors and all(name in PER_ROW and t.ndim == 2 for name, t in tensors.items())
 

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from peft_pblora.kv_cache import cache_argument
+
 from .padding import attention_mask, pad_token_id
 from .prefix import Prefix, read
 from .prompts import Prompt
@@ -56,16 +58,16 @@ class Rollout:
         ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.view(-1, 1).to(device)], 1)
         seen = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(rows * k, 1)], 1)
         output = cast(Any, self.policy).generate(
-            input_ids=ids, attention_mask=seen, past_key_values=cache, max_new_tokens=self.tokens, do_sample=False,
-            num_beams=1, pad_token_id=self.pad_token_id, return_dict_in_generate=False,
+            input_ids=ids, attention_mask=seen, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
+            pad_token_id=self.pad_token_id, return_dict_in_generate=False, **cache_argument(self.policy, cache),
         )  # fmt: skip
         new = cast(torch.Tensor, output)[:, tokens.shape[1] :].view(rows, k, -1).to(candidates.device)
         return torch.nn.functional.pad(new, (0, 1 + self.tokens - new.shape[-1]), value=self.pad_token_id)
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         self.policy(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
+            **cache_argument(self.policy, cache),
         )  # fmt: skip
         return mask.new_zeros(len(mask))
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from peft_pblora.kv_cache import takes_cache
 
 
 def check_guide(model: Any, backbone: PreTrainedModel) -> None:
@@ -19,10 +20,12 @@ def check_guide(model: Any, backbone: PreTrainedModel) -> None:
         raise ValueError("The guiding model is tuned by prompt learning. Only adapters on its layers can guide.")
     if backbone.get_output_embeddings() is None:
         raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
-    if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
+    layers = DynamicCache(config=backbone.config.get_text_config()).layers
+    recurrent = layers and not any(isinstance(layer, DynamicLayer) for layer in layers)
+    if recurrent or not takes_cache(backbone):
         raise ValueError(
-            f"The guiding model is a {type(backbone).__name__}, which takes no key-value cache "
-            "(`past_key_values`). Use a transformer as the guide."
+            f"The guiding model is a {type(backbone).__name__}, which has no key-value cache. Use a transformer "
+            "as the guide."
         )
 
 

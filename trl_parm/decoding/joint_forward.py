@@ -11,6 +11,7 @@ from transformers import StaticCache
 
 from peft_pblora import set_preference
 from peft_pblora.adapter import LowRankAdapter, expand_rows
+from peft_pblora.kv_cache import cache_in
 
 from .joint import JointCache, JointRows
 from .joint_static import JointStaticCache
@@ -66,7 +67,7 @@ class JointForward:
         groups: dict[Any, int] = {}
         for guide in guides:
             groups[guide] = 1 + max(groups.values(), default=0) if guide.acting_adapters else 0
-        cache = kwargs["past_key_values"]
+        cache = cache_in(kwargs)
         if not isinstance(cache, StaticCache):
             return cls(JointCache.adopt(cache, groups), kwargs, prompt)
         joint = JointStaticCache.adopt(cache, groups)

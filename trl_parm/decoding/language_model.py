@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from peft_pblora import as_preference, set_preference
 from peft_pblora.adapter import LowRankAdapter, check_rows
 from peft_pblora.control import active_adapter, has_preference
+from peft_pblora.kv_cache import cache_argument
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of
 
@@ -174,7 +175,12 @@ class LM(Scorer):
         """A forward of the model, with whatever adapters act in it: logits of at least the `last` new tokens."""
         kept = {"logits_to_keep": last} if self._keeps_logits else {}
         return self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **kept
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **cache_argument(self.model, cache),
+            **kept,
         ).logits
 
     def empty_cache(self) -> DynamicCache:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_pblora.kv_cache import cache_argument
 from trl_parm.rewards import Reward
 
 from .padding import decoder_only_call
@@ -141,7 +142,11 @@ class ClassifierReward(TrajectoryReward):
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **cache_argument(self.model, cache),
         ).logits
         return logits[:, self.label].float()
 
