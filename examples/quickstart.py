@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs of each objective in a step")
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--arm-beta", type=float, default=0.05, help="β_i of the training loss")
     parser.add_argument("--beta", type=float, default=1.0, help="β of guidance; its strength is 1/β")
     parser.add_argument("--eval-pairs", type=int, default=24, help="held-out pairs of each objective")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison of all methods on two CPU cores: the configurations of `configs/small`, one after the other.
 
-    python examples/reproduce_small.py      # or `make reproduce-small`; two to three hours
+    python examples/reproduce_small.py      # or `make reproduce-small`; three to four hours
 
-Trains everything on the same pairs with the same budget at two learning rates, chooses one of them and a β for each
+Trains everything on the same pairs with the same budget at three learning rates, chooses one of them and a β for each
 method on prompts of its own, evaluates all methods on the same prompts, and writes `docs/results.md`. What is complete
 is not done again, so that a run that was stopped goes on; delete `runs/small` to begin anew.
 """
@@ -30,7 +30,7 @@ CONFIGS, FOLDER = Path(__file__).parent / "configs" / "small", Path("runs/small"
 OBJECTIVES = ["positive", "concise"]
 REWARD_MODELS = ["parm", "svd_lora", "uniarm", "genarm_positive", "genarm_concise"]
 POLICIES = ["dpo_positive", "dpo_concise"]
-LEARNING_RATES = [2e-3, 1e-2]
+LEARNING_RATES = [2e-3, 5e-3, 1e-2]
 BETAS = [0.5, 1.0, 2.0]
 SETTINGS_OF = {"untrained_arm": "parm", "transfer_q": "rewarded_soups"}
 """Methods without a choice of their own, and those whose models they use."""

@@ -49,7 +49,7 @@ backbone, which sharpens it without any preference."""
 LIMITS = """## What this does not show
 
 One seed of training for each method, one small model, {prompts} prompts, and rewards that short happy phrases satisfy.
-The intervals are over prompts, so they do not contain what another training run would change. Two learning rates and
+The intervals are over prompts, so they do not contain what another training run would change. Three learning rates and
 three β are a coarse choice, made on few prompts. With few prompts hypervolume is biased upwards, more so for methods
 with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired
 measurements."""

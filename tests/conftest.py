@@ -7,16 +7,23 @@ import os
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry from CI
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_pblora import PBLoraConfig
 
 
 OBJECTIVES = ["helpful", "harmless"]
+needs_add_adapter = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers' `add_adapter` wants peft {MIN_PEFT_VERSION}",
+)
 WORDS = [f"w{i}" for i in range(58)]
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos> ' }}{% endfor %}"

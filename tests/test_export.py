@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama
+from conftest import OBJECTIVES, needs_add_adapter, tiny_arm, tiny_gpt2, tiny_llama
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -145,6 +145,7 @@ def test_export_keeps_modules_to_save_and_leaves_the_model_alone(tmp_path):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+@needs_add_adapter
 def test_export_from_transformers_add_adapter(tmp_path):
     model = tiny_llama(1)
     model.add_adapter(PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"], init_weights=False), "arm")

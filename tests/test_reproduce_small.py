@@ -70,7 +70,7 @@ def test_settings_are_those_of_the_largest_validation_hypervolume(tmp_path, monk
     monkeypatch.setattr(comparison, "run", evaluated)
     monkeypatch.setattr(comparison, "read_rows", lambda path: list(rows(path)))
     assert comparison.choose_settings() == SETTINGS
-    assert len(asked) == len(set(asked)) == 4 * 2 * 3 + 2 * 2
+    assert len(asked) == len(set(asked)) == 4 * 3 * 3 + 2 * 3
 
 
 def test_findings_follow_the_intervals():

@@ -4,7 +4,7 @@
 import peft
 import pytest
 import torch
-from conftest import OBJECTIVES, tiny_llama
+from conftest import OBJECTIVES, needs_add_adapter, tiny_llama
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from test_cores import TABLE, every_adapter, make_model
 from transformers import AutoModelForCausalLM
@@ -53,6 +53,7 @@ def test_the_block_of_the_saved_card_loads_the_adapter(row, base, tmp_path):
     torch.testing.assert_close(scope["arm"].eval()(IDS).logits, model(IDS).logits)
 
 
+@needs_add_adapter
 @every_adapter
 def test_add_disable_delete_and_save(row, base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base).eval()
