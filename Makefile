@@ -15,7 +15,7 @@ OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores dec
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (10 to 13 minutes on two cores)
+demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about a quarter of an hour on two cores)
 	$(PY) examples/quickstart.py
 
 reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write docs/results.md (three to four hours on two cores)
