@@ -6,7 +6,6 @@ python distributed_worker.py RANK WORLD PORT {ddp,fsdp,fsdp-factors} OUTPUT
 `fsdp-factors` makes every trained matrix a unit of its own, as PEFT's `fsdp_auto_wrap_policy` does.
 """
 
-import os
 import sys
 
 import torch
@@ -44,9 +43,8 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    rank, world, port, kind, output = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group("gloo")
+    rank, world, meeting, kind, output = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     model = tiny_arm().train()
     if kind.startswith("fsdp"):
         mesh = init_device_mesh("cpu", (world,))
