@@ -18,7 +18,7 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about a quarter of an hour on two cores)
 	$(PY) examples/quickstart.py
 
-reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write docs/results.md (three to four hours on two cores)
+reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write docs/results.md (several hours on two cores)
 	$(PY) examples/reproduce_small.py
 
 test: $(VENV)/.demo  ## Run the tests

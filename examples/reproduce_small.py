@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison of all methods on two CPU cores: the configurations of `configs/small`, one after the other.
 
-    python examples/reproduce_small.py      # or `make reproduce-small`; three to four hours
+    python examples/reproduce_small.py      # or `make reproduce-small`; several hours on two cores
 
 Trains everything on the same pairs with the same budget at three learning rates, chooses one of them and a β for each
 method on prompts of its own, evaluates all methods on the same prompts, and writes `docs/results.md`. What is complete
