@@ -97,19 +97,19 @@ def arm(tmp_path):
 
 
 def test_push_and_load_by_id_and_revision(hub, arm, tmp_path):
-    pushed = run(hub, tmp_path, PUSH.format(private=False))
+    pushed = run(hub, tmp_path, PUSH.format(private=False) + LOAD.format(revision="main"))
     assert pushed.returncode == 0, pushed.stderr + "\n".join(hub.requests)
+    expected = arm(torch.arange(2, 18).view(2, 8)).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
     repository = hub.repositories["user/arm"]
     assert repository.large == {"adapter_model.safetensors"}
     assert {"adapter_config.json", "README.md"} <= set(repository.commits[-1][1])
-    first = repository.commits[-1][0]
-    broken = {**repository.commits[-1][1], "adapter_config.json": b"not json"}
-    expected = arm(torch.arange(2, 18).view(2, 8)).logits
-    for revision in ("main", first):
-        loaded = run(hub, tmp_path, LOAD.format(revision=revision), token=None)
-        assert loaded.returncode == 0, loaded.stderr
-        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
-        repository.commit(broken)  # the first commit still loads by its revision
+    (tmp_path / "logits.pt").unlink()
+    first, files = repository.commits[-1]
+    repository.commit({**files, "adapter_config.json": b"not json"})  # the first commit still loads by its revision
+    loaded = run(hub, tmp_path, LOAD.format(revision=first), token=None)
+    assert loaded.returncode == 0, loaded.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 
 @pytest.mark.slow
@@ -176,11 +176,9 @@ def test_an_upload_that_breaks_off_leaves_nothing_to_load_and_can_be_repeated(hu
     assert refused.returncode == 1
     assert "Can't find 'adapter_config.json' at 'user/arm'" in refused.stderr
     hub.stands_still_at = None
-    again = run(hub, tmp_path, WITH_CARD.format(private=False))
+    again = run(hub, tmp_path, WITH_CARD.format(private=False) + LOAD.format(revision="main"))
     assert again.returncode == 0, again.stderr
     assert len(repository.commits) == 2
-    loaded = run(hub, tmp_path, LOAD.format(revision="main"), token=None)
-    assert loaded.returncode == 0, loaded.stderr
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), arm(torch.arange(2, 18).view(2, 8)).logits)
 
 

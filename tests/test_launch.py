@@ -106,7 +106,7 @@ def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
 @pytest.mark.parametrize(
     ("engine", "order"),
     [
-        ("ddp_cpu", "group_by_length"),
+        pytest.param("ddp_cpu", "group_by_length", marks=pytest.mark.slow),
         pytest.param("ddp_cpu", "random", marks=pytest.mark.slow),
         pytest.param("fsdp2_cpu", "random", marks=pytest.mark.slow),
     ],

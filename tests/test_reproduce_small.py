@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small comparison: that every configuration gets what was chosen, and that its page says what its tables say."""
 
+import itertools
+
 import pytest
 import reproduce_small as comparison
 import results_page
@@ -85,3 +87,19 @@ def test_findings_follow_the_intervals():
     assert "lower: Base (-2.00 [-3.00, -1.00])" in line
     assert "not told apart: MOD (+0.50 [-1.00, 2.00])" in line
     assert "higher: GenARM (+3.00 [1.00, 5.00])" in line
+
+
+def test_what_is_steered_follows_the_correlations():
+    rows = [
+        {"method": "MOD", "a": "0.8999999999999999", "b": "1.0"}, {"method": "ARGS", "a": "0.3", "b": "1.0"},
+        {"method": "PARM", "a": "1.0", "b": "1.0"}, {"method": "UniARM", "a": "-1.0", "b": "0.8"},
+    ]  # fmt: skip
+    assert results_page.steering(rows).endswith("5 of 120 orders: a and b: MOD, PARM; b: ARGS; none: UniARM.")
+
+
+def test_what_counts_as_steered_is_rare_by_chance():
+    orders = list(itertools.permutations(range(5)))
+    reached = [
+        1 - 6 * sum((i - j) ** 2 for i, j in enumerate(order)) / 120 > results_page.STEERED - 1e-6 for order in orders
+    ]
+    assert (sum(reached), len(orders)) == (5, 120)
