@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from trl_parm.evaluation import draw_fronts, plot_front
-from trl_parm.evaluation.plots import _one_plane, _planes, _space, _styles
+from trl_parm.evaluation.plot_styles import styles
+from trl_parm.evaluation.plots import _one_plane, _planes, _space
 
 
 def summary(k=2, methods=("PARM", "GenARM"), grid=None):
@@ -66,9 +67,9 @@ def test_four_objectives_have_six_planes():
 
 def test_methods_differ_in_colour_and_shape():
     rows, _ = summary(methods=[f"method {i}" for i in range(8)])
-    styles = _styles(rows)
-    assert len({colour for colour, _, _ in styles}) == len({marker for _, marker, _ in styles}) == 9
-    assert all(matplotlib.colors.is_color_like(colour) for colour, _, _ in styles)
+    found = styles(rows)
+    assert len({colour for colour, _, _ in found}) == len({marker for _, marker, _ in found}) == 9
+    assert all(matplotlib.colors.is_color_like(colour) for colour, _, _ in found)
 
 
 @pytest.mark.parametrize(("k", "stems"), [(2, ["f"]), (3, ["f_pairs", "f_3d"])])

@@ -26,9 +26,10 @@ from peft_pblora.switch import AdapterSwitch, backbone_of
 
 from .backbone import SharedBackbone
 from .guide_model import check_guide, rewindable_cache
-from .padding import attention_mask, pad_token_id
+from .padding import pad_token_id
 from .prefix import Prefix, read, window_of
 from .prompts import Prompt
+from .reading import read_by_guide
 from .scorers import Scorer
 from .vocabulary import Vocabulary
 
@@ -205,27 +206,7 @@ class LM(Scorer):
             ValueError: the batch does not fit the guide's prompts, or there is nothing to read.
         """
         tokens = input_ids.to(self.model.device)
-        own = self.prompt.own(tokens) if self.prompt else None
-        if mask is not None:
-            mask = mask.to(tokens)[:, self.prompt.length if own is not None and self.prompt else 0 :]
-        if own is None and mask is None:
-            pad = self.vocabulary.base_pad_token_id if self.vocabulary else pad_token_id(self.model)
-            mask = attention_mask(tokens, self.prompt, pad)
-        elif own is not None:
-            tokens = tokens[:, cast(Prompt, self.prompt).length :]
-            mask = torch.ones_like(tokens) if mask is None else mask
-        assert mask is not None
-        if self.vocabulary is not None:
-            tokens, known = self.vocabulary.to_guide(tokens)
-            mask = mask * known
-        if own is not None:
-            tokens, mask = torch.cat([own[0], tokens], 1), torch.cat([own[1], mask], 1)
-        if tokens.shape[1] == 0:
-            raise ValueError(
-                "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one "
-                "with `prompt=Prompt(inputs, guide=...)`."
-            )
-        return tokens, mask
+        return read_by_guide(tokens, mask, self.prompt, self.vocabulary, pad_token_id(self.model))
 
     def state(self) -> tuple:
         """What answers depend on beside the tokens: the weights and the preference."""

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
 from trl_parm.evaluation import pareto_front
-from trl_parm.evaluation.plots import SHADES
+from trl_parm.evaluation.plot_styles import SHADES
 
 from .session import Entry
 

@@ -12,23 +12,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.tri import Triangulation
 
 from .measures import write_csv
-
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#7F7F7F")
-"""Told apart by colour-blind readers (Okabe and Ito 2008, a brown and a grey). Controls are black."""
-MARKERS = "os^Dvph<>d"
-"""Shapes of methods, which tell them apart without any colour."""
-OPEN_MARKERS = "*P8"
-"""Shapes of controls."""
-LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2)), (0, (2, 2)))
-SHADES = "viridis"
-"""Colours of α, from 0 to 1; they differ in lightness too."""
-Summary = Sequence[Mapping[str, Any]]
+from .plot_styles import SHADES, Summary, by_method, legend, styles
 
 
 def plot_front(
@@ -107,7 +95,7 @@ def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence
         _write_weights(axes, summary, objectives)
     if shades is not None:
         figure.colorbar(shades, ax=axes, label=f"α, weight of {objectives[0]}", pad=0.01)
-    _legend(figure, summary, len(references), connect=True)
+    legend(figure, summary, len(references), connect=True)
     return figure
 
 
@@ -124,7 +112,7 @@ def _planes(summary: Summary, objectives: Sequence[str], references: Sequence[Se
         axes.set_axis_off()
     if shades is not None:
         figure.colorbar(shades, ax=list(panels), label="α, weight of the x axis' objective", pad=0.01, fraction=0.03)
-    _legend(figure, summary, len(references))
+    legend(figure, summary, len(references))
     return figure
 
 
@@ -139,7 +127,7 @@ def _plane(
     """Draws two of the objectives, and returns what a colour bar can be made of."""
     x, y = objectives[pair[0]], objectives[pair[1]]
     shades = None
-    for (_, rows), (colour, marker, line) in zip(_by_method(summary).items(), _styles(summary)):
+    for (_, rows), (colour, marker, line) in zip(by_method(summary).items(), styles(summary)):
         xs, ys = _column(rows, x), _column(rows, y)
         right, up = _reach(rows, x), _reach(rows, y)
         axes.errorbar(xs, ys, up, right, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45, zorder=1)
@@ -167,7 +155,7 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     figure = Figure(figsize=(7.4, 5.8), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
     shades = None
-    for (_, rows), (colour, marker, _) in zip(_by_method(summary).items(), _styles(summary)):
+    for (_, rows), (colour, marker, _) in zip(by_method(summary).items(), styles(summary)):
         points = [_column(rows, name) for name in objectives]
         if rows[0]["preference"] is None:
             axes.scatter(*points, marker=marker, s=100, facecolor="white", edgecolor=colour, linewidth=1.4)
@@ -189,28 +177,8 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     axes.set_box_aspect(None, zoom=0.95)
     if shades is not None:
         figure.colorbar(shades, ax=axes, label=f"α, weight of {objectives[2]}", shrink=0.7, pad=0.07)
-    _legend(figure, summary, len(references), crosses=False)
+    legend(figure, summary, len(references), crosses=False)
     return figure
-
-
-def _legend(figure: Figure, summary: Summary, references: int, connect: bool = False, crosses: bool = True) -> None:
-    """Below the panels, so that it hides no point."""
-    handles = []
-    for (name, rows), (colour, marker, line) in zip(_by_method(summary).items(), _styles(summary)):
-        control = rows[0]["preference"] is None
-        handles.append(
-            Line2D(
-                [], [], color=colour, marker=marker, ls=line if connect and not control else "none", lw=1.3,
-                label=name, markersize=9 if control else 7, markerfacecolor="white" if control else colour,
-            )
-        )  # fmt: skip
-    if crosses:
-        handles.append(Line2D([], [], color="0.5", marker="+", ls="none", label="95 % interval", markersize=11))
-    if references:
-        label = "reference point" if references == 1 else "reference points"
-        handles.append(Line2D([], [], color="black", marker="x", ls="none", label=label, markersize=7))
-    columns = min(len(handles), 3 if figure.get_figwidth() < 8 else 6)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _write_weights(axes: Axes, summary: Summary, objectives: Sequence[str]) -> None:
@@ -221,27 +189,6 @@ def _write_weights(axes: Axes, summary: Summary, objectives: Sequence[str]) -> N
                 f"{row['preference'][0]:g}", place, xytext=(7, 6), textcoords="offset points", fontsize=8, zorder=6,
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
-
-
-def _by_method(summary: Summary) -> dict[str, list[Mapping[str, Any]]]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in summary:
-        found.setdefault(row["method"], []).append(row)
-    return found
-
-
-def _styles(summary: Summary) -> list[tuple[str, str, Any]]:
-    """Colour, marker and line of each method; no two of eight share a colour, of ten a marker. Controls are black."""
-    found, controls, methods = [], 0, 0
-    for rows in _by_method(summary).values():
-        if rows[0]["preference"] is None:
-            found.append(("black", OPEN_MARKERS[controls % len(OPEN_MARKERS)], "none"))
-            controls += 1
-        else:
-            style = (COLOURS, MARKERS, LINES)
-            found.append(tuple(choices[methods % len(choices)] for choices in style))
-            methods += 1
-    return found
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
