@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from make_pairs import DATA, make_prompts
 from results_page import label, write_page
 from smollm2 import smollm2
 
@@ -66,8 +67,9 @@ def train(name: str, rate: float) -> None:
 def choose_settings() -> dict[str, dict[str, float]]:
     """For each trained method the learning rate, and β if it has one, of the front with the largest hypervolume.
 
-    The prompts are those of the validation pairs, on which nothing was trained and nothing is evaluated.
+    Nothing was trained on the prompts, and nothing is evaluated on them.
     """
+    write_validation_prompts(FOLDER / "validation_prompts.jsonl")
     config = yaml.safe_load((CONFIGS / "evaluate_validation.yaml").read_text())
     tried = {entry["method"]: settings_of(entry) for entry in config["methods"]}
     config["methods"] = [
@@ -86,6 +88,15 @@ def choose_settings() -> dict[str, dict[str, float]]:
         method: max(settings, key=lambda setting: volumes[label(method, setting)])
         for method, settings in tried.items()
     }
+
+
+def write_validation_prompts(path: Path) -> None:
+    """Prompts about the topics of training that training leaves out: of held-out pairs, or without any pair."""
+    held_out = [row["prompt"] for row in read_rows(FOLDER / "pairs" / "test.jsonl")]
+    paired = [row["prompt"] for row in read_rows(DATA / "pairs.jsonl")]
+    asked = [[{"role": "user", "content": prompt}] for prompt, split in make_prompts(seed=0) if split == "train"]
+    prompts = held_out + [prompt for prompt in asked if prompt not in paired]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def settings_of(entry: Mapping[str, Any]) -> list[dict[str, float]]:

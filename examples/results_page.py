@@ -38,8 +38,8 @@ SETTINGS = """- **Model**: SmolLM2-135M-Instruct, frozen, float32; it is also th
 - **Budget**: {steps} steps of {batch} pairs for each training run, adapters of rank 8 on the attention's q, k and v.
   PARM, SVD-LoRA and UniARM train one adapter; GenARM and DPO one for each objective, so they take twice as many steps.
 - **Learning rates and β**: for each method those of the front with the largest hypervolume above (positive 0,
-  concise -40) on {validation} prompts of held-out pairs, of {tried} combinations: {chosen}. Rewarded Soups and MOD
-  have no β. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of 8 tokens) are not tuned.
+  concise -40) on {validation} prompts that no training pair has, of {tried} combinations: {chosen}.
+  Rewarded Soups and MOD have no β. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of 8 tokens) are not tuned.
 - **Evaluation**: {prompts} prompts, five preferences, 40 new tokens sampled from the 50 likeliest; seed {seed}, the
   same noise for each prompt in all runs. The scorers that judge are those that labelled the pairs, no reward model.
 - **Versions**: {versions}."""

@@ -2,6 +2,7 @@
 """The small comparison: that every configuration gets what was chosen, and that its page says what its tables say."""
 
 import itertools
+import json
 
 import pytest
 import reproduce_small as comparison
@@ -103,3 +104,20 @@ def test_what_counts_as_steered_is_rare_by_chance():
         1 - 6 * sum((i - j) ** 2 for i, j in enumerate(order)) / 120 > results_page.STEERED - 1e-6 for order in orders
     ]
     assert (sum(reached), len(orders)) == (5, 120)
+
+
+def test_validation_prompts_are_neither_trained_on_nor_evaluated(tmp_path, monkeypatch):
+    pairs = comparison.read_rows(comparison.DATA / "pairs.jsonl")
+    trained = [row["prompt"] for row in pairs if row["split"] == "train"]
+    (tmp_path / "pairs").mkdir()
+    held_out = [json.dumps({"prompt": trained[0]}) + "\n", json.dumps({"prompt": trained[-1]}) + "\n"]
+    (tmp_path / "pairs" / "test.jsonl").write_text("".join(held_out))
+    monkeypatch.setattr(comparison, "FOLDER", tmp_path)
+    comparison.write_validation_prompts(tmp_path / "prompts.jsonl")
+    prompts = [row["prompt"] for row in comparison.read_rows(tmp_path / "prompts.jsonl")]
+    assert prompts[:2] == [trained[0], trained[-1]]
+    assert len(prompts) == 2 + 21
+    assert not any(row["prompt"] in prompts[2:] for row in pairs)
+    topics = {topic for topic in (comparison.DATA / "topics.txt").read_text().splitlines()
+              if any(topic in row["prompt"][0]["content"] for row in pairs if row["split"] == "test")}  # fmt: skip
+    assert not any(topic in prompt[0]["content"] for topic in topics for prompt in prompts[2:])
