@@ -26,7 +26,6 @@ from peft_pblora.switch import AdapterSwitch, backbone_of
 
 from .backbone import SharedBackbone
 from .guide_model import check_guide, rewindable_cache
-from .padding import pad_token_id
 from .prefix import Prefix, read, window_of
 from .prompts import Prompt
 from .reading import read_by_guide
@@ -205,8 +204,7 @@ class LM(Scorer):
         Raises:
             ValueError: the batch does not fit the guide's prompts, or there is nothing to read.
         """
-        tokens = input_ids.to(self.model.device)
-        return read_by_guide(tokens, mask, self.prompt, self.vocabulary, pad_token_id(self.model))
+        return read_by_guide(self.model, input_ids, mask, self.prompt, self.vocabulary)
 
     def state(self) -> tuple:
         """What answers depend on beside the tokens: the weights and the preference."""

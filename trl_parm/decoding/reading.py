@@ -4,38 +4,41 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
-from .padding import attention_mask
+from .padding import attention_mask, pad_token_id
 from .prompts import Prompt
 from .vocabulary import Vocabulary
 
 
 def read_by_guide(
+    model: PreTrainedModel,
     tokens: torch.Tensor,
     mask: torch.Tensor | None,
     prompt: Prompt | None,
     vocabulary: Vocabulary | None,
-    pad_token_id: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The guide's tokens and their mask, both of shape `(rows, length)`.
 
     Args:
-        tokens (`torch.Tensor` of shape `(rows, columns)`): The base model's tokens, on the guide's device.
+        model (`PreTrainedModel`): The guide.
+        tokens (`torch.Tensor` of shape `(rows, columns)`): The base model's tokens.
         mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Their mask; found as [`attention_mask`] does if
             not given.
         prompt ([`Prompt`], *optional*): What is known of the batch.
         vocabulary ([`Vocabulary`], *optional*): From the base model's tokens to the guide's.
-        pad_token_id (`int`, *optional*): The guide's, for where nothing is known of padding.
 
     Raises:
         ValueError: the batch does not fit the guide's prompts, or there is nothing to read.
     """
+    tokens = tokens.to(model.device)
     own = prompt.own(tokens) if prompt else None
     if own is not None and prompt is not None:
         tokens = tokens[:, prompt.length :]
         mask = torch.ones_like(tokens) if mask is None else mask.to(tokens)[:, prompt.length :]
     elif mask is None:
-        mask = attention_mask(tokens, prompt, vocabulary.base_pad_token_id if vocabulary else pad_token_id)
+        pad = vocabulary.base_pad_token_id if vocabulary else pad_token_id(model)
+        mask = attention_mask(tokens, prompt, pad)
     else:
         mask = mask.to(tokens)
     if vocabulary is not None:

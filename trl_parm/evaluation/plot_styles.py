@@ -23,6 +23,7 @@ Summary = Sequence[Mapping[str, Any]]
 
 
 def by_method(summary: Summary) -> dict[str, list[Mapping[str, Any]]]:
+    """The rows of each method, in the order in which methods first come."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in summary:
         found.setdefault(row["method"], []).append(row)
