@@ -35,8 +35,8 @@ steer a large model towards helpful and harmless answers."""
 SETTINGS = """- **Model**: SmolLM2-135M-Instruct, frozen, float32; it is also the backbone of all reward models and
   policies.
 - **Pairs**: {pairs} of its own answers, labelled for both objectives, about topics that no evaluation prompt is about.
-- **Budget**: {steps} steps of {batch} pairs for each training run, adapters of rank 8 on the attention's q, k and v.
-  PARM, SVD-LoRA and UniARM train one adapter; GenARM and DPO one for each objective, so they take twice as many steps.
+- **Budget**: {steps} steps of {batch} pairs for each method: {steps} for the one adapter of PARM, SVD-LoRA and UniARM,
+  {share} for each objective's of GenARM and DPO. Adapters have rank 8 and lie on the attention's q, k and v.
 - **Learning rates and β**: for each method those of the front with the largest hypervolume above (positive 0,
   concise -40) on {validation} prompts that no training pair has, of {tried} combinations: {chosen}.
   Rewarded Soups and MOD have no β. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of 8 tokens) are not tuned.
@@ -84,10 +84,12 @@ def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> 
     """What was run, from the files that the commands wrote beside their results."""
     evaluated = _run(folder / "results")
     trained = _run(folder / f"parm-{settings['parm']['rate']:g}")
+    share = _run(folder / f"genarm_positive-{settings['genarm']['rate']:g}")["max_steps"]
     versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
     return SETTINGS.format(
         pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
         steps=trained["max_steps"],
+        share=share,
         batch=trained["per_device_train_batch_size"],
         tried=len(json.loads((folder / "validation.json").read_text())),
         chosen=", ".join(label(method, setting) for method, setting in settings.items()),

@@ -28,6 +28,15 @@ def texts_in(value):
         yield value
 
 
+def test_every_method_trains_on_as_many_pairs():
+    pairs = {}
+    for name in comparison.REWARD_MODELS + comparison.POLICIES:
+        config = yaml.safe_load((comparison.CONFIGS / f"{name}.yaml").read_text())
+        method = name.removesuffix("_positive").removesuffix("_concise")
+        pairs[method] = pairs.get(method, 0) + config["max_steps"] * config["per_device_train_batch_size"]
+    assert set(pairs.values()) == {400} and set(pairs) == {"parm", "svd_lora", "uniarm", "genarm", "dpo"}
+
+
 @pytest.mark.parametrize("name", ["evaluate", "evaluate_transfer_q"])
 def test_every_method_is_evaluated_with_its_own_settings(tmp_path, monkeypatch, name):
     monkeypatch.setattr(comparison, "written", lambda config, name: config)
