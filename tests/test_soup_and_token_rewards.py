@@ -40,6 +40,18 @@ def test_a_soup_of_loras_is_the_exact_average_of_their_products():
     assert any("lora_A" in key for key in get_peft_model_state_dict(again, adapter_name="soup"))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_soup_drops_nothing_unless_its_model_trains(training):
+    model = lora_model("helpful", "harmless")
+    for name in ("helpful", "harmless"):
+        model.peft_config[name].lora_dropout = 0.5
+    model.train(training)
+    soup = rewarded_soup({"a": "helpful", "b": "harmless"}, [0.3, 0.7], adapters_of=model)
+    dropouts = [module for name, module in soup.named_modules() if name.endswith("lora_dropout.soup")]
+    assert {(module.p, module.training) for module in dropouts} == {(0.5, training)}
+    assert torch.equal(soup(IDS).logits, soup(IDS).logits) != training
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_soup_of_models_is_the_average_of_their_weights(dtype):
     models = {name: tiny_llama(seed).to(dtype) for seed, name in enumerate(("a", "b", "c"))}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from peft_pblora.preference import Preference
@@ -71,6 +72,10 @@ def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter
     tuner: Any = model.base_model
     tuner.add_weighted_adapter(names, [weight for weight, _ in chosen], adapter_name, combination_type="cat")
     model.set_adapter(adapter_name)
+    # PEFT makes the dropout of a new adapter in training mode, whatever the model's mode is.
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_dropout:
+            module.lora_dropout[adapter_name].train(module.training)
     return model
 
 
