@@ -51,10 +51,11 @@ backbone, which sharpens it without any preference."""
 LIMITS = """## What this does not show
 
 One seed of training for each method, one small model, {prompts} prompts, and rewards that short happy phrases satisfy.
-The intervals are over prompts, so they do not contain what another training run would change. Three learning rates and
+The intervals are over prompts, so they do not contain what another training run would change. Two settings were
+changed after evaluations on the same prompts: PARM, SVD-LoRA and UniARM got the budget of the others, 100 steps for
+50, and UniARM's objectives got embeddings, without which it did not follow the preference. Three learning rates and
 three β are a coarse choice, made on few prompts. With few prompts hypervolume is biased upwards, more so for methods
-with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired
-measurements."""
+with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired measurements."""
 
 
 def write_page(folder: Path, docs: Path, settings: Mapping[str, Mapping[str, float]]) -> None:
@@ -84,12 +85,11 @@ def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> 
     """What was run, from the files that the commands wrote beside their results."""
     evaluated = _run(folder / "results")
     trained = _run(folder / f"parm-{settings['parm']['rate']:g}")
-    share = _run(folder / f"genarm_positive-{settings['genarm']['rate']:g}")["max_steps"]
     versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
     return SETTINGS.format(
         pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
         steps=trained["max_steps"],
-        share=share,
+        share=_run(folder / f"genarm_positive-{settings['genarm']['rate']:g}")["max_steps"],
         batch=trained["per_device_train_batch_size"],
         tried=len(json.loads((folder / "validation.json").read_text())),
         chosen=", ".join(label(method, setting) for method, setting in settings.items()),

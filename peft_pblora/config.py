@@ -230,9 +230,9 @@ class MoSLoraConfig(PreferenceConfig):
         r (`int`, *optional*, defaults to 8): Rank.
         lora_alpha (`float`, *optional*, defaults to 16): The scaling s is `lora_alpha / r`.
         embedding_size (`int`, *optional*, defaults to 0):
-            Size d of the learned objective embeddings o; 0 uses the preference itself. M and B both start at zero, and
-            what objectives that disagree ask of them cancels over α, so that with 0 short trainings hardly learn to
-            follow α. The larger d, the faster M moves what it modulates; 64 did in 100 steps.
+            Size d of the learned objective embeddings o; 0 uses the preference itself, with which short trainings
+            hardly learn to follow α: M's gradient is zero while B is, and what objectives that disagree ask of B
+            cancels over α. The larger d, the faster M changes γ and δ, and the smaller the learning rate it bears.
 
     The other arguments are those of [`PreferenceConfig`].
     """
