@@ -55,7 +55,8 @@ The intervals are over prompts, so they do not contain what another training run
 changed after evaluations on the same prompts: PARM, SVD-LoRA and UniARM got the budget of the others, 100 steps for
 50, and UniARM's objectives got embeddings, without which it did not follow the preference. Three learning rates and
 three β are a coarse choice, made on few prompts. With few prompts hypervolume is biased upwards, more so for methods
-with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired measurements."""
+with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired
+measurements."""
 
 
 def write_page(folder: Path, docs: Path, settings: Mapping[str, Mapping[str, float]]) -> None:
