@@ -15,10 +15,11 @@ from torch import nn
 from .card import exported_card
 from .control import adapted_layers
 from .layer import PreferenceLinear
-from .output import output_folder
+from .output import check_output, file_name, output_folder
 from .preference import Preference, as_preference, name_preference
 
 
+WRITER = "save_as_lora"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for `max_lora_rank`."""
 
@@ -38,10 +39,12 @@ def save_as_lora(
 
     Args:
         model (`PeftModel` or a model with injected adapters): Where the adapter is.
-        path (`str` or `Path`): The folder to write.
+        path (`str` or `Path`):
+            The folder to write: a new one, an empty one, or one that holds an export as it was written and nothing
+            else, which is replaced.
         preference (`Preference`):
             α of shape `(k,)`; or `(n, k)` for a whole grid, written as one folder for each α below `path`, named by
-            its preference.
+            its preference ([`name_preference`], as [`output.file_name`]).
         adapter_name (`str`, *optional*): The adapter to export; the active one if not given.
         rank (`int`, *optional*):
             Pad the factors with zeros to this rank, for engines that accept certain ranks only, such as
@@ -52,7 +55,8 @@ def save_as_lora(
         `list[Path]`: The folders written, in the order of the preferences.
 
     Raises:
-        ValueError: no such adapter, a preference off the simplex, or a rank below the adapter's own.
+        ValueError: no such adapter, a preference off the simplex or twice in a grid, a rank below the adapter's own,
+            or a folder that holds anything but an export.
     """
     layers = adapted_layers(model, adapter_name)
     name = adapter_name or next((n for layer, n in layers if n in layer.active_adapters), layers[0][1])
@@ -60,11 +64,15 @@ def save_as_lora(
     objectives = next(iter(adapters.values())).adapter(name).objectives
     preferences = as_preference(preference, objectives, normalize)
     config: Any = model.peft_config[name]
-    if preferences.ndim == 1:
-        _write(model, adapters, config, name, preferences, Path(path), rank)
-        return [Path(path)]
-    folders = [Path(path) / name_preference(row, objectives) for row in preferences]
-    for folder, row in zip(folders, preferences, strict=True):
+    rows, folders = torch.atleast_2d(preferences), [Path(path)]
+    if preferences.ndim == 2:
+        folders = [Path(path) / file_name(name_preference(row, objectives)) for row in rows]
+        if len(set(folders)) < len(folders):
+            twice = next(folder for folder in folders if folders.count(folder) > 1)
+            raise ValueError(f"The preference {twice.name} is in the grid twice. Give each preference once.")
+    for folder in folders:
+        check_output(folder.resolve(), WRITER)  # before any of them is written
+    for folder, row in zip(folders, rows, strict=True):
         _write(model, adapters, config, name, row, folder, rank)
     return folders
 
@@ -101,7 +109,7 @@ def _write(
             )
         },
     )  # fmt: skip
-    with output_folder(folder) as staging:
+    with output_folder(folder, WRITER) as staging:
         save_file(
             {key: value.contiguous().cpu() for key, value in weights.items()}, staging / "adapter_model.safetensors"
         )

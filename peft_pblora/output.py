@@ -1,69 +1,212 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output files and folders that are either complete or not there."""
+"""Output files and folders that are either complete or not there, and that cost nobody anything.
+
+Every writer notes what it wrote, with a hash of it, in a hidden file beside it. Only what a writer has noted, and what
+is still as it wrote it, is ever replaced or removed: whatever else stands in the way is an error.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 
-@contextlib.contextmanager
-def output_folder(path: str | Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """Gives a fresh folder to write into and moves it to `path` only if the block ends without an error.
+NOTES = ".written_by_trl_parm"
+"""What was written into a folder: lines with a writer, the SHA-256 of a file and its path from there."""
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))}
+"""What Windows takes for a device, whatever ending it has."""
 
-    An older folder at `path` is replaced as a whole; after an error it is as it was, and nothing new stays behind.
 
-    Args:
-        path (`str` or `Path`): Where the results shall stand.
-        needed_bytes (`int`, *optional*, defaults to 0): Free disk space to ask for before the work begins.
+def file_name(name: str) -> str:
+    """A name from outside, such as an adapter's objective, as the name of one file or folder below an output.
 
-    Raises:
-        ValueError: `path` is a file, its parent can't be written to, or the disk has too little space.
+    Short names of small Latin letters, digits and `_.,=+-` stay as they are. All others become what can be read of
+    them, `~` and a hash, so that two names never share a file, not even where upper and lower case are the same.
 
     Example:
 
     ```python
-    with output_folder("runs/demo") as folder:
-        (folder / "table.md").write_text(table)
+    >>> from peft_pblora.output import file_name
+    >>> [file_name(name) for name in ("helpful", "helpful=0.25,harmless=0.75", "../Helpful")]
+    ['helpful', 'helpful=0.25,harmless=0.75', 'helpful~dccecd84eda81616']
+
     ```
     """
+    if re.fullmatch(r"[a-z0-9_]([a-z0-9_.,=+-]{0,98}[a-z0-9_])?", name) and name.split(".")[0] not in DEVICES:
+        return name
+    readable = re.sub(r"[^\w.,=+-]+", "_", name).lower().strip("_.,=+-")[:40] or "name"
+    mark = "_" if readable.split(".")[0] in DEVICES else ""
+    return f"{mark}{readable}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def check_output(path: str | Path, writer: str) -> None:
+    """Raises `ValueError` unless there is nothing at a path, an empty folder, or just what this writer wrote there."""
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"The output folder {path} is a file. Name another folder.")
-    _check(path, needed_bytes)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        shutil.rmtree(path, ignore_errors=True)
-        staging.rename(path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _alone(path.parent):
+        _refuse_foreign(path, writer)
 
 
 @contextlib.contextmanager
-def output_file(path: str | Path) -> Iterator[TextIO]:
-    """Gives a UTF-8 text file to write into, which replaces `path` only if the block ends without an error.
+def output_folder(path: str | Path, writer: str = "output", needed_bytes: int = 0) -> Iterator[Path]:
+    """Gives a fresh folder to write into and moves it to `path` only if the block ends without an error.
+
+    An older folder at `path` is replaced as a whole if all in it is as this writer wrote it, and refused otherwise.
+    After an error it is as it was, and nothing new stays behind.
+
+    Args:
+        path (`str` or `Path`): Where the results shall stand; a link leads to where it points.
+        writer (`str`, *optional*, defaults to `"output"`): Who writes.
+        needed_bytes (`int`, *optional*, defaults to 0): Free disk space to ask for before the work begins.
 
     Raises:
-        ValueError: `path` is a folder, or its folder can't be written to.
+        ValueError: `path` is a file or holds anything else, its parent can't be written to, or the disk has too little
+            space.
+
+    Example:
+
+    ```python
+    with output_folder("runs/demo", "demo") as folder:
+        (folder / "table.md").write_text(table)
+    ```
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"The output folder {path} is a file. Name another folder.")
+    _check(path, needed_bytes)
+    check_output(path, writer)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}-", dir=path.parent))
+    new, old = work / "new", work / "old"
+    new.mkdir()
+    try:
+        yield new
+        _note(new, writer, {file.relative_to(new): file for file in new.rglob("*") if file.is_file()})
+        _move(new, path, old, writer)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if _foreign(old, writer) is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def output_file(path: str | Path, writer: str | None = None, binary: bool = False) -> Iterator[Any]:
+    """Gives a file to write into, which takes its place at `path` only if the block ends without an error.
+
+    Args:
+        path (`str` or `Path`): Where the file shall stand.
+        writer (`str`, *optional*):
+            Who writes: an older file is replaced if it is as this writer wrote it, and refused otherwise. Without it
+            any file is replaced, for callers that have looked at what stands there.
+        binary (`bool`, *optional*, defaults to `False`): Give a file for bytes instead of one for text in UTF-8.
+
+    Raises:
+        ValueError: `path` is a folder or a file that is not the writer's, or its folder can't be written to.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"The output file {path} is a folder. Name a file.")
+    if writer is not None:
+        check_output(path, writer)
     _check(path, 0)
-    staging = path.with_name(f".{path.name}.partial")
+    staging = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with staging.open("w", encoding="utf-8") as file:
+        with staging.open("xb") if binary else staging.open("x", encoding="utf-8") as file:
             yield file
-        staging.replace(path)
+        with _alone(path.parent):
+            if writer is not None:
+                _refuse_foreign(path, writer)  # again, since the work has taken its time
+                _note(path.parent, writer, {Path(path.name): staging})
+            staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from moving outputs below a folder, where the system can; the lock ends with the block."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # not a Unix, no such folder yet, or no locks on its disk
+            import fcntl
+
+            opened = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, opened)
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+def _refuse_foreign(path: Path, writer: str, place: Path | None = None) -> None:
+    """As [`check_output`]; `place` is where that which stood at the path is for now."""
+    foreign = _foreign(place or path, writer)
+    if foreign is not None:
+        within = "" if foreign in (path, place) else f" holds {foreign.relative_to(place or path)}, which"
+        raise ValueError(
+            f"The output {path}{within} was not written by {writer!r}, or was changed or protected since. Nothing is "
+            "replaced: name another output, or move that away."
+        )
+
+
+def _move(new: Path, path: Path, old: Path, writer: str) -> None:
+    """Moves a new folder to its path. What stood there goes away before, and comes back if it must."""
+    with _alone(path.parent):
+        _refuse_foreign(path, writer)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(old)
+            _refuse_foreign(path, writer, old)  # again, now that nobody can add to it
+            new.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+
+
+def _foreign(path: Path, writer: str) -> Path | None:
+    """The first thing at a path, or below it, that is not as the writer wrote it."""
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink() or not path.is_dir():
+        return None if _is_noted(path, path.parent, writer, _notes(path.parent)) else path
+    notes = _notes(path)
+    for root, folders, files in os.walk(path):
+        for entry in (Path(root, name) for name in sorted([*folders, *files])):
+            own_folder = _is_free(entry) and entry.is_dir() and any(entry.iterdir())
+            if not (own_folder or entry == path / NOTES or _is_noted(entry, path, writer, notes)):
+                return entry
+    return None
+
+
+def _is_noted(file: Path, folder: Path, writer: str, notes: set[str]) -> bool:
+    return _is_free(file) and file.is_file() and _line(writer, file, file.relative_to(folder)) in notes
+
+
+def _is_free(path: Path) -> bool:
+    """Whether it is neither a link nor write-protected: what somebody has made so since is theirs."""
+    return not path.is_symlink() and bool(path.stat().st_mode & stat.S_IWUSR)
+
+
+def _notes(folder: Path) -> set[str]:
+    path = folder / NOTES
+    return set(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.is_file() else set()
+
+
+def _note(folder: Path, writer: str, files: Mapping[Path, Path]) -> None:
+    """Notes files by their path from the folder, before they are there: a kill must not make them foreign."""
+    lines = {_line(writer, file, name) for name, file in files.items()} - _notes(folder)
+    with (folder / NOTES).open("a", encoding="utf-8") as notes:
+        notes.writelines(f"{line}\n" for line in sorted(lines))
+
+
+def _line(writer: str, file: Path, name: Path) -> str:
+    with file.open("rb") as content:
+        return f"{writer} {hashlib.file_digest(content, 'sha256').hexdigest()} {name.as_posix()}"
 
 
 def _check(path: Path, needed_bytes: int) -> None:

@@ -8,7 +8,6 @@ axis follows the order of `objectives`. This module knows nothing of models.
 
 import difflib
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,8 @@ Preference = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float
 
 SUM_TOLERANCE = 1e-4
 """How far the weights' sum may be from 1 before a preference is refused."""
+UNIFORM = "uniform"
+"""The label of the preference whose weights are all alike."""
 
 
 def as_preference(preference: Preference, objectives: Sequence[str], normalize: bool = False) -> torch.Tensor:
@@ -70,7 +71,10 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
 
 
 def name_preference(preference: Preference, objectives: Sequence[str]) -> str:
-    """A short label for one preference: the objective's name at a vertex, `uniform`, else the weights.
+    """The label of one preference: the objective's name at a vertex, `uniform`, else the weights in full.
+
+    Two preferences never have the same label: weights that are only nearly those of a vertex are written out, and so
+    are uniform ones where an objective is called `uniform`.
 
     Example:
 
@@ -84,13 +88,12 @@ def name_preference(preference: Preference, objectives: Sequence[str]) -> str:
     weights = as_preference(preference, objectives)
     if weights.ndim != 1:
         raise ValueError(f"`preference` of shape {tuple(weights.shape)} has no single name. Name its rows one by one.")
-    values = weights.tolist()
-    for name, value in zip(objectives, values, strict=True):
-        if math.isclose(value, 1.0, abs_tol=1e-6):
+    for name, vertex in zip(objectives, torch.eye(len(objectives), dtype=torch.float32), strict=True):
+        if torch.equal(weights.cpu(), vertex):
             return name
-    if all(math.isclose(value, 1 / len(values), abs_tol=1e-6) for value in values):
-        return "uniform"
-    return ",".join(f"{name}={value:.4g}" for name, value in zip(objectives, values, strict=True))
+    if UNIFORM not in objectives and (weights == torch.tensor(1 / len(objectives), dtype=torch.float32)).all():
+        return UNIFORM
+    return ",".join(f"{name}={_digits(value)}" for name, value in zip(objectives, weights.tolist(), strict=True))
 
 
 def sample_preferences(
@@ -163,15 +166,37 @@ def preference_grid(objectives: Sequence[str], steps: int) -> torch.Tensor:
 
 
 def check_objectives(objectives: Iterable[str]) -> list[str]:
-    """Returns the names as a list; raises `ValueError` unless they are distinct, non-empty strings."""
+    """Returns the names as a list; raises `ValueError` unless they are distinct, non-empty strings of one line."""
     if isinstance(objectives, str):
         raise ValueError(f"`objectives` is the string {objectives!r}. Give a list of names, such as [{objectives!r}].")
     names = list(objectives)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"`objectives` is {names!r}, but it must be a list of one or more non-empty names.")
+    if not names or not all(isinstance(name, str) and name.strip() and name.isprintable() for name in names):
+        raise ValueError(
+            f"`objectives` is {names!r}, but it must be a list of one or more non-empty names, without line breaks or "
+            "other characters that can't be seen."
+        )
     if len(set(names)) != len(names):
         raise ValueError(f"`objectives` {names} has a name twice. Every objective needs its own name.")
     return names
+
+
+def check_columns(objectives: Iterable[str], taken: Iterable[str], made: Sequence[str] = ("{}",)) -> None:
+    """Raises `ValueError` if a column of a table that an objective makes has the name of another column.
+
+    Args:
+        objectives (`Iterable[str]`): Names of objectives.
+        taken (`Iterable[str]`): The columns that the table has without them.
+        made (`Sequence[str]`, *optional*): The columns of each objective, with `{}` for its name.
+    """
+    owners = dict.fromkeys(taken, "the table itself")
+    for objective in objectives:
+        for column in (form.replace("{}", objective) for form in made):
+            if column in owners:
+                raise ValueError(
+                    f"The objective {objective!r} would make a column that is called {column!r}, which is a column of "
+                    f"{owners[column]} already. Name the objective otherwise."
+                )
+            owners[column] = f"the objective {objective!r}"
 
 
 def _to_tensor(preference: Preference, objectives: Sequence[str]) -> torch.Tensor:
@@ -190,6 +215,12 @@ def _to_tensor(preference: Preference, objectives: Sequence[str]) -> torch.Tenso
             f"`preference` is {preference!r}. Give a mapping such as {{{objectives[0]!r}: 1.0, ...}}, a sequence of "
             f"{len(objectives)} numbers, or a tensor of shape ({len(objectives)},) or (rows, {len(objectives)})."
         ) from None
+
+
+def _digits(value: float) -> str:
+    """The shortest decimal that is this float32."""
+    texts = (f"{value + 0.0:.{digits}g}" for digits in range(1, 10))
+    return next(text for text in texts if torch.tensor(float(text), dtype=torch.float32).item() == value)
 
 
 def _by_name(preference: Any, objectives: Sequence[str]) -> list[float]:

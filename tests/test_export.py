@@ -13,7 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from test_cores import every_adapter, make_model
 
-from peft_pblora import PBLoraConfig, get_preference, preference_grid, save_as_lora, set_preference
+from peft_pblora import (
+    PBLoraConfig,
+    get_preference,
+    preference_grid,
+    sample_preferences,
+    save_as_lora,
+    set_preference,
+)
+from peft_pblora.output import NOTES
 
 
 IDS = torch.arange(2, 18).view(2, 8)
@@ -126,7 +134,7 @@ def test_export_keeps_the_choice_of_modules(row, choice, tmp_path):
 def test_export_has_a_card_that_names_the_preference(tmp_path):
     save_as_lora(tiny_arm(), tmp_path, {"helpful": 0.25, "harmless": 0.75})
     assert {path.name for path in tmp_path.iterdir()} == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", NOTES,
     }  # fmt: skip
     card = (tmp_path / "README.md").read_text()
     assert "- helpful: 0.25" in card
@@ -155,7 +163,94 @@ def test_export_from_transformers_add_adapter(tmp_path):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+def files(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_never_replaces_what_is_no_export(tmp_path):
+    """The ARM's own folder with its checkpoints, an export with a file of the user's, and one of a card's edits."""
+    arm = tiny_arm()
+    arm.save_pretrained(tmp_path / "arm")
+    (tmp_path / "arm/checkpoint-10").mkdir()
+    (tmp_path / "arm/checkpoint-10/notes.txt").write_text("mine")
+    for name in ("beside", "edited", "grid"):
+        save_as_lora(arm, tmp_path / name, torch.eye(2) if name == "grid" else [0.5, 0.5])
+    (tmp_path / "beside/tokenizer.json").write_text("mine")
+    (tmp_path / "edited/README.md").write_text("mine")
+    (tmp_path / "grid/helpful/notes.txt").write_text("mine")
+    before = files(tmp_path)
+    for name in ("arm", "beside", "edited"):
+        with pytest.raises(ValueError, match="was not written by 'save_as_lora'"):
+            save_as_lora(arm, tmp_path / name, [0.3, 0.7])
+    with pytest.raises(ValueError, match="holds notes.txt"):
+        save_as_lora(arm, tmp_path / "grid", preference_grid(OBJECTIVES, 4))
+    assert files(tmp_path) == before
+    save_as_lora(arm, tmp_path / "arm", torch.eye(2))  # beside the adapter's own files
+    assert before.items() <= files(tmp_path).items()
+
+
+def test_an_export_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
+    arm = tiny_arm()
+    save_as_lora(arm, tmp_path / "lora", [0.5, 0.5])
+    before = files(tmp_path)
+    monkeypatch.setattr("peft_pblora.export.exported_card", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_as_lora(arm, tmp_path / "lora", [0.3, 0.7])
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "preferences",
+    [
+        torch.tensor([[0.33333, 0.66667], [0.33334, 0.66666]]),
+        torch.tensor([[1.0, 0.0], [1.0, 1e-9], [0.9999999, 1e-7], [0.5, 0.5], [0.50000006, 0.49999994]]),
+        sample_preferences(40, OBJECTIVES, 0.1, torch.Generator().manual_seed(0)),
+    ],
+    ids=["near", "near names", "drawn"],
+)
+def test_every_preference_has_a_folder_of_its_own(tmp_path, preferences):
+    folders = save_as_lora(tiny_arm(), tmp_path, preferences)
+    assert len({folder.name.casefold() for folder in folders}) == len(preferences)
+    written = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    arm = tiny_arm()
+    for one in (0, len(folders) - 1):
+        save_as_lora(arm, tmp_path / "again", preferences[one])
+        again = load_file(tmp_path / "again/adapter_model.safetensors")
+        assert all(torch.equal(again[key], written[one][key]) for key in again)
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        ["../../up", "/tmp/root"],
+        ["..", "."],
+        ["a/b", "a\\b"],
+        ["Helpful", "helpful"],
+        ["uniform", "other"],
+        [".hidden", "-rf"],
+        ["x" * 400, "y" * 400],
+    ],
+    ids=str,
+)
+def test_no_objective_decides_where_an_export_goes(tmp_path, objectives):
+    """Nor does one share the folder of another, or of the uniform preference."""
+    (tmp_path / "grid").mkdir()
+    arm = tiny_arm(objectives=objectives)
+    folders = save_as_lora(arm, tmp_path / "grid", preference_grid(objectives, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["grid"]
+    assert sorted((tmp_path / "grid").iterdir()) == sorted(folders)
+    assert len({folder.name.casefold() for folder in folders}) == 3
+    for folder, weight in zip(folders, (0, 0.5, 1)):
+        assert f": {weight:g}\n" in (folder / "README.md").read_text()
+        set_preference(arm, [weight, 1 - weight])
+        loaded = PeftModel.from_pretrained(tiny_llama(1), folder).eval()
+        torch.testing.assert_close(loaded(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_bad_exports(tmp_path):
+    with pytest.raises(ValueError, match="The preference helpful is in the grid twice"):
+        save_as_lora(tiny_arm(), tmp_path / "a", [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+
     with pytest.raises(ValueError, match="must sum to 1"):
         save_as_lora(tiny_arm(), tmp_path / "a", [0.5, 0.6])
     with pytest.raises(ValueError, match="no preference-conditioned adapter 'other'"):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_pblora import as_preference, name_preference, preference_grid, sample_preferences
+from peft_pblora.preference import check_columns, check_objectives
 
 
 OBJECTIVES = ["helpful", "harmless", "humorous"]
@@ -70,6 +71,38 @@ def test_names():
     assert name_preference([0, 1, 0], OBJECTIVES) == "harmless"
     assert name_preference([1 / 3] * 3, OBJECTIVES) == "uniform"
     assert name_preference([0.2, 0.3, 0.5], OBJECTIVES) == "helpful=0.2,harmless=0.3,humorous=0.5"
+
+
+def test_names_that_are_too_alike_for_a_label_are_told_apart():
+    assert name_preference([0.5, 0.5], ["uniform", "b"]) == "uniform=0.5,b=0.5"
+    assert name_preference([1, 0], ["uniform", "b"]) == "uniform"
+    assert name_preference([1, 1e-9], ["a", "b"]) == "a=1,b=1e-09"
+    assert name_preference([0.33333, 0.66667], ["a", "b"]) == "a=0.33333,b=0.66667"
+    assert name_preference([1], ["a"]) == "a"
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=12), st.sampled_from(["uniform", "helpful"]))
+def test_a_label_says_which_preference_it_is(firsts, name):
+    found = {name_preference([first, 1 - first], [name, "other"]) for first in firsts}
+    assert len(found) == len({tuple(as_preference([first, 1 - first], ["a", "b"]).tolist()) for first in firsts})
+
+
+@pytest.mark.parametrize("names", [["a\nb"], ["a", " "], ["a\x00"], ["\u200b"], ["\ud800"], [""], [1], []])
+def test_objectives_are_names_that_can_be_read(names):
+    with pytest.raises(ValueError, match="must be a list of one or more non-empty names, without line breaks"):
+        check_objectives(names)
+
+
+def test_columns_of_objectives_are_told_from_those_of_the_table():
+    check_columns(["a", "b"], ["method"], ("{}", "{}_low"))
+    for names, column, owner in (
+        (["b", "method"], "method", "the table itself"),
+        (["a", "a_low"], "a_low", "the objective 'a'"),
+        (["a_low", "a"], "a_low", "the objective 'a_low'"),
+    ):
+        message = f"the objective {names[1]!r} would make a column that is called {column!r}, which is a column of"
+        with pytest.raises(ValueError, match=f"(?i){message} {owner}"):
+            check_columns(names, ["method"], ("{}", "{}_low"))
 
 
 @given(st.integers(1, 20), st.floats(0.01, 100), st.integers(0, 2**31))
