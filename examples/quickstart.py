@@ -4,7 +4,8 @@
     python examples/quickstart.py     # SmolLM2-135M-Instruct on two CPU cores, about a quarter of an hour
     python examples/quickstart.py --model folder-or-hub-id
 
-Writes `runs/demo/`: the adapter, the table, the Pareto figure and sample responses.
+Writes `runs/demo/`: the adapter, the table, the Pareto figure and sample responses. What it wrote there before is
+replaced, unless anything else is there too.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     strength = guidance_strength(args.beta)
     pairs = read_pairs(args.pairs)
-    with output_folder(args.output, needed_bytes=500_000_000) as folder:
+    with output_folder(args.output, "quickstart.py", needed_bytes=500_000_000) as folder:
         name = args.model or smollm2()
         tokenizer = AutoTokenizer.from_pretrained(name)
         arm, accuracies = train(name, tokenizer, pairs, folder, args)

@@ -4,8 +4,9 @@
     python examples/reproduce_small.py      # or `make reproduce-small`; several hours on two cores
 
 Trains everything on the same pairs with the same budget at three learning rates, chooses one of them and a β for each
-method on prompts of its own, evaluates all methods on the same prompts, and writes `docs/results.md`. What is complete
-is not done again, so that a run that was stopped goes on; delete `runs/small` to begin anew.
+method on prompts of its own, evaluates all methods on the same prompts, and writes the page of `docs/results.md` to
+`runs/small/page`. What is complete is not done again, so that a run that was stopped goes on; move `runs/small` away
+to begin anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from make_pairs import DATA, make_prompts
 from results_page import label, write_page
 from smollm2 import smollm2
 
+from peft_pblora.output import output_file
 from trl_parm.evaluation import hypervolume
 from trl_parm.evaluation.fronts import summarize
 from trl_parm.records import read_rows
@@ -49,7 +51,8 @@ def main() -> None:
         run("trl_parm", "evaluate", "--config", with_settings(CONFIGS / f"{name}.yaml", settings))
     for name in ("plot", "plot_transfer_q"):
         run("trl_parm", "plot", "--config", CONFIGS / f"{name}.yaml")
-    write_page(FOLDER, Path("docs"), settings)
+    write_page(FOLDER, FOLDER / "page", settings)
+    print(f"\nThe results are in {FOLDER / 'page' / 'results.md'}")
 
 
 def train(name: str, rate: float) -> None:
@@ -83,7 +86,7 @@ def choose_settings() -> dict[str, dict[str, float]]:
         name: hypervolume([[row[o] for o in OBJECTIVES] for row in rows if row["method"] == name], REFERENCE)
         for name in (entry["name"] for entry in config["methods"])
     }
-    (FOLDER / "validation.json").write_text(json.dumps(volumes, indent=2) + "\n")
+    write(FOLDER / "validation.json", json.dumps(volumes, indent=2) + "\n")
     return {
         method: max(settings, key=lambda setting: volumes[label(method, setting)])
         for method, settings in tried.items()
@@ -96,7 +99,7 @@ def write_validation_prompts(path: Path) -> None:
     paired = [row["prompt"] for row in read_rows(DATA / "pairs.jsonl")]
     asked = [[{"role": "user", "content": prompt}] for prompt, split in make_prompts(seed=0) if split == "train"]
     prompts = held_out + [prompt for prompt in asked if prompt not in paired]
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    write(path, "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def settings_of(entry: Mapping[str, Any]) -> list[dict[str, float]]:
@@ -131,8 +134,12 @@ def with_setting(entry: Mapping[str, Any], setting: Mapping[str, float]) -> dict
 
 
 def written(config: dict[str, Any], name: str) -> Path:
-    path = FOLDER / name
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return write(FOLDER / name, yaml.safe_dump(config, sort_keys=False))
+
+
+def write(path: Path, text: str) -> Path:
+    with output_file(path, "reproduce_small.py") as file:
+        file.write(text)
     return path
 
 

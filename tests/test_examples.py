@@ -88,6 +88,21 @@ def test_the_notebook_is_that_of_the_script(tmp_path):
     assert "out of date" in changed.stdout
 
 
+def test_a_notebook_that_somebody_has_changed_is_not_replaced(tmp_path):
+    for name in ("make_notebook.py", "quickstart.py", "quickstart.ipynb"):
+        (tmp_path / name).write_text((EXAMPLES / name).read_text(encoding="utf-8"))
+    make = [sys.executable, str(tmp_path / "make_notebook.py")]
+    path = tmp_path / "quickstart.ipynb"
+    (tmp_path / "quickstart.py").write_text((EXAMPLES / "quickstart.py").read_text().replace("top_k=50", "top_k=40"))
+    assert subprocess.run(make).returncode == 0
+    assert "top_k=40" in path.read_text()
+    changed = path.read_text().replace("A rainy", "A sunny").replace("rainy Monday", "sunny Monday")
+    path.write_text(changed)
+    refused = subprocess.run(make, capture_output=True, text=True)
+    assert (refused.returncode, "Nothing is replaced" in refused.stderr) == (1, True)
+    assert path.read_text() == changed
+
+
 def test_the_notebook_has_every_function_of_the_script_and_no_output():
     script = ast.parse((EXAMPLES / "quickstart.py").read_text(encoding="utf-8"))
     functions = {node.name for node in script.body if isinstance(node, ast.FunctionDef)}
@@ -99,6 +114,44 @@ def test_the_notebook_has_every_function_of_the_script_and_no_output():
     notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
     assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_make_clean_removes_only_what_make_has_made(tmp_path):
+    """Neither runs, nor an environment or a build of the user's, nor one that is linked from elsewhere."""
+    for place, folders in {
+        "here": ("runs/arm", "dist", ".venv", ".venv-oldest", ".venv-vllm", "build/wheel", "build/site", "build/mine"),
+        "elsewhere": ("venv",),
+    }.items():
+        for folder in folders:
+            (tmp_path / place / folder).mkdir(parents=True)
+            (tmp_path / place / folder / "file").write_text("mine")
+    here = tmp_path / "here"
+    (here / ".venv-wheel").symlink_to(tmp_path / "elsewhere/venv")
+    for made in (here / ".venv", here / "build/wheel", tmp_path / "elsewhere/venv"):
+        (made / ".made_by_make").touch()
+    (here / "Makefile").write_text((ROOT / "Makefile").read_text())
+    result = subprocess.run(["make", "clean"], cwd=here, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    left = {"runs", "dist", ".venv-oldest", ".venv-vllm", ".venv-wheel", "build", "Makefile"}
+    assert {path.name for path in here.iterdir()} == left
+    assert {path.name for path in (here / "build").iterdir()} == {"site", "mine"}
+    assert (tmp_path / "elsewhere/venv/file").exists()
+    assert "runs stays" in result.stdout
+    assert ".venv-oldest stays: it was not made here" in result.stdout
+    refused = subprocess.run(["make", "-o", ".venv/.docs", "docs"], cwd=here, capture_output=True, text=True)
+    assert (refused.returncode != 0, "build/site stays" in refused.stdout) == (True, True)
+    assert (here / "build/site/file").exists()
+
+
+def test_make_marks_the_environments_that_it_makes(tmp_path):
+    """And not one that was there before."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text().replace("python3 -m venv", "mkdir -p"))
+    (tmp_path / "Makefile").write_text((tmp_path / "Makefile").read_text() + "\nmade:\n\t$(call new_venv,$(VENV))\n")
+    (tmp_path / "theirs").mkdir()
+    for name in ("ours", "theirs"):
+        subprocess.run(["make", "made", f"VENV={name}"], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "ours/.made_by_make").exists()
+    assert not (tmp_path / "theirs/.made_by_make").exists()
 
 
 @pytest.fixture

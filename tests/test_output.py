@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import string
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 

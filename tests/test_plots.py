@@ -7,7 +7,9 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
+from peft_pblora.output import NOTES
 from trl_parm.evaluation import draw_fronts, plot_front
+from trl_parm.evaluation.measures import correlations, markdown
 from trl_parm.evaluation.plot_styles import styles
 from trl_parm.evaluation.plots import _one_plane, _planes, _space
 
@@ -79,7 +81,7 @@ def test_files(tmp_path, k, stems):
     assert sorted(p.name for p in paths) == sorted(
         [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")] + ["f.csv"]
     )
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in paths)
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {NOTES, *(p.name for p in paths)}
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths if p.suffix == ".png")
     with (tmp_path / "new/f.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -111,3 +113,36 @@ def test_bad_figures(tmp_path):
     with pytest.raises(ValueError, match="not supported"):
         plot_front(rows, names, tmp_path / "front.xyz")
     assert not list(tmp_path.iterdir())
+
+
+def test_figures_replace_only_figures(tmp_path):
+    rows, names = summary()
+    (tmp_path / "f.csv").write_text("mine")
+    with pytest.raises(ValueError, match="f.csv was not written by 'plot'"):
+        draw_fronts(rows, names, tmp_path, name="f")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"f.csv": "mine"}
+    draw_fronts(rows, names, tmp_path, name="g")
+    draw_fronts(rows[:-1], names, tmp_path, name="g")
+    assert len((tmp_path / "g.csv").read_text().splitlines()) == len(rows)
+    for name in ("../up", "/tmp/up", ""):
+        with pytest.raises(ValueError, match="without any folder"):
+            draw_fronts(rows, names, tmp_path, name=name)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_names_are_shown_as_they_are(tmp_path, k):
+    """Also where matplotlib would read a formula, even a wrong one, and where a table's cells would end."""
+    rows, names = summary(k, methods=("$x_{$", "a|b\nc"))
+    odd = [f"../$o^{{$ {i}" for i in range(k)]
+    for old, new in zip(names, odd):
+        rows = [{key.replace(old, new): value for key, value in row.items()} for row in rows]
+    paths = draw_fronts(rows, odd, tmp_path / "figures")
+    assert {path.parent for path in paths} == {tmp_path / "figures"}
+    assert {path.name for path in tmp_path.iterdir()} == {"figures"}
+    figure = _one_plane(rows, odd, []) if k == 2 else _planes(rows, odd, [])
+    assert figure.axes[0].get_xlabel() == r"../\$o^{\$ 0 (higher is better)"
+    assert markdown([{"method": "a|b\nc", "x|y": 1.0}]).splitlines() == [
+        r"| method | x\|y |", "|---|---|", r"| a\|b c | 1 |",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="objective 'method' would make a column that is called 'method'"):
+        correlations([], ["method"])

@@ -10,8 +10,10 @@ import pytest
 from conftest import tiny_llama, tiny_tokenizer
 from doc_blocks import MODEL, ROOT, run
 
+from peft_pblora.output import NOTES
 
-FILES = {"arm", "measures.json", "pareto.png", "report.md", "responses.jsonl"}
+
+FILES = {"arm", "measures.json", "pareto.png", "report.md", "responses.jsonl", NOTES}
 
 
 def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -77,11 +79,14 @@ def test_quickstart_without_a_chat_template(demo_folder):
         (["--pairs", "nowhere.jsonl"], "There are no pairs at nowhere.jsonl"),
         pytest.param(["--pairs", "wrong.jsonl"], "Line 1 of wrong.jsonl lacks ['chosen'", marks=pytest.mark.slow),
         pytest.param(["--output", "stdout"], "is a file", marks=pytest.mark.slow),
+        (["--output", "taken"], "was not written by 'quickstart.py'"),
         (["--beta", "0"], "must be a positive, finite number"),
     ],
 )
 def test_quickstart_refuses_bad_input_in_one_line(demo_folder, arguments, message):
     (demo_folder / "wrong.jsonl").write_text('{"prompt": []}\n')
+    (demo_folder / "taken").mkdir(exist_ok=True)
+    (demo_folder / "taken/notes.txt").write_text("mine")
     before = {path.name for path in (demo_folder / "runs").iterdir()}
     pairs = [] if "--pairs" in arguments else ["--pairs", "examples/data/pairs.jsonl"]
     result = quickstart(demo_folder, *pairs, *arguments)
@@ -91,6 +96,7 @@ def test_quickstart_refuses_bad_input_in_one_line(demo_folder, arguments, messag
     assert message in error
     assert "Traceback" not in result.stderr
     assert {path.name for path in (demo_folder / "runs").iterdir()} == before
+    assert [path.read_text() for path in (demo_folder / "taken").iterdir()] == ["mine"]
 
 
 def test_pairs_can_be_made_again(demo_folder):

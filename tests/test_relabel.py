@@ -247,6 +247,41 @@ def test_a_template_for_training_and_ranked_pairs(tmp_path):
     assert not (tmp_path / "bad/train.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "test.jsonl", "ranked/long.jsonl"])
+def test_a_file_of_anybody_else_is_not_replaced(tmp_path, name):
+    """Such as the very pairs, in the folder where the splits shall go; and nothing is scored before that is known."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+
+    def scored(prompts, responses):
+        pytest.fail("scored")
+
+    with pytest.raises(ValueError, match="was not written by 'relabel'"):
+        relabel(Dataset.from_list(PAIRS), {"long": scored}, tmp_path, ranked=True)
+    assert [(p.name, p.read_text()) for p in tmp_path.rglob("*") if p.is_file()] == [(path.name, "mine")]
+
+
+def test_splits_take_the_place_of_older_ones_but_not_of_edited_ones(tmp_path):
+    for seed in (0, 1):
+        found = relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=6, seed=seed, ranked=True)["test"]
+    assert [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()] == found.to_list()
+    (tmp_path / "test.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="or was changed or protected since"):
+        relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=6)
+    assert (tmp_path / "test.jsonl").read_text() == "mine"
+
+
+def test_no_objective_decides_where_its_pairs_go(tmp_path):
+    rewards = {name: longer for name in ("../../up", str(tmp_path / "root"), "..", "Long", "long", "train", "a/b")}
+    relabel(Dataset.from_list(PAIRS), rewards, tmp_path / "out", ranked=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"ranked"}
+    ranked = list((tmp_path / "out/ranked").glob("*.jsonl"))
+    assert len({path.name.casefold() for path in ranked}) == len(rewards)
+    assert {"long.jsonl", "train.jsonl"} < {path.name for path in ranked}
+
+
 def messages(role, text):
     return [{"role": role, "content": text}]
 
@@ -326,8 +361,8 @@ def broken(prompts, responses):
         ({"pairs": [{"chosen": "w1", "rejected": "w2"}]}, "A pair lacks prompt"),
         ({"pairs": []}, "There are no pairs"),
         ({"rewards": {}}, "There are no pairs, or no rewards"),
-        ({"rewards": {"prompt": longer}}, "would make a column twice"),
-        ({"rewards": {"a": longer, "a_score_0": longer}}, "would make a column twice"),
+        ({"rewards": {"prompt": longer}}, "would make a column that is called"),
+        ({"rewards": {"a": longer, "a_score_0": longer}}, "would make a column that is called"),
         ({"test_size": 20}, "ask for 20 of 20 pairs"),
         ({"tie_margin": -1.0}, "`tie_margin` is -1.0"),
     ],

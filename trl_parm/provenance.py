@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from peft_pblora.output import output_file
+from peft_pblora.output import check_output, output_file
 
 
 PACKAGES = (
@@ -43,11 +43,20 @@ def write_run(path: str | Path, verb: str, arguments: Mapping[str, Any]) -> None
     """Writes a run's resolved arguments, seeds included, and versions as YAML, complete or not at all.
 
     Args:
-        path (`str` or `Path`): The file, such as `run.yaml`.
+        path (`str` or `Path`):
+            The file, such as `run.yaml`. Where that is of another verb, or a user's own, it is `run.<verb>.yaml`.
         verb (`str`): What ran.
         arguments (`Mapping`): All arguments, defaults included.
+
+    Raises:
+        ValueError: there is a file of somebody else under both names.
     """
-    with output_file(path) as file:
+    path, writer = Path(path), f"trl-parm {verb}"
+    try:
+        check_output(path, writer)
+    except ValueError:
+        path = path.with_suffix(f".{verb}{path.suffix}")
+    with output_file(path, writer) as file:
         yaml.safe_dump({"verb": verb, "arguments": plain(arguments), "versions": versions()}, file, sort_keys=False)
 
 

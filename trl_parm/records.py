@@ -30,8 +30,8 @@ class Records:
             entry that is there already must stay as it is.
 
     Raises:
-        ValueError: rows of another configuration, or without one; a line that is no JSON; a path that can't be
-            written to; another process that writes this file.
+        ValueError: rows of another configuration, or without one; anything else in one of the two files; a path that
+            can't be written to; another process that writes this file.
 
     Example:
 
@@ -52,8 +52,12 @@ class Records:
             raise ValueError(f"{self.path} can't be written: {error}. Name another output.") from None
         try:
             _lock(self._file, self.path)
-            self.rows = self._recover()
-            self._match(list(growing))
+            self._file.seek(0)
+            self.rows, whole, size = parse_lines(self._file.read(), self.path)
+            self._match(list(growing), size)
+            if whole < size:  # only now that the file is known to be one of ours
+                logger.warning("The last line of %s was not written to its end. It is dropped and redone.", self.path)
+                self._file.truncate(whole)
         except BaseException:
             self._file.close()
             raise
@@ -73,21 +77,13 @@ class Records:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _recover(self) -> list[dict[str, Any]]:
-        self._file.seek(0)
-        rows, whole, size = parse_lines(self._file.read(), self.path)
-        if whole < size:
-            logger.warning("The last line of %s was not written to its end. It is dropped and done again.", self.path)
-            self._file.truncate(whole)
-        return rows
-
-    def _match(self, growing: list[str]) -> None:
+    def _match(self, growing: list[str], size: int) -> None:
         beside = configuration_path(self.path)
-        known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
-        if self.rows and known is None:
+        known = _configuration(beside)
+        if size and known is None:
             raise ValueError(
-                f"{self.path} has rows, but {beside.name}, which says of what configuration, is not beside it. Name "
-                "another output, or remove the rows."
+                f"{self.path} is not empty, but {beside.name}, which says of what configuration its rows are, is not "
+                "beside it. Name another output, or move that file away."
             )
         if self.rows and known is not None:
             differing = _differences(known, self.configuration, growing)
@@ -98,6 +94,11 @@ class Records:
                 )
             for key in growing:
                 self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
+        elif known is not None and set(known) != set(self.configuration):
+            raise ValueError(
+                f"{beside} was there before {self.path} and is no configuration of such rows. Name another output, or "
+                "move that file away."
+            )
         if known != self.configuration:
             with output_file(beside) as file:
                 json.dump(self.configuration, file, indent=2, ensure_ascii=False)
@@ -124,8 +125,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int]:
     """The rows, how many bytes they take, and how many bytes there are. Raises `ValueError` for what is no row."""
     whole = data.rfind(b"\n") + 1
-    rows = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
+    rows, torn = [], data[whole:].strip(b"\0")
+    others = [torn] if torn and not torn.startswith(b"{") else []  # no run begins a row like this
+    for number, line in enumerate([*data[:whole].splitlines(), *others], 1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -133,7 +135,7 @@ def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int
         if not isinstance(row, dict):
             raise ValueError(
                 f"Line {number} of {path} is not a row in JSON. Only the last line of an interrupted run can be "
-                "incomplete, so something else has changed the file. Remove that line, or the file."
+                "incomplete, so something else has changed the file. Take that line out, or name another output."
             )
         rows.append(row)
     return rows, whole, len(data)
@@ -141,7 +143,25 @@ def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int
 
 def configuration_path(path: str | Path) -> Path:
     """Where the configuration of a file of rows stands."""
-    return Path(path).with_suffix(".config.json")
+    return beside(path, "config.json")
+
+
+def beside(path: str | Path, ending: str) -> Path:
+    """A file that belongs to one file of rows: `results.config.json` to `results.jsonl`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem if path.suffix == '.jsonl' else f'{path.name}.rows'}.{ending}")
+
+
+def _configuration(path: Path) -> dict[str, Any] | None:
+    if not os.path.lexists(path):
+        return None
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict):
+        raise ValueError(f"{path} is not the configuration of any rows. Name another output, or move that file away.")
+    return known
 
 
 def _differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: list[str]) -> list[str]:

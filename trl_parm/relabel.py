@@ -14,7 +14,8 @@ from datasets import Dataset, DatasetDict
 from trl import extract_prompt
 from trl.data_utils import is_conversational
 
-from peft_pblora.output import output_file
+from peft_pblora.output import check_output, file_name, output_file
+from peft_pblora.preference import check_columns, check_objectives
 
 from .records import Records
 from .reward_models import RewardSource
@@ -22,6 +23,7 @@ from .rewards import Reward, score
 from .texts import as_text, fill
 
 
+WRITER = "relabel"
 RESPONSES = ("response_0", "response_1")
 SCORES = "scores.jsonl"
 """The file with all scores so far, from which a run that was killed goes on."""
@@ -60,8 +62,9 @@ def relabel(
             A text with `{prompt}` in it, for models without chat template: what training reads as the prompt. The
             prompt itself then is the column `raw_prompt`, which rewards and evaluation read.
         ranked (`bool`, *optional*, defaults to `False`):
-            Also write the training pairs of each objective as `ranked/<objective>.jsonl`, with `prompt`, `chosen` and
-            `rejected` and without ties, as trainers of policies such as TRL's DPO take them.
+            Also write the training pairs of each objective as `ranked/<objective>.jsonl` (see
+            [`peft_pblora.output.file_name`]), with `prompt`, `chosen` and `rejected` and without ties, as trainers of
+            policies such as TRL's DPO take them.
         seed (`int`, *optional*, defaults to 0): Of the split.
         batch_size (`int`, *optional*, defaults to 32): Pairs that are scored and written at once.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
@@ -73,7 +76,8 @@ def relabel(
 
     Raises:
         ValueError: no pairs, missing columns, an objective that is called like a column, splits that are too large, a
-            reward that is not finite (the message names it and the row), or scores of another configuration.
+            reward that is not finite (the message names it and the row), scores of another configuration, or a file
+            in the place of a split that was not written here.
     """
     rows = [as_pair(cast(dict, row)) for row in pairs]
     _check(rows, rewards, tie_margin)
@@ -81,6 +85,10 @@ def relabel(
         fill(template, prompt="")  # before anything is scored
     numbers = _split(rows, {"validation": validation_size, "test": test_size}, seed)
     folder = Path(folder)
+    files = {name: folder / f"{name}.jsonl" for name, chosen in numbers.items() if chosen}
+    ranked_files = {name: folder / "ranked" / f"{file_name(name)}.jsonl" for name in rewards if ranked}
+    for path in (*files.values(), *ranked_files.values()):
+        check_output(path, WRITER)  # before anything is scored
     configuration = {
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
         "rewards": {name: _configuration(source) for name, source in rewards.items()},
@@ -95,11 +103,11 @@ def relabel(
             row |= _label(objective, scores[objective, number]["scores"], tie_margin)
         if template is not None:
             row |= {"prompt": fill(template, prompt=row["prompt"]), "raw_prompt": row["prompt"]}
-    splits = {name: [rows[i] for i in chosen] for name, chosen in numbers.items() if chosen}
-    for name, chosen in splits.items():
-        _write(folder / f"{name}.jsonl", chosen)
-    for objective in rewards if ranked else ():
-        _write(folder / f"ranked/{objective}.jsonl", as_ranked(splits["train"], objective))
+    splits = {name: [rows[i] for i in numbers[name]] for name in files}
+    for name, path in files.items():
+        _write(path, splits[name])
+    for objective, path in ranked_files.items():
+        _write(path, as_ranked(splits["train"], objective))
     return DatasetDict({name: Dataset.from_list(chosen) for name, chosen in splits.items()})
 
 
@@ -175,7 +183,7 @@ def _score_missing(
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with output_file(path) as file:
+    with output_file(path, WRITER) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -188,10 +196,7 @@ def _label(objective: str, scores: Sequence[float], tie_margin: float) -> dict[s
 def _check(rows: list[dict[str, Any]], rewards: Mapping[str, Any], tie_margin: float) -> None:
     if not rows or not rewards:
         raise ValueError("There are no pairs, or no rewards. Give at least one of each.")
-    columns = [column for name in rewards for column in (name, f"{name}_score_0", f"{name}_score_1")]
-    taken = sorted(set(columns) & {"prompt", "raw_prompt", *RESPONSES})
-    if taken or len(set(columns)) < len(columns):
-        raise ValueError(f"The objectives {list(rewards)} would make a column twice. Name them otherwise.")
+    check_columns(check_objectives(rewards), ("prompt", "raw_prompt", *RESPONSES), ("{}", "{}_score_0", "{}_score_1"))
     if tie_margin < 0:
         raise ValueError(f"`tie_margin` is {tie_margin}, but it must be 0 or larger.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from .common import decoded, parse, progress, say
@@ -58,8 +57,9 @@ def main(argv: list[str]) -> None:
         )
     if arguments.output:
         from trl_parm import provenance
+        from trl_parm.records import beside
 
-        provenance.write_run(Path(arguments.output).with_suffix(".run.yaml"), "generate", vars(arguments))
+        provenance.write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
         say(f"{len(table)} responses in {arguments.output}")
         return
     for row in cast(Any, table):

@@ -12,11 +12,13 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_pblora.preference import check_columns
 from trl_parm.records import Records
 from trl_parm.rewards import Reward
 from trl_parm.texts import PromptText
 
 from .decoding import COLUMNS, BatchDecoder, Run
+from .fronts import OF_OBJECTIVE, SUMMARY
 
 
 def sweep(
@@ -122,9 +124,8 @@ def check_sweep(prompts: Sequence[PromptText], runs: Sequence[Run], objectives: 
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"The prompt {twice[:80]!r} is given twice. Give each prompt once.")
-    taken = sorted(set(objectives) & set(COLUMNS))
-    if taken:
-        raise ValueError(f"An objective is called {taken[0]!r}, which is a column of the table. Name it otherwise.")
+    check_columns(objectives, COLUMNS)
+    check_columns(objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
     cells = [(run.method, run.weights(objectives)) for run in runs]
     if len(set(cells)) < len(cells):
         method, weights = next(cell for cell in cells if cells.count(cell) > 1)

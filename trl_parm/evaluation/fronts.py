@@ -10,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from peft_pblora.preference import check_columns
+
 from .intervals import bootstrap
 from .metrics import mean_and_error
+
+
+SUMMARY = ("method", "preference", "label")
+OF_OBJECTIVE = ("{}", "{}_error", "{}_low", "{}_high", "α {}")
+"""The columns of a summary, and of each objective in it and in the file of a figure's numbers."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
         `list[Front]`: In the order of the table.
 
     Raises:
-        ValueError: no rows, a missing column, or cells that are missing.
+        ValueError: no rows, a missing column, or cells that are missing or there twice.
     """
     cells = _cells(table, objectives)
     methods: dict[str, list[tuple]] = {}
@@ -87,8 +94,10 @@ def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> 
         `<objective>_error` and the 95 % bootstrap interval `<objective>_low` and `<objective>_high`.
 
     Raises:
-        ValueError: no rows, or a missing column.
+        ValueError: no rows, a missing column, cells that are there twice, or an objective whose columns would be those
+            of another one.
     """
+    check_columns(objectives, SUMMARY, OF_OBJECTIVE)
     summary = []
     for (method, weights), rows in _cells(table, objectives).items():
         values = np.array([[row[name] for name in objectives] for row in rows.values()], dtype=float)
@@ -109,7 +118,13 @@ def _cells(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> dic
         if missing:
             raise ValueError(f"The table lacks the columns {missing}; it has {sorted(row)}.")
         weights = None if row["preference"] is None else tuple(row["preference"])
-        cells.setdefault((row["method"], weights), {})[json.dumps(row["prompt"], sort_keys=True)] = row
+        cell, prompt = cells.setdefault((row["method"], weights), {}), json.dumps(row["prompt"], sort_keys=True)
+        if prompt in cell:
+            raise ValueError(
+                f"The table has {row['method']!r} at {weights or 'no preference'} twice for the prompt {prompt[:80]}. "
+                "Give each run once, and files with runs of one name as files of their own."
+            )
+        cell[prompt] = row
     if not cells:
         raise ValueError("The table has no rows. Evaluate at least one method on one prompt.")
     return cells

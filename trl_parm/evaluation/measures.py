@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from peft_pblora.output import output_file
+from peft_pblora.preference import check_columns
 
 from .fronts import Front
 from .intervals import Interval, bootstrap
 from .metrics import hypervolume, mean_inner_product, rank_correlations
 
 
+WRITER = "plot"
+"""Who writes tables and figures: each replaces those that were written by the other calls, and nothing else."""
 HYPERVOLUME, INNER_PRODUCT = "hypervolume", "mean inner product"
 
 
@@ -96,7 +99,12 @@ def differences(
 
 
 def correlations(found: Sequence[Front], objectives: Sequence[str]) -> list[dict[str, Any]]:
-    """Rank correlation of α_i with reward i, see [`rank_correlations`], for each method with a preference."""
+    """Rank correlation of α_i with reward i, see [`rank_correlations`], for each method with a preference.
+
+    Raises:
+        ValueError: an objective that is called `method`.
+    """
+    check_columns(objectives, ["method"])
     rows = []
     for front in found:
         if front.preferences is not None:
@@ -136,13 +144,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     cells = [_with_brackets(row) for row in rows]
     names = list(cells[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = ["| " + " | ".join(map(_text, names)) + " |", "|" + "---|" * len(names)]
     return "\n".join([*lines, *("| " + " | ".join(_text(row[name]) for name in names) + " |" for row in cells)])
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes rows to a CSV file with a head, numbers in full."""
-    with output_file(path) as file:
+    """Writes rows to a CSV file with a head, numbers in full. Only a file of its own or of figures is replaced."""
+    with output_file(path, WRITER) as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -202,4 +210,4 @@ def _text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value).replace("|", "\\|")
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -22,6 +22,11 @@ SHADES = "viridis"
 Summary = Sequence[Mapping[str, Any]]
 
 
+def as_text(name: str) -> str:
+    """A name as matplotlib shows it: no `$` in it begins a formula."""
+    return name.replace("$", r"\$")
+
+
 def by_method(summary: Summary) -> dict[str, list[Mapping[str, Any]]]:
     """The rows of each method, in the order in which methods first come."""
     found: dict[str, list[Mapping[str, Any]]] = {}
@@ -52,7 +57,7 @@ def legend(figure: Figure, summary: Summary, references: int, connect: bool = Fa
         handles.append(
             Line2D(
                 [], [], color=colour, marker=marker, ls=line if connect and not control else "none", lw=1.3,
-                label=name, markersize=9 if control else 7, markerfacecolor="white" if control else colour,
+                label=as_text(name), markersize=9 if control else 7, markerfacecolor="white" if control else colour,
             )
         )  # fmt: skip
     if crosses:

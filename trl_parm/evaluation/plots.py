@@ -15,8 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.tri import Triangulation
 
-from .measures import write_csv
-from .plot_styles import SHADES, Summary, by_method, legend, styles
+from peft_pblora.output import check_output, output_file
+
+from .measures import WRITER, write_csv
+from .plot_styles import SHADES, Summary, as_text, by_method, legend, styles
+
+
+KINDS = ("png", "svg")
+"""Formats of figures."""
 
 
 def plot_front(
@@ -65,26 +71,34 @@ def draw_fronts(
         `list[Path]`: The files.
 
     Raises:
-        ValueError: fewer than two objectives, or a reference point of another length.
+        ValueError: fewer than two objectives, a reference point of another length, or a file that is none of ours.
     """
     if len(objectives) < 2:
         raise ValueError(f"`objectives` are {list(objectives)}, but a front needs two or more.")
     if any(len(point) != len(objectives) for point in references):
         raise ValueError(f"A reference point in {list(references)} has not one number for each of {list(objectives)}.")
-    if len(objectives) == 2:
-        figures = {name: _one_plane(summary, objectives, references)}
-    else:
-        figures = {f"{name}_pairs": _planes(summary, objectives, references)}
-    if len(objectives) == 3:
-        figures[f"{name}_3d"] = _space(summary, objectives, references)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{stem}.{kind}" for stem in figures for kind in ("png", "svg")]
+    paths = figure_files(objectives, folder, name)
     for path in paths:
-        _save(figures[path.stem], path)
-    table = folder / f"{name}.csv"
-    write_csv([_flat(row, objectives) for row in summary], table)
-    return [*paths, table]
+        check_output(path, WRITER)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if len(objectives) == 2:
+        figures = [_one_plane(summary, objectives, references)]
+    else:
+        figures = [_planes(summary, objectives, references)]
+    if len(objectives) == 3:
+        figures.append(_space(summary, objectives, references))
+    for path, figure in zip(paths, (figure for figure in figures for _ in KINDS)):
+        _save(figure, path)
+    write_csv([_flat(row, objectives) for row in summary], paths[-1])
+    return paths
+
+
+def figure_files(objectives: Sequence[str], folder: str | Path, name: str) -> list[Path]:
+    """The files that [`draw_fronts`] writes, the numbers last. Raises `ValueError` for a name with a path in it."""
+    if not name or Path(name).name != name:
+        raise ValueError(f"`name` is {name!r}, but it must be the beginning of a file's name, without any folder.")
+    stems = {2: [name], 3: [f"{name}_pairs", f"{name}_3d"]}.get(len(objectives), [f"{name}_pairs"])
+    return [Path(folder) / file for file in (*(f"{stem}.{kind}" for stem in stems for kind in KINDS), f"{name}.csv")]
 
 
 def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence[Sequence[float]]) -> Figure:
@@ -94,7 +108,7 @@ def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence
     if len({row["method"] for row in summary if row["preference"] is not None}) == 1:
         _write_weights(axes, summary, objectives)
     if shades is not None:
-        figure.colorbar(shades, ax=axes, label=f"α, weight of {objectives[0]}", pad=0.01)
+        figure.colorbar(shades, ax=axes, label=f"α, weight of {as_text(objectives[0])}", pad=0.01)
     legend(figure, summary, len(references), connect=True)
     return figure
 
@@ -143,7 +157,7 @@ def _plane(
         )  # fmt: skip
     for point in references:
         axes.scatter(point[pair[0]], point[pair[1]], marker="x", s=55, color="black", linewidth=1.6, zorder=5)
-    axes.set(xlabel=f"{x} (higher is better)", ylabel=f"{y} (higher is better)")
+    axes.set(xlabel=f"{as_text(x)} (higher is better)", ylabel=f"{as_text(y)} (higher is better)")
     axes.grid(color="0.92", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.07)
@@ -171,12 +185,12 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     for point in references:
         axes.scatter(*([value] for value in point), marker="x", s=55, color="black", linewidth=1.6)
     for name, label in zip(("xlabel", "ylabel", "zlabel"), objectives):
-        axes.set(**{name: label})
+        axes.set(**{name: as_text(label)})
     axes.xaxis.labelpad = axes.yaxis.labelpad = 9
     axes.view_init(elev=22, azim=-52)
     axes.set_box_aspect(None, zoom=0.95)
     if shades is not None:
-        figure.colorbar(shades, ax=axes, label=f"α, weight of {objectives[2]}", shrink=0.7, pad=0.07)
+        figure.colorbar(shades, ax=axes, label=f"α, weight of {as_text(objectives[2])}", shrink=0.7, pad=0.07)
     legend(figure, summary, len(references), crosses=False)
     return figure
 
@@ -211,11 +225,7 @@ def _flat(row: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
 
 def _save(figure: Figure, path: Path) -> None:
     """Writes a figure, complete or not at all, and the same bytes for the same numbers."""
-    staging = path.with_name(f".{path.stem}.partial{path.suffix}")
-    dated = {"Date": None} if path.suffix == ".svg" else {}
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "trl-parm"}):
-            figure.savefig(staging, dpi=150, metadata=dated, bbox_inches="tight", pad_inches=0.08)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+    kind = path.suffix.removeprefix(".")
+    dated = {"Date": None} if kind == "svg" else {}
+    with output_file(path, WRITER, binary=True) as file, matplotlib.rc_context({"svg.hashsalt": "trl-parm"}):
+        figure.savefig(file, format=kind, dpi=150, metadata=dated, bbox_inches="tight", pad_inches=0.08)
