@@ -8,14 +8,14 @@ every row of the batch has a preference of its own. It knows nothing of PEFT.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .checkpointing import PendingForwards
+from .condition import Condition
 from .cores import Core
 from .fold import Fold, dtype_for
 
@@ -27,16 +27,12 @@ Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 class LowRankAdapter(nn.Module):
     """Adds s · B (W(α) A x + δ(α)) to the output of a frozen linear layer; most cores have no shift δ.
 
-    The preference is a plain float32 tensor attribute: neither parameter nor buffer. So it is not trained, not saved,
-    not broadcast over by DDP, not sharded by FSDP, and follows the weights to their device but not to their dtype.
-
     Args:
         in_features (`int`): n, size of the layer's input.
         out_features (`int`): m, size of the layer's output.
         core ([`Core`]): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`, and δ(α).
         scaling (`float`): s.
-        objectives (`Sequence[str]`): Names of the k objectives.
-        preference (`Sequence[float]`): The preference to start with, of length k.
+        condition ([`Condition`]): α, which adapters of other layers may share.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
         identity (`bool`, *optional*, defaults to `True`): Start with B = 0, so that the layer is unchanged.
     """
@@ -47,8 +43,7 @@ class LowRankAdapter(nn.Module):
         out_features: int,
         core: Core,
         scaling: float,
-        objectives: Sequence[str],
-        preference: Sequence[float],
+        condition: Condition,
         dropout: float = 0.0,
         identity: bool = True,
     ) -> None:
@@ -58,10 +53,7 @@ class LowRankAdapter(nn.Module):
         self.core = core
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = scaling
-        self.objectives = list(objectives)
-        self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
-        self.preference_was_set = False
-        self.version = 0
+        self.condition = condition
         self._pending = PendingForwards()
         self._folds: dict[torch.dtype, Fold] = {}
         self.reset_parameters(identity)
@@ -75,16 +67,10 @@ class LowRankAdapter(nn.Module):
             nn.init.kaiming_uniform_(self.B.weight, a=math.sqrt(5))
         self.core.reset_parameters()
 
-    def set_preference(self, preference: torch.Tensor) -> None:
-        """Sets α, of shape `(k,)` or `(rows, k)`, in place where the shape allows it. It must be valid already."""
-        if self.preference.shape == preference.shape and not self.preference.is_inference():
-            self.preference.copy_(preference)
-        else:
-            # A tensor made in inference mode could never take part in training afterwards.
-            with torch.inference_mode(False):
-                self.preference = preference.to(self.preference.device, torch.float32, copy=True)
-        self.preference_was_set = True
-        self.version += 1
+    def share(self, condition: Condition) -> None:
+        """Takes another condition, which other adapters may have too."""
+        self.condition = condition
+        condition.to(self.A.weight.device)
 
     def factors(self, preference: torch.Tensor | None = None) -> Factors:
         """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
@@ -99,7 +85,7 @@ class LowRankAdapter(nn.Module):
         Raises:
             ValueError: a preference for each row is set.
         """
-        preference = (self.preference if preference is None else preference).to(self.A.weight)
+        preference = (self.condition.preference if preference is None else preference).to(self.A.weight)
         if preference.ndim == 2:
             raise ValueError(
                 "A preference for each row can't be merged into one weight. Set one preference of shape (k,) first."
@@ -129,15 +115,15 @@ class LowRankAdapter(nn.Module):
         """
         if preference is None:
             compiling = torch.compiler.is_compiling()
-            if not (compiling or self.preference_was_set):
-                self._say_default()
+            if not (compiling or self.condition.was_set):
+                self.condition.say_default()
             if not (self.training or torch.is_grad_enabled()) and x.dtype == result.dtype:
                 fold = self._folded(x) if not compiling else self._folds.get(dtype_for(x)) if folded else None
                 if fold is not None:
                     return fold.add_(x, result)
             if self.training and not compiling:
-                self._pending.check(self.version)
-            preference = self.preference
+                self._pending.check(self.condition.version)
+            preference = self.condition.preference
         x = self.dropout(x)
         if not self._weights_are_here():
             hidden = self._mix_rows(self.A(x.to(self.A.weight.dtype)), torch.atleast_2d(preference))
@@ -152,17 +138,6 @@ class LowRankAdapter(nn.Module):
         hidden = hidden.reshape(-1, hidden.shape[-1]).to(result.dtype)
         flat = torch.addmm(flat, hidden, up.to(result.dtype).T)
         return (flat if bias is None else flat + bias.to(result.dtype)).view(result.shape)
-
-    def _say_default(self) -> None:
-        """Says, once in a process by Python's default filter, that nobody chose a preference."""
-        self.preference_was_set = True
-        if len(self.objectives) > 1:
-            weights = ", ".join(f"{o}={w:g}" for o, w in zip(self.objectives, self.preference.tolist(), strict=True))
-            warnings.warn(
-                f"No preference was set, so the adapter uses its default ({weights}). Choose one with "
-                "`peft_pblora.set_preference(model, ...)`.",
-                stacklevel=2,
-            )
 
     def row_factors(self, preference: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """s · W(α), shape `(rows, r, r)`, and s · δ(α), shape `(rows, r)` or `None`, for preferences `(rows, k)`.
@@ -188,8 +163,7 @@ class LowRankAdapter(nn.Module):
                 return None
             with torch.autocast(x.device.type, enabled=False):
                 fold = self._folds[dtype] = Fold(self, dtype)
-        if fold.rows:
-            check_rows(fold.rows, x.shape[0])
+        check_rows(fold.rows, x.shape[0])
         return fold
 
     def fold_ahead(self, x: torch.Tensor) -> None:
@@ -220,12 +194,11 @@ class LowRankAdapter(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> LowRankAdapter:
         super()._apply(fn, recurse)
         self._folds.clear()
-        if self.A.weight.device.type != "meta":
-            self.preference = self.preference.to(self.A.weight.device)
+        self.condition.to(self.A.weight.device)
         return self
 
     def extra_repr(self) -> str:
-        return f"scaling={self.scaling}, objectives={self.objectives}"
+        return f"scaling={self.scaling}, objectives={self.condition.objectives}"
 
 
 def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:

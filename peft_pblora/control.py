@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .adapter import LowRankAdapter
+from .condition import Condition
 from .layer import PreferenceLinear
 from .preference import Preference, as_preference
 
@@ -17,7 +17,7 @@ from .preference import Preference, as_preference
 def set_preference(
     model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
 ) -> None:
-    """Sets the preference α of a model's adapters, in place and in O(number of adapted layers).
+    """Sets the preference α of a model's adapters, in place and once for each adapter, however many layers it has.
 
     Args:
         model (`nn.Module`): A model with preference-conditioned adapters, wrapped in a `PeftModel` or not.
@@ -37,20 +37,16 @@ def set_preference(
     set_preference(model, {"helpful": 0.7, "harmless": 0.3})
     ```
     """
-    layers = adapted_layers(model, adapter_name)
-    valid: dict[tuple[str, ...], torch.Tensor] = {}
-    for layer, name in layers:
-        objectives = tuple(layer.adapter(name).objectives)
-        if objectives not in valid:
-            valid[objectives] = as_preference(preference, objectives, normalize)
+    for layer, name in adapted_layers(model, adapter_name):
         if name in layer.merged_adapters:
             raise ValueError(
                 f"Adapter {name!r} is merged into the base weights at one preference. Call `unmerge_adapter()` "
                 "before setting another."
             )
-    for layer, name in layers:
-        adapter = layer.adapter(name)
-        adapter.set_preference(valid[tuple(adapter.objectives)])
+    found = conditions(model, adapter_name)
+    valid = [as_preference(preference, condition.objectives, normalize) for condition in found]
+    for condition, value in zip(found, valid, strict=True):
+        condition.set(value)
 
 
 def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.Tensor:
@@ -62,12 +58,12 @@ def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.T
     Raises:
         ValueError: the model has no such adapter.
     """
-    return active_adapter(model, adapter_name).preference.clone()
+    return active_condition(model, adapter_name).preference.clone()
 
 
 def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """Returns the objective names of an adapter, in the order of its preference vector."""
-    return list(active_adapter(model, adapter_name).objectives)
+    return list(active_condition(model, adapter_name).objectives)
 
 
 def has_preference(model: nn.Module) -> bool:
@@ -88,15 +84,20 @@ def use_preference(
         model.generate(**inputs)
     ```
     """
-    adapters = [layer.adapter(name) for layer, name in adapted_layers(model, adapter_name)]
-    former = [(adapter.preference.clone(), adapter.preference_was_set) for adapter in adapters]
+    former = [(one, one.preference.clone(), one.was_set) for one in conditions(model, adapter_name)]
     set_preference(model, preference, adapter_name, normalize)
     try:
         yield
     finally:
-        for adapter, (old, was_set) in zip(adapters, former, strict=True):
-            adapter.set_preference(old)
-            adapter.preference_was_set = was_set
+        for condition, old, was_set in former:
+            condition.set(old)
+            condition.was_set = was_set
+
+
+def conditions(model: nn.Module, adapter_name: str | None = None) -> list[Condition]:
+    """The conditions of a model's adapters, or of the one of this name, each once. Raises as [`set_preference`]."""
+    found = [layer.adapter(name).condition for layer, name in adapted_layers(model, adapter_name)]
+    return list({id(condition): condition for condition in found}.values())
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
@@ -114,8 +115,8 @@ def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[Pre
     return pairs
 
 
-def active_adapter(model: nn.Module, adapter_name: str | None = None) -> LowRankAdapter:
-    """The adapter of the first adapted layer: of the given name, else an active one. All layers share its preference.
+def active_condition(model: nn.Module, adapter_name: str | None = None) -> Condition:
+    """The condition of the adapter of the given name, else of an active one.
 
     Raises:
         ValueError: the model has no such adapter.
@@ -123,4 +124,4 @@ def active_adapter(model: nn.Module, adapter_name: str | None = None) -> LowRank
     pairs = adapted_layers(model, adapter_name)
     active = [(layer, name) for layer, name in pairs if name in layer.active_adapters]
     layer, name = (active or pairs)[0]
-    return layer.adapter(name)
+    return layer.adapter(name).condition

@@ -61,7 +61,7 @@ def save_as_lora(
     layers = adapted_layers(model, adapter_name)
     name = adapter_name or next((n for layer, n in layers if n in layer.active_adapters), layers[0][1])
     adapters = {id(layer): layer for layer, n in layers if n == name}
-    objectives = next(iter(adapters.values())).adapter(name).objectives
+    objectives = next(iter(adapters.values())).adapter(name).condition.objectives
     preferences = as_preference(preference, objectives, normalize)
     config: Any = model.peft_config[name]
     rows, folders = torch.atleast_2d(preferences), [Path(path)]

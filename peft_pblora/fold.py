@@ -28,17 +28,17 @@ class Fold:
     """
 
     def __init__(self, adapter: LowRankAdapter, dtype: torch.dtype) -> None:
-        self.dtype, self.version = dtype, adapter.version
+        self.dtype, self.condition, self.version = dtype, adapter.condition, adapter.condition.version
         self.weights = [
             (parameters, name, weight, weight.data_ptr(), _version(weight))
             for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
             for name, weight in parameters.items()
             if weight is not None
         ]
-        preference = adapter.preference
-        self.rows = preference.shape[0] if preference.ndim == 2 and len(preference) > 1 else 0
+        preference = self.condition.preference
+        self.rows = self.condition.rows
         self.matrix: torch.Tensor | None = None
-        if self.rows:
+        if self.rows > 1:
             down, up = adapter.A.weight, adapter.B.weight
             matrix, bias = adapter.row_factors(preference, down)
             self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()
@@ -49,7 +49,7 @@ class Fold:
 
     def fits(self, adapter: LowRankAdapter) -> bool:
         """Whether nothing that the fold depends on has changed: the preference and the weights."""
-        if self.version != adapter.version:
+        if self.condition is not adapter.condition or self.version != self.condition.version:
             return False
         # Asked for every layer of every token, where a generator expression would cost as much as the small products.
         for parameters, name, weight, address, version in self.weights:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,31 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from .adapter import LowRankAdapter, expand_rows
+from .adapter import LowRankAdapter, check_rows, expand_rows
+from .condition import Condition
 from .config import PreferenceConfig
-
-
-class RowPlan:
-    """Which adapters act on which rows of the batch, for all layers that have it as their `row_plan`.
-
-    Attributes:
-        entries (`Sequence[tuple[str, slice]]` or `None`):
-            Adapters with their rows. Without any none acts; with `None` the layers' active adapters do, on all rows.
-        groups (`int` or `None`):
-            The slices count groups of rows, all of one size, of which the batch has so many; with `None` they count
-            rows. A plan in groups is the same for every batch, so that a compiled forward serves them all.
-        folded (`bool`): Whether the adapters were all folded ahead of this forward, see [`LowRankAdapter.fold_ahead`].
-    """
-
-    def __init__(self) -> None:
-        self.entries: Sequence[tuple[str, slice]] | None = None
-        self.groups: int | None = None
-        self.folded = False
-
-    def rows(self, batch: int) -> list[tuple[str, slice]]:
-        """The adapters with their rows, in a batch of so many rows."""
-        size = 1 if self.groups is None else batch // self.groups
-        return [(name, slice(size * part.start, size * part.stop)) for name, part in self.entries or ()]
+from .rows import RowPlan, current_plan
 
 
 class PreferenceLinear(nn.Module, BaseTunerLayer):
@@ -51,7 +29,6 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     """
 
     prefix: ClassVar[str]
-    row_plan: RowPlan | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PreferenceConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -88,14 +65,13 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: PreferenceConfig, inference_mode: bool = False, **kwargs: Any
     ) -> None:
-        """Adds an adapter, or replaces the one of this name."""
+        """Adds an adapter, or replaces the one of this name, with a condition of its own until the tuner joins them."""
         self.adapters[adapter_name] = LowRankAdapter(
             self.in_features,
             self.out_features,
             core=config.build_core(),
             scaling=config.scaling,
-            objectives=config.objectives,
-            preference=config.initial_preference,
+            condition=Condition(config.objectives, config.initial_preference),
             dropout=config.lora_dropout,
             identity=config.init_weights,
         )
@@ -127,7 +103,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
             self._add_shift(name, sign=1)
-            self.merged_preference[name] = self.adapter(name).preference.clone()
+            self.merged_preference[name] = self.adapter(name).condition.preference.clone()
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -162,7 +138,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             base.bias, self.bias_was_added = None, False
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        plan = None if self.row_plan is None or self.row_plan.entries is None else self.row_plan
+        plan = current_plan()
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if plan is None and (self._disable_adapters or self.merged_adapters):
@@ -200,7 +176,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             if name not in self.adapters:
                 continue
             adapter = self.adapter(name)
-            preference = adapter.preference
+            preference = adapter.condition.preference
             if preference.ndim == 2:
                 preference = expand_rows(preference, len(adapter_names))[rows]
             result[rows] = adapter(x[rows], result[rows], preference)
@@ -208,13 +184,23 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     def _act_on_rows(self, x: torch.Tensor, result: torch.Tensor, plan: RowPlan) -> torch.Tensor:
         """Each adapter on its own rows, which stand together: they are views, not copies as in a mixed batch."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"The adapters {self.merged_adapters} are merged into the weights, so that adapters can't act on rows "
+                "of their own. Call `unmerge_adapter()` first."
+            )
         adapters: Any = self.adapters._modules
-        for name, rows in plan.rows(len(x)):
-            if name in adapters:
-                own = result[rows]
-                changed = adapters[name].forward(x[rows], own, folded=plan.folded)
-                if changed is not own:
-                    own.copy_(changed)
+        for (name, rows), (_, part) in zip(plan.slices(x), plan.entries):
+            if name not in adapters:
+                continue
+            preferences = adapters[name].condition.rows
+            if preferences > 1:
+                plan.check(x)
+                check_rows(preferences, plan.count(part))
+            own = result[rows]
+            changed = adapters[name].forward(x[rows], own, folded=plan.folded)
+            if changed is not own:
+                own.copy_(changed)
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

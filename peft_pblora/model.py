@@ -19,6 +19,7 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .condition import Condition
 from .config import PreferenceConfig
 from .layer import MoSLoraLinear, PBLoraLinear, PreferenceLinear, SVDLoraLinear
 from .official import rename_tensors
@@ -36,6 +37,16 @@ class PreferenceTuner(BaseTuner):
             if isinstance(config, PreferenceConfig):
                 config.tuner = self
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. All layers of the adapter then share one [`Condition`]."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = cast(PreferenceConfig, self.peft_config[adapter_name])
+        config.tuner = self
+        condition = Condition(config.objectives, config.initial_preference)
+        for layer in model.modules():
+            if isinstance(layer, PreferenceLinear) and adapter_name in layer.adapters:
+                layer.adapter(adapter_name).share(condition)
+
     def _create_and_replace(
         self,
         config: PreferenceConfig,
@@ -46,7 +57,6 @@ class PreferenceTuner(BaseTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        config.tuner = self
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config=config)
             return

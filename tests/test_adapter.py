@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 import peft_pblora
 from peft_pblora import PBLoraConfig, get_preference, set_preference, use_preference
 from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.condition import Condition
 from peft_pblora.cores import PBLoraCore
 from peft_pblora.registration import PeftType, register
 
@@ -37,9 +38,9 @@ def dense_delta(adapter: LowRankAdapter, preference: torch.Tensor, r1: int, r2: 
 def test_forward_equals_dense_twin(r1, r2, n, m, rows):
     torch.manual_seed(0)
     core = PBLoraCore(3, r1, r2)
-    adapter = LowRankAdapter(n, m, core, 1.5, ["a", "b", "c"], [0.2, 0.3, 0.5], identity=False).double()
+    adapter = LowRankAdapter(n, m, core, 1.5, Condition(["a", "b", "c"], [0.2, 0.3, 0.5]), identity=False).double()
     preference = torch.distributions.Dirichlet(torch.ones(3)).sample((rows,) if rows else ())
-    adapter.set_preference(preference)
+    adapter.condition.set(preference)
     x, result = torch.randn(4, 7, n, dtype=torch.float64), torch.randn(4, 7, m, dtype=torch.float64)
     per_row = preference.expand(4, 3) if rows is None else preference.repeat_interleave(4 // rows, dim=0)
     expected = torch.stack([y + h @ dense_delta(adapter, p, r1, r2).T for h, y, p in zip(x, result, per_row)])
@@ -49,7 +50,7 @@ def test_forward_equals_dense_twin(r1, r2, n, m, rows):
 def test_gradients_are_exact():
     torch.manual_seed(0)
     core = PBLoraCore(2, 2, 2)
-    adapter = LowRankAdapter(4, 3, core, 0.7, OBJECTIVES, [0.4, 0.6], identity=False).double()
+    adapter = LowRankAdapter(4, 3, core, 0.7, Condition(OBJECTIVES, [0.4, 0.6]), identity=False).double()
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in adapter.named_parameters()]
 
@@ -268,8 +269,8 @@ def test_dropout_only_in_training():
 def test_folding_under_autocast(preference, dtype):
     """Layers that return their input's dtype under autocast, as those of bitsandbytes do."""
     torch.manual_seed(0)
-    adapter = LowRankAdapter(6, 5, PBLoraCore(2, 2, 2), 1.0, OBJECTIVES, [0.5, 0.5], identity=False).eval()
-    adapter.set_preference(torch.tensor(preference))
+    adapter = LowRankAdapter(6, 5, PBLoraCore(2, 2, 2), 1.0, Condition(OBJECTIVES, [0.5, 0.5]), identity=False).eval()
+    adapter.condition.set(torch.tensor(preference))
     x, result = torch.randn(2, 3, 6).to(dtype), torch.randn(2, 3, 5).to(dtype)
     expected = adapter(x.float(), result.float())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

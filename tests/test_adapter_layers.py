@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peft_pblora
 from peft_pblora import PBLoraConfig, as_preference, sample_preferences, set_preference
 from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.condition import Condition
 from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
 from peft_pblora.registration import PeftType, register
 
@@ -37,7 +38,7 @@ def assert_normal(weight: torch.Tensor, deviation: float) -> None:
 def test_parameters_start_as_the_authors_draw_them():
     torch.manual_seed(0)
     core = PBLoraCore(3, 50, 20)
-    adapter = LowRankAdapter(80, 60, core, 1.0, ["a", "b", "c"], [0.2, 0.3, 0.5])
+    adapter = LowRankAdapter(80, 60, core, 1.0, Condition(["a", "b", "c"], [0.2, 0.3, 0.5]))
     assert_uniform(adapter.A.weight, 80)
     assert not adapter.B.weight.any()
     assert_uniform(core.W1, 50)
@@ -87,9 +88,9 @@ def test_the_measure_of_size_sees_a_dense_delta():
 
 
 def test_empty_batches_and_bases_that_are_not_contiguous():
-    adapter = LowRankAdapter(6, 5, PBLoraCore(2, 2, 2), 1.0, OBJECTIVES, [0.5, 0.5], identity=False).eval()
+    adapter = LowRankAdapter(6, 5, PBLoraCore(2, 2, 2), 1.0, Condition(OBJECTIVES, [0.5, 0.5]), identity=False).eval()
     for preference in ([0.2, 0.8], [[0.2, 0.8], [1.0, 0.0]]):
-        adapter.set_preference(torch.tensor(preference))
+        adapter.condition.set(torch.tensor(preference))
         x, result = torch.randn(6, 3, 2).permute(2, 1, 0), torch.randn(5, 3, 2).permute(2, 1, 0)
         expected = adapter(x, result)
         assert adapter(x[:0], result[:0]).shape == (0, 3, 5)
@@ -102,7 +103,9 @@ def test_empty_batches_and_bases_that_are_not_contiguous():
 
 def test_a_fold_made_under_autocast_is_not_rounded():
     torch.manual_seed(0)
-    adapter = LowRankAdapter(64, 50, PBLoraCore(2, 2, 2), 1.0, OBJECTIVES, [0.5, 0.5], identity=False).eval()
+    adapter = LowRankAdapter(
+        64, 50, PBLoraCore(2, 2, 2), 1.0, Condition(OBJECTIVES, [0.5, 0.5]), identity=False
+    ).eval()
     x, result = torch.randn(2, 3, 64), torch.randn(2, 3, 50)
     expected = adapter(x, result)
     with torch.no_grad():
@@ -197,11 +200,11 @@ for registry in ("CONFIG", "TUNER", "PREFIX"):
 
 def test_a_preference_is_set_in_place_without_a_file(monkeypatch):
     arm = tiny_arm(tiny_llama(1))
-    adapter = arm.base_model.model.model.layers[0].self_attn.q_proj.adapter("default")
-    tensor, weights = adapter.preference, {name: id(p) for name, p in arm.named_parameters()}
+    condition = arm.base_model.model.model.layers[0].self_attn.q_proj.adapter("default").condition
+    tensor, weights = condition.preference, {name: id(p) for name, p in arm.named_parameters()}
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("a file was opened"))
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("something was loaded"))
     set_preference(arm, {"helpful": 3, "harmless": 1}, normalize=True)
-    assert adapter.preference is tensor
+    assert condition.preference is tensor
     assert tensor.tolist() == [0.75, 0.25]
     assert {name: id(p) for name, p in arm.named_parameters()} == weights

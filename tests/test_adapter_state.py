@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """More of the preference as run-time state: inference mode, compilers, accelerate, copies on disk, casts."""
 
+import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from accelerate import Accelerator, cpu_offload, disk_offload
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
 from distributed_worker import gradients, loss_of
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.functional import delete_adapter
 from test_cores import TABLE, every_adapter, make_model
 
-from peft_pblora import get_preference, save_as_lora, set_preference, use_preference
+from peft_pblora import PBLoraConfig, get_objectives, get_preference, save_as_lora, set_preference, use_preference
+from peft_pblora.layer import PreferenceLinear
 
 
 IDS = torch.arange(2, 18).view(2, 8)
@@ -170,3 +174,66 @@ def test_objectives_of_a_loaded_adapter_normalize_by_name(tmp_path):
     with use_preference(loaded, {"harmless": 3, "helpful": 1}, normalize=True):
         assert get_preference(loaded).tolist() == [0.25, 0.75]
     assert get_preference(loaded).tolist() == [1 / len(OBJECTIVES)] * 2
+
+
+def conditions(model, name="default") -> set[int]:
+    layers = (module for module in model.modules() if isinstance(module, PreferenceLinear))
+    return {id(layer.adapter(name).condition) for layer in layers if name in layer.adapters}
+
+
+def injected(config, model):
+    return inject_adapter_in_model(config, inject_adapter_in_model(config, model), adapter_name="second")
+
+
+def added(config, model):
+    model = get_peft_model(model, config)
+    model.add_adapter("second", config)
+    return model
+
+
+@pytest.mark.parametrize("make", [added, injected])
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_the_layers_of_an_adapter_share_one_condition_and_those_of_two_do_not(make, copier):
+    settings = {"target_modules": ["q_proj", "down_proj"], "default_preference": [0.1, 0.9]}
+    model = make(PBLoraConfig(objectives=OBJECTIVES, **settings), tiny_llama())
+    twin = copier(model)
+    found = [conditions(one, name) for one in (model, twin) for name in ("default", "second")]
+    assert [len(one) for one in found] == [1] * 4
+    assert len(set.union(*found)) == 4
+    set_preference(twin, [1.0, 0.0], "second")
+    for one, name, expected in (
+        (twin, "second", [1.0, 0.0]),
+        (twin, "default", [0.1, 0.9]),
+        (model, None, [0.1, 0.9]),
+    ):
+        torch.testing.assert_close(get_preference(one, name), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("make", [added, injected])
+def test_an_adapter_added_under_the_name_of_a_deleted_one_starts_anew(make):
+    model = make(PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"]), tiny_llama())
+    set_preference(model, [1.0, 0.0])
+    config = PBLoraConfig(objectives=["a", "b", "c"], target_modules=["q_proj", "k_proj"])
+    if make is added:
+        model.set_adapter("second")
+        model.delete_adapter("default")
+        model.add_adapter("default", config)
+    else:
+        delete_adapter(model, "default", "pblora_")
+        inject_adapter_in_model(config, model)
+    assert len(conditions(model)) == 1
+    assert get_objectives(model, "default") == ["a", "b", "c"]
+    torch.testing.assert_close(get_preference(model, "default"), torch.full((3,), 1 / 3))
+    assert get_preference(model, "second").tolist() == [1.0, 0.0]
+
+
+def test_the_default_preference_is_said_once_for_each_adapter():
+    config = PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj", "v_proj"])
+    model, said = added(config, tiny_llama()), []
+    for name in ("default", "second", "default", "second"):
+        model.set_adapter(name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(IDS)
+        said.append(len(caught))
+    assert said == [1, 1, 0, 0]

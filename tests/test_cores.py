@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, set_preference
 from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.condition import Condition
 from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
 
 
@@ -85,7 +86,9 @@ every_adapter = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 def make_adapter(row: Row, m: int, n: int, seed: int = 0) -> LowRankAdapter:
     torch.manual_seed(seed)
     config = row.config(objectives=OBJECTIVES, **row.settings)
-    adapter = LowRankAdapter(n, m, config.build_core(), config.scaling, OBJECTIVES, config.initial_preference)
+    adapter = LowRankAdapter(
+        n, m, config.build_core(), config.scaling, Condition(OBJECTIVES, config.initial_preference)
+    )
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter)
     return adapter.double()
@@ -141,11 +144,11 @@ def test_folded_factored_and_dense_agree(row, preference, seed, wide):
     matrix, shift = row.twin(adapter.core, alpha.double())
     x, y = torch.randn(2, 3, n, dtype=torch.float64), torch.randn(2, 3, m, dtype=torch.float64)
     dense = y + row.scaling * ((x @ adapter.A.weight.T @ matrix.T + shift) @ adapter.B.weight.T)
-    adapter.set_preference(alpha)
+    adapter.condition.set(alpha)
     torch.testing.assert_close(adapter(x, y), dense)
     with torch.no_grad():
         torch.testing.assert_close(adapter.eval()(x, y.clone()), dense)
-    adapter.set_preference(alpha.expand(2, 3))
+    adapter.condition.set(alpha.expand(2, 3))
     torch.testing.assert_close(adapter.train()(x, y), dense)
     with torch.no_grad():
         torch.testing.assert_close(adapter.eval()(x, y.clone()), dense)
@@ -159,7 +162,7 @@ def test_gradients_are_exact(row):
     names = [name for name, _ in adapter.named_parameters()]
     x, y = torch.randn(2, 2, 4, dtype=torch.float64), torch.randn(2, 2, 3, dtype=torch.float64)
     for alpha in ([0.2, 0.3, 0.5], [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]):
-        adapter.set_preference(torch.tensor(alpha))
+        adapter.condition.set(torch.tensor(alpha))
 
         def forward(x, *values):
             return torch.func.functional_call(adapter, dict(zip(names, values)), (x, y))

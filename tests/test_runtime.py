@@ -196,7 +196,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, kind):
     set_preference(arm, PREFERENCES)
     loss_of(arm, batch()).backward()
     meeting = str(tmp_path / "meeting")  # a file, since a free port may be taken by the time that it is used
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
     command = [sys.executable, str(HERE / "distributed_worker.py")]
     workers = [
         subprocess.Popen([*command, str(rank), "2", meeting, kind, str(tmp_path / "gradients.pt")], env=environment)

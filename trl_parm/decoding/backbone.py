@@ -80,9 +80,9 @@ class SharedBackbone:
             yield
 
     @contextmanager
-    def rows(self, plan: Sequence[tuple[str, slice]]) -> Iterator[None]:
-        """For the time of a forward of several guides, with these adapters on these rows."""
-        with self._apart(), self.row_adapters.acting(plan):
+    def rows(self, plan: Sequence[tuple[str, slice]], rows: int) -> Iterator[None]:
+        """For the time of a forward of several guides of so many rows, with these adapters on these of them."""
+        with self._apart(), self.row_adapters.acting(plan, rows):
             yield
 
     @contextmanager
@@ -136,7 +136,8 @@ class SharedBackbone:
         if forward is not None:
             compiled = isinstance(forward.cache, JointStaticCache)
             activations = forward.activations(cast(Any, model).dtype) if compiled else None
-            stack.enter_context(self.row_adapters.acting(forward.plan, forward.groups, activations))
+            joint = self.row_adapters.acting(forward.plan, forward.rows, forward.groups, activations)
+            stack.enter_context(joint)
             kwargs = forward.kwargs
         elif guiding:
             stack.enter_context(self.switch.only(self._own_adapters(guiding)))

@@ -10,7 +10,8 @@ import torch
 from transformers import StaticCache
 
 from peft_pblora import set_preference
-from peft_pblora.adapter import LowRankAdapter, expand_rows
+from peft_pblora.adapter import expand_rows
+from peft_pblora.condition import Condition
 from peft_pblora.kv_cache import cache_in
 
 from .joint import JointCache, JointRows
@@ -39,6 +40,7 @@ class JointForward:
     Attributes:
         kwargs (`dict`): The arguments of the joint one.
         plan (`list[tuple[str, slice]]`): Which adapter acts on which rows, or groups of rows.
+        rows (`int`): Rows of the joint one.
         groups (`int` or `None`): How many groups of rows there are, if they are of one size and `plan` counts them.
     """
 
@@ -57,6 +59,7 @@ class JointForward:
             self.plan, self.groups = adapter_rows(guides, [torch.arange(1)] * cache.copies), cache.copies
         set_preferences(guides, read, len(self.ids))
         rows = torch.cat(read).to(self.ids.device)
+        self.rows = len(rows)
         self.kwargs = {
             name: _select(value, rows, len(self.ids)) if name in PER_ROW else value for name, value in kwargs.items()
         }
@@ -115,7 +118,7 @@ def set_preferences(guides: dict[int, LM], read: list[torch.Tensor], rows: int) 
             every = [expand_rows(torch.atleast_2d(cast(Any, guides[g].preference)), rows) for g in groups]
             wanted = torch.cat([one[read[group]] for one, group in zip(every, groups)])
         guide = guides[groups[0]]
-        current = cast(LowRankAdapter, guide.adapter).preference
+        current = cast(Condition, guide.condition).preference
         if current.shape != wanted.shape or not torch.equal(current, wanted.to(current)):
             set_preference(guide.model, wanted, name)
 

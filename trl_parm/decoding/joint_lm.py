@@ -116,7 +116,7 @@ def _acting(group: Sequence[LM], rows: int) -> Iterator[None]:
     set_preferences(guides, read, rows)
     shared = group[0].shared
     assert shared is not None
-    with shared.rows(adapter_rows(guides, read)):
+    with shared.rows(adapter_rows(guides, read), len(group) * rows):
         yield
 
 

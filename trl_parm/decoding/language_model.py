@@ -18,8 +18,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from peft_pblora import as_preference, set_preference
-from peft_pblora.adapter import LowRankAdapter, check_rows
-from peft_pblora.control import active_adapter, has_preference
+from peft_pblora.adapter import check_rows
+from peft_pblora.condition import Condition
+from peft_pblora.control import active_condition, has_preference
 from peft_pblora.kv_cache import cache_argument
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of
@@ -94,9 +95,9 @@ class LM(Scorer):
         self.disable_adapter, self.prompt, self.vocabulary = disable_adapter, prompt, vocabulary
         self.acting_adapters = [] if disable_adapter else self.adapter_names
         self.preference = None
-        self.adapter: LowRankAdapter | None = None
+        self.condition: Condition | None = None
         if not disable_adapter and has_preference(model):
-            self.adapter = active_adapter(model, adapter_name)
+            self.condition = active_condition(model, adapter_name)
         self._version = 0
         if preference is not None:
             self.set_preference(preference)
@@ -209,7 +210,7 @@ class LM(Scorer):
     def state(self) -> tuple:
         """What answers depend on beside the tokens: the weights and the preference."""
         weights = sum(parameter._version for parameter in self._parameters)
-        return weights, self.adapter.version if self.adapter and self.preference is None else self._version
+        return weights, self.condition.version if self.condition and self.preference is None else self._version
 
     def preference_rows(self, rows: int) -> torch.Tensor:
         """Which of our preferences each of `rows` rows has, shape `(rows,)`. `generate` repeats rows in place."""
@@ -219,19 +220,19 @@ class LM(Scorer):
 
     def _preference_is_set(self) -> bool:
         """Whether the model has our preference already: setting it anew would cost a fold of every layer."""
-        current = cast(LowRankAdapter, self.adapter).preference
+        current = cast(Condition, self.condition).preference
         return torch.equal(current, cast(torch.Tensor, self.preference).to(current.device))
 
     def _adapter_name(self) -> str | None:
         return self.adapter_names[0] if len(self.adapter_names) == 1 else None
 
     def _objectives(self) -> list[str]:
-        if self.adapter is None:
+        if self.condition is None:
             raise ValueError(
                 "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
                 "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
             )
-        return list(self.adapter.objectives)
+        return list(self.condition.objectives)
 
     def _key(self) -> tuple:
         preference = None if self.preference is None else tuple(self.preference.flatten().tolist())

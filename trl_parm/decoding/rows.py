@@ -12,7 +12,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from peft_pblora.layer import PreferenceLinear, RowPlan
+from peft_pblora.layer import PreferenceLinear
+from peft_pblora.rows import acting, current_plan
 from peft_pblora.switch import AdapterSwitch
 
 
@@ -25,15 +26,12 @@ class RowAdapters:
     """
 
     def __init__(self) -> None:
-        self._plan = RowPlan()
         self._loras: dict[int, Any] = {}
 
     def attach(self, switch: AdapterSwitch) -> None:
         """Makes the layers of a model follow the plan."""
         for layer in switch.layers:
-            if isinstance(layer, PreferenceLinear):
-                layer.row_plan = self._plan
-            elif isinstance(layer, LoraLinear) and id(layer) not in self._loras:
+            if isinstance(layer, LoraLinear) and id(layer) not in self._loras:
                 self._loras[id(layer)] = layer
                 layer.register_forward_hook(self._add)
         self._ours = [layer for layer in switch.layers if isinstance(layer, PreferenceLinear)]
@@ -55,6 +53,7 @@ class RowAdapters:
     def acting(
         self,
         entries: Sequence[tuple[str, slice]],
+        rows: int,
         groups: int | None = None,
         activations: Sequence[torch.Tensor] | None = None,
     ) -> Iterator[None]:
@@ -62,6 +61,7 @@ class RowAdapters:
 
         Args:
             entries (`Sequence[tuple[str, slice]]`): Adapters with their rows.
+            rows (`int`): Rows of the batch.
             groups (`int`, *optional*): How many groups of rows the batch has, if slices count those, see [`RowPlan`].
             activations (`Sequence[torch.Tensor]`, *optional*):
                 For each of them something like what it will get, if the forward may be compiled. A compiled layer
@@ -69,12 +69,8 @@ class RowAdapters:
         """
         if activations is not None:
             self._fold_ahead(entries, activations)
-        self._plan.entries, self._plan.groups, self._plan.folded = entries, groups, activations is not None
-        try:
-            with self._others.only([]):
-                yield
-        finally:
-            self._plan.entries, self._plan.folded = None, False
+        with self._others.only([]), acting(entries, rows, groups=groups, folded=activations is not None):
+            yield
 
     def _fold_ahead(self, entries: Sequence[tuple[str, slice]], activations: Sequence[torch.Tensor]) -> None:
         for layer in self._ours:
@@ -83,7 +79,8 @@ class RowAdapters:
                     layer.adapter(name).fold_ahead(like)
 
     def _add(self, layer: Any, args: tuple, output: torch.Tensor) -> None:
-        for name, rows in self._plan.rows(len(output)):
+        plan = current_plan()
+        for name, rows in plan.slices(args[0]) if plan is not None else ():
             if name in layer.lora_A._modules:
                 low, up = layer.lora_A[name], layer.lora_B[name]
                 added = up(low(layer._cast_input_dtype(args[0][rows], low.weight.dtype)))

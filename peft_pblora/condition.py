@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The preference of an adapter: one object, which all of the adapter's layers share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+
+class Condition:
+    """The preference α that an adapter is at, in all of its layers at once.
+
+    It is no module, and α a plain float32 tensor: neither parameter nor buffer. So α is not trained, not saved, not
+    broadcast over by DDP, not sharded by FSDP, and follows the weights to their device but not to their dtype. A copy
+    of a model has a condition of its own.
+
+    Args:
+        objectives (`Sequence[str]`): Names of the k objectives.
+        preference (`Sequence[float]`): The preference to start with, of length k.
+
+    Attributes:
+        preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`): α, or one for each row of the batch.
+        version (`int`): How often it was set.
+        was_set (`bool`): Whether somebody chose it, or was told that nobody did.
+    """
+
+    def __init__(self, objectives: Sequence[str], preference: Sequence[float]) -> None:
+        self.objectives = list(objectives)
+        self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
+        self.version = 0
+        self.was_set = False
+
+    @property
+    def rows(self) -> int:
+        """How many rows of a batch are told apart: 1 where all have the same preference."""
+        return len(self.preference) if self.preference.ndim == 2 else 1
+
+    def set(self, preference: torch.Tensor) -> None:
+        """Sets α, of shape `(k,)` or `(rows, k)`, in place where the shape allows it. It must be valid already."""
+        if self.preference.shape == preference.shape and not self.preference.is_inference():
+            self.preference.copy_(preference)
+        else:
+            # A tensor made in inference mode could never take part in training afterwards.
+            with torch.inference_mode(False):
+                self.preference = preference.to(self.preference.device, torch.float32, copy=True)
+        self.was_set = True
+        self.version += 1
+
+    def to(self, device: torch.device) -> None:
+        """Moves α to a device where weights are; to `meta`, where none are, it does not follow."""
+        if device.type != "meta":
+            self.preference = self.preference.to(device)
+
+    def say_default(self) -> None:
+        """Says, once for an adapter and once in a process by Python's default filter, that nobody chose α."""
+        self.was_set = True
+        if len(self.objectives) > 1:
+            weights = ", ".join(f"{o}={w:g}" for o, w in zip(self.objectives, self.preference.tolist(), strict=True))
+            warnings.warn(
+                f"No preference was set, so the adapter uses its default ({weights}). Choose one with "
+                "`peft_pblora.set_preference(model, ...)`.",
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return f"Condition({self.objectives}, {self.preference.tolist()})"

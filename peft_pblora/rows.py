@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several adapters in one forward, each on its own rows of the batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+
+class RowPlan:
+    """Which adapters act on which rows of a batch.
+
+    Args:
+        entries (`Sequence[tuple[str, slice]]`): Adapters by name with their rows, which stand together; several may
+            act on the same rows, and on rows that none names none acts.
+        rows (`int`): Rows of the batch.
+        tokens (`int`, *optional*): Tokens that the forward reads of every row, if they are all of one length.
+        groups (`int`, *optional*):
+            The slices count groups of rows, all of one size, of which the batch has so many; they count rows if not
+            given. A plan in groups serves a batch of any size, and so does a forward that was compiled with it.
+        folded (`bool`, *optional*, defaults to `False`):
+            Whether the adapters were all folded ahead of this forward, see [`LowRankAdapter.fold_ahead`].
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[tuple[str, slice]],
+        rows: int,
+        tokens: int | None = None,
+        groups: int | None = None,
+        folded: bool = False,
+    ) -> None:
+        self.entries, self.groups, self.folded = entries, groups, folded
+        # Numbers that change would be compiled in as constants, sizes of a tensor are not.
+        self._sizes = torch.empty(rows, 0 if tokens is None else tokens, 0)
+        self._knows_tokens = tokens is not None
+        for name, part in entries:
+            if part.step is not None or not 0 <= part.start <= part.stop <= (groups or rows):
+                raise ValueError(
+                    f"The adapter {name!r} is to act on {part}, but there are {groups or rows} "
+                    f"{'groups of ' if groups else ''}rows. Give slices within them, without a step."
+                )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self._sizes.shape[0]
+
+    def slices(self, x: torch.Tensor) -> list[tuple[str, slice]]:
+        """The adapters with their part of a layer's input.
+
+        Args:
+            x (`torch.Tensor` of shape `(rows, ..., n)` or `(rows * tokens, n)`):
+                The input. Some models flatten rows and tokens before a layer, in this order.
+
+        Raises:
+            ValueError: x has neither shape, so that it can't be told which part of it belongs to which row.
+        """
+        if all(part.stop - part.start == (self.groups or self.rows) for _, part in self.entries):
+            return [(name, slice(0, len(x))) for name, _ in self.entries]
+        self.check(x)
+        size = len(x) // (self.groups or self.rows)
+        return [(name, slice(size * part.start, size * part.stop)) for name, part in self.entries]
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raises `ValueError` unless the first dimension of x, as in [`slices`], is rows, or rows and tokens."""
+        rows, tokens, length = self.rows, self._sizes.shape[1], len(x)
+        flattened = length == rows * tokens if self._knows_tokens else length % rows == 0
+        if x.ndim < 2 or length != rows and not (x.ndim == 2 and flattened):
+            raise ValueError(
+                f"A layer got an input of shape {tuple(x.shape)} in a batch of {rows} rows, of which it can't "
+                "tell the rows apart. Adapt other layers, or let one adapter at one preference act on all rows."
+            )
+
+    def count(self, part: slice) -> int:
+        """The rows of an entry."""
+        return (part.stop - part.start) * (self.rows // self.groups if self.groups else 1)
+
+
+class _Running(threading.local):
+    plan: RowPlan | None = None
+
+
+_running = _Running()
+
+
+def current_plan() -> RowPlan | None:
+    """The plan of the forward that runs now in this thread; `None` if adapters act as PEFT has it."""
+    return _running.plan
+
+
+@contextmanager
+def acting(
+    entries: Sequence[tuple[str, slice]],
+    rows: int,
+    tokens: int | None = None,
+    groups: int | None = None,
+    folded: bool = False,
+) -> Iterator[RowPlan]:
+    """In the block these adapters act on these rows and no others do, whatever is active or disabled in PEFT.
+
+    It is for the forward of one model, in this thread alone; no layer is changed by it. Layers of other methods, such
+    as PEFT's LoRA, know nothing of it.
+
+    Args: as of [`RowPlan`].
+
+    Raises:
+        ValueError: a slice reaches beyond the rows; in the forward, an input whose rows can't be told apart, rows that
+            are no multiple of an adapter's preferences, or a merged adapter.
+
+    Example:
+
+    ```python
+    with acting([("helpful", slice(2, 4)), ("brief", slice(4, 6))], rows=6):
+        logits = model(input_ids=ids.repeat(3, 1)).logits  # two rows of the base model, two of each adapter
+    ```
+    """
+    former, _running.plan = _running.plan, RowPlan(entries, rows, tokens, groups, folded)
+    try:
+        yield _running.plan
+    finally:
+        _running.plan = former
