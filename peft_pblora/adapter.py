@@ -97,7 +97,12 @@ class LowRankAdapter(nn.Module):
         return (down, up @ matrix, bias) if up.shape[0] <= down.shape[1] else (matrix @ down, up, bias)
 
     def forward(
-        self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor | None = None, folded: bool = False
+        self,
+        x: torch.Tensor,
+        result: torch.Tensor,
+        preference: torch.Tensor | None = None,
+        condition: Condition | None = None,
+        folded: bool = False,
     ) -> torch.Tensor:
         """Returns `result + s · B (W(α) A x + δ(α))`; without gradients it is written into `result`.
 
@@ -105,6 +110,7 @@ class LowRankAdapter(nn.Module):
             x (`torch.Tensor` of shape `(batch, ..., n)`): The layer's input.
             result (`torch.Tensor` of shape `(batch, ..., m)`): The frozen layer's output; it fixes dtype and shape.
             preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`, *optional*): Instead of the one that is set.
+            condition ([`Condition`], *optional*): In the place of the adapter's own.
             folded (`bool`, *optional*, defaults to `False`):
                 Whether [`fold_ahead`] was called since anything changed: a compiled forward then uses that fold,
                 instead of computing W(α) again for every token.
@@ -114,16 +120,17 @@ class LowRankAdapter(nn.Module):
             RuntimeError: gradient checkpointing repeats the forward at another preference.
         """
         if preference is None:
+            condition = self.condition if condition is None else condition
             compiling = torch.compiler.is_compiling()
-            if not (compiling or self.condition.was_set):
-                self.condition.say_default()
+            if not (compiling or condition.was_set):
+                condition.say_default()
             if not (self.training or torch.is_grad_enabled()) and x.dtype == result.dtype:
-                fold = self._folded(x) if not compiling else self._folds.get(dtype_for(x)) if folded else None
+                fold = self._folds.get(dtype_for(x)) if folded else None if compiling else self._folded(x, condition)
                 if fold is not None:
                     return fold.add_(x, result)
             if self.training and not compiling:
-                self._pending.check(self.condition.version)
-            preference = self.condition.preference
+                self._pending.check(condition.version)
+            preference = condition.preference
         x = self.dropout(x)
         if not self._weights_are_here():
             hidden = self._mix_rows(self.A(x.to(self.A.weight.dtype)), torch.atleast_2d(preference))
@@ -155,29 +162,31 @@ class LowRankAdapter(nn.Module):
         """
         return type(self.A) is type(self.B) is nn.Linear and not self.A.weight.is_meta
 
-    def _folded(self, x: torch.Tensor) -> Fold | None:
+    def _folded(self, x: torch.Tensor, condition: Condition) -> Fold | None:
         dtype = dtype_for(x)
         fold = self._folds.get(dtype)
-        if fold is None or not fold.fits(self):
+        if fold is None or not fold.fits(condition):
             if not self._weights_are_here():
                 return None
             with torch.autocast(x.device.type, enabled=False):
-                fold = self._folds[dtype] = Fold(self, dtype)
+                fold = self._folds[dtype] = Fold(self, condition, dtype)
         check_rows(fold.rows, x.shape[0])
         return fold
 
-    def fold_ahead(self, x: torch.Tensor) -> None:
+    def fold_ahead(self, x: torch.Tensor, condition: Condition | None = None) -> None:
         """Folds the adapter for inputs like `x`, and forgets other folds that no longer hold.
 
         Args:
             x (`torch.Tensor` of shape `(batch, ..., any)`): With the dtype, device and shape of an input.
+            condition ([`Condition`], *optional*): In the place of the adapter's own.
 
         Raises:
             ValueError: the batch is not a multiple of the preference's rows.
         """
-        for dtype in [dtype for dtype, fold in self._folds.items() if not fold.fits(self)]:
+        condition = self.condition if condition is None else condition
+        for dtype in [dtype for dtype, fold in self._folds.items() if not fold.fits(condition)]:
             del self._folds[dtype]
-        self._folded(x)
+        self._folded(x, condition)
 
     def train(self, mode: bool = True) -> LowRankAdapter:
         self._pending = PendingForwards()

@@ -32,6 +32,13 @@ class Condition:
         self.version = 0
         self.was_set = False
 
+    @classmethod
+    def fixed(cls, objectives: Sequence[str], preference: torch.Tensor) -> Condition:
+        """One that somebody chose already, at α of shape `(k,)` or `(rows, k)`."""
+        condition = cls(objectives, [])
+        condition.preference, condition.was_set = preference.clone(), True
+        return condition
+
     @property
     def rows(self) -> int:
         """How many rows of a batch are told apart: 1 where all have the same preference."""

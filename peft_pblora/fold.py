@@ -11,6 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from .adapter import LowRankAdapter
+    from .condition import Condition
 
 
 SMALL_TOKENS = 16
@@ -24,11 +25,12 @@ class Fold:
 
     Args:
         adapter ([`LowRankAdapter`]): The adapter to fold.
+        condition ([`Condition`]): α.
         dtype (`torch.dtype`): The dtype to compute in, see [`dtype_for`].
     """
 
-    def __init__(self, adapter: LowRankAdapter, dtype: torch.dtype) -> None:
-        self.dtype, self.condition, self.version = dtype, adapter.condition, adapter.condition.version
+    def __init__(self, adapter: LowRankAdapter, condition: Condition, dtype: torch.dtype) -> None:
+        self.dtype, self.condition, self.version = dtype, condition, condition.version
         self.weights = [
             (parameters, name, weight, weight.data_ptr(), _version(weight))
             for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
@@ -47,9 +49,9 @@ class Fold:
         self.bias = None if bias is None else bias.to(dtype)
         self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
 
-    def fits(self, adapter: LowRankAdapter) -> bool:
+    def fits(self, condition: Condition) -> bool:
         """Whether nothing that the fold depends on has changed: the preference and the weights."""
-        if self.condition is not adapter.condition or self.version != self.condition.version:
+        if self.condition is not condition or self.version != condition.version:
             return False
         # Asked for every layer of every token, where a generator expression would cost as much as the small products.
         for parameters, name, weight, address, version in self.weights:

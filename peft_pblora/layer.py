@@ -190,15 +190,15 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
                 "of their own. Call `unmerge_adapter()` first."
             )
         adapters: Any = self.adapters._modules
-        for (name, rows), (_, part) in zip(plan.slices(x), plan.entries):
+        for (name, rows, condition), (_, part, _) in zip(plan.slices(x), plan.entries):
             if name not in adapters:
                 continue
-            preferences = adapters[name].condition.rows
-            if preferences > 1:
+            condition = adapters[name].condition if condition is None else condition
+            if condition.rows > 1:
                 plan.check(x)
-                check_rows(preferences, plan.count(part))
+                check_rows(condition.rows, plan.count(part))
             own = result[rows]
-            changed = adapters[name].forward(x[rows], own, folded=plan.folded)
+            changed = adapters[name].forward(x[rows], own, condition=condition, folded=plan.folded)
             if changed is not own:
                 own.copy_(changed)
         return result

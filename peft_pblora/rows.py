@@ -9,12 +9,18 @@ from contextlib import contextmanager
 
 import torch
 
+from .condition import Condition
+
+
+Entry = tuple[str, slice, Condition | None]
+"""An adapter by name, the rows on which it acts, and the α at which it acts there: its own one if there is none."""
+
 
 class RowPlan:
     """Which adapters act on which rows of a batch.
 
     Args:
-        entries (`Sequence[tuple[str, slice]]`): Adapters by name with their rows, which stand together; several may
+        entries (`Sequence[Entry]`): Adapters by name with their rows, which stand together, and their α; several may
             act on the same rows, and on rows that none names none acts.
         rows (`int`): Rows of the batch.
         tokens (`int`, *optional*): Tokens that the forward reads of every row, if they are all of one length.
@@ -27,7 +33,7 @@ class RowPlan:
 
     def __init__(
         self,
-        entries: Sequence[tuple[str, slice]],
+        entries: Sequence[Entry],
         rows: int,
         tokens: int | None = None,
         groups: int | None = None,
@@ -37,7 +43,7 @@ class RowPlan:
         # Numbers that change would be compiled in as constants, sizes of a tensor are not.
         self._sizes = torch.empty(rows, 0 if tokens is None else tokens, 0)
         self._knows_tokens = tokens is not None
-        for name, part in entries:
+        for name, part, _ in entries:
             if part.step is not None or not 0 <= part.start <= part.stop <= (groups or rows):
                 raise ValueError(
                     f"The adapter {name!r} is to act on {part}, but there are {groups or rows} "
@@ -49,7 +55,7 @@ class RowPlan:
         """Rows of the batch."""
         return self._sizes.shape[0]
 
-    def slices(self, x: torch.Tensor) -> list[tuple[str, slice]]:
+    def slices(self, x: torch.Tensor) -> list[Entry]:
         """The adapters with their part of a layer's input.
 
         Args:
@@ -59,11 +65,11 @@ class RowPlan:
         Raises:
             ValueError: x has neither shape, so that it can't be told which part of it belongs to which row.
         """
-        if all(part.stop - part.start == (self.groups or self.rows) for _, part in self.entries):
-            return [(name, slice(0, len(x))) for name, _ in self.entries]
+        if all(part.stop - part.start == (self.groups or self.rows) for _, part, _ in self.entries):
+            return [(name, slice(0, len(x)), condition) for name, _, condition in self.entries]
         self.check(x)
         size = len(x) // (self.groups or self.rows)
-        return [(name, slice(size * part.start, size * part.stop)) for name, part in self.entries]
+        return [(name, slice(size * p.start, size * p.stop), condition) for name, p, condition in self.entries]
 
     def check(self, x: torch.Tensor) -> None:
         """Raises `ValueError` unless the first dimension of x, as in [`slices`], is rows, or rows and tokens."""
@@ -94,7 +100,7 @@ def current_plan() -> RowPlan | None:
 
 @contextmanager
 def acting(
-    entries: Sequence[tuple[str, slice]],
+    entries: Sequence[Entry],
     rows: int,
     tokens: int | None = None,
     groups: int | None = None,
@@ -114,7 +120,7 @@ def acting(
     Example:
 
     ```python
-    with acting([("helpful", slice(2, 4)), ("brief", slice(4, 6))], rows=6):
+    with acting([("helpful", slice(2, 4), None), ("brief", slice(4, 6), None)], rows=6):
         logits = model(input_ids=ids.repeat(3, 1)).logits  # two rows of the base model, two of each adapter
     ```
     """

@@ -46,6 +46,7 @@ _HOMES = {
         "BASE",
         "ClassifierReward",
         "GenARMLogitsProcessor",
+        "Guided",
         "GuidedLogitsProcessor",
         "LM",
         "MODLogitsProcessor",

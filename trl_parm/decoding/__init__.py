@@ -1,49 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance: formulas of scorers as logits processors for `generate`."""
+"""Guidance: a formula of language models as a model that generates, or as a logits processor."""
 
-from .candidates import Rollout, TopKReward
-from .guided import GuidedLogitsProcessor
-from .language_model import LM
-from .processors import (
+from trl_parm.algebra import BASE, LinearCombination, PowerMean, Scorer, Step
+
+from .methods import MOD, PARM, GenARM, MODWeakToStrong, genarm, mod, mod_w2s, parm
+from .model import Guided
+from .processor import (
     GenARMLogitsProcessor,
+    GuidedLogitsProcessor,
     MODLogitsProcessor,
     MODWeakToStrongLogitsProcessor,
     PARMLogitsProcessor,
+    Prompt,
 )
-from .prompts import Prompt
-from .reward_processors import ARGSLogitsProcessor, TransferQLogitsProcessor
-from .scorers import BASE, LinearCombination, PowerMean, Scorer
-from .soup import rewarded_soup
-from .speculative import SpeculativeDecoding
-from .token_rewards import TokenReward, TokenRewards, token_rewards
-from .trajectories import ClassifierReward, SequenceReward, TextReward, TrajectoryReward
+from .terms import LM
 from .vocabulary import Vocabulary
-
-
-__all__ = [
-    "ARGSLogitsProcessor",
-    "BASE",
-    "ClassifierReward",
-    "GenARMLogitsProcessor",
-    "GuidedLogitsProcessor",
-    "LM",
-    "LinearCombination",
-    "MODLogitsProcessor",
-    "MODWeakToStrongLogitsProcessor",
-    "PARMLogitsProcessor",
-    "PowerMean",
-    "Prompt",
-    "Rollout",
-    "Scorer",
-    "SpeculativeDecoding",
-    "SequenceReward",
-    "TextReward",
-    "TokenReward",
-    "TokenRewards",
-    "TopKReward",
-    "TrajectoryReward",
-    "TransferQLogitsProcessor",
-    "Vocabulary",
-    "rewarded_soup",
-    "token_rewards",
-]

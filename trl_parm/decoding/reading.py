@@ -1,54 +1,410 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the base model's tokens to what a guide reads: its own prompt, its own vocabulary, and what is padding."""
+"""What the models of a formula have read, and how they read on: one forward for each set of weights.
+
+All state of guidance is here, in the cache that `generate` carries.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 
-from .padding import attention_mask, pad_token_id
-from .prompts import Prompt
-from .vocabulary import Vocabulary
+from peft_pblora.adapter import check_rows, expand_rows
+from peft_pblora.condition import Condition
+from peft_pblora.kv_cache import cache_argument
+from peft_pblora.rows import Entry
+
+from .adapters import Adapters
+from .terms import LM
 
 
-def read_by_guide(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    prompt: Prompt | None,
-    vocabulary: Vocabulary | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The guide's tokens and their mask, both of shape `(rows, length)`.
+@dataclass(frozen=True)
+class New:
+    """What `generate` hands over to be read next, for each of its rows.
+
+    Attributes:
+        ids (`torch.Tensor` of shape `(rows, new)`): Tokens that were not read yet.
+        mask (`torch.Tensor` of shape `(rows, columns)` or `None`): 0 for padding, of all tokens; `None` if none is.
+        positions (`torch.Tensor` of shape `(rows or 1, new)` or `None`): In the text; found from the mask if not given.
+        own (`tuple` or `None`): A guide's own prompt in the place of the text's first `prompt` columns: ids and mask.
+        prompt (`int`): Columns of the text that are the prompt.
+        start (`int`): Columns of the text that were read before.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    own: tuple[torch.Tensor, torch.Tensor] | None = None
+    prompt: int = 0
+    start: int = 0
+
+    def for_guide(self, term: LM, former: torch.Tensor | None) -> New:
+        """What a guide reads, with the mask of all that it has read then.
+
+        Args:
+            term ([`LM`]): The guide.
+            former (`torch.Tensor` of shape `(rows, columns)` or `None`): The mask of what it has read before, where it
+                is not the text's own.
+        """
+        device = term.backbone.device
+        if self.own is None and term.vocabulary is None:
+            moved = (None if x is None else x.to(device) for x in (self.ids, self.mask, self.positions))
+            return New(*moved)
+        ids = self.ids.to(device)
+        if self.own is not None:
+            ids = ids[:, max(0, self.prompt - self.start) :]
+        seen = torch.ones_like(ids)
+        if self.own is None and self.mask is not None:
+            seen = self.mask[:, -ids.shape[1] :].to(seen)
+        if term.vocabulary is not None:
+            ids, known = term.vocabulary.to_guide(ids)
+            seen = seen * known
+        if self.own is not None and self.start == 0:
+            check_rows(len(self.own[0]), len(ids))
+            repeats = len(ids) // len(self.own[0])
+            prompt, prompt_mask = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
+            ids, seen = torch.cat([prompt, ids], 1), torch.cat([prompt_mask.to(seen), seen], 1)
+        mask = seen if former is None else torch.cat([former, seen], 1)
+        return New(ids, mask)
+
+
+class Part:
+    """The terms of one set of weights, which read the same text, with what they have read.
+
+    Their rows stand below each other in one forward, [term 1 | term 2 | ...], each with its own adapter.
 
     Args:
-        model (`PreTrainedModel`): The guide.
-        tokens (`torch.Tensor` of shape `(rows, columns)`): The base model's tokens.
-        mask (`torch.Tensor` of shape `(rows, columns)`, *optional*): Their mask; found as [`attention_mask`] does if
-            not given.
-        prompt ([`Prompt`], *optional*): What is known of the batch.
-        vocabulary ([`Vocabulary`], *optional*): From the base model's tokens to the guide's.
-
-    Raises:
-        ValueError: the batch does not fit the guide's prompts, or there is nothing to read.
+        terms (`Sequence[LM]`): The terms. Several only if their adapters can act on rows.
+        adapters ([`Adapters`]): Those of the weights.
+        is_base (`bool`): Whether the model that generates is among them, and so its inputs are theirs.
+        cache (`Cache`, *optional*): An empty cache; without one whole texts are read at every call.
+        guides (`Sequence[LM]`, *optional*): Those of the terms that guide; all if not given.
     """
-    tokens = tokens.to(model.device)
-    own = prompt.own(tokens) if prompt else None
-    if own is not None and prompt is not None:
-        tokens = tokens[:, prompt.length :]
-        mask = torch.ones_like(tokens) if mask is None else mask.to(tokens)[:, prompt.length :]
-    elif mask is None:
-        pad = vocabulary.base_pad_token_id if vocabulary else pad_token_id(model)
-        mask = attention_mask(tokens, prompt, pad)
-    else:
-        mask = mask.to(tokens)
-    if vocabulary is not None:
-        tokens, known = vocabulary.to_guide(tokens)
-        mask = mask * known
-    if own is not None:
-        tokens, mask = torch.cat([own[0], tokens], 1), torch.cat([own[1], mask], 1)
-    if tokens.shape[1] == 0:
-        raise ValueError(
-            "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one "
-            "with `prompt=Prompt(inputs, guide=...)`."
+
+    def __init__(
+        self,
+        terms: Sequence[LM],
+        adapters: Adapters,
+        is_base: bool,
+        cache: Cache | None = None,
+        guides: Sequence[LM] | None = None,
+    ) -> None:
+        self.guides = list(terms if guides is None else guides)
+        self.terms, self.adapters, self.is_base, self.cache = list(terms), adapters, is_base, cache
+        self.model = terms[0].backbone
+        self.together = len(terms) > 1 or adapters.act_on_rows(terms[0].adapters)
+        self.mask: torch.Tensor | None = None
+        self._stamp = adapters.stamp(terms)
+        self._planned: tuple[int, list[Entry]] | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its adapters, and preferences that are set in the model, are still those it began with."""
+        return self.cache is None or not _holds(self.cache) or self.adapters.stamp(self.terms) == self._stamp
+
+    def read(
+        self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
+    ) -> tuple[dict[LM, torch.Tensor], Any]:
+        """Reads what is new, and returns the logits after the `last` tokens of it (0: all), `(rows, last, vocab)`.
+
+        Args:
+            new ([`New`]): What is new.
+            inputs (`dict`): What the base model is given beside, or in the place of it.
+            last (`int`): How many positions are wanted.
+            compiled (`CompileConfig`, *optional*): Compile the model's forward with it.
+
+        Returns:
+            `tuple` of the logits of every term, and the model's output.
+        """
+        rows = len(new.ids)
+        if not self.is_base:
+            new = new.for_guide(self.terms[0], self.mask)
+            self.mask = new.mask
+            if new.ids.shape[1] == 0:
+                raise ValueError(
+                    "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one "
+                    "with `guide_input_ids`."
+                )
+        for term in self.terms:
+            self.adapters.check(term)
+            check_rows(term.rows, rows)
+        places = self._places(new, inputs, rows) if self.first else None
+        chosen = None if places is None else places[0]
+        copies = len(self.terms)
+        stacked = None
+        if chosen is not None or copies > 1:
+            stacked = torch.cat(chosen or [torch.arange(rows, device=new.ids.device)] * copies)
+        total = rows if stacked is None else len(stacked)
+        given = {
+            "input_ids": new.ids, "attention_mask": new.mask, "position_ids": self._positions(new), **inputs
+        }  # fmt: skip
+        arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, last)
+        forward = self.model if compiled is None else self.model.get_compiled_call(compiled)
+        if self.together:
+            tokens = inputs.get("inputs_embeds", new.ids).shape[1]
+            ahead = None
+            if compiled is not None:
+                ahead = torch.empty(total, tokens, 1, dtype=self.model.dtype, device=new.ids.device)
+            groups = copies if chosen is None else None
+            acting = self.adapters.acting(self._entries(rows, chosen), total, tokens, groups, ahead)
+        else:
+            acting = self.adapters.alone(self.terms[0].adapters)
+        with acting:
+            output = forward(**arguments)
+        logits = output.logits if last == 0 else output.logits[:, -last:]
+        if places is not None:
+            order = torch.cat(places[1]).to(logits.device)
+            cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, order))
+            logits = logits[order]
+        return dict(zip(self.terms, logits.split(rows))), output
+
+    @property
+    def first(self) -> bool:
+        """Whether it will read its first tokens into a cache whose rows may be repeated afterwards."""
+        return type(self.cache) is DynamicCache and not _holds(self.cache)
+
+    def reorder(self, rows: torch.Tensor, batch: int) -> None:
+        """Takes these rows of the batch, of each term."""
+        offsets = batch * torch.arange(len(self.terms), device=rows.device)
+        if self.cache is not None:
+            self.cache.reorder_cache(cast(torch.LongTensor, (offsets[:, None] + rows).flatten()))
+        if self.mask is not None:
+            self.mask = self.mask[rows.to(self.mask.device)]
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last `tokens` back."""
+        cast(Cache, self.cache).crop(-tokens)
+        if self.mask is not None and tokens:
+            self.mask = self.mask[:, :-tokens]
+
+    def _entries(self, rows: int, chosen: list[torch.Tensor] | None) -> list[Entry]:
+        """Which adapter acts on which groups of rows, or on which rows that were chosen of each term.
+
+        Terms of one adapter, which stand together, become one entry.
+        """
+        if chosen is None and self._planned is not None and self._planned[0] == rows:
+            return self._planned[1]
+        entries: list[Entry] = []
+        start = first = 0
+        for adapters, run in itertools.groupby(self.terms, lambda term: term.adapters):
+            same = list(run)
+            own = None if chosen is None else chosen[first : first + len(same)]
+            first += len(same)
+            stop = start + (len(same) if own is None else sum(map(len, own)))
+            condition = self._condition(same, rows, own)
+            entries += [(name, slice(start, stop), condition) for name in adapters]
+            start = stop
+        if chosen is None:
+            self._planned = rows, entries
+        return entries
+
+    def _condition(self, terms: list[LM], rows: int, chosen: list[torch.Tensor] | None) -> Condition | None:
+        """α of the rows of some terms of one adapter; `None` for what is set in the model."""
+        device = self.model.device
+        if len(terms) == 1 and (chosen is None or terms[0].rows == 1):
+            if terms[0].condition is not None:
+                terms[0].condition.to(device)
+            return terms[0].condition
+        found = [term.condition or self.adapters.condition(term) for term in terms]
+        if found[0] is None:
+            return None
+        α = [torch.atleast_2d(condition.preference.to(device)) for condition in cast("list[Condition]", found)]
+        if chosen is not None:
+            α = [expand_rows(one, rows)[own.to(device)] for one, own in zip(α, chosen)]
+        elif any(len(one) > 1 for one in α):
+            α = [expand_rows(one, rows) for one in α]
+        return Condition.fixed(found[0].objectives, torch.cat(α))
+
+    def _places(
+        self, new: New, inputs: dict[str, Any], rows: int
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+        """For rows that repeat, as for beams, several sequences or a sweep over preferences: of each term the rows to
+        read, and the place of every row among all that are read. `None` if no row repeats."""
+        if rows == 1 or new.ids.shape[1] == 0 or any(isinstance(x, torch.Tensor) and x.ndim for x in inputs.values()):
+            return None
+        parts = [new.ids]
+        parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
+        text = torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
+        keys = [text * rows + torch.arange(t.rows, device=text.device).repeat_interleave(rows // t.rows) for t in self.terms]
+        chosen, places, offset = [], [], 0
+        for key in keys:
+            found, inverse = torch.unique(key, return_inverse=True)
+            numbers = torch.arange(rows, device=key.device)
+            chosen.append(torch.full((len(found),), rows, device=key.device).scatter_reduce(0, inverse, numbers, "amin"))
+            places.append(offset + inverse)
+            offset += len(found)
+        return (chosen, places) if offset < rows * len(keys) else None
+
+    def _positions(self, new: New) -> torch.Tensor | None:
+        if new.positions is not None or new.mask is None or new.mask.ndim != 2:
+            return new.positions
+        return (new.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.ids.shape[1] :]
+
+    def _arguments(self, given: dict[str, Any], last: int) -> dict[str, Any]:
+        """The arguments of the model's forward, those that it takes."""
+        taken = _parameters(type(self.model))
+        arguments = {name: value for name, value in given.items() if value is not None and name in taken}
+        if "logits_to_keep" in taken:
+            arguments["logits_to_keep"] = last
+        arguments["use_cache"] = self.cache is not None
+        if self.cache is not None:
+            arguments |= cache_argument(self.model, self.cache)
+            if self.cache.is_compileable and not all(self.cache.is_linear):
+                arguments["attention_mask"] = self._whole_mask(given)
+        return arguments
+
+    def _whole_mask(self, given: dict[str, Any]) -> Any:
+        """The mask of four dimensions that a cache of fixed size needs, as `generate` makes it."""
+        ids = given["input_ids"]
+        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+        return make(
+            config=self.model.config,
+            inputs_embeds=torch.empty((*ids.shape, 0), dtype=self.model.dtype, device=ids.device),
+            attention_mask=given.get("attention_mask"),
+            position_ids=given.get("position_ids"),
+            **cache_argument(self.model, self.cache),
         )
-    return tokens, mask
+
+
+class GuidedCache(Cache):
+    """The cache of a guided model: one part for each set of weights, each of R · k rows, where `generate` has R.
+
+    Whatever `generate` does with its rows (beams, taking back a rejected draft) happens to those of all terms.
+
+    Args:
+        parts (`Sequence[Part]`): The parts, the base model's first.
+
+    Attributes:
+        length (`int`): Columns of the text that were read.
+        rows (`int`): R.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
+
+    def is_of(self, base: Any, terms: Sequence[LM]) -> bool:
+        """Whether it was made for this base model and these terms, and their adapters are as they were."""
+        guides = {term for part in self.parts for term in part.guides}
+        own = all(part.model is base for part in self.parts if part.is_base)
+        return own and guides == set(terms) and all(part.is_current for part in self.parts)
+
+    def note(self, columns: int, rows: int) -> None:
+        """Notes that so many columns more were read, of so many rows."""
+        self.length, self.rows = self.length + columns, rows
+
+    @property
+    def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [layer for part in self.parts for layer in cast(Any, part.cache).layers]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("This cache belongs to a guided model. Call that model, or give this one a cache of its own.")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never to `generate`, which would make masks for it; see [`Part`]."""
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return cast(Cache, self.parts[0].cache).is_linear
+
+    @property
+    def is_croppable(self) -> bool:
+        return all(cast(Cache, part.cache).is_croppable for part in self.parts)
+
+    def activate_past_recording(self) -> None:
+        for part in self.parts:
+            cast(Cache, part.cache).activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for part in self.parts:
+            part.reorder(beam_idx, self.rows)
+        self.rows = len(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for part in self.parts:
+            part.crop(abs(tokens_to_remove))
+        self.length -= abs(tokens_to_remove)
+
+    def reset(self) -> None:
+        for part in self.parts:
+            cast(Cache, part.cache).reset()
+            part.mask = None
+        self.length = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidedCache:
+        """Copies keys and values, but not the models."""
+        parts = []
+        for part in self.parts:
+            new = copy.copy(part)
+            new.cache, new.mask = copy.deepcopy(part.cache, memo), copy.deepcopy(part.mask, memo)
+            parts.append(new)
+        other = GuidedCache(parts)
+        other.length, other.rows = self.length, self.rows
+        return other
+
+
+def parts_of(
+    base: LM | None, terms: Sequence[LM], own_prompt: bool, new_cache: Callable[[LM, int], Cache | None]
+) -> list[Part]:
+    """The parts of a formula.
+
+    Args:
+        base ([`LM`] or `None`): The model that generates, if it is to be read.
+        terms (`Sequence[LM]`): The guides.
+        own_prompt (`bool`): Whether guides read a prompt of their own.
+        new_cache (`Callable`): Makes an empty cache for a model and a number of terms, or `None`.
+    """
+    groups: dict[Any, list[LM]] = {}
+    adapters: dict[int, Adapters] = {}
+    for term in ([] if base is None else [base]) + [term for term in terms if own_prompt or term != base]:
+        weights = id(term.backbone)
+        if weights not in adapters:
+            adapters[weights] = Adapters(term.backbone)
+        text = "prompt" if term is base or not own_prompt else "own prompt"
+        alone = None if adapters[weights].act_on_rows(term.adapters) else term
+        groups.setdefault((weights, text, id(term.vocabulary), alone), []).append(term)
+    found = []
+    for group in groups.values():
+        # Rows of one adapter stand together.
+        ordered = sorted(group, key=lambda term: (term is not base, term.adapters))
+        is_base = ordered[0] is base
+        guides = [t for t in ordered if t is not base or (t in terms and not own_prompt)]
+        cache = new_cache(group[0], len(group))
+        found.append(Part(ordered, adapters[id(group[0].backbone)], is_base, cache, guides))
+    return found
+
+
+def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:
+    """Rows of what a forward gets for each row of the batch."""
+    if rows is None or not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
+        return value
+    return value[rows.to(value.device)]
+
+
+def _holds(cache: Any) -> bool:
+    """Whether a cache has read anything."""
+    return any(getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
+
+
+@lru_cache(maxsize=64)
+def _parameters(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)

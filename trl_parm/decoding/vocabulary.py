@@ -60,7 +60,7 @@ class Vocabulary:
         """Log-probabilities `(rows, guide vocabulary)` in the base's order, `(rows, size)`; −inf where unknown."""
         ids = self._map(size, log_probs.device)
         unknown = (ids < 0) | (ids >= log_probs.shape[-1])
-        return log_probs[:, ids.clamp(0, log_probs.shape[-1] - 1)].masked_fill(unknown, -torch.inf)
+        return log_probs[..., ids.clamp(0, log_probs.shape[-1] - 1)].masked_fill(unknown, -torch.inf)
 
     def _map(self, size: int, device: torch.device) -> torch.Tensor:
         """`guide_ids` cut or filled up to a size: a model may have more or fewer embeddings than its tokenizer ids."""

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every decoder, every mode of `generate`, and decoding by the formula in float64 without any cache."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conftest import tiny_arm, tiny_llama
+from transformers import LlamaForSequenceClassification, LogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from peft_pblora import set_preference
+from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PowerMean, Scorer
+from trl_parm.decoding import genarm, mod, mod_w2s, parm
+
+
+PROMPTS = torch.tensor([[0, 0, 5, 9, 33], [7, 8, 20, 41, 2], [0, 6, 6, 50, 11]])
+MASK = (PROMPTS != 0).long()
+ROWS = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 1.0]])
+BETAS = torch.tensor([0.5, 1.0, 2.0])
+
+
+def tiny_judge(**changes):
+    """A random sequence classifier with two outputs."""
+    config = tiny_llama(7, **changes).config
+    config.num_labels = 2
+    torch.manual_seed(7)
+    return LlamaForSequenceClassification(config).eval()
+
+
+@dataclass
+class Models:
+    """The models of a test: the one that generates, an ARM, and small policies with their reference."""
+
+    base: Any
+    arm: Any
+    first: Any
+    second: Any
+    reference: Any
+    judge: Any = None
+
+    @classmethod
+    def make(cls, on_base: bool = False, **changes) -> Models:
+        """On models of their own, or the ARM as an adapter on the base model."""
+        small = [tiny_llama(seed, **changes) for seed in (0, 2, 3, 4)]
+        # A policy that decodes on in Transfer-Q does not write pad tokens.
+        small[1].lm_head.weight.data[0] = 0
+        arm = tiny_arm(small[0] if on_base else tiny_llama(1, **changes))
+        return cls(small[0], arm, *small[1:], tiny_judge(**changes))
+
+
+@dataclass
+class Decoder:
+    """Its formula as a user writes it, and of log π_base and a function that gives log π of another model."""
+
+    formula: Callable[[Models], Scorer]
+    naive: Callable[[Models, torch.Tensor, Callable], torch.Tensor]
+    rows: int | None = None
+    has_arm: bool = False
+
+
+def parm_of_rows(models, base, log_pi):
+    """Each row at its own α and β: the rows of one preference at a time."""
+    repeats = len(base) // 3
+    guide = torch.stack(
+        [log_pi(models.arm, ROWS[i // repeats])[i] / BETAS[i // repeats].double() for i in range(len(base))]
+    )
+    return base + guide
+
+
+def of_each_row(base, weights):
+    """A weight for each prompt as a column, for rows that `generate` repeats."""
+    return weights.double().repeat_interleave(len(base) // 3)[:, None]
+
+
+def genarm_of_rows(models, base, log_pi):
+    strength = ROWS / BETAS[:, None]
+    first, second = log_pi(models.first), log_pi(models.second)
+    return base + of_each_row(base, strength[:, 0]) * first + of_each_row(base, strength[:, 1]) * second
+
+
+def harmonic_of_rows(models, base, log_pi):
+    helpful = of_each_row(base, ROWS[:, 0]) / log_pi(models.first).exp()
+    return -(helpful + of_each_row(base, ROWS[:, 1]) / log_pi(models.second).exp()).log()
+
+
+def harmonic(order):
+    def formula(models, base, log_pi):
+        mean = 0.3 * base.exp() ** -order + 0.7 * log_pi(models.first).exp() ** -order
+        return -mean.log() / order
+
+    return formula
+
+
+DECODERS = {
+    "PARM": Decoder(
+        lambda m: parm(m.arm, [0.3, 0.7], beta=0.8),
+        lambda m, base, log_pi: base + log_pi(m.arm, [0.3, 0.7]) / 0.8,
+        has_arm=True,
+    ),
+    "PARM, α and β a row": Decoder(lambda m: parm(m.arm, ROWS, beta=BETAS), parm_of_rows, 3, has_arm=True),
+    "GenARM": Decoder(
+        lambda m: genarm({"helpful": m.first, "harmless": m.second}, [0.25, 0.75], beta=0.5),
+        lambda m, base, log_pi: base + 0.5 * log_pi(m.first) + 1.5 * log_pi(m.second),
+    ),
+    "GenARM, α and β a row": Decoder(
+        lambda m: genarm({"helpful": m.first, "harmless": m.second}, ROWS, beta=BETAS), genarm_of_rows, rows=3
+    ),
+    "MOD": Decoder(
+        lambda m: mod({"helpful": BASE, "harmless": m.first, "funny": m.second}, [0.5, 0.2, 0.3]),
+        lambda m, base, log_pi: 0.5 * base + 0.2 * log_pi(m.first) + 0.3 * log_pi(m.second),
+    ),
+    "MOD without the base": Decoder(
+        lambda m: mod({"helpful": m.first, "harmless": m.second}, [0.4, 0.6]),
+        lambda m, base, log_pi: 0.4 * log_pi(m.first) + 0.6 * log_pi(m.second),
+    ),
+    "MOD, forward KL": Decoder(
+        lambda m: mod({"helpful": BASE, "harmless": m.first}, [0.3, 0.7], "forward_kl"), harmonic(1.0)
+    ),
+    "MOD, α-divergence": Decoder(
+        lambda m: mod({"helpful": BASE, "harmless": m.first}, [0.3, 0.7], "alpha", order=0.5), harmonic(0.5)
+    ),
+    "MOD, forward KL, α a row": Decoder(
+        lambda m: mod({"helpful": m.first, "harmless": m.second}, ROWS, "forward_kl"), harmonic_of_rows, rows=3
+    ),
+    "MOD-w2s": Decoder(
+        lambda m: mod_w2s({"helpful": m.first, "harmless": m.second}, m.reference, {"helpful": 0.4, "harmless": 0.6}),
+        lambda m, base, log_pi: (
+            base
+            + 0.4 * (log_pi(m.first) - log_pi(m.reference))
+            + 0.6 * (log_pi(m.second) - log_pi(m.reference))
+        ),
+    ),
+    "a formula": Decoder(
+        lambda m: BASE + 0.7 * LM(m.first) - 0.2 * LM(m.second),
+        lambda m, base, log_pi: base + 0.7 * log_pi(m.first) - 0.2 * log_pi(m.second),
+    ),
+    "two preferences of one ARM and the untrained one": Decoder(
+        lambda m: BASE + LM(m.arm, [1.0, 0.0]) + 0.5 * LM(m.arm, [0.2, 0.8]) - 0.7 * LM(m.arm, disable_adapter=True),
+        lambda m, base, log_pi: (
+            base + log_pi(m.arm, [1.0, 0.0]) + 0.5 * log_pi(m.arm, [0.2, 0.8]) - 0.7 * log_pi(m.arm, off=True)
+        ),
+        has_arm=True,
+    ),
+}  # fmt: skip
+
+ONE_ROW = {"prompts": 1}
+MODES = {
+    "greedy": {},
+    "one prompt": ONE_ROW,
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beam search": {"num_beams": 4},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "returned beams": {"num_beams": 4, "num_return_sequences": 2},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static", "disable_compile": True},
+    "chunked prefill": {"prefill_chunk_size": 2},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "prompt lookup": {**ONE_ROW, "prompt_lookup_num_tokens": 3},
+    "assisted": {**ONE_ROW, "assistant": "small"},
+    "assisted sampling": {**ONE_ROW, "assistant": "small", "do_sample": True},
+    "assistant that is the base": {**ONE_ROW, "assistant": "base"},
+    "assistant that is guided": {**ONE_ROW, "assistant": "guided"},
+}
+DOORS = ("model", "processor")
+
+
+class NaiveProcessor(LogitsProcessor):
+    """A decoder's formula from whole prefixes, in float64; the base model is read anew as well."""
+
+    def __init__(self, decoder: Decoder, models: Models, mask: torch.Tensor) -> None:
+        self.decoder, self.mask = decoder, mask
+        self.models = copy.deepcopy(models)
+        for model in vars(self.models).values():
+            model.double()
+
+    def __call__(self, input_ids, scores):
+        mask = torch.ones_like(input_ids)
+        mask[:, : self.mask.shape[1]] = self.mask.repeat_interleave(len(input_ids) // len(self.mask), dim=0)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+        def log_pi(model, preference=None, off=False):
+            if preference is not None:
+                set_preference(model, preference)
+            return _alone(model, off, input_ids=input_ids, attention_mask=mask, position_ids=positions)
+
+        # In float32 at the end, since a draw from a float64 tensor consumes other random numbers.
+        log_pi.tokens, log_pi.mask = input_ids, mask
+        with torch.no_grad():
+            base = torch.log_softmax(scores.double(), -1)
+            guided = self.decoder.naive(self.models, base, log_pi)
+        return torch.log_softmax(guided.masked_fill(scores == -torch.inf, -torch.inf), -1).float()
+
+
+def _alone(model, off, **inputs):
+    """log π without any cache, and without the adapter if it is switched off."""
+    taken = inspect_forward(model)
+    inputs = {name: value for name, value in inputs.items() if name in taken}
+    context = model.disable_adapter() if off else contextlib.nullcontext()
+    with torch.no_grad(), context:
+        return torch.log_softmax(model(**inputs, use_cache=False).logits[:, -1], -1)
+
+
+def generate(models: Models, decoder: Decoder, door: str, prompts=3, assistant=None, **mode):
+    """What a decoder writes by one of the doors, or by the naive formula."""
+    settings = {"max_new_tokens": 10, "output_scores": True, "return_dict_in_generate": True, **mode}
+    ids, mask = (PROMPTS[1:2], MASK[1:2]) if prompts == 1 else (PROMPTS, MASK)
+    if assistant:
+        found = {"small": models.reference, "base": models.base}
+        settings["assistant_model"] = found[assistant] if assistant in found else Guided(models.reference, decoder.formula(models))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    processors: list[Any] = []
+    if door == "model":
+        model = Guided(models.base, decoder.formula(models))
+    elif door == "processor":
+        model, processors = models.base, [GuidedLogitsProcessor(decoder.formula(models))]
+    else:
+        processors = [NaiveProcessor(decoder, models, mask)]
+        model = Models.make().base  # without the ARM, which may lie on the other one
+        if door == "naive model" and "repetition_penalty" in settings:
+            padding = (mask == 0).sum(1)
+            penalty = settings.pop("repetition_penalty")
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=padding))
+    torch.manual_seed(0)
+    return model.generate(**inputs, logits_processor=processors, **settings)
+
+
+def inspect_forward(model) -> set[str]:
+    """The inputs that a model takes."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)

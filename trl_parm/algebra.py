@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algebra of decoding methods: a method is a formula over log-probabilities of the next token.
+
+A scorer maps what is known of the next token, a [`Step`], to a number for each token. Sums and multiples of scorers
+are scorers, so a method is written as its formula:
+
+    BASE + 1 / beta * LM(arm, preference)          PARM, arXiv 2505.06274
+
+Equal terms merge, so that a shared model runs once, and terms of weight 0 vanish, so that 0 · −inf never makes NaN.
+Nothing is divided by the sum of the weights. It knows of tensors only, neither of models nor of `generate`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+Weight = float | torch.Tensor
+"""A number, or a tensor of shape `(rows,)` with one for each prompt of a batch."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a formula is evaluated on: the next token of every row, at one position or at several.
+
+    Attributes:
+        scores (`torch.Tensor` of shape `(rows, vocab)` or `(rows, positions, vocab)`):
+            The base model's logits or log-probabilities.
+        answers (`Mapping`): log π of each language model of the formula, of the shape of `scores`, float32.
+        tokens, mask (`torch.Tensor` of shape `(rows, length)` or `None`):
+            All tokens so far, and 1, or 0 for padding, of each. Only there if a scorer `reads_text`, and then for one
+            position.
+        prompt_length (`int`): Columns of `tokens` that are the prompt.
+    """
+
+    scores: torch.Tensor
+    answers: Mapping[Hashable, torch.Tensor] = field(default_factory=dict)
+    tokens: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    prompt_length: int = 0
+
+
+class Scorer:
+    """A term of a decoding formula. Subclasses define `__call__`; `+`, `-`, `*` and `/` are given.
+
+    Attributes:
+        reads_text (`bool`): Whether it needs the tokens of a step, beside the answers of language models.
+    """
+
+    reads_text = False
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        """Scores the next token of every row.
+
+        Args:
+            step ([`Step`]): What is known of it.
+
+        Returns:
+            `torch.Tensor` of the shape of `step.scores`, float32.
+        """
+        raise NotImplementedError
+
+    def terms(self) -> list[tuple[Weight, Scorer]]:
+        """The weighted terms that this scorer is the sum of."""
+        return [(1.0, self)]
+
+    def scorers(self) -> Iterator[Scorer]:
+        """The scorers that this one is made of, down to those that are made of no others."""
+        yield self
+
+    def silent(self) -> Iterator[Scorer]:
+        """The scorers of weight 0 below this one. They are never asked, but they are guides all the same."""
+        yield from ()
+
+    def __add__(self, other: Scorer) -> Scorer:
+        if not isinstance(other, Scorer):
+            return NotImplemented
+        return LinearCombination([*self.terms(), *_nothing_of(self), *other.terms(), *_nothing_of(other)])
+
+    def __sub__(self, other: Scorer) -> Scorer:
+        return self + -1.0 * other if isinstance(other, Scorer) else NotImplemented
+
+    def __mul__(self, weight: Weight) -> Scorer:
+        if not isinstance(weight, int | float | torch.Tensor):
+            return NotImplemented
+        if not torch.isfinite(torch.as_tensor(weight)).all():
+            raise ValueError(f"A term's weight is {weight}, but it must be finite.")
+        if isinstance(weight, torch.Tensor) and weight.ndim != 1:
+            raise ValueError(f"A term's weight has shape {tuple(weight.shape)}, but it must be a number or (rows,).")
+        return LinearCombination([*((weight * own, scorer) for own, scorer in self.terms()), *_nothing_of(self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Weight) -> Scorer:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Scorer:
+        return self * -1.0
+
+
+def _nothing_of(scorer: Scorer) -> list[tuple[Weight, Scorer]]:
+    """Terms of weight 0, which keep in mind who would guide."""
+    return [(0.0, silent) for silent in scorer.silent()]
+
+
+def of_rows(weight: Weight, values: torch.Tensor) -> torch.Tensor:
+    """A weight in a shape that multiplies `values`, `(rows, ...)`: one of rows is repeated as `generate` repeats them.
+
+    Raises:
+        ValueError: weights of rows that the rows of `values` are no multiple of.
+    """
+    column, rows = torch.as_tensor(weight), len(values)
+    if column.ndim and rows % len(column):
+        raise ValueError(
+            f"A term has weights for {len(column)} rows, but the batch has {rows}, which is no multiple. Give one for "
+            "each prompt of the batch."
+        )
+    if column.ndim:
+        column = column.repeat_interleave(rows // len(column))
+    return column.to(values).view(-1, *[1] * (values.ndim - 1))
+
+
+def _weighted(weight: Weight, values: torch.Tensor) -> torch.Tensor:
+    """`weight * values`, with a weight for each row if it has rows, where 0 · −inf is 0."""
+    if not isinstance(weight, torch.Tensor):
+        return weight * values
+    column = of_rows(weight, values)
+    return torch.where(column == 0, torch.zeros_like(values), column * values)
+
+
+def _name(weight: Weight) -> str:
+    return f"[{', '.join(f'{w:g}' for w in weight.tolist())}]" if isinstance(weight, torch.Tensor) else f"{weight:g}"
+
+
+class LinearCombination(Scorer):
+    """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone."""
+
+    def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
+        merged: dict[Scorer, Weight] = {}
+        for weight, scorer in terms:
+            merged[scorer] = merged.get(scorer, 0.0) + weight
+        self._terms = [(weight, scorer) for scorer, weight in merged.items() if torch.as_tensor(weight).any()]
+        heard = {scorer for _, scorer in self._terms}
+        self._silent = [scorer for scorer in merged if scorer not in heard]
+
+    def terms(self) -> list[tuple[Weight, Scorer]]:
+        return list(self._terms)
+
+    def scorers(self) -> Iterator[Scorer]:
+        for _, scorer in self._terms:
+            yield from scorer.scorers()
+
+    def silent(self) -> Iterator[Scorer]:
+        for scorer in self._silent:
+            yield from scorer.scorers()
+        for _, scorer in self._terms:
+            yield from scorer.silent()
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        total = torch.zeros_like(step.scores, dtype=torch.float32)
+        for weight, scorer in self._terms:
+            total = total + _weighted(weight, scorer(step))
+        return total
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms) or "0"
+
+
+class PowerMean(Scorer):
+    """log of the weighted power mean of probabilities, (Σ_i w_i π_i^−a)^(−1/a), up to normalisation.
+
+    a = 1 is the harmonic mean, MOD's combination for the forward KL divergence, and other a those for α-divergences
+    (arXiv 2406.18853); a → 0 is the geometric mean, which sums of scorers are.
+
+    Args:
+        terms (`list[tuple[Weight, Scorer]]`):
+            Weights, numbers or tensors of shape `(rows,)`, not negative, and scorers of log-probabilities.
+        order (`float`, *optional*, defaults to 1.0): a > 0.
+
+    Raises:
+        ValueError: an order that is not positive, or a weight that is negative or not finite.
+    """
+
+    def __init__(self, terms: list[tuple[Weight, Scorer]], order: float = 1.0) -> None:
+        if not (math.isfinite(order) and order > 0):
+            raise ValueError(f"`order` is {order}, but it must be positive. A sum of scorers is the limit for 0.")
+        weights = [torch.as_tensor(weight, dtype=torch.float64) for weight, _ in terms]
+        if any(not (weight.isfinite().all() and (weight >= 0).all()) for weight in weights):
+            raise ValueError(f"The weights are {[weight for weight, _ in terms]}, but none may be negative.")
+        self.order = order
+        self.means = [(weight, scorer) for (weight, scorer), value in zip(terms, weights) if value.any()]
+        self._silent = [scorer for (_, scorer), value in zip(terms, weights) if not value.any()]
+
+    def scorers(self) -> Iterator[Scorer]:
+        for _, scorer in self.means:
+            yield from scorer.scorers()
+
+    def silent(self) -> Iterator[Scorer]:
+        for scorer in self._silent:
+            yield from scorer.scorers()
+        for _, scorer in self.means:
+            yield from scorer.silent()
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        found = []
+        for weight, scorer in self.means:
+            values = scorer(step)
+            log_weight = torch.log(of_rows(weight, values))
+            # −inf weights come first: 0 · ∞ of a token without probability would be NaN.
+            found.append(torch.where(log_weight == -torch.inf, log_weight, log_weight - self.order * values))
+        return -torch.logsumexp(torch.stack(found), dim=0) / self.order
+
+    def __repr__(self) -> str:
+        terms = ", ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self.means)
+        return f"PowerMean({terms}; order={self.order:g})"
+
+
+class _Base(Scorer):
+    """log π_base: the log-softmax of the model that generates."""
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return torch.log_softmax(step.scores.float(), dim=-1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Base)  # one that was unpickled, too
+
+    def __hash__(self) -> int:
+        return hash(_Base)
+
+    def __repr__(self) -> str:
+        return "BASE"
+
+
+BASE = _Base()
+"""The model that generates."""
+
+
+def sum_of(terms) -> Scorer:
+    """Σ_i w_i · scorer_i for pairs of weight and scorer; nothing at all for none."""
+    total: Scorer = LinearCombination([])
+    for weight, scorer in terms:
+        total = total + weight * scorer
+    return total
+
+
+def guided_logits(formula: Scorer, step: Step) -> torch.Tensor:
+    """log π of the guided distribution, normalised, of the shape of `step.scores`, float32.
+
+    Tokens that the base model excludes (a score of −inf) stay excluded.
+    """
+    guided = formula(step).masked_fill(step.scores == -torch.inf, -torch.inf)
+    return torch.log_softmax(guided, dim=-1)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which adapters of a model act in a forward, and on which rows of its batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from peft_pblora.condition import Condition
+from peft_pblora.layer import PreferenceLinear
+from peft_pblora.rows import Entry, acting, current_plan
+from peft_pblora.switch import AdapterSwitch
+
+
+if TYPE_CHECKING:
+    from .terms import LM
+
+
+_switching = threading.RLock()
+"""Held while adapters of PEFT's are switched, which all threads see."""
+
+
+class Adapters:
+    """The adapters of a model as they are now.
+
+    Ours act on rows by a plan that only the calling thread sees. PEFT's LoRAs add what is theirs by hooks that last
+    for one forward. Other adapters act on all rows of a forward or on none.
+
+    Args:
+        model (`nn.Module`): The model, below any `PeftModel`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.switch = AdapterSwitch.of(model)
+        layers = self.switch.layers
+        self.ours: list[Any] = [layer for layer in layers if isinstance(layer, PreferenceLinear)]
+        self.loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        self.others = AdapterSwitch([layer for layer in layers if not isinstance(layer, PreferenceLinear)])
+
+    def stamp(self, terms: Sequence[LM]) -> list[tuple]:
+        """What tells that an adapter of these terms was replaced, or the preference that is set in it changed."""
+        found = []
+        for term in terms:
+            for name in term.adapters:
+                layer = next((layer for layer in self.switch.layers if name in _adapters_of(layer)), None)
+                if isinstance(layer, PreferenceLinear):
+                    adapter = layer.adapter(name)
+                    version = adapter.condition.version
+                    found.append((id(adapter), None if term.preference is not None else version))
+                else:
+                    found.append((id(layer),))
+        return found
+
+    def condition(self, term: LM) -> Condition | None:
+        """The preference that is set in the model for the adapter of a term, if it has any."""
+        for layer in self.ours:
+            if term.adapters and term.adapters[0] in layer.adapters:
+                return layer.adapter(term.adapters[0]).condition
+        return None
+
+    def check(self, term: LM) -> None:
+        """Raises `ValueError` where a term can't be read any more: its adapter is gone, or others are merged."""
+        missing = [name for name in term.adapters if name not in self.switch.names]
+        if missing:
+            raise ValueError(
+                f"The adapter {missing[0]!r} of {term!r} is no longer in the model, which has {self.switch.names}. "
+                "Make the guide anew."
+            )
+        merged = self.switch.merged
+        if not merged:
+            return
+        if set(merged) != set(term.adapters):
+            wanted = "with " + " and ".join(map(repr, term.adapters)) if term.adapters else "without it"
+            raise ValueError(
+                f"The adapter {' and '.join(map(repr, merged))} is merged into the weights, so the model can't run "
+                f"{wanted}. Call `unmerge_adapter()`, or guide with a merged copy of the model or an adapter from "
+                "`peft_pblora.save_as_lora`."
+            )
+        for layer in self.ours if isinstance(term.preference, torch.Tensor) else ():
+            for name, α in layer.merged_preference.items():
+                if α.shape != term.preference.shape or not torch.equal(α.cpu(), term.preference.cpu()):
+                    raise ValueError(
+                        f"The adapter {name!r} is merged into the weights at the preference {α.tolist()}, so it can't "
+                        f"guide at {term.preference.tolist()}. Call `unmerge_adapter()`."
+                    )
+
+    def act_on_rows(self, names: Sequence[str]) -> bool:
+        """Whether these adapters can act on some rows of a forward, and on others not."""
+        for layer in self.switch.layers:
+            has = [name for name in names if name in _adapters_of(layer)]
+            if has and not isinstance(layer, PreferenceLinear | LoraLinear):
+                return False
+            if any(name in getattr(layer, "lora_variant", ()) for name in has):
+                return False
+        return not self.switch.merged
+
+    @contextmanager
+    def acting(
+        self, entries: Sequence[Entry], rows: int, tokens: int, groups: int | None, ahead: torch.Tensor | None
+    ) -> Iterator[None]:
+        """For the time of a forward in this thread, these adapters act on these rows, and no others do.
+
+        Args:
+            entries (`Sequence[Entry]`): Adapters with their rows, or groups of rows, and α.
+            rows, tokens (`int`): Rows of the forward's batch, and tokens of each.
+            groups (`int`, *optional*): How many groups of rows there are, if entries count those.
+            ahead (`torch.Tensor`, *optional*):
+                Something like what layers get, if the forward is compiled: adapters are folded ahead of it.
+
+        Raises:
+            ValueError: in the forward, from a layer in whose input rows can't be told apart.
+        """
+        if ahead is not None:
+            size = rows // groups if groups else 1
+            for layer in self.ours:
+                for name, part, condition in entries:
+                    if name in layer.adapters:
+                        layer.adapter(name).fold_ahead(ahead[: size * (part.stop - part.start)], condition)
+        with ExitStack() as stack:
+            stack.enter_context(acting(entries, rows, tokens, groups, folded=ahead is not None))
+            if self.others.layers:
+                if any(layer.active_adapters and not layer.disable_adapters for layer in self.others.layers):
+                    stack.enter_context(_switching)
+                    stack.enter_context(self.others.only([]))
+                planned = {name for name, _, _ in entries}
+                for layer in self.loras:
+                    if not planned.isdisjoint(layer.lora_A):
+                        stack.callback(layer.register_forward_hook(_add_to_rows).remove)
+            yield
+
+    @contextmanager
+    def alone(self, names: Sequence[str]) -> Iterator[None]:
+        """For the time of a forward these adapters act on all rows, and no others do."""
+        with _switching, self.switch.only(names):
+            yield
+
+
+def step_aside(term: LM) -> None:
+    """Makes the adapters that guide inactive in their model, so that it generates without them.
+
+    No weight, gradient or other adapter is touched; `set_adapter` makes them active again.
+    """
+    for layer in AdapterSwitch.of(term.backbone).layers:
+        if any(name in layer.active_adapters for name in term.adapter_names):
+            layer._active_adapter = [name for name in layer.active_adapters if name not in term.adapter_names]
+
+
+def check_aside(term: LM) -> None:
+    """Raises `ValueError` if an adapter that guides is active again: the model that generates might be the guide."""
+    for layer in AdapterSwitch.of(term.backbone).layers:
+        if any(name in layer.active_adapters for name in term.adapter_names) and not layer._disable_adapters:
+            raise ValueError(
+                f"The adapter {term.adapter_names[0]!r} was made active after the processor was made, so that a model "
+                "with these weights would not generate as the base model. Make the processor after `set_adapter`, or "
+                "use a guided model such as `PARM(model, arm, ...)`, which leaves adapters as they are."
+            )
+
+
+def _add_to_rows(layer: Any, args: tuple, output: torch.Tensor) -> None:
+    """Adds what LoRAs add to their rows, in the place of PEFT's layer, in which none is active meanwhile."""
+    plan = current_plan()
+    for name, rows, _ in plan.slices(output) if plan is not None else ():
+        if name in layer.lora_A._modules:
+            low, up = layer.lora_A[name], layer.lora_B[name]
+            added = up(low(layer._cast_input_dtype(args[0][rows], low.weight.dtype)))
+            output[rows].add_(added, alpha=layer.scaling[name])
+
+
+def _adapters_of(layer: nn.Module) -> Any:
+    if isinstance(layer, PreferenceLinear):
+        return layer.adapters
+    if isinstance(layer, LoraLinear):
+        return layer.lora_A
+    return layer._get_available_adapters() if isinstance(layer, BaseTunerLayer) else getattr(layer, "_adapters", ())

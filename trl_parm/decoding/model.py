@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guided model is a model: guidance happens in its forward, and its state is the cache that `generate` carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from peft_pblora.kv_cache import NAMES, cache_argument, cache_in
+from peft_pblora.switch import AdapterSwitch, backbone_of
+from trl_parm.algebra import Scorer, Step, guided_logits
+
+from .reading import GuidedCache, New, parts_of
+from .terms import LM, check_evaluates
+
+
+OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length")
+"""Arguments of a guided model's `generate` and forward that its base model does not know."""
+SEEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+"""Inputs of the base model that guides see too, as far as they take them."""
+
+
+class _OfBase:
+    """What a guided model has from its base model."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(instance.backbone, self.name)
+
+
+class Guided(GenerationMixin, nn.Module):
+    """A frozen model whose next-token distribution is a formula: `generate`, `pipeline` and whatever else takes a
+    model take it as they take the base model.
+
+        log π(y_t) = formula(log π_base, log π_1, ...) − log Z
+
+    Its forward runs one forward for each set of weights, over the rows of all terms that have these weights, and
+    returns log π as logits. All state is in the cache that `generate` carries, so that beams, several sequences,
+    drafts that are taken back and text that goes on are right without further ado. Nothing of the base model, the
+    guides or their adapters is changed for longer than a forward, or for other threads than the one that calls.
+
+    Temperature, top-k, top-p, repetition penalty and all other settings of `generate` act on the guided distribution,
+    as they do on any model's, and beam search maximises its probability.
+
+    Args:
+        base (`PreTrainedModel` or `PeftModel`):
+            The model that is guided. Where adapters of the formula lie on it, it is read without them.
+        formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
+
+    Raises:
+        TypeError: something else than a scorer.
+        ValueError: a model in training mode; at a call, a guide whose adapter is gone or merged, that has another
+            vocabulary, or that can't see the prompt.
+
+    Example:
+
+    ```python
+    guided = Guided(base, BASE + 2.0 * LM(arm, {"helpful": 0.7, "harmless": 0.3}))
+    guided.generate(**inputs, max_new_tokens=64)
+    ```
+    """
+
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(self, base: Any, formula: Scorer) -> None:
+        super().__init__()
+        if not isinstance(formula, Scorer):
+            raise TypeError(
+                f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm)."
+            )
+        self.base, self.formula, self.training = base, formula, False
+        scorers = list(dict.fromkeys(formula.scorers()))
+        self.terms = [scorer for scorer in scorers if isinstance(scorer, LM)]
+        self._reads_base = len(self.terms) < len(scorers) or not scorers
+        self._reads_text = any(scorer.reads_text for scorer in scorers)
+        self._check_modes()
+
+    # What `generate` asks a model about itself: the base model knows.
+    config, device, dtype, generation_config = _OfBase(), _OfBase(), _OfBase(), _OfBase()
+    main_input_name, name_or_path = _OfBase(), _OfBase()
+    _supports_default_dynamic_cache, _optimize_model_for_decode = _OfBase(), _OfBase()
+    _prepare_model_inputs, _maybe_initialize_input_ids_for_generation = _OfBase(), _OfBase()
+    _prepare_attention_mask_for_generation, _prepare_position_ids_for_generation = _OfBase(), _OfBase()
+    _prepare_generation_config, _update_model_kwargs_for_generation = _OfBase(), _OfBase()
+    _maybe_prepare_encoder_kwargs_for_generation, _prepare_decoder_input_ids_for_generation = _OfBase(), _OfBase()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # while it is unpickled
+                raise
+            return getattr(self.backbone, name)
+
+    @property
+    def backbone(self) -> Any:
+        """The transformer that generates, below any `PeftModel`."""
+        return backbone_of(self.base)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @torch.no_grad()
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, with two arguments more: `guide_input_ids` and `guide_attention_mask`, see `forward`."""
+        self._check_modes()
+        if kwargs.get("cache_implementation") == "paged":
+            self.generate_batch()
+        return super().generate(inputs, *args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching knows neither guides nor their caches."""
+        raise ValueError(
+            'Continuous batching (`generate_batch`, `cache_implementation="paged"`) can\'t be guided. Use `generate` '
+            "with the default cache or a static one."
+        )
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """As the base model's: the forwards of all models are compiled, the formula between them is not."""
+        return partial(self.forward, compile_config=compile_config)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        guide_input_ids: torch.Tensor | None = None,
+        guide_attention_mask: torch.Tensor | None = None,
+        prompt_length: int | None = None,
+        text_ids: torch.Tensor | None = None,
+        compile_config: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """The logits of the guided distribution, which are its log-probabilities.
+
+        Args:
+            input_ids, attention_mask, position_ids, use_cache, logits_to_keep: As in the base model's forward.
+            guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
+                The prompts that guides read in the place of the base model's, padded on the left.
+            prompt_length, text_ids, compile_config: What `generate` hands on between its steps.
+            **inputs: Further inputs of the base model; the cache, as `cache` or `past_key_values`, is a
+                [`GuidedCache`].
+
+        Returns:
+            The base model's output, with logits of shape `(rows, positions, vocab)`, float32.
+
+        Raises:
+            ValueError: a cache of another model, inputs that a guide can't see, or a guide that can't be read, see the
+                class.
+        """
+        cache = cache_in(inputs)
+        keeps = self.config.get_text_config().use_cache if use_cache is None else use_cache
+        inputs = {name: value for name, value in inputs.items() if name not in NAMES and name != "return_dict"}
+        text, mask, positions = input_ids, attention_mask, position_ids
+        if self.config.is_encoder_decoder:
+            inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+            text, mask, positions = inputs["decoder_input_ids"], None, None
+        elif inputs.get("inputs_embeds") is not None:
+            embeds = inputs["inputs_embeds"]
+            text, inputs["input_ids"] = torch.zeros(len(embeds), 0, dtype=torch.long, device=embeds.device), None
+        elif positions is not None and positions.ndim != 2:  # of images in the text, which a guide does not have
+            positions, inputs["position_ids"] = None, positions
+        text = cast(torch.Tensor, text)
+        own = _prompt(guide_input_ids, guide_attention_mask)
+        state = self._state(cache, keeps, own is not None)
+        self._check_inputs(state, inputs, own is not None)
+        new = New(text, mask, positions, own, text.shape[1] if prompt_length is None else prompt_length, state.length)
+        output, scores, answers = None, None, {}
+        for part in state.parts:
+            logits, found = part.read(new, inputs if part.is_base else {}, logits_to_keep, compile_config)
+            if part.is_base:
+                output, scores = found, logits[part.terms[0]]
+            answers |= {term: logits[term] for term in part.guides}
+        embeds = inputs.get("inputs_embeds")
+        state.note(text.shape[1] if embeds is None else embeds.shape[1], len(text))
+        step = self._step(scores, answers)
+        if output is None:
+            output = CausalLMOutputWithPast()
+        output.logits = self._at_positions(step, text_ids, mask, new) if self._reads_text else guided_logits(self.formula, step)
+        if keeps or cache is not None:
+            for name, value in cache_argument(self.backbone, state).items():
+                setattr(output, name, value)
+        return output
+
+    def _step(self, scores: torch.Tensor | None, answers: dict[LM, torch.Tensor]) -> Step:
+        """What the formula is evaluated on: log-probabilities in the base model's vocabulary."""
+        size = next(iter(answers.values())).shape[-1] if scores is None else scores.shape[-1]
+        device = self.device if scores is None else scores.device
+        found = {term: term.log_probs(logits, size).to(device) for term, logits in answers.items()}
+        if scores is None:
+            scores = torch.zeros_like(next(iter(found.values())))
+        return Step(scores, found)
+
+    def _at_positions(
+        self, step: Step, text: torch.Tensor | None, mask: torch.Tensor | None, new: New
+    ) -> torch.Tensor:
+        """The formula at one position after the other, each with the text up to it."""
+        if text is None and new.start:
+            raise ValueError(
+                "A reward of texts was given the last tokens alone. Use `generate`, or leave the cache out."
+            )
+        text = new.ids if text is None else text
+        mask = torch.ones_like(text) if mask is None else mask.to(text)
+        count = step.scores.shape[1]
+        found = []
+        for i in range(count):
+            length = text.shape[1] - count + 1 + i
+            answers = {term: value[:, i] for term, value in step.answers.items()}
+            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], new.prompt)
+            found.append(guided_logits(self.formula, one))
+        return torch.stack(found, 1)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
+        inputs = self.backbone.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return {**inputs, **ours, **({"text_ids": input_ids} if self._reads_text else {})}
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        input_ids, model_kwargs = self.backbone._expand_inputs_for_generation(*args, **kwargs)
+        model_kwargs.setdefault("prompt_length", input_ids.shape[1])
+        return input_ids, model_kwargs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        self.backbone._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in OURS})
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        if not isinstance(kwargs.get("assistant_model"), Guided):
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OURS}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    def _supports_logits_to_keep(self) -> bool:
+        return True
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_length: int
+    ) -> None:
+        given = cache_in(model_kwargs)
+        if given is not None or generation_config.use_cache is False:
+            self._state(given, False, False)
+            self.backbone._prepare_cache_for_generation(
+                generation_config, model_kwargs, mode, batch_size, max_length
+            )
+            return
+        own = model_kwargs.get("guide_input_ids")
+
+        def new_cache(term: LM, copies: int) -> Cache:
+            of_model = {name: value for name, value in model_kwargs.items() if name not in NAMES}
+            length = max_length + (0 if own is None else own.shape[1])
+            term.backbone._prepare_cache_for_generation(
+                generation_config, of_model, mode, copies * batch_size, length
+            )
+            if cache_in(of_model) is None:
+                raise ValueError(
+                    f"A {type(term.backbone).__name__} has no cache that `generate` can carry. Pass `use_cache=False`."
+                )
+            return cache_in(of_model)
+
+        state = GuidedCache(self._parts(new_cache, own is not None))
+        model_kwargs.update(cache_argument(self.backbone, state))
+
+    def _state(self, cache: Any, keeps: bool, own_prompt: bool) -> GuidedCache:
+        """What was read before: the cache, or a fresh one, which keeps nothing unless it is to."""
+        if cache is None:
+            made = _default_cache if keeps else lambda term, copies: None
+            return GuidedCache(self._parts(made, own_prompt))
+        if not isinstance(cache, GuidedCache) or not cache.is_of(self.backbone, self.terms):
+            raise ValueError(
+                f"This {type(cache).__name__} was not made by a guided model with the same models, adapters and "
+                "preferences. Leave the cache out, or pass the one that an earlier call of this model returned."
+            )
+        return cache
+
+    def _parts(self, new_cache: Any, own_prompt: bool) -> list[Any]:
+        return parts_of(self._own() if self._reads_base else None, self.terms, own_prompt, new_cache)
+
+    def _own(self) -> LM:
+        """The base model as a term: with its active adapters, but without those that guide."""
+        silent = (scorer for scorer in self.formula.silent() if isinstance(scorer, LM))
+        guiding = {name for term in (*self.terms, *silent) if term.backbone is self.backbone for name in term.adapter_names}
+        return LM.of_base(self.base, [name for name in AdapterSwitch.of(self.backbone).active if name not in guiding])
+
+    def _check_modes(self) -> None:
+        for model in (self.base, *(term.model for term in self.terms)):
+            check_evaluates(model)
+
+    def _check_inputs(self, state: GuidedCache, inputs: Mapping[str, Any], own_prompt: bool) -> None:
+        """Raises `ValueError` for what the base model sees and a guide does not."""
+        others = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.ndim and n not in SEEN]
+        if self.config.is_encoder_decoder:
+            others = ["an encoder's input"]
+        blind = [t for part in state.parts for t in part.terms if t in self.terms and not (part.is_base and others == ["inputs_embeds"])]
+        if others and blind and not own_prompt:
+            raise ValueError(
+                f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of their "
+                "own with `guide_input_ids`."
+            )
+
+
+def _prompt(ids: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A guide's own prompt. Raises `ValueError` unless it has tokens and is padded on the left."""
+    if ids is None:
+        return None
+    mask = torch.ones_like(ids) if mask is None else mask
+    if ids.ndim != 2 or ids.numel() == 0 or mask.shape != ids.shape or not mask[:, -1].all():
+        raise ValueError(
+            f"`guide_input_ids` has shape {tuple(ids.shape)}, but it needs (rows, columns), not empty and padded on the "
+            "left, and `guide_attention_mask` the same shape."
+        )
+    return ids, mask
+
+
+def _default_cache(term: LM, copies: int) -> Cache:
+    return DynamicCache(config=term.backbone.config.get_text_config(decoder=True))

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front door: a formula as a logits processor for any model's `generate`.
+
+`generate` hands a processor the tokens and the scores of the model that generates, and nothing else. So the guides
+have a cache of their own here, which is addressed by the tokens it holds: every call compares the tokens it gets with
+those, and feeds the difference. What it returns is a function of the tokens alone, in every mode of `generate`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from peft_pblora.preference import Preference
+from trl_parm.algebra import Scorer, Step, guided_logits
+
+from .adapters import check_aside, step_aside
+from .methods import Beta, Models, genarm, mod, mod_w2s, parm
+from .reading import GuidedCache, New, parts_of
+from .terms import LM, check_evaluates
+
+
+WINDOW = 32
+"""How many positions of a single text are remembered: a draft asks for them, and its verification once more."""
+
+
+class Prompt:
+    """What a guide reads in the place of the base model's prompts, or the mask of these, for the prompts of one batch.
+
+    Args:
+        inputs (`Mapping`, *optional*):
+            What `generate` gets: `input_ids` or `inputs_embeds`, and `attention_mask`.
+        guide (`Mapping`, `str` or `list[str]`, *optional*):
+            The guide's own prompts, one for each prompt of the batch: encoded (`input_ids`, `attention_mask`, padded
+            on the left) or as texts, which need `tokenizer`. Most of all where it was trained with another template.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The guide's tokenizer, for texts.
+        length (`int`, *optional*):
+            How many leading columns of `generate`'s `input_ids` the guide's prompts stand for: those of `inputs` if
+            not given, 0 for `inputs_embeds`. It is 1 for an encoder-decoder base model, whose decoder starts with one
+            token.
+
+    Raises:
+        ValueError: nothing to read, texts without tokenizer, or batches that differ.
+
+    Example:
+
+    ```python
+    prompt = Prompt(inputs, guide=["BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:"], tokenizer=arm_tokenizer)
+    model.generate(**inputs, logits_processor=[PARMLogitsProcessor(arm, preference, prompt=prompt)])
+    PARM(model, arm, preference).generate(**inputs, **prompt.arguments)
+    ```
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        guide: Mapping[str, Any] | str | Sequence[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        length: int | None = None,
+    ) -> None:
+        inputs = inputs or {}
+        self.attention_mask: torch.Tensor | None = inputs.get("attention_mask")
+        self.length = length
+        if length is None and inputs.get("input_ids") is not None:
+            self.length = inputs["input_ids"].shape[1]
+        elif length is None and inputs.get("inputs_embeds") is not None:
+            self.length = 0
+        elif length is None and self.attention_mask is not None:
+            self.length = self.attention_mask.shape[1]
+        if self.length is None:
+            raise ValueError("`Prompt` needs `inputs` with `input_ids` or `inputs_embeds`, or a `length`.")
+        self.own = None if guide is None else _encode(guide, tokenizer)
+        rows = [len(t) for t in (self.attention_mask, self.own and self.own[0]) if t is not None]
+        if len(set(rows)) > 1:
+            raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[1]}. Give the guide one for each.")
+
+    @property
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """The guide's own prompts as arguments of a guided model's `generate`."""
+        return {} if self.own is None else {"guide_input_ids": self.own[0], "guide_attention_mask": self.own[1]}
+
+    def mask(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mask of all tokens so far, of their shape `(rows, columns)`; `None` if it is not known.
+
+        Raises:
+            ValueError: the batch is not the one that the prompt belongs to.
+        """
+        rows = len(self.own[0]) if self.own is not None else None
+        if self.attention_mask is not None and self.length:
+            rows = len(self.attention_mask)
+        if rows is None:
+            return None
+        length = cast(int, self.length)
+        if len(tokens) % rows or length > tokens.shape[1]:
+            raise ValueError(
+                f"The prompt has {rows} rows of {length} tokens, which does not fit input ids of shape "
+                f"{tuple(tokens.shape)}. Make one `Prompt`, and one processor, for each batch of prompts."
+            )
+        if self.attention_mask is None or not self.length:
+            return None
+        mask = torch.ones_like(tokens)
+        mask[:, :length] = self.attention_mask.to(mask).repeat_interleave(len(tokens) // rows, dim=0)
+        return mask
+
+
+class GuidedLogitsProcessor(LogitsProcessor):
+    """Makes `generate` decode from a formula: `model.generate(..., logits_processor=[GuidedLogitsProcessor(f)])`.
+
+    It returns log π of the guided distribution. Tokens that the base model excludes (a score of −inf) stay excluded.
+    Temperature, top-k and top-p act on the guided distribution, since `generate` applies them after custom processors;
+    a repetition penalty acts on the base model alone. [`Guided`], whose `generate` knows more, is faster where guides
+    are adapters on the base model, and has all settings act on the guided distribution.
+
+    An adapter that guides must not act in the model that generates, which may have the same weights. So **it is made
+    inactive in its model when the processor is made**, as `set_adapter([])` would, and acts when the guide is read;
+    `arm.set_adapter(name)` makes it active again, and the processor then refuses to guide. Nothing else changes.
+
+    Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin with a
+    pad token that is one, pass `prompt=Prompt(inputs)` with the mask. In continuous batching transformers drops custom
+    processors with a line in its log: use `generate`.
+
+    Args:
+        formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
+        prompt ([`Prompt`], *optional*): The mask of the prompts, or the guides' own; the processor then serves this
+            batch only.
+        pad_token_id (`int`, *optional*): The base model's pad token; the first guide's if not given.
+
+    Raises:
+        TypeError: something else than a scorer.
+        ValueError: at a call, a model in training mode, padding that can't be told, a guide that sees no prompt, or
+            whose adapter is gone, merged or active.
+        NotImplementedError: at a call with the last token of every row alone.
+    """
+
+    def __init__(self, formula: Scorer, prompt: Prompt | None = None, pad_token_id: int | None = None) -> None:
+        if not isinstance(formula, Scorer):
+            raise TypeError(
+                f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm)."
+            )
+        self.formula, self.prompt, self.pad_token_id = formula, prompt, pad_token_id
+        for term in self._guides():
+            step_aside(term)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens. Only needed after changing a guide's weights behind PyTorch's back, as by `.data`."""
+        self._lock = threading.Lock()
+        self._prefix: _Prefix | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.ndim != 2:
+            raise NotImplementedError(
+                f"Guidance needs all tokens of every row, of shape (rows, length), but got {tuple(input_ids.shape)}: "
+                "continuous batching passes the last ones alone. Use `generate`."
+            )
+        terms = [scorer for scorer in dict.fromkeys(self.formula.scorers()) if isinstance(scorer, LM)]
+        for term in self._guides():
+            check_evaluates(term.model)
+            check_aside(term)
+        with self._lock, torch.no_grad():
+            if self._prefix is None or not self._prefix.serves(terms):
+                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id)
+            answers = self._prefix.read(input_ids)
+            found = {term: term.log_probs(logits, scores.shape[-1]) for term, logits in answers.items()}
+            found = {term: values.to(scores.device) for term, values in found.items()}
+            step = Step(scores, found, input_ids, self._prefix.mask, self._prefix.prompt_length)
+            return guided_logits(self.formula, step)
+
+    def _guides(self) -> list[LM]:
+        """The language models of the formula, those of weight 0 too."""
+        scorers = dict.fromkeys((*self.formula.scorers(), *self.formula.silent()))
+        return [scorer for scorer in scorers if isinstance(scorer, LM)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_prefix")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.formula!r})"
+
+
+class PARMLogitsProcessor(GuidedLogitsProcessor):
+    """PARM as a logits processor; the arguments are those of [`parm`] and [`GuidedLogitsProcessor`].
+
+    Example:
+
+    ```python
+    guide = PARMLogitsProcessor(arm, {"helpful": 0.7, "harmless": 0.3}, beta=1.0)
+    model.generate(**inputs, logits_processor=[guide])
+    ```
+    """
+
+    def __init__(
+        self,
+        arm: Any,
+        preference: Preference | None = None,
+        beta: Beta = 1.0,
+        prompt: Prompt | None = None,
+        pad_token_id: int | None = None,
+        **guide: Any,
+    ) -> None:
+        self._arguments = {"arm": arm, "preference": preference, "beta": beta, **guide}
+        super().__init__(parm(**self._arguments), prompt, pad_token_id)
+
+    def set(self, preference: Preference | None = None, beta: Beta | None = None) -> None:
+        """Changes α, β or both between two calls of `generate`, for any batch.
+
+        Args:
+            preference (`Preference`, *optional*): As in the class; unchanged if not given.
+            beta (`float` or `torch.Tensor`, *optional*): As in the class; unchanged if not given.
+
+        Raises:
+            ValueError: as the class; nothing is changed then.
+        """
+        given = {"preference": preference, "beta": beta}
+        arguments = self._arguments | {name: value for name, value in given.items() if value is not None}
+        self.formula, self._arguments = parm(**arguments), arguments
+
+
+class GenARMLogitsProcessor(GuidedLogitsProcessor):
+    """GenARM as a logits processor; the arguments are those of [`genarm`] and [`GuidedLogitsProcessor`]."""
+
+    def __init__(
+        self,
+        arms: Models,
+        preference: Preference,
+        beta: Beta = 1.0,
+        adapters_of: Any = None,
+        prompt: Prompt | None = None,
+        pad_token_id: int | None = None,
+        **guide: Any,
+    ) -> None:
+        super().__init__(genarm(arms, preference, beta, adapters_of, **guide), prompt, pad_token_id)
+
+
+class MODLogitsProcessor(GuidedLogitsProcessor):
+    """MOD as a logits processor; the arguments are those of [`mod`] and [`GuidedLogitsProcessor`]."""
+
+    def __init__(
+        self,
+        policies: Models,
+        preference: Preference,
+        divergence: str = "reverse_kl",
+        order: float = 1.0,
+        adapters_of: Any = None,
+        prompt: Prompt | None = None,
+        pad_token_id: int | None = None,
+        **guide: Any,
+    ) -> None:
+        super().__init__(mod(policies, preference, divergence, order, adapters_of, **guide), prompt, pad_token_id)
+
+
+class MODWeakToStrongLogitsProcessor(GuidedLogitsProcessor):
+    """MOD-w2s as a logits processor; the arguments are those of [`mod_w2s`] and [`GuidedLogitsProcessor`]."""
+
+    def __init__(
+        self,
+        policies: Models,
+        reference: Any,
+        preference: Preference,
+        adapters_of: Any = None,
+        prompt: Prompt | None = None,
+        pad_token_id: int | None = None,
+        **guide: Any,
+    ) -> None:
+        super().__init__(mod_w2s(policies, reference, preference, adapters_of, **guide), prompt, pad_token_id)
+
+
+class _Prefix:
+    """What guides have read: the tokens of a call of `generate`, and the answers after some of their prefixes.
+
+    Assisted decoding asks for the positions of a drafted window twice, once while it drafts and once while it
+    verifies, and takes back what it rejects. It has one text, so remembering a window of positions costs little.
+
+    Attributes:
+        mask (`torch.Tensor` of shape `(rows, length)`): Of the tokens that were asked for last.
+        prompt_length (`int`): Columns that the call began with.
+    """
+
+    def __init__(self, terms: list[LM], prompt: Prompt | None, pad_token_id: int | None) -> None:
+        self.terms, self.prompt, self.pad_token_id = terms, prompt, pad_token_id
+        self.prompt_length = 0
+        self.tokens = torch.empty(0, 0, dtype=torch.long)
+        self._parameters = [parameter for term in terms for parameter in term.model.parameters()]
+        self._made_of = self._weights()
+
+    def serves(self, terms: list[LM]) -> bool:
+        """Whether it is one of these terms, and nothing that their answers depend on has changed."""
+        current = len(self.tokens) == 0 or all(part.is_current for part in self.state.parts)
+        return self.terms == terms and current and self._made_of == self._weights()
+
+    def read(self, tokens: torch.Tensor) -> dict[LM, torch.Tensor]:
+        """The logits of every term after all of the tokens, `(rows, vocab)`."""
+        length = tokens.shape[1]
+        if not self._goes_on(tokens) or not self._follow(tokens):
+            self._begin(tokens)
+        new_columns = length - self.prompt_length
+        self.mask = torch.cat([self.prompt_mask, torch.ones_like(tokens[:, length - new_columns :])], 1)
+        if length in self.answers:
+            return self.answers[length]
+        kept = self.state.length
+        own = None if self.prompt is None else self.prompt.own
+        mask = None if bool(self.mask.all()) else self.mask
+        answers: dict[LM, torch.Tensor] = {}
+        for part in self.state.parts:
+            logits, _ = part.read(New(tokens[:, kept:], mask, None, own, self.prompt_length, kept), {}, 1)
+            answers |= {term: value[:, -1] for term, value in logits.items()}
+        self.state.note(length - kept, len(tokens))
+        recent = sorted(self.answers)[-WINDOW:] if len(tokens) == 1 else []
+        self.answers = {n: self.answers[n] for n in recent} | {length: answers}
+        self.tokens = tokens.clone()
+        return answers
+
+    def _goes_on(self, tokens: torch.Tensor) -> bool:
+        """Whether these are tokens of the same call: rows of the same prompts, at most one token longer than before."""
+        start, held = self.prompt_length, self.tokens.shape[1]
+        return (
+            len(self.tokens) == len(tokens) > 0
+            and start <= tokens.shape[1] <= held + 1
+            and torch.equal(tokens[:, :start], self.tokens[:, :start])
+        )
+
+    def _begin(self, tokens: torch.Tensor) -> None:
+        """Forgets all but what it is of. Raises `ValueError` where guides would see no prompt, or padding as text."""
+        given = self.prompt.mask(tokens) if self.prompt is not None else None
+        own = None if self.prompt is None else self.prompt.own
+        start = tokens.shape[1]
+        if self.prompt is not None and (given is not None or own is not None):
+            start = cast(int, self.prompt.length)
+        mask = torch.ones_like(tokens) if given is None else given
+        if given is None and own is None:
+            mask = self._told_by_pad_token(tokens)
+        if self.terms and own is None and not mask.any():
+            raise ValueError(
+                "The guides have nothing to read: with `inputs_embeds`, or an encoder-decoder base model, they can't "
+                "see the prompt. Give them one with `prompt=Prompt(inputs, guide=...)`."
+            )
+        self.prompt_length, self.prompt_mask = start, mask[:, :start]
+        self.state = GuidedCache(parts_of(None, self.terms, own is not None, _rewindable_cache))
+        self.answers: dict[int, dict[LM, torch.Tensor]] = {}
+        self.tokens = tokens[:, :0]
+
+    def _follow(self, tokens: torch.Tensor) -> bool:
+        """Makes the caches hold a prefix of the tokens, their rows in the tokens' order; `False` if they can't."""
+        held, length = self.tokens.shape[1], tokens.shape[1]
+        shared = min(held, length)
+        old, new = self.tokens[:, :shared], tokens[:, :shared]
+        if not torch.equal(old, new):
+            same = (new[:, None] == old[None]).all(-1) & self._alike(len(tokens)).to(old.device)
+            if bool(same.any(1).all()):
+                rows = same.int().argmax(1)
+                self.state.reorder_cache(rows)
+                self.tokens, self.answers = self.tokens[rows], {}
+            else:
+                shared = int((old == new).all(0).cumprod(0).sum())
+        self.answers = {n: answer for n, answer in self.answers.items() if n <= shared}
+        kept = shared if length in self.answers else min(shared, length - 1)
+        if kept < self.state.length:
+            if kept < 1 or not all(type(layer) is DynamicLayer for layer in self.state.layers):
+                return False
+            self.state.crop(kept - self.state.length)
+            self.tokens = self.tokens[:, :kept]
+        return True
+
+    def _alike(self, rows: int) -> torch.Tensor:
+        """Which rows may go on from which, `(rows, rows)`: those of one padding and of the same preferences."""
+        alike = (self.prompt_mask[:, None] == self.prompt_mask[None]).all(-1)
+        for term in self.terms:
+            number = torch.arange(rows, device=alike.device) // max(1, rows // term.rows)
+            alike &= number[:, None] == number[None]
+        return alike
+
+    def _told_by_pad_token(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The mask that `generate` finds where none is given. Raises `ValueError` where it may have got another."""
+        pad, ends = self.pad_token_id, set()
+        for term in self.terms:
+            config = term.backbone.generation_config
+            known = term.vocabulary.base_pad_token_id if term.vocabulary is not None else config.pad_token_id
+            pad = known if pad is None else pad
+            end = config.eos_token_id
+            ends |= set(end) if isinstance(end, list) else {end}
+        ends.discard(None)
+        if pad is not None and pad not in ends:
+            return (tokens != pad).long()
+        doubtful = {pad} if pad is not None else ends
+        if tokens.shape[1] and any(int(token) in doubtful for token in tokens[:, 0]):
+            raise ValueError(
+                "A row begins with an end token, which may be padding or text. Pass `prompt=Prompt(inputs)`, which has "
+                "the mask, to the processor, or use a guided model such as `PARM(model, arm, ...)`, which `generate` "
+                "tells."
+            )
+        return torch.ones_like(tokens)
+
+    def _weights(self) -> int:
+        return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
+
+
+def _rewindable_cache(term: LM, copies: int) -> Cache:
+    """A cache that can be taken back at any length, where the model's layers allow it.
+
+    Layers with a window of attention keep all that they have read: the mask says what they see.
+    """
+    cache = DynamicCache(config=term.backbone.config.get_text_config())
+    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(guide, str):
+        guide = [guide]
+    if not isinstance(guide, Mapping):
+        if tokenizer is None:
+            raise ValueError("`guide` has texts, which need `tokenizer`, the guiding model's tokenizer.")
+        guide = tokenizer(list(guide), return_tensors="pt", padding=len(guide) > 1, padding_side="left")
+    ids = guide["input_ids"]
+    mask = guide.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if ids.ndim != 2 or ids.numel() == 0 or not mask[:, -1].all():
+        raise ValueError(
+            f"`guide` has input ids of shape {tuple(ids.shape)}, but it needs (batch, prompt), not empty and padded "
+            "on the left."
+        )
+    return ids, mask

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model as a term of a formula: data that says what is to be read, without any state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from peft_pblora import as_preference, get_objectives
+from peft_pblora.condition import Condition
+from peft_pblora.control import has_preference
+from peft_pblora.kv_cache import takes_cache
+from peft_pblora.preference import Preference
+from peft_pblora.switch import AdapterSwitch, backbone_of
+from trl_parm.algebra import Scorer, Step
+
+from .vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LM(Scorer):
+    """log π of a second language model given the tokens so far.
+
+    It is frozen: nothing of the model changes when it is made, and what it says follows from its arguments and the
+    model's weights. Two of them are equal, and run once in a formula, if their arguments are.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            A causal language model. It may be an adapter on the model that generates: the base model is then read
+            without it.
+        preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`, *optional*):
+            The preference of the model's adapter; the one set in the model when it is read if not given. A tensor of
+            shape `(rows, k)` holds one for each row of the batch; `generate` may repeat rows.
+        adapter_name (`str`, *optional*): Which of the model's adapters to use; the active ones if not given.
+        disable_adapter (`bool`, *optional*, defaults to `False`):
+            Use the model without that adapter: for an ARM, the untrained ARM.
+        vocabulary ([`Vocabulary`], *optional*): Aligns the tokens of two vocabularies that differ.
+
+    Attributes:
+        adapter_names (`tuple[str, ...]`): The adapters that are meant.
+        adapters (`tuple[str, ...]`): Those of them that act; none with `disable_adapter`.
+        condition (`Condition` or `None`): The preference, if one was given, as adapters take it.
+        backbone (`PreTrainedModel`): The transformer, below any `PeftModel`.
+
+    Raises:
+        ValueError: a model that is no causal language model with a key-value cache, an unknown adapter, or an invalid
+            preference.
+    """
+
+    model: Any
+    preference: Preference | None = None
+    adapter_name: str | None = None
+    disable_adapter: bool = False
+    vocabulary: Vocabulary | None = None
+    adapter_names: tuple[str, ...] = field(init=False)
+    condition: Condition | None = field(init=False, default=None)
+    _key: tuple = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_guide(self.model, self.backbone)
+        object.__setattr__(self, "adapter_names", _named_adapters(self.model, self.adapter_name))
+        if self.disable_adapter and not self.adapter_names:
+            raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
+        α = None
+        if self.preference is not None:
+            objectives = self._objectives()
+            # A copy, which nobody else can change.
+            α = as_preference(self.preference, objectives).clone()
+            object.__setattr__(self, "preference", α)
+            object.__setattr__(self, "condition", Condition.fixed(objectives, α))
+        values = None if α is None else (tuple(α.shape), *α.flatten().tolist())
+        object.__setattr__(self, "_key", (id(self.backbone), self.adapters, values, id(self.vocabulary)))
+
+    @property
+    def backbone(self) -> Any:
+        return backbone_of(self.model)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return () if self.disable_adapter else self.adapter_names
+
+    @property
+    def rows(self) -> int:
+        """How many rows have a preference of their own; 1 if all have the same."""
+        α = self.preference
+        return len(α) if isinstance(α, torch.Tensor) and α.ndim == 2 else 1
+
+    @classmethod
+    def of_base(cls, base: Any, adapters: list[str]) -> LM:
+        """The model that generates, with these of its adapters; any architecture."""
+        term = object.__new__(cls)
+        key = id(backbone_of(base)), tuple(adapters), None, id(None)
+        values = dict(model=base, preference=None, condition=None, adapter_name=None, disable_adapter=False, vocabulary=None)
+        for name, value in (values | {"adapter_names": tuple(adapters), "_key": key}).items():
+            object.__setattr__(term, name, value)
+        return term
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return step.answers[self]
+
+    def log_probs(self, logits: torch.Tensor, size: int) -> torch.Tensor:
+        """log π in the base model's vocabulary, of `size` tokens. Raises `ValueError` if that is another one."""
+        found = torch.log_softmax(logits.float(), dim=-1)
+        if self.vocabulary is not None:
+            return self.vocabulary.to_base(found, size)
+        if found.shape[-1] != size:
+            raise ValueError(
+                f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. If their "
+                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`."
+            )
+        return found
+
+    def __reduce__(self) -> tuple:
+        # The adapters that are meant stay the same, whatever is active in the copy's model.
+        name = self.adapter_names[0] if len(self.adapter_names) == 1 else self.adapter_name
+        return LM, (self.model, self.preference, name, self.disable_adapter, self.vocabulary)
+
+    def _objectives(self) -> list[str]:
+        if self.disable_adapter or not has_preference(self.model):
+            raise ValueError(
+                "`preference` was given, but the guiding model has no preference-conditioned adapter. Load one with "
+                "`PeftModel.from_pretrained` after `import peft_pblora`, or leave `preference` out."
+            )
+        name = self.adapter_names[0] if len(self.adapter_names) == 1 else None
+        return get_objectives(self.model, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LM) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        details = []
+        if len(self.adapter_names) == 1 and self.adapter_names != ("default",):
+            details.append(self.adapter_names[0])
+        if self.disable_adapter:
+            details.append("adapter off")
+        if self.rows > 1:
+            details.append(f"a preference for each of {self.rows} rows")
+        elif isinstance(self.preference, torch.Tensor):
+            named = zip(self._objectives(), self.preference.flatten().tolist(), strict=True)
+            details.append(", ".join(f"{objective}={weight:g}" for objective, weight in named))
+        return f"LM({', '.join([name, *details])})"
+
+
+def _named_adapters(model: Any, name: str | None) -> tuple[str, ...]:
+    """The adapter of this name; without a name, the active ones of a model, or those that a `PeftModel` is set to."""
+    switch = AdapterSwitch.of(backbone_of(model))
+    if name is not None:
+        return tuple(switch.chosen(name))
+    if isinstance(model, PeftModel):
+        return tuple(name for name in model.active_adapters if name in switch.names)
+    if switch.names and not switch.active:
+        raise ValueError(
+            f"The guiding model has the adapters {switch.names}, but none is active. Name one with `adapter_name`, or "
+            "pass `disable_adapter=True` with any of them to guide with the model without adapters."
+        )
+    return tuple(switch.active)
+
+
+def check_guide(model: Any, backbone: PreTrainedModel) -> None:
+    """Raises `ValueError` unless a model, whose transformer is `backbone`, is a causal LM with a key-value cache."""
+    if backbone.config.is_encoder_decoder:
+        raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError("The guiding model is tuned by prompt learning. Only adapters on its layers can guide.")
+    if backbone.get_output_embeddings() is None:
+        raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
+    layers = DynamicCache(config=backbone.config.get_text_config()).layers
+    recurrent = layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if recurrent or not takes_cache(backbone):
+        raise ValueError(
+            f"The guiding model is a {type(backbone).__name__}, which has no key-value cache. Use a transformer "
+            "as the guide."
+        )
+
+
+def check_evaluates(model: Any) -> None:
+    """Raises `ValueError` for a model in training mode: its dropout would act."""
+    if model.training:
+        raise ValueError(
+            f"A {type(model).__name__} of the formula is in training mode, in which its dropout acts. Call "
+            "`model.eval()` on it before it generates or guides."
+        )
