@@ -24,12 +24,13 @@ class Condition:
         preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`): α, or one for each row of the batch.
         version (`int`): How often it was set.
         was_set (`bool`): Whether somebody chose it, or was told that nobody did.
+        merged (`int`): Layers into whose weights the adapter is merged at this preference.
     """
 
     def __init__(self, objectives: Sequence[str], preference: Sequence[float]) -> None:
         self.objectives = list(objectives)
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
-        self.version = 0
+        self.version = self.merged = 0
         self.was_set = False
 
     @classmethod

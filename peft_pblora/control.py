@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from .condition import Condition
-from .layer import PreferenceLinear
+from .layer import PreferenceLinear, preference_layers
+from .model import PreferenceTuner
 from .preference import Preference, as_preference
 
 
@@ -37,15 +39,15 @@ def set_preference(
     set_preference(model, {"helpful": 0.7, "harmless": 0.3})
     ```
     """
-    for layer, name in adapted_layers(model, adapter_name):
-        if name in layer.merged_adapters:
+    found = conditions(model, adapter_name)
+    valid = [as_preference(preference, condition.objectives, normalize) for _, condition in found]
+    for name, condition in found:
+        if condition.merged:
             raise ValueError(
                 f"Adapter {name!r} is merged into the base weights at one preference. Call `unmerge_adapter()` "
                 "before setting another."
             )
-    found = conditions(model, adapter_name)
-    valid = [as_preference(preference, condition.objectives, normalize) for condition in found]
-    for condition, value in zip(found, valid, strict=True):
+    for (_, condition), value in zip(found, valid, strict=True):
         condition.set(value)
 
 
@@ -68,7 +70,7 @@ def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[st
 
 def has_preference(model: nn.Module) -> bool:
     """Whether the model has a preference-conditioned adapter."""
-    return any(isinstance(module, PreferenceLinear) for module in model.modules())
+    return any(_families(model))
 
 
 @contextlib.contextmanager
@@ -84,7 +86,7 @@ def use_preference(
         model.generate(**inputs)
     ```
     """
-    former = [(one, one.preference.clone(), one.was_set) for one in conditions(model, adapter_name)]
+    former = [(one, one.preference.clone(), one.was_set) for _, one in conditions(model, adapter_name)]
     set_preference(model, preference, adapter_name, normalize)
     try:
         yield
@@ -94,34 +96,44 @@ def use_preference(
             condition.was_set = was_set
 
 
-def conditions(model: nn.Module, adapter_name: str | None = None) -> list[Condition]:
-    """The conditions of a model's adapters, or of the one of this name, each once. Raises as [`set_preference`]."""
-    found = [layer.adapter(name).condition for layer, name in adapted_layers(model, adapter_name)]
-    return list({id(condition): condition for condition in found}.values())
+def conditions(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Condition]]:
+    """The adapters of a model, or the one of this name, with their conditions. A `PeftModel`'s layers are not visited.
 
-
-def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
-    """All pairs of an adapted layer and an adapter name in it. Raises `ValueError` if there are none."""
-    layers = [module for module in model.modules() if isinstance(module, PreferenceLinear)]
-    pairs = [(layer, name) for layer in layers for name in layer.adapters if adapter_name in (None, name)]
-    if not pairs:
-        known = sorted({name for layer in layers for name in layer.adapters})
+    Raises:
+        ValueError: the model has no such adapter.
+    """
+    families = _families(model)
+    found = [pair for family in families for pair in family.items() if adapter_name in (None, pair[0])]
+    if not found:
+        known = sorted({name for family in families for name in family})
         raise ValueError(
             f"The model has no preference-conditioned adapter {adapter_name!r}; it has {known}."
             if known
             else "The model has no preference-conditioned adapter. Make one with "
             "`get_peft_model(model, PBLoraConfig(objectives=[...]))`."
         )
-    return pairs
+    return found
 
 
 def active_condition(model: nn.Module, adapter_name: str | None = None) -> Condition:
-    """The condition of the adapter of the given name, else of an active one.
+    """The condition of the adapter of the given name, else of an active one. Raises as [`conditions`]."""
+    found = conditions(model, adapter_name)
+    active: list[str] = []
+    if len(found) > 1:
+        active = next(layer for layer in preference_layers(model) if layer.adapters).active_adapters
+    return next((condition for name, condition in found if name in active), found[0][1])
 
-    Raises:
-        ValueError: the model has no such adapter.
-    """
-    pairs = adapted_layers(model, adapter_name)
-    active = [(layer, name) for layer, name in pairs if name in layer.active_adapters]
-    layer, name = (active or pairs)[0]
-    return layer.adapter(name).condition
+
+def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
+    """All pairs of an adapted layer and an adapter name in it. Raises as [`conditions`]."""
+    conditions(model, adapter_name)
+    layers = preference_layers(model)
+    return [(layer, name) for layer in layers for name in layer.adapters if adapter_name in (None, name)]
+
+
+def _families(model: nn.Module) -> list[dict[str, Condition]]:
+    """The conditions by name, once for each part of the model that was given adapters by itself."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if isinstance(tuner, PreferenceTuner):
+        return [tuner.conditions]
+    return list({id(layer.conditions): layer.conditions for layer in preference_layers(model)}.values())

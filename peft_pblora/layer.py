@@ -26,6 +26,9 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     All that belongs to an adapter lives in one [`LowRankAdapter`] under `<prefix>adapter.<name>`. Subclasses set
     `prefix`, which PEFT needs to be different for each method.
+
+    Attributes:
+        conditions (`dict[str, Condition]`): Conditions of the model's adapters by name, one `dict` for all layers.
     """
 
     prefix: ClassVar[str]
@@ -33,13 +36,14 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PreferenceConfig, **kwargs: Any) -> None:
         super().__init__()
         self.adapter_layer_names = (f"{self.prefix}adapter",)
-        self.other_param_names = ("merged_preference",)
+        self.other_param_names = ("merged_preference", "conditions")
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self.merged_preference: dict[str, torch.Tensor] = {}
+        self.conditions: dict[str, Condition] = {}
         self.bias_was_added = False
         self._disable_adapters = False
         self.merged_adapters = []
@@ -65,7 +69,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: PreferenceConfig, inference_mode: bool = False, **kwargs: Any
     ) -> None:
-        """Adds an adapter, or replaces the one of this name, with a condition of its own until the tuner joins them."""
+        """Adds an adapter, or replaces the one of this name, with a condition of its own: the tuner joins them."""
         self.adapters[adapter_name] = LowRankAdapter(
             self.in_features,
             self.out_features,
@@ -103,8 +107,10 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.set_base_weight(merged)
             self._add_shift(name, sign=1)
-            self.merged_preference[name] = self.adapter(name).condition.preference.clone()
+            condition = self.adapter(name).condition
+            self.merged_preference[name] = condition.preference.clone()
             self.merged_adapters.append(name)
+            condition.merged += 1
 
     def unmerge(self) -> None:
         """Subtracts what `merge` added, at the preference it was merged with."""
@@ -118,6 +124,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             self.set_base_weight((weight - delta).to(weight.dtype))
             self._add_shift(name, sign=-1)
             del self.merged_preference[name]
+            self.adapter(name).condition.merged -= 1
 
     def _add_shift(self, name: str, sign: int) -> None:
         """Adds the adapter's bias, if it has one, to the base layer's, which gets one for the time if it has none."""
@@ -211,6 +218,11 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def preference_layers(model: nn.Module) -> list[PreferenceLinear]:
+    """All layers of a model that have, or had, preference-conditioned adapters."""
+    return [module for module in model.modules() if isinstance(module, PreferenceLinear)]
 
 
 @functools.lru_cache(maxsize=64)

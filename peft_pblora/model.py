@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .condition import Condition
 from .config import PreferenceConfig
-from .layer import MoSLoraLinear, PBLoraLinear, PreferenceLinear, SVDLoraLinear
+from .layer import MoSLoraLinear, PBLoraLinear, PreferenceLinear, SVDLoraLinear, preference_layers
 from .official import rename_tensors
 
 
@@ -29,6 +29,7 @@ class PreferenceTuner(BaseTuner):
     """Puts a [`PreferenceLinear`] in the place of each targeted module. Subclasses name the layer class."""
 
     tuner_layer_cls: ClassVar[type[PreferenceLinear]]
+    conditions: dict[str, Condition]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -38,14 +39,18 @@ class PreferenceTuner(BaseTuner):
                 config.tuner = self
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. All layers of the adapter then share one [`Condition`]."""
+        """As PEFT's. All layers of an adapter then share one [`Condition`], and all of the model one dict of them."""
+        former = preference_layers(model)
+        self.conditions = former[0].conditions if former else {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(PreferenceConfig, self.peft_config[adapter_name])
         config.tuner = self
-        condition = Condition(config.objectives, config.initial_preference)
-        for layer in model.modules():
-            if isinstance(layer, PreferenceLinear) and adapter_name in layer.adapters:
-                layer.adapter(adapter_name).share(condition)
+        self.conditions[adapter_name] = Condition(config.objectives, config.initial_preference)
+        for layer in preference_layers(model):
+            layer.conditions = self.conditions
+            for name in layer.adapters:
+                adapter = layer.adapter(name)
+                adapter.share(self.conditions.setdefault(name, adapter.condition))
 
     def _create_and_replace(
         self,
