@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -35,6 +36,8 @@ class Step:
             All tokens so far, and 1, or 0 for padding, of each. Only there if a scorer `reads_text`, and then for one
             position.
         prompt_length (`int`): Columns of `tokens` that are the prompt.
+        memory (`dict`): What scorers of texts keep from one step to the next, such as what a judge has read. It must
+            not change what they answer: steps may go back, or rows change places.
     """
 
     scores: torch.Tensor
@@ -42,6 +45,7 @@ class Step:
     tokens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     prompt_length: int = 0
+    memory: dict[Any, Any] = field(default_factory=dict)
 
 
 class Scorer:

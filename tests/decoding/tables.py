@@ -15,7 +15,7 @@ from conftest import tiny_arm, tiny_llama
 from transformers import LlamaForSequenceClassification, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from peft_pblora import set_preference
-from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PowerMean, Scorer
+from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, Scorer
 from trl_parm.decoding import genarm, mod, mod_w2s, parm
 
 
@@ -213,7 +213,9 @@ def generate(models: Models, decoder: Decoder, door: str, prompts=3, assistant=N
     ids, mask = (PROMPTS[1:2], MASK[1:2]) if prompts == 1 else (PROMPTS, MASK)
     if assistant:
         found = {"small": models.reference, "base": models.base}
-        settings["assistant_model"] = found[assistant] if assistant in found else Guided(models.reference, decoder.formula(models))
+        settings["assistant_model"] = (
+            found[assistant] if assistant in found else Guided(models.reference, decoder.formula(models))
+        )
     inputs = {"input_ids": ids, "attention_mask": mask}
     processors: list[Any] = []
     if door == "model":

@@ -13,5 +13,65 @@ from .processor import (
     PARMLogitsProcessor,
     Prompt,
 )
+from .search import (
+    ARGS,
+    ARGSLogitsProcessor,
+    ClassifierReward,
+    Rollout,
+    SequenceReward,
+    TextReward,
+    TopKReward,
+    TrajectoryReward,
+    TransferQ,
+    TransferQLogitsProcessor,
+    args,
+    transfer_q,
+)
+from .soup import rewarded_soup
+from .speculative import SpeculativeDecoding
 from .terms import LM
+from .token_rewards import TokenReward, TokenRewards, token_rewards
 from .vocabulary import Vocabulary
+
+
+__all__ = [
+    "ARGS",
+    "ARGSLogitsProcessor",
+    "BASE",
+    "ClassifierReward",
+    "GenARM",
+    "GenARMLogitsProcessor",
+    "Guided",
+    "GuidedLogitsProcessor",
+    "LM",
+    "LinearCombination",
+    "MOD",
+    "MODLogitsProcessor",
+    "MODWeakToStrong",
+    "MODWeakToStrongLogitsProcessor",
+    "PARM",
+    "PARMLogitsProcessor",
+    "PowerMean",
+    "Prompt",
+    "Rollout",
+    "Scorer",
+    "SequenceReward",
+    "SpeculativeDecoding",
+    "Step",
+    "TextReward",
+    "TokenReward",
+    "TokenRewards",
+    "TopKReward",
+    "TrajectoryReward",
+    "TransferQ",
+    "TransferQLogitsProcessor",
+    "Vocabulary",
+    "args",
+    "genarm",
+    "mod",
+    "mod_w2s",
+    "parm",
+    "rewarded_soup",
+    "token_rewards",
+    "transfer_q",
+]

@@ -174,7 +174,7 @@ class Guided(GenerationMixin, nn.Module):
         elif positions is not None and positions.ndim != 2:  # of images in the text, which a guide does not have
             positions, inputs["position_ids"] = None, positions
         text = cast(torch.Tensor, text)
-        own = _prompt(guide_input_ids, guide_attention_mask)
+        own = own_prompt(guide_input_ids, guide_attention_mask)
         state = self._state(cache, keeps, own is not None)
         self._check_inputs(state, inputs, own is not None)
         new = New(text, mask, positions, own, text.shape[1] if prompt_length is None else prompt_length, state.length)
@@ -189,7 +189,10 @@ class Guided(GenerationMixin, nn.Module):
         step = self._step(scores, answers)
         if output is None:
             output = CausalLMOutputWithPast()
-        output.logits = self._at_positions(step, text_ids, mask, new) if self._reads_text else guided_logits(self.formula, step)
+        if self._reads_text:
+            output.logits = self._at_positions(step, text_ids, mask, new, state.memory)
+        else:
+            output.logits = guided_logits(self.formula, step)
         if keeps or cache is not None:
             for name, value in cache_argument(self.backbone, state).items():
                 setattr(output, name, value)
@@ -205,7 +208,7 @@ class Guided(GenerationMixin, nn.Module):
         return Step(scores, found)
 
     def _at_positions(
-        self, step: Step, text: torch.Tensor | None, mask: torch.Tensor | None, new: New
+        self, step: Step, text: torch.Tensor | None, mask: torch.Tensor | None, new: New, memory: dict[Any, Any]
     ) -> torch.Tensor:
         """The formula at one position after the other, each with the text up to it."""
         if text is None and new.start:
@@ -219,7 +222,7 @@ class Guided(GenerationMixin, nn.Module):
         for i in range(count):
             length = text.shape[1] - count + 1 + i
             answers = {term: value[:, i] for term, value in step.answers.items()}
-            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], new.prompt)
+            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], new.prompt, memory)
             found.append(guided_logits(self.formula, one))
         return torch.stack(found, 1)
 
@@ -250,18 +253,14 @@ class Guided(GenerationMixin, nn.Module):
         given = cache_in(model_kwargs)
         if given is not None or generation_config.use_cache is False:
             self._state(given, False, False)
-            self.backbone._prepare_cache_for_generation(
-                generation_config, model_kwargs, mode, batch_size, max_length
-            )
+            self.backbone._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
             return
         own = model_kwargs.get("guide_input_ids")
 
         def new_cache(term: LM, copies: int) -> Cache:
             of_model = {name: value for name, value in model_kwargs.items() if name not in NAMES}
             length = max_length + (0 if own is None else own.shape[1])
-            term.backbone._prepare_cache_for_generation(
-                generation_config, of_model, mode, copies * batch_size, length
-            )
+            term.backbone._prepare_cache_for_generation(generation_config, of_model, mode, copies * batch_size, length)
             if cache_in(of_model) is None:
                 raise ValueError(
                     f"A {type(term.backbone).__name__} has no cache that `generate` can carry. Pass `use_cache=False`."
@@ -284,12 +283,14 @@ class Guided(GenerationMixin, nn.Module):
         return cache
 
     def _parts(self, new_cache: Any, own_prompt: bool) -> list[Any]:
-        return parts_of(self._own() if self._reads_base else None, self.terms, own_prompt, new_cache)
+        return parts_of(self.own_term() if self._reads_base else None, self.terms, own_prompt, new_cache)
 
-    def _own(self) -> LM:
+    def own_term(self) -> LM:
         """The base model as a term: with its active adapters, but without those that guide."""
         silent = (scorer for scorer in self.formula.silent() if isinstance(scorer, LM))
-        guiding = {name for term in (*self.terms, *silent) if term.backbone is self.backbone for name in term.adapter_names}
+        guiding = {
+            name for term in (*self.terms, *silent) if term.backbone is self.backbone for name in term.adapter_names
+        }
         return LM.of_base(self.base, [name for name in AdapterSwitch.of(self.backbone).active if name not in guiding])
 
     def _check_modes(self) -> None:
@@ -301,7 +302,12 @@ class Guided(GenerationMixin, nn.Module):
         others = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.ndim and n not in SEEN]
         if self.config.is_encoder_decoder:
             others = ["an encoder's input"]
-        blind = [t for part in state.parts for t in part.terms if t in self.terms and not (part.is_base and others == ["inputs_embeds"])]
+        blind = [
+            t
+            for part in state.parts
+            for t in part.terms
+            if t in self.terms and not (part.is_base and others == ["inputs_embeds"])
+        ]
         if others and blind and not own_prompt:
             raise ValueError(
                 f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of their "
@@ -309,7 +315,7 @@ class Guided(GenerationMixin, nn.Module):
             )
 
 
-def _prompt(ids: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+def own_prompt(ids: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A guide's own prompt. Raises `ValueError` unless it has tokens and is padded on the left."""
     if ids is None:
         return None

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import Cache, DynamicCache, LogitsProcessor, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from peft_pblora.preference import Preference
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
 from .methods import Beta, Models, genarm, mod, mod_w2s, parm
+from .prefix import can_take_back, follow, rewindable_cache
 from .reading import GuidedCache, New, parts_of
 from .terms import LM, check_evaluates
 
@@ -142,7 +142,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
             raise TypeError(
                 f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm)."
             )
-        self.formula, self.prompt, self.pad_token_id = formula, prompt, pad_token_id
+        pads = [scorer.pad_token_id for scorer in formula.scorers() if hasattr(scorer, "pad_token_id")]
+        self.formula, self.prompt = formula, prompt
+        self.pad_token_id = next((pad for pad in [pad_token_id, *pads] if pad is not None), None)
         for term in self._guides():
             step_aside(term)
         self.reset()
@@ -168,7 +170,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
             answers = self._prefix.read(input_ids)
             found = {term: term.log_probs(logits, scores.shape[-1]) for term, logits in answers.items()}
             found = {term: values.to(scores.device) for term, values in found.items()}
-            step = Step(scores, found, input_ids, self._prefix.mask, self._prefix.prompt_length)
+            prefix = self._prefix
+            step = Step(scores, found, input_ids, prefix.mask, prefix.prompt_length, prefix.state.memory)
             return guided_logits(self.formula, step)
 
     def _guides(self) -> list[LM]:
@@ -344,27 +347,23 @@ class _Prefix:
                 "see the prompt. Give them one with `prompt=Prompt(inputs, guide=...)`."
             )
         self.prompt_length, self.prompt_mask = start, mask[:, :start]
-        self.state = GuidedCache(parts_of(None, self.terms, own is not None, _rewindable_cache))
+        self.state = GuidedCache(
+            parts_of(None, self.terms, own is not None, lambda term, copies: rewindable_cache(term.backbone))
+        )
         self.answers: dict[int, dict[LM, torch.Tensor]] = {}
         self.tokens = tokens[:, :0]
 
     def _follow(self, tokens: torch.Tensor) -> bool:
         """Makes the caches hold a prefix of the tokens, their rows in the tokens' order; `False` if they can't."""
-        held, length = self.tokens.shape[1], tokens.shape[1]
-        shared = min(held, length)
-        old, new = self.tokens[:, :shared], tokens[:, :shared]
-        if not torch.equal(old, new):
-            same = (new[:, None] == old[None]).all(-1) & self._alike(len(tokens)).to(old.device)
-            if bool(same.any(1).all()):
-                rows = same.int().argmax(1)
-                self.state.reorder_cache(rows)
-                self.tokens, self.answers = self.tokens[rows], {}
-            else:
-                shared = int((old == new).all(0).cumprod(0).sum())
+        length = tokens.shape[1]
+        rows, shared = follow(self.tokens, tokens, self._alike(len(tokens)))
+        if rows is not None:
+            self.state.reorder_cache(rows)
+            self.tokens, self.answers = self.tokens[rows], {}
         self.answers = {n: answer for n, answer in self.answers.items() if n <= shared}
         kept = shared if length in self.answers else min(shared, length - 1)
         if kept < self.state.length:
-            if kept < 1 or not all(type(layer) is DynamicLayer for layer in self.state.layers):
+            if kept < 1 or not can_take_back(self.state):
                 return False
             self.state.crop(kept - self.state.length)
             self.tokens = self.tokens[:, :kept]
@@ -385,9 +384,13 @@ class _Prefix:
             config = term.backbone.generation_config
             known = term.vocabulary.base_pad_token_id if term.vocabulary is not None else config.pad_token_id
             pad = known if pad is None else pad
-            end = config.eos_token_id
-            ends |= set(end) if isinstance(end, list) else {end}
+            ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
         ends.discard(None)
+        if pad is None and not ends and len(tokens) > 1:
+            raise ValueError(
+                "Neither a pad token nor an end token is known, so padding in a batch can't be told. Pass "
+                "`prompt=Prompt(inputs)`, which has the mask, or `pad_token_id`."
+            )
         if pad is not None and pad not in ends:
             return (tokens != pad).long()
         doubtful = {pad} if pad is not None else ends
@@ -401,16 +404,6 @@ class _Prefix:
 
     def _weights(self) -> int:
         return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
-
-
-def _rewindable_cache(term: LM, copies: int) -> Cache:
-    """A cache that can be taken back at any length, where the model's layers allow it.
-
-    Layers with a window of attention keep all that they have read: the mask says what they see.
-    """
-    cache = DynamicCache(config=term.backbone.config.get_text_config())
-    cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
-    return cache
 
 
 def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torch.Tensor, torch.Tensor]:

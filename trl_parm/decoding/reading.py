@@ -125,15 +125,22 @@ class Part:
         Returns:
             `tuple` of the logits of every term, and the model's output.
         """
-        rows = len(new.ids)
         if not self.is_base:
+            own_text = new.own is not None or self.terms[0].vocabulary is not None
             new = new.for_guide(self.terms[0], self.mask)
-            self.mask = new.mask
+            self.mask = new.mask if own_text else None
             if new.ids.shape[1] == 0:
                 raise ValueError(
                     "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one "
                     "with `guide_input_ids`."
                 )
+        return self.forward(new, inputs, last, compiled)
+
+    def forward(
+        self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
+    ) -> tuple[dict[LM, torch.Tensor], Any]:
+        """As `read`, of tokens that are the model's own already."""
+        rows = len(new.ids)
         for term in self.terms:
             self.adapters.check(term)
             check_rows(term.rows, rows)
@@ -234,12 +241,17 @@ class Part:
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
         text = torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
-        keys = [text * rows + torch.arange(t.rows, device=text.device).repeat_interleave(rows // t.rows) for t in self.terms]
+        keys = [
+            text * rows + torch.arange(t.rows, device=text.device).repeat_interleave(rows // t.rows)
+            for t in self.terms
+        ]
         chosen, places, offset = [], [], 0
         for key in keys:
             found, inverse = torch.unique(key, return_inverse=True)
             numbers = torch.arange(rows, device=key.device)
-            chosen.append(torch.full((len(found),), rows, device=key.device).scatter_reduce(0, inverse, numbers, "amin"))
+            chosen.append(
+                torch.full((len(found),), rows, device=key.device).scatter_reduce(0, inverse, numbers, "amin")
+            )
             places.append(offset + inverse)
             offset += len(found)
         return (chosen, places) if offset < rows * len(keys) else None
@@ -286,10 +298,12 @@ class GuidedCache(Cache):
     Attributes:
         length (`int`): Columns of the text that were read.
         rows (`int`): R.
+        memory (`dict`): See [`Step`].
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
+        self.memory: dict[Any, Any] = {}
 
     def is_of(self, base: Any, terms: Sequence[LM]) -> bool:
         """Whether it was made for this base model and these terms, and their adapters are as they were."""
@@ -349,6 +363,7 @@ class GuidedCache(Cache):
             cast(Cache, part.cache).reset()
             part.mask = None
         self.length = 0
+        self.memory.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuidedCache:
         """Copies keys and values, but not the models."""
@@ -402,7 +417,10 @@ def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:
 
 def _holds(cache: Any) -> bool:
     """Whether a cache has read anything."""
-    return any(getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values()) for layer in cache.layers)
+    return any(
+        getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
+        for layer in cache.layers
+    )
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from peft_pblora.preference import Preference
 
-from .processors import objective_weights
+from .methods import objective_weights
 
 
 def rewarded_soup(

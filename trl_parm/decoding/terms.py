@@ -95,7 +95,9 @@ class LM(Scorer):
         """The model that generates, with these of its adapters; any architecture."""
         term = object.__new__(cls)
         key = id(backbone_of(base)), tuple(adapters), None, id(None)
-        values = dict(model=base, preference=None, condition=None, adapter_name=None, disable_adapter=False, vocabulary=None)
+        values = dict(
+            model=base, preference=None, condition=None, adapter_name=None, disable_adapter=False, vocabulary=None
+        )
         for name, value in (values | {"adapter_names": tuple(adapters), "_key": key}).items():
             object.__setattr__(term, name, value)
         return term

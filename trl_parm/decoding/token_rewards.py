@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_pblora import get_preference, use_preference
-from peft_pblora.control import has_preference
 from peft_pblora.preference import Preference
 
-from .language_model import LM
+from .reading import New, parts_of
+from .terms import LM, check_evaluates
 
 
 @dataclass(frozen=True)
@@ -146,11 +144,11 @@ def token_rewards(
     elif reference is not None:
         other = LM(arm, reference)
     elif guide.adapter_names:
-        other = LM(arm, adapter_name=None, disable_adapter=True)
+        other = LM(arm, disable_adapter=True)
     else:
         raise ValueError("The ARM has no adapter to compare it without. Pass `reference`, such as the model before.")
-    with use_preference(arm, get_preference(arm)) if has_preference(arm) else nullcontext():
-        rewards, references = (one.of_tokens(ids, len(response_ids)) for one in (guide, other))
+    found = _of_tokens([guide, other], ids, len(response_ids))
+    rewards, references = found[guide], found[other]
     ratios = (rewards - references).tolist()
     return TokenRewards(
         [
@@ -158,6 +156,19 @@ def token_rewards(
             for entry in zip(_pieces(tokenizer, response_ids), response_ids, rewards.tolist(), ratios, strict=True)
         ]
     )
+
+
+@torch.no_grad()
+def _of_tokens(terms: list[LM], ids: torch.Tensor, last: int) -> dict[LM, torch.Tensor]:
+    """log π of each of the last tokens of one text given those before it, for every term, `(last,)` on the CPU."""
+    for term in terms:
+        check_evaluates(term.model)
+    found: dict[LM, torch.Tensor] = {}
+    for part in parts_of(None, list(dict.fromkeys(terms)), False, lambda term, copies: None):
+        for term, logits in part.read(New(ids[:, :-1]), {}, last)[0].items():
+            log_probs = torch.log_softmax(logits[0].float(), -1).cpu()
+            found[term] = log_probs.gather(1, ids[0, -last:, None])[:, 0]
+    return found
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

@@ -11,16 +11,20 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from trl_parm.algebra import Scorer, sum_of
+
+from ..model import OURS, Guided, own_prompt
+from ..processor import GuidedLogitsProcessor
+from ..terms import LM
 from .draft_length import DraftLength
-from .drafts import Draft, FromText, StandIn
-from .guided import GuidedLogitsProcessor
-from .joint_forward import PER_ROW
-from .joint_lm import families
+from .drafts import Draft, FromText, StandIn, language_models
 from .judges import Judges
-from .language_model import LM
 from .next_token import NextToken
-from .scorers import Scorer
+from .reader import Reader
 from .texts import Texts
+
+
+PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids", *OURS)
 
 
 class SpeculativeDecoding:
@@ -56,14 +60,14 @@ class SpeculativeDecoding:
 
     ```python
     speculative = SpeculativeDecoding()
-    base.generate(**inputs, logits_processor=[PARMLogitsProcessor(arm, α)], custom_generate=speculative)
+    PARM(base, arm, α).generate(**inputs, custom_generate=speculative)
     print(speculative.accepted / speculative.drafted)
     ```
     """
 
     def __init__(
         self,
-        draft: str | PreTrainedModel | Scorer = "auto",
+        draft: Any = "auto",
         draft_tokens: int | None = None,
         max_draft_tokens: int = 8,
         streamer: BaseStreamer | None = None,
@@ -93,9 +97,15 @@ class SpeculativeDecoding:
         _check(model, input_ids, generation_config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
-        next_token = NextToken(logits_processor, bool(generation_config.do_sample))
-        judges = Judges(model, logits_processor, next_token)
-        draft = self._make_draft(judges, logits_processor, next_token)
+        formula = [model.formula] if isinstance(model, Guided) else []
+        next_token = NextToken([*formula, *logits_processor], bool(generation_config.do_sample))
+        guided = model if formula else Guided(model, sum_of((1.0, one) for one in next_token.formulas))
+        own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"))
+        for processor in logits_processor:
+            if isinstance(processor, GuidedLogitsProcessor) and processor.prompt is not None:
+                own = processor.prompt.own
+        judges = Judges(guided, next_token, own)
+        draft = self._make_draft(judges, next_token, own)
         length = DraftLength(self.max_draft_tokens, self.draft_tokens)
         self.rounds = self.drafted = self.accepted = 0
         if self.streamer is not None:
@@ -154,33 +164,31 @@ class SpeculativeDecoding:
             self.streamer.put(tokens[0, : kept[0]].cpu())
         return texts.extended(tokens, torch.tensor(kept, device=tokens.device)), unfinished
 
-    def _make_draft(self, judges: Judges, processors: LogitsProcessorList, next_token: NextToken) -> Draft:
+    def _make_draft(self, judges: Judges, next_token: NextToken, own: Any) -> Draft:
         if self.draft == "prompt":
             return FromText()
         if self.draft == "auto":
             scorer = _stand_in(judges)
         else:
-            scorer = self.draft if isinstance(self.draft, Scorer) else LM(self.draft)  # pyright: ignore
-        models = [scorer for scorer in scorer.scorers() if isinstance(scorer, LM)]
-        if judges.beside_base:
+            scorer = self.draft if isinstance(self.draft, Scorer) else LM(self.draft)
+        models = language_models(scorer)
+        if len(judges.apart) < len(judges.guides):
             # Guides that have the base model's weights are too dear to draft with, so drafts are made without any.
-            kept = LogitsProcessorList([p for p in processors if not isinstance(p, GuidedLogitsProcessor)])
-            return StandIn(scorer, families(models), NextToken(kept, next_token.do_sample))
-        return StandIn(scorer, families([*models, *judges.guides]), next_token)
+            return StandIn(scorer, Reader(models, own), next_token.without_guides())
+        return StandIn(scorer, Reader([*models, *judges.guides], own), next_token)
 
 
 def _stand_in(judges: Judges) -> LM:
     """A guide's own model without its adapter, or the guide itself if it has none."""
-    apart = [guide for guide in judges.guides if guide not in judges.beside_base]
-    if judges.beside_base or not apart:
+    if len(judges.apart) < len(judges.guides) or not judges.apart:
         raise ValueError(
             "There is nothing to draft with: no guide has weights of its own, smaller than the base model's. Pass "
             "`draft=small_model`, or `draft='prompt'` where texts repeat their prompt."
         )
-    guide = apart[0]
-    if not guide.acting_adapters:
+    guide = judges.apart[0]
+    if not guide.adapters:
         return guide
-    return LM(guide.model, disable_adapter=True, prompt=guide.prompt, vocabulary=guide.vocabulary)
+    return LM(guide.model, adapter_name=guide.adapter_name, disable_adapter=True, vocabulary=guide.vocabulary)
 
 
 def _check(

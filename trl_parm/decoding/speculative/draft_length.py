@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-from .speculative_sampling import expected_tokens
+from .sampling import expected_tokens
 
 
 FIRST, AGAIN = 3, 1

@@ -8,26 +8,25 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.kv_cache import cache_argument
+from trl_parm.algebra import Step
 from trl_parm.rewards import Reward
 
-from .padding import decoder_only_call
-from .prefix import Prefix, read
-from .prompts import Prompt
+from ..prefix import Prefix
+from ..terms import check_evaluates
 
 
 class TrajectoryReward:
-    """Scores continuations of prefixes. Subclasses define `__call__`."""
+    """Scores continuations of prefixes. Subclasses define `__call__`. It keeps nothing: what a call is worth to the
+    next one goes into `step.memory`."""
 
-    def __call__(
-        self, tokens: torch.Tensor, mask: torch.Tensor, candidates: torch.Tensor, candidate_mask: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, step: Step, candidates: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
         """Scores k candidates for each row.
 
         Args:
-            tokens, mask (`torch.Tensor` of shape `(rows, length)`): The prefixes, padded on the left.
+            step ([`Step`]): The prefixes, `step.tokens` and `step.mask` of shape `(rows, length)`, padded on the left.
             candidates, candidate_mask (`torch.Tensor` of shape `(rows, k, new)`):
                 What may follow, padded on the right.
 
@@ -47,11 +46,9 @@ class SequenceReward(TrajectoryReward):
     def __init__(self, reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self.reward = reward
 
-    def __call__(self, tokens, mask, candidates, candidate_mask):
-        rows, k, _ = candidates.shape
-        ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.flatten(0, 1)], 1)
-        seen = torch.cat([mask.repeat_interleave(k, 0), candidate_mask.flatten(0, 1)], 1)
-        return checked(self.reward(ids, seen), rows, k).to(tokens.device)
+    def __call__(self, step, candidates, candidate_mask):
+        ids, seen = _texts(step, 0, candidates, candidate_mask)
+        return checked(self.reward(ids, seen), *candidates.shape[:2]).to(candidates.device)
 
 
 class TextReward(TrajectoryReward):
@@ -63,41 +60,26 @@ class TextReward(TrajectoryReward):
         prompts (`Sequence[str]`, *optional*):
             The batch's prompts as the reward shall read them; decoded from the ids, without special tokens, if not
             given.
-        prompt ([`Prompt`], *optional*): Where the prompts end, if `generate` is not what calls.
 
     Raises:
-        ValueError: at the first call, where the prompts end is not known, or the reward is not one finite number for
-            each response.
+        ValueError: at a call, another number of prompts, or a reward that is not one finite number for each response.
     """
 
     def __init__(
-        self,
-        reward: Reward,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[str] | None = None,
-        prompt: Prompt | None = None,
+        self, reward: Reward, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None = None
     ) -> None:
-        self.reward, self.tokenizer, self.prompts, self.prompt = reward, tokenizer, prompts, prompt
+        self.reward, self.tokenizer, self.prompts = reward, tokenizer, prompts
 
-    def __call__(self, tokens, mask, candidates, candidate_mask):
+    def __call__(self, step, candidates, candidate_mask):
         rows, k, _ = candidates.shape
-        length = self._prompt_length()
-        prompts = self.prompts or self._decode(tokens[:, :length], mask[:, :length])
+        start = step.prompt_length
+        prompts = self.prompts or self._decode(step.tokens[:, :start], step.mask[:, :start])
         if rows % len(prompts):
             raise ValueError(f"There are {len(prompts)} `prompts`, but the batch has {rows} rows. Give one for each.")
         prompts = [prompt for prompt in prompts for _ in range(rows // len(prompts) * k)]
-        responses = torch.cat([tokens[:, length:].repeat_interleave(k, 0), candidates.flatten(0, 1)], 1)
-        seen = torch.cat([mask[:, length:].repeat_interleave(k, 0), candidate_mask.flatten(0, 1)], 1)
-        values = self.reward(prompts, self._decode(responses, seen))
-        return checked(torch.as_tensor(values, dtype=torch.float32), rows, k).to(tokens.device)
-
-    def _prompt_length(self) -> int:
-        if self.prompt is not None:
-            return cast(int, self.prompt.length)
-        call = decoder_only_call()
-        if call is None or call.prompt_length is None:
-            raise ValueError("Where the prompts end is not known outside `generate`. Pass `prompt=Prompt(inputs)`.")
-        return call.prompt_length
+        responses = self._decode(*_texts(step, start, candidates, candidate_mask))
+        values = torch.as_tensor(self.reward(prompts, responses), dtype=torch.float32)
+        return checked(values, rows, k).to(candidates.device)
 
     def _decode(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
         seen = [row[keep.bool()] for row, keep in zip(tokens, mask)]
@@ -113,7 +95,7 @@ class ClassifierReward(TrajectoryReward):
         label (`int`, *optional*, defaults to 0): Which of its outputs is the reward.
 
     Raises:
-        ValueError: no such output, or a model without pad token.
+        ValueError: no such output, or a model without pad token; at a call, a model in training mode.
     """
 
     def __init__(self, model: PreTrainedModel, label: int = 0) -> None:
@@ -123,32 +105,30 @@ class ClassifierReward(TrajectoryReward):
             raise ValueError(f"`label` is {label}, but the classifier has {outputs} outputs.")
         if config.pad_token_id is None:
             raise ValueError("The classifier's config has no pad token, so it can't read a batch. Set `pad_token_id`.")
-        self.model, self.label, self.pad_token_id = model.eval(), label, config.pad_token_id
-        self._prefix: Prefix | None = None
+        self.model, self.label, self.pad_token_id = model, label, config.pad_token_id
 
     @torch.no_grad()
-    def __call__(self, tokens, mask, candidates, candidate_mask):
+    def __call__(self, step, candidates, candidate_mask):
+        check_evaluates(self.model)
         rows, k, _ = candidates.shape
         device = self.model.device
-        mask = mask.to(device)
-        self._prefix = read(self._prefix, tokens.to(device), mask, self._forward, DynamicCache)
-        cache = copy.deepcopy(self._prefix.cache)
+        tokens, mask = step.tokens.to(device), step.mask.to(device)
+        prefix = step.memory.setdefault(("prefix", id(self.model)), Prefix(self.model))
+        kept = prefix.align(tokens, mask)
+        self._forward(tokens[:, kept:], mask, prefix.cache)
+        cache = copy.deepcopy(prefix.cache)
         cache.batch_repeat_interleave(k)
         seen = candidate_mask.flatten(0, 1).to(device)
         ids = candidates.flatten(0, 1).to(device).masked_fill(seen == 0, self.pad_token_id)
-        mask = torch.cat([mask.repeat_interleave(k, 0), seen], 1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return checked(self._forward(ids, mask, positions, cache), rows, k).to(candidates.device)
+        logits = self._forward(ids, torch.cat([mask.repeat_interleave(k, 0), seen], 1), cache)
+        return checked(logits[:, self.label].float(), rows, k).to(candidates.device)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
             **cache_argument(self.model, cache),
-        ).logits
-        return logits[:, self.label].float()
+        ).logits  # fmt: skip
 
 
 def checked(values: torch.Tensor, rows: int, k: int) -> torch.Tensor:
@@ -159,3 +139,13 @@ def checked(values: torch.Tensor, rows: int, k: int) -> torch.Tensor:
             "for each."
         )
     return values.float().view(rows, k)
+
+
+def _texts(
+    step: Step, start: int, candidates: torch.Tensor, candidate_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every prefix from a column on with each of its candidates, ids and mask of shape `(rows * k, columns)`."""
+    k = candidates.shape[1]
+    tokens, mask = cast(torch.Tensor, step.tokens)[:, start:], cast(torch.Tensor, step.mask)[:, start:]
+    ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.flatten(0, 1)], 1)
+    return ids, torch.cat([mask.repeat_interleave(k, 0), candidate_mask.flatten(0, 1)], 1)

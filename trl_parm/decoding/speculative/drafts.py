@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .joint_lm import JointLM
-from .language_model import given
+from trl_parm.algebra import Scorer, Step
+
+from ..terms import LM
 from .next_token import Answers, NextToken
-from .scorers import Scorer
-from .speculative_sampling import acceptance
+from .reader import Reader
+from .sampling import acceptance
 from .texts import Texts
 
 
@@ -51,13 +51,13 @@ class StandIn:
     π_ARM^(scale + 1/β). The scale of the stand-in follows what would have been accepted.
 
     Args:
-        scorer (`Scorer`): Stands for the base model.
-        models (`Sequence[JointLM]`): All language models that the draft's distribution depends on.
+        scorer ([`Scorer`]): Stands for the base model.
+        reader ([`Reader`]): All language models that the draft's distribution depends on.
         next_token ([`NextToken`]): The guided distribution.
     """
 
-    def __init__(self, scorer: Scorer, models: Sequence[JointLM], next_token: NextToken) -> None:
-        self.scorer, self.models, self.next_token = scorer, models, next_token
+    def __init__(self, scorer: Scorer, reader: Reader, next_token: NextToken) -> None:
+        self.scorer, self.reader, self.next_token = scorer, reader, next_token
         self.scale = 1.0
         self._gains = dict.fromkeys(SCALES, 0.0)
         self.answers: list[Answers] = []
@@ -75,7 +75,7 @@ class StandIn:
         return torch.cat(tokens, 1), torch.stack(distributions, 1)
 
     def ask(self, texts: Texts) -> Answers:
-        return {lm: logits[:, -1] for model in self.models for lm, logits in model.read(texts, 1).items()}
+        return {term: logits[:, -1] for term, logits in self.reader.read(texts, 1).items()}
 
     def learn(self, texts: Texts, target: torch.Tensor) -> None:
         if not self.next_token.do_sample:
@@ -90,9 +90,8 @@ class StandIn:
 
     def _of(self, texts: Texts, answers: Answers, scale: float, vocab: int) -> torch.Tensor:
         scores = torch.zeros(len(texts), vocab, device=texts.prompt.device)
-        with given(answers):
-            scores = scale * self.scorer(texts.padded(), scores)
-        return self.next_token.distribution(texts, scores, answers)
+        found = {term: term.log_probs(logits, vocab).to(scores.device) for term, logits in answers.items()}
+        return self.next_token.distribution(texts, scale * self.scorer(Step(scores, found)), answers)
 
 
 class FromText:
@@ -125,3 +124,8 @@ class FromText:
 
     def learn(self, texts: Texts, target: torch.Tensor) -> None:
         pass
+
+
+def language_models(scorer: Scorer) -> list[LM]:
+    """The language models of a scorer that is made of nothing else; of a draft, [`BASE`] is no part."""
+    return [one for one in scorer.scorers() if isinstance(one, LM)]

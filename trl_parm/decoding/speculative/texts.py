@@ -44,6 +44,13 @@ class Texts:
         shorter.new, shorter.lengths = self.new, torch.where(rows, 0, self.lengths)
         return shorter
 
+    def after(self, prompt: torch.Tensor, mask: torch.Tensor) -> Texts:
+        """These texts after other prompts, of which `generate` may have repeated the rows."""
+        repeats = len(self) // len(prompt)
+        other = Texts(*(part.to(self.prompt.device).repeat_interleave(repeats, 0) for part in (prompt, mask)))
+        other.new, other.lengths = self.new, self.lengths
+        return other
+
     def padded(self, token: int = 0) -> torch.Tensor:
         """Ids of shape `(rows, columns + longest)`: short rows end in `token`."""
         new = torch.where(self._written(), self.new, token)
@@ -69,3 +76,9 @@ class Texts:
 
     def _written(self) -> torch.Tensor:
         return torch.arange(self.new.shape[1], device=self.new.device) < self.lengths[:, None]
+
+
+def left_aligned(tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves what is not masked to the left, in its order, and counts it: `(rows, columns)` and `(rows,)`."""
+    order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+    return tokens.gather(1, order), (mask != 0).sum(1)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that search with reward models of whole texts: as formulas, guided models and logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_pblora.preference import Preference
+from trl_parm.algebra import BASE, Scorer, sum_of
+from trl_parm.rewards import Reward
+
+from ..methods import objective_weights
+from ..model import Guided
+from ..processor import GuidedLogitsProcessor, Prompt
+from .candidates import Rollout, TopKReward
+from .rewards import ClassifierReward, TextReward, TrajectoryReward
+
+
+def args(
+    rewards: Mapping[str, Any] | Any,
+    preference: Preference | None = None,
+    weight: float = 1.5,
+    k: int = 10,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Sequence[str] | None = None,
+    rollout: Rollout | None = None,
+) -> Scorer:
+    """Reranks the base model's k best next tokens by rewards of the text so far (ARGS, ICLR 2024, arXiv 2402.01694):
+
+        score(v) = log π_base(v) + w · Σ_i α_i · R_i([x, y_<t, v]),  v among the k best; others are excluded
+
+    Args:
+        rewards (`Mapping`, `Callable` or `PreTrainedModel`):
+            Objective → reward, or a single one: a function of prompts and responses (texts), a sequence classifier
+            with the base model's vocabulary, or any [`TrajectoryReward`], such as [`SequenceReward`] for a function of
+            ids.
+        preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`, *optional*):
+            α, in the order of `rewards`, or of shape `(rows, k)`; not needed for a single reward.
+        weight (`float`, *optional*, defaults to 1.5): w, positive, as in the paper.
+        k (`int`, *optional*, defaults to 10): Candidates, as in the paper.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's, for rewards of texts.
+        prompts (`Sequence[str]`, *optional*): The prompts as rewards of texts shall read them; see [`TextReward`].
+        rollout ([`Rollout`], *optional*): Judge candidates after decoding further, see [`transfer_q`].
+
+    Returns:
+        [`Scorer`]: The formula.
+
+    Raises:
+        ValueError: no reward, an invalid preference, weight or `k`, or rewards of texts without tokenizer.
+    """
+    if not isinstance(rewards, Mapping):
+        rewards, preference = {"reward": rewards}, [1.0] if preference is None else preference
+    if preference is None:
+        raise ValueError(f"`preference` is required for several rewards ({', '.join(rewards)}).")
+    if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+        raise ValueError(f"`weight` is {weight!r}, but it must be a positive, finite number.")
+    weights = objective_weights("rewards", list(rewards), preference)
+    judged = [_trajectory_reward(name, reward, tokenizer, prompts) for name, reward in rewards.items()]
+    return BASE + sum_of((weight * own, TopKReward(reward, k, rollout)) for own, reward in zip(weights, judged))
+
+
+def transfer_q(
+    rewards: Mapping[str, Any] | Any,
+    policy: PreTrainedModel,
+    preference: Preference | None = None,
+    weight: float = 1.0,
+    k: int = 10,
+    rollout_tokens: int = 20,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Scorer:
+    """As [`args`], but a candidate is judged by where an aligned model leads from it (Transfer-Q, NeurIPS 2024, arXiv
+    2405.20495):
+
+        score(v) = log π_base(v) + w · Σ_i α_i · R_i([x, y_<t, v, y']),  y' decoded greedily by the baseline model
+
+    Args:
+        rewards, preference, k, tokenizer, prompts: As in [`args`].
+        policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
+        weight (`float`, *optional*, defaults to 1.0): w, positive.
+        rollout_tokens (`int`, *optional*, defaults to 20): The length of y', 1 or more.
+
+    Returns:
+        [`Scorer`]: The formula.
+
+    Raises:
+        ValueError: as [`args`], or no rollout.
+    """
+    return args(rewards, preference, weight, k, tokenizer, prompts, Rollout(policy, rollout_tokens))
+
+
+class ARGS(Guided):
+    """A base model whose best next tokens are reranked by rewards; the other arguments are those of [`args`].
+
+    Example:
+
+    ```python
+    guided = ARGS(base, {"positive": positivity, "concise": conciseness}, [0.5, 0.5], tokenizer=tokenizer)
+    guided.generate(**inputs)
+    ```
+    """
+
+    def __init__(self, base: Any, rewards: Any, preference: Preference | None = None, **search: Any) -> None:
+        super().__init__(base, args(rewards, preference, **search))
+
+
+class TransferQ(Guided):
+    """As [`ARGS`], of texts that a policy has decoded further; the other arguments are those of [`transfer_q`]."""
+
+    def __init__(self, base: Any, rewards: Any, policy: Any, preference: Preference | None = None, **search: Any):
+        super().__init__(base, transfer_q(rewards, policy, preference, **search))
+
+
+class ARGSLogitsProcessor(GuidedLogitsProcessor):
+    """ARGS as a logits processor; the arguments are those of [`args`] and [`GuidedLogitsProcessor`].
+
+    Where a call of `generate` begins, and so where its prompts end, is told by the tokens: make one processor for each
+    batch of prompts, or pass `prompt=Prompt(inputs)`.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Any] | Any,
+        preference: Preference | None = None,
+        *search: Any,
+        prompt: Prompt | None = None,
+        pad_token_id: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **others: Any,
+    ) -> None:
+        pad = tokenizer.pad_token_id if tokenizer is not None and pad_token_id is None else pad_token_id
+        super().__init__(args(rewards, preference, *search, tokenizer=tokenizer, **others), prompt, cast(Any, pad))
+
+
+class TransferQLogitsProcessor(GuidedLogitsProcessor):
+    """Transfer-Q as a logits processor, as [`ARGSLogitsProcessor`]; the arguments are those of [`transfer_q`]."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Any] | Any,
+        policy: PreTrainedModel,
+        preference: Preference | None = None,
+        *search: Any,
+        prompt: Prompt | None = None,
+        pad_token_id: int | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **others: Any,
+    ) -> None:
+        pad = tokenizer.pad_token_id if tokenizer is not None and pad_token_id is None else pad_token_id
+        formula = transfer_q(rewards, policy, preference, *search, tokenizer=tokenizer, **others)
+        super().__init__(formula, prompt, cast(Any, pad))
+
+
+def _trajectory_reward(name: str, reward: Any, tokenizer: Any, prompts: Any) -> TrajectoryReward:
+    if isinstance(reward, TrajectoryReward):
+        return reward
+    if isinstance(reward, PreTrainedModel):
+        return ClassifierReward(reward)
+    if not callable(reward):
+        raise TypeError(
+            f"The reward {name!r} is a {type(reward).__name__}. Give a function of prompts and responses, a sequence "
+            "classifier, or a `TrajectoryReward`."
+        )
+    if tokenizer is None:
+        raise ValueError(f"The reward {name!r} reads texts, which need `tokenizer`, the base model's tokenizer.")
+    return TextReward(cast(Reward, reward), tokenizer, prompts)
