@@ -7,6 +7,14 @@ from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from pair_data import naive_log_probs
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from peft_pblora import set_preference
 from trl_parm import PreferenceARMConfig
@@ -200,16 +208,56 @@ def test_shared_prompts_need_attention_that_follows_a_mask():
         Responses(model, args(share_prompt=True))
 
 
-def test_a_model_that_does_not_follow_the_mask_is_refused():
-    model = tiny_llama().requires_grad_(False)
+def without_mask():
+    model = tiny_llama()
     forward = model.forward
+    model.forward = lambda *given, attention_mask=None, **kwargs: forward(*given, **kwargs)
+    return model
 
-    def ignore_mask(*given, attention_mask=None, **kwargs):
-        return forward(*given, **kwargs)
 
-    model.forward = ignore_mask
-    with pytest.raises(ValueError, match="it does not follow the attention mask"):
-        Responses(model, args(share_prompt=True)).log_probs(model, batch(share_prompt=True))
+def gpt_neo():
+    """Half of its layers see four tokens only, which its configuration calls neither a window nor a type of layer."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return GPTNeoForCausalLM(config)
+
+
+def bloom():
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+
+
+def mpt():
+    """It takes its positions from the order of tokens."""
+    torch.manual_seed(0)
+    return MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (without_mask, "it does not follow mask and positions"),
+        (gpt_neo, "it does not follow mask and positions"),
+        (mpt, "it does not follow mask and positions"),
+        (bloom, "which the model can't take: ValueError: too many values to unpack"),
+    ],
+)
+def test_a_model_that_can_not_share_prompts_is_refused(make, message):
+    model = make().requires_grad_(False).train()
+    with pytest.raises(ValueError, match=f"`share_prompt=True`.*{message}.* Use `share_prompt=False`"):
+        Responses(model, args(share_prompt=True, max_length=40)).check_shared_prompts(model, batch(share_prompt=True))
+    assert model.training
+
+
+@every_model
+@pytest.mark.parametrize("max_length", [None, 40, 1024])
+def test_a_model_that_follows_the_mask_may_share_prompts(make, max_length):
+    model = make().requires_grad_(False)
+    responses = Responses(model, args(share_prompt=True, max_length=max_length))
+    responses.check_shared_prompts(model, batch(share_prompt=True))
 
 
 def test_predictions_of_rows():

@@ -35,6 +35,9 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     """Trains, evaluates and saves a reward model, with its card and the resolved arguments beside it.
 
     With `resume` it goes on from the last complete checkpoint, or starts where there is none yet.
+
+    Raises:
+        ValueError: another process trains into the folder, or its checkpoint is of another run.
     """
     from dataclasses import asdict
 
@@ -56,18 +59,19 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     paths = [entry.path for entry in arguments.train_data]
     trainer.card |= data_facts(trainer, list(data or ()), paths)
     trainer.card["run"] = "# trl-parm train --config this.yaml\n" + run_yaml(arguments, config)
-    if trainer.is_world_process_zero():
-        write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
-    trainer.train(resume_from_checkpoint=_checkpoint(str(config.output_dir)) if arguments.resume else None)
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.save_state()
-    trainer.save_model(config.output_dir)
-    trainer.create_model_card()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    with trainer.claim_output(_checkpoint(str(config.output_dir)) if arguments.resume else None) as checkpoint:
+        if trainer.is_world_process_zero():
+            write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+        trainer.save_state()
+        trainer.save_model(config.output_dir)
+        trainer.create_model_card()
+        if config.push_to_hub:
+            trainer.push_to_hub()
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -85,7 +89,7 @@ def describe() -> str:
 
 
 def _checkpoint(folder: str) -> str | None:
-    from trl_parm.training.setup import last_complete_checkpoint
+    from trl_parm.training.checkpoints import last_complete_checkpoint
 
     try:
         return last_complete_checkpoint(folder)

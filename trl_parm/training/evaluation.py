@@ -27,10 +27,12 @@ class PreferenceEvaluation(BaseTrainer):
 
     args: PreferenceARMConfig
     objectives: list[str]
+    adapter: str | None
     preference_conditioned: bool
     eval_preferences: dict[str, torch.Tensor]
     arm_loss: ARMLoss
     responses: Responses
+    _shares_prompts = False
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluates one batch at every preference of `eval_preferences`."""
@@ -86,12 +88,19 @@ class PreferenceEvaluation(BaseTrainer):
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _log_probs(self, model, inputs, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.args.share_prompt and not self._shares_prompts:
+            self._set_preference(model, preference.mean(0) if preference.ndim == 2 else preference)
+            self.responses.check_shared_prompts(model, inputs)
+            self._shares_prompts = True
         # Set before the forward and left until the next: gradient checkpointing runs the forward again in backward
         # and must see the same preference.
-        if self.preference_conditioned:
-            rows = self.responses.rows_per_pair
-            set_preference(model, preference.repeat(rows, 1) if preference.ndim == 2 else preference)
+        rows = self.responses.rows_per_pair
+        self._set_preference(model, preference.repeat(rows, 1) if preference.ndim == 2 else preference)
         return self.responses.log_probs(model, inputs)
+
+    def _set_preference(self, model, preference: torch.Tensor) -> None:
+        if self.preference_conditioned:
+            set_preference(model, preference, self.adapter)
 
     def _untrained_margins(self, model, inputs) -> torch.Tensor | None:
         model = self.accelerator.unwrap_model(model)

@@ -10,9 +10,6 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from peft_pblora import get_objectives
-from peft_pblora.control import has_preference
-
 from .arguments import FILE_KINDS, PairData
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream, PairPreparer
@@ -50,14 +47,8 @@ def name_sources(argument: str, given: PairSources | None, split: str) -> dict[s
     return {str(name): _load(argument, data, split) for name, data in named.items()}
 
 
-def match_objectives(model: Any, sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
-    """The objectives: the adapter's, in its order, or the only one of a model without such an adapter.
-
-    Raises:
-        ValueError: several objectives for a model without a preference-conditioned adapter.
-    """
-    if has_preference(model):
-        return get_objectives(model)
+def only_objective(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
+    """The one objective of a model without a preference-conditioned adapter. Raises `ValueError` for several."""
     labelled = [is_labelled(columns_of(data)) for data in sources.values()]
     names = [name for name, has_labels in zip(sources, labelled, strict=True) if not has_labels]
     names += list(label_columns or {}) if any(labelled) else []

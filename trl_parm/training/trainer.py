@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from peft_pblora.control import has_preference
+from peft_pblora import PreferenceConfig, get_objectives
 
 from .arm_loss import ARMLoss, count_labels
 from .card import adapter_config, finish, first_facts, hand_over
+from .checkpoints import (
+    check_record,
+    describe_inputs,
+    describe_settings,
+    last_complete_checkpoint,
+    locked,
+    write_record,
+)
 from .collator import PreferenceCollator
 from .compat import (
-    disable_dropout_in_model,
     get_act_offloading_ctx_manager,
     get_config_model_id,
 )
@@ -30,8 +37,18 @@ from .evaluation import PreferenceEvaluation
 from .metrics import TrainMetrics
 from .preferences import PreferenceSampler
 from .responses import Responses
-from .setup import adapt_model, check_device, last_complete_checkpoint, load_model, load_tokenizer, name_preferences
-from .sources import PairSources, join_evaluation, join_sources, match_objectives, name_sources
+from .setup import (
+    adapt_model,
+    check_device,
+    check_noise,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    name_preferences,
+    random_states,
+    trained_adapter,
+)
+from .sources import PairSources, join_evaluation, join_sources, name_sources, only_objective
 
 
 class PreferenceARMTrainer(PreferenceEvaluation):
@@ -98,9 +115,16 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         tokenizer = load_tokenizer(model, processing_class, args)
         model = adapt_model(model, args, peft_config)
         if args.disable_dropout:
-            disable_dropout_in_model(model)
-        self.objectives = match_objectives(model, sources, cast(dict, args.label_columns))
-        self.preference_conditioned = has_preference(model)
+            disable_dropout(model)
+        self.adapter = trained_adapter(model)
+        self.preference_conditioned = self.adapter is not None and isinstance(
+            model.peft_config[self.adapter], PreferenceConfig
+        )
+        self.objectives = (
+            get_objectives(model, self.adapter)
+            if self.preference_conditioned
+            else only_objective(sources, cast(dict, args.label_columns))
+        )
         self.arm_loss = ARMLoss(args, self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
         choices = name_preferences(args.train_preferences, self.objectives) if args.train_preferences else {}
@@ -126,7 +150,8 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         )
         self._distances_ahead: torch.Tensor | None = None
         self._offloading: Any = nullcontext()
-        self._saves_checkpoint = False
+        self._saves_checkpoint = self._claimed = self._without_noise = False
+        self._inputs: dict[str, Any] | None = None
         if args.activation_offloading:
             self._offloading = get_act_offloading_ctx_manager(model)
         model.add_model_tags(self._tag_names)
@@ -134,10 +159,57 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         self.card = first_facts(self, train_dataset, sources)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
-        return super().train(resume_from_checkpoint, **kwargs)
+        """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: as [`claim_output`] does.
+        """
+        with self.claim_output(resume_from_checkpoint) as checkpoint:
+            return super().train(checkpoint, **kwargs)
+
+    @contextmanager
+    def claim_output(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[str | None]:
+        """Keeps other processes from training into the output folder for the time of a `with` block.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): As for `train`.
+
+        Yields:
+            `str`, the checkpoint's folder, or `None`.
+
+        Raises:
+            ValueError: another process trains into the folder, there is no complete checkpoint, or it is of another
+                run: with another base model, other data, objectives or their order, β, learning rate, seed, ...
+        """
+        found: list[str | None] = [None, None]
+        with ExitStack() as stack:
+            if self.is_world_process_zero():
+                try:
+                    if not self._claimed:
+                        stack.enter_context(locked(cast(str, self.args.output_dir)))
+                    found[0] = self._checked_checkpoint(resume_from_checkpoint)
+                except ValueError as error:
+                    found[1] = str(error)
+            checkpoint, error = broadcast_object_list(found)
+            if error:
+                raise ValueError(error)
+            outer, self._claimed = self._claimed, True
+            try:
+                yield checkpoint
+            finally:
+                self._claimed = outer
+
+    def _checked_checkpoint(self, given: str | bool | None) -> str | None:
+        checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir)) if given is True else given or None
+        run = self._describe_run()
+        if checkpoint:
+            check_record(checkpoint, run)
+        return checkpoint
+
+    def _describe_run(self) -> dict[str, Any]:
+        if self._inputs is None:
+            self._inputs = describe_inputs(self.model, self.adapter, cast(Any, self.train_dataset))
+        return {**self._inputs, **describe_settings(self.args, self.objectives)}
 
     def get_batch_samples(self, *args, **kwargs):
         """As transformers', but a run that was complete when it was resumed takes no further step."""
@@ -158,7 +230,12 @@ class PreferenceARMTrainer(PreferenceEvaluation):
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
         counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
+        drawn = random_states(labels.device)
         first, second = self._log_probs(model, inputs, preference)
+        if self.args.disable_dropout and model.training and not self._without_noise:
+            if drawn != random_states(labels.device):
+                check_noise(lambda: torch.cat(self._log_probs(model, inputs, preference)), labels.device)
+            self._without_noise = True
         margins = first - second
         loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
         if not torch.isfinite(loss):
@@ -206,6 +283,8 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self._saves_checkpoint:
+                write_record(folder, self._describe_run())
             finish(self, folder, anew=False)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
