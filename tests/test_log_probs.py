@@ -18,11 +18,16 @@ from transformers import (
 
 from peft_pblora import set_preference
 from trl_parm import PreferenceARMConfig
-from trl_parm.training import chunked
-from trl_parm.training.chunked import token_log_probs
-from trl_parm.training.collator import PreferenceCollator, separate_rows, shared_prompts
-from trl_parm.training.log_probs import Predictions, ResponseLogProbs
-from trl_parm.training.responses import Responses
+from trl_parm.training.data import PreferenceCollator
+from trl_parm.training.log_probs import (
+    LOGITS_AT_ONCE,
+    Predictions,
+    ResponseLogProbs,
+    Responses,
+    separate_rows,
+    shared_prompts,
+    token_log_probs,
+)
 
 
 PAIRS = [([5, 6, 7], [8, 9, 1], [9, 1]), ([5], [10, 11, 12, 13, 1], [3]), ([2, 3, 4, 5, 6], [7], [8, 4, 4, 1])]
@@ -81,7 +86,7 @@ def test_log_probs_equal_the_naive_twin(make, share_prompt, way):
 @pytest.mark.parametrize("share_prompt", [False, True])
 @pytest.mark.parametrize("chunk", [64, 192, 2**22])
 def test_gradients_equal_those_of_plain_log_softmax(make, share_prompt, chunk, monkeypatch):
-    monkeypatch.setitem(chunked.LOGITS_AT_ONCE, "cpu", chunk)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", chunk)
     model = make().train()
     if make is tiny_arm:
         set_preference(model, [0.3, 0.7])
@@ -129,13 +134,13 @@ def test_the_chunked_way_never_holds_the_logits_of_all_tokens():
     rows = [([5, 6], list(range(2, 62)), list(range(3, 63))) for _ in range(8)]
     inputs, predictions = separate_rows(batch(rows=rows))
     chunked_way = ResponseLogProbs(model)
-    before = chunked.LOGITS_AT_ONCE["cpu"]
-    chunked.LOGITS_AT_ONCE["cpu"] = 4000 * 50
+    before = LOGITS_AT_ONCE["cpu"]
+    LOGITS_AT_ONCE["cpu"] = 4000 * 50
     try:
         with Watch():
             chunked_way(model, inputs, predictions).sum().backward()
     finally:
-        chunked.LOGITS_AT_ONCE["cpu"] = before
+        LOGITS_AT_ONCE["cpu"] = before
     assert chunked_way.head is not None
     assert max(sizes) <= 4000 * 50 < len(predictions.targets) * 4000 / 10
 

@@ -24,7 +24,7 @@ from transformers import (
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from trl_parm import PreferenceARMTrainer
-from trl_parm.training.setup import adapt_model
+from trl_parm.training.model import adapt_model
 
 
 def test_train_changes_the_adapter_and_nothing_else(tmp_path, tokenizer):

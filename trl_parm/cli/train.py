@@ -15,10 +15,10 @@ from .common import RUN_FILE, parse, say
 
 if TYPE_CHECKING:
     from trl_parm import PreferenceARMConfig
-    from trl_parm.training.arguments import ARMArguments
+    from trl_parm.training.config import ARMArguments
 
-SOURCES = {"arguments": ("PairData", "ARMArguments"), "config": ("PreferenceARMConfig",)}
-"""Modules of `trl_parm.training` → their classes, whose documentation is the help of this verb."""
+ARGUMENTS = ("PairData", "ARMArguments", "PreferenceARMConfig")
+"""Classes whose documentation is the help of this verb."""
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         print(describe())
         return
     from trl_parm import PreferenceARMConfig
-    from trl_parm.training.arguments import ARMArguments
+    from trl_parm.training.config import ARMArguments
 
     train(*parse("train", (ARMArguments, PreferenceARMConfig), argv))
 
@@ -79,12 +79,11 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
 
 def describe() -> str:
     """The help: the documentation of the arguments, read from the source, since importing it takes seconds."""
-    folder = Path(__file__).parents[1] / "training"
+    source = Path(__file__).parents[1] / "training" / "config.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     texts = ["usage: trl-parm train [--config FILE.yaml] [--KEY VALUE ...]", __doc__ or ""]
-    for module, names in SOURCES.items():
-        tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
-        found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in names]
+    texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in ARGUMENTS]
     return "\n\n".join([*texts, "All arguments of transformers.TrainingArguments are keys too."])
 
 

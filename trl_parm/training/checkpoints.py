@@ -22,8 +22,8 @@ from peft_pblora.output import output_file
 from trl_parm.records import differences, lock
 
 from .config import PreferenceARMConfig
-from .data import FEATURES, JointPreferenceDataset, JointPreferenceStream
-from .tokenization import COLUMNS
+from .data import JointPreferenceDataset, JointPreferenceStream
+from .tokenization import COLUMNS, FEATURES
 
 
 logger = logging.get_logger(__name__)

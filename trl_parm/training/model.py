@@ -13,8 +13,6 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from peft_pblora import as_preference, name_preference
-
 from .compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .config import PreferenceARMConfig
 
@@ -159,12 +157,3 @@ def check_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> No
             f"{found[2].tolist()}: the model has noise that could not be found. Switch it off in the model's "
             "configuration, or set `disable_dropout=False`."
         )
-
-
-def name_preferences(given: list | None, objectives: list[str]) -> dict[str, torch.Tensor]:
-    """Preferences by name: the given ones, or the vertices and the uniform vector."""
-    if given is None:
-        given = torch.eye(len(objectives)).tolist()
-        if len(objectives) > 1:
-            given.append([1 / len(objectives)] * len(objectives))
-    return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
