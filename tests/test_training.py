@@ -15,11 +15,6 @@ from training_runs import LORA, PBLORA, config, trained, trainer, two_sets, with
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
-    FalconConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    OPTConfig,
 )
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
@@ -183,35 +178,6 @@ def test_dropout_is_off_unless_asked_for(tmp_path, tokenizer):
         for peft_config in (PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"]), dropping)
     ]
     assert losses[0][0] == losses[0][1] == losses[1][0] != losses[1][1]
-
-
-TINY = {
-    "OPT": OPTConfig(hidden_size=32, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, layerdrop=0.2),
-    "Llama": LlamaConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, attention_dropout=0.2),
-    "BLOOM": BloomConfig(hidden_size=32, n_head=4, hidden_dropout=0.2, attention_dropout=0.2),
-    "Falcon": FalconConfig(hidden_size=32, num_attention_heads=4, hidden_dropout=0.2, attention_dropout=0.2),
-    "GPT-NeoX": GPTNeoXConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, attention_dropout=0.2),
-    "GPT-2": GPT2Config(n_embd=32, n_head=4),
-}
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_dropout_that_is_a_function_is_off_too(tmp_path, tokenizer, name):
-    """Whether its probability stands in a module or is read from the configuration."""
-
-    def run(disable_dropout: bool):
-        config = copy.deepcopy(TINY[name])
-        config.update({"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1})
-        torch.manual_seed(0)
-        made = trainer(
-            tmp_path, tokenizer, AutoModelForCausalLM.from_config(config), pairs(4), peft_config=None,
-            disable_dropout=disable_dropout,
-        )  # fmt: skip
-        model, batch = made.model.train(), next(iter(made.get_train_dataloader()))
-        return [made.compute_loss(model, batch).item() for _ in range(3)]
-
-    assert len(set(run(disable_dropout=True))) == 1
-    assert len(set(run(disable_dropout=False))) > 1
 
 
 def test_a_model_that_can_not_share_prompts_is_refused_before_the_first_step(tmp_path, tokenizer):
