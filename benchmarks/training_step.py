@@ -30,9 +30,9 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_pblora import PBLoraConfig, set_preference
 from trl_parm import PreferenceARMConfig
-from trl_parm.training.arm_loss import ARMLoss, count_labels
-from trl_parm.training.collator import PreferenceCollator, separate_rows
-from trl_parm.training.responses import Responses
+from trl_parm.training.data import PreferenceCollator
+from trl_parm.training.log_probs import Responses, separate_rows
+from trl_parm.training.losses import count_labels
 
 
 OBJECTIVES = ["helpful", "harmless"]
@@ -112,7 +112,7 @@ def full_log_softmax(model: nn.Module, batch: dict[str, torch.Tensor], copies: b
 
 
 def step(model: nn.Module, log_probs: Callable[[], tuple[torch.Tensor, torch.Tensor]], labels: torch.Tensor):
-    loss = ARMLoss(PreferenceARMConfig("unused", beta=0.1, bf16=False, report_to="none"), OBJECTIVES)
+    loss = PreferenceARMConfig("unused", beta=0.1, bf16=False, report_to="none").arm_loss(OBJECTIVES)
     preference, counts = torch.tensor(PREFERENCE, device=labels.device), count_labels(labels)
 
     def run() -> tuple[float, float]:

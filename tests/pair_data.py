@@ -6,8 +6,7 @@ import copy
 import torch
 from datasets import Dataset
 
-from trl_parm.training.data import PairPreparer
-from trl_parm.training.tokenization import PairReader
+from trl_parm.training.tokenization import PairPreparer, PairReader
 
 
 OBJECTIVES = ["helpful", "harmless"]

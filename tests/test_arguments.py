@@ -9,7 +9,7 @@ from training_runs import write_run
 from trl import TrlParser
 
 from trl_parm import PreferenceARMConfig
-from trl_parm.training.arguments import ARMArguments
+from trl_parm.training.config import ARMArguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -32,7 +32,7 @@ from trl_parm.demo.command import _parser
 from trl_parm.evaluation.evaluate import Entry
 from trl_parm.provenance import write_run
 from trl_parm.records import read_rows
-from trl_parm.training.arguments import ARMArguments
+from trl_parm.training.config import ARMArguments
 
 
 REWARDS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:conciseness"}

@@ -17,7 +17,7 @@ from conftest import tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from training_runs import write_run
 
-from trl_parm.training.setup import last_complete_checkpoint
+from trl_parm.training.checkpoints import last_complete_checkpoint
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -7,14 +7,27 @@ from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from pair_data import naive_log_probs
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from peft_pblora import set_preference
 from trl_parm import PreferenceARMConfig
-from trl_parm.training import chunked
-from trl_parm.training.chunked import token_log_probs
-from trl_parm.training.collator import PreferenceCollator, separate_rows, shared_prompts
-from trl_parm.training.log_probs import Predictions, ResponseLogProbs
-from trl_parm.training.responses import Responses
+from trl_parm.training.data import PreferenceCollator
+from trl_parm.training.log_probs import (
+    LOGITS_AT_ONCE,
+    Predictions,
+    ResponseLogProbs,
+    Responses,
+    separate_rows,
+    shared_prompts,
+    token_log_probs,
+)
 
 
 PAIRS = [([5, 6, 7], [8, 9, 1], [9, 1]), ([5], [10, 11, 12, 13, 1], [3]), ([2, 3, 4, 5, 6], [7], [8, 4, 4, 1])]
@@ -73,7 +86,7 @@ def test_log_probs_equal_the_naive_twin(make, share_prompt, way):
 @pytest.mark.parametrize("share_prompt", [False, True])
 @pytest.mark.parametrize("chunk", [64, 192, 2**22])
 def test_gradients_equal_those_of_plain_log_softmax(make, share_prompt, chunk, monkeypatch):
-    monkeypatch.setitem(chunked.LOGITS_AT_ONCE, "cpu", chunk)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", chunk)
     model = make().train()
     if make is tiny_arm:
         set_preference(model, [0.3, 0.7])
@@ -121,13 +134,13 @@ def test_the_chunked_way_never_holds_the_logits_of_all_tokens():
     rows = [([5, 6], list(range(2, 62)), list(range(3, 63))) for _ in range(8)]
     inputs, predictions = separate_rows(batch(rows=rows))
     chunked_way = ResponseLogProbs(model)
-    before = chunked.LOGITS_AT_ONCE["cpu"]
-    chunked.LOGITS_AT_ONCE["cpu"] = 4000 * 50
+    before = LOGITS_AT_ONCE["cpu"]
+    LOGITS_AT_ONCE["cpu"] = 4000 * 50
     try:
         with Watch():
             chunked_way(model, inputs, predictions).sum().backward()
     finally:
-        chunked.LOGITS_AT_ONCE["cpu"] = before
+        LOGITS_AT_ONCE["cpu"] = before
     assert chunked_way.head is not None
     assert max(sizes) <= 4000 * 50 < len(predictions.targets) * 4000 / 10
 
@@ -200,16 +213,56 @@ def test_shared_prompts_need_attention_that_follows_a_mask():
         Responses(model, args(share_prompt=True))
 
 
-def test_a_model_that_does_not_follow_the_mask_is_refused():
-    model = tiny_llama().requires_grad_(False)
+def without_mask():
+    model = tiny_llama()
     forward = model.forward
+    model.forward = lambda *given, attention_mask=None, **kwargs: forward(*given, **kwargs)
+    return model
 
-    def ignore_mask(*given, attention_mask=None, **kwargs):
-        return forward(*given, **kwargs)
 
-    model.forward = ignore_mask
-    with pytest.raises(ValueError, match="it does not follow the attention mask"):
-        Responses(model, args(share_prompt=True)).log_probs(model, batch(share_prompt=True))
+def gpt_neo():
+    """Half of its layers see four tokens only, which its configuration calls neither a window nor a type of layer."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return GPTNeoForCausalLM(config)
+
+
+def bloom():
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+
+
+def mpt():
+    """It takes its positions from the order of tokens."""
+    torch.manual_seed(0)
+    return MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (without_mask, "it does not follow mask and positions"),
+        (gpt_neo, "it does not follow mask and positions"),
+        (mpt, "it does not follow mask and positions"),
+        (bloom, "which the model can't take: ValueError: too many values to unpack"),
+    ],
+)
+def test_a_model_that_can_not_share_prompts_is_refused(make, message):
+    model = make().requires_grad_(False).train()
+    with pytest.raises(ValueError, match=f"`share_prompt=True`.*{message}.* Use `share_prompt=False`"):
+        Responses(model, args(share_prompt=True, max_length=40)).check_shared_prompts(model, batch(share_prompt=True))
+    assert model.training
+
+
+@every_model
+@pytest.mark.parametrize("max_length", [None, 40, 1024])
+def test_a_model_that_follows_the_mask_may_share_prompts(make, max_length):
+    model = make().requires_grad_(False)
+    responses = Responses(model, args(share_prompt=True, max_length=max_length))
+    responses.check_shared_prompts(model, batch(share_prompt=True))
 
 
 def test_predictions_of_rows():

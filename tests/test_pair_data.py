@@ -8,16 +8,15 @@ import torch
 from datasets import Dataset, IterableDataset
 from pair_data import OBJECTIVES, ROLES, labelled, pairs, prepared
 
-from trl_parm.training import data
-from trl_parm.training.collator import PreferenceCollator
-from trl_parm.training.data import JointPreferenceDataset, JointPreferenceStream, PairPreparer, pair_id
-from trl_parm.training.tokenization import PairReader
+from trl_parm.training import tokenization
+from trl_parm.training.data import JointPreferenceDataset, JointPreferenceStream, PreferenceCollator, pair_id
+from trl_parm.training.tokenization import PairPreparer, PairReader
 
 
 @pytest.fixture
 def lines(monkeypatch):
     found = []
-    monkeypatch.setattr(data.logger, "warning", found.append)
+    monkeypatch.setattr(tokenization.logger, "warning", found.append)
     return found
 
 

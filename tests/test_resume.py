@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that stop and go on: the same losses and the same weights, bit by bit."""
+"""Runs that stop and go on: the same losses and the same weights, bit by bit, of the same run alone."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_tokenizer
+from datasets import Dataset
 from pair_data import labelled, pairs
-from training_runs import OBJECTIVES, trainer, two_sets
+from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, write_run
 from transformers import TrainerCallback
 
-from trl_parm.training.setup import last_complete_checkpoint
+from peft_pblora import PBLoraConfig
+from trl_parm.cli import train
+from trl_parm.training import checkpoints
+from trl_parm.training.checkpoints import last_complete_checkpoint
 
 
 class Stop(TrainerCallback):
@@ -98,6 +105,142 @@ def test_a_complete_run_takes_no_further_step(tmp_path, tokenizer, steps):
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{steps}")
     for name, p in weights(resumed).items():
         assert torch.equal(p, weights(whole)[name]), name
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder with the first checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("first")
+    trainer(folder, tiny_tokenizer(), save_strategy="steps", save_steps=1, max_steps=1).train()
+    return folder
+
+
+def one_word_changed() -> dict[str, Dataset]:
+    data = two_sets()
+    rows = data["harmless"].to_list()
+    rows[2]["rejected"] += " w3"
+    return {**data, "harmless": Dataset.from_list(rows)}
+
+
+SWAPPED = PBLoraConfig(**{**PBLORA.to_dict(), "objectives": OBJECTIVES[::-1]})
+WIDER = PBLoraConfig(**{**PBLORA.to_dict(), "lora_alpha": 16})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": tiny_llama(seed=3)}, "base.frozen weights was .*, but is"),
+        ({"model": tiny_llama(rope_theta=500.0)}, "base.rope_parameters.rope_theta was 10000.0, but is 500.0"),
+        ({"data": two_sets(5)}, r"data was \['6 pairs, .*', '4 pairs, .*'\], but is \['5 pairs, "),
+        ({"data": one_word_changed()}, "data was "),
+        ({"data": dict(reversed(two_sets().items()))}, "data was "),
+        ({"data": {name: d.to_iterable_dataset() for name, d in two_sets().items()}}, r"but is \['a stream, "),
+        ({"peft_config": SWAPPED}, r"objectives was \['helpful', 'harmless'\], but is \['harmless', 'helpful'\]"),
+        ({"peft_config": WIDER}, "adapter.lora_alpha was 8, but is 16"),
+        ({"beta": {"helpful": 0.1, "harmless": 0.2}}, "beta.harmless was 0.1, but is 0.2"),
+        ({"learning_rate": 0.2}, "learning_rate was 0.1, but is 0.2"),
+        ({"seed": 1}, "seed was 42, but is 1"),
+        ({"loss_type": "hinge"}, "loss_type was sigmoid, but is hinge"),
+        ({"global_weight": 0.5}, "global_weight was 0.0, but is 0.5"),
+        ({"preference_per": "pair"}, "preference_per was step, but is pair"),
+        ({"concentration": 1.0}, "concentration was 0.5, but is 1.0"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(first, tokenizer, change, message):
+    run = trainer(first, tokenizer, max_steps=4, **change)
+    with pytest.raises(ValueError, match=f"{first}/checkpoint-1 is of another training: .*{message}"):
+        run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 0
+
+
+def test_a_checkpoint_is_compared_by_its_name_too_and_may_lie_elsewhere(first, tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="checkpoint-1 is of another training: seed was 42"):
+        trainer(tmp_path, tokenizer, seed=1).train(resume_from_checkpoint=str(first / "checkpoint-1"))
+    run = trainer(tmp_path, tokenizer)
+    run.train(resume_from_checkpoint=str(first / "checkpoint-1"))
+    assert run.state.global_step == 3
+
+
+def test_a_stream_that_begins_otherwise_is_another_run(tmp_path, tokenizer):
+    def run(n: int, **more):
+        streams = {name: rows.to_iterable_dataset() for name, rows in two_sets(n).items()}
+        return trainer(tmp_path, tokenizer, data=streams, save_strategy="steps", save_steps=1, **more)
+
+    run(6).train()
+    run(6, max_steps=4).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"data was \['a stream, .*'\], but is \['a stream, "):
+        run(5).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_does_not_say_its_run_is_resumed_with_a_warning(tmp_path, tokenizer, monkeypatch):
+    """As those of version 0.1.0."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, tokenizer, max_steps=2, **options).train()
+    (tmp_path / "checkpoint-2" / checkpoints.RECORD).unlink()
+    said = []
+    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+    resumed = trainer(tmp_path, tokenizer, max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert [text.partition(". ")[0] for text in said] == [
+        f"The checkpoint {tmp_path}/checkpoint-2 does not say what it was trained with"
+    ]
+
+
+HOLD = """
+import sys
+from trl_parm.training.checkpoints import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_trainings_into_one_folder_are_refused(tmp_path, tokenizer):
+    """And a process that was killed leaves no lock behind."""
+    command, environment = [sys.executable, "-c", HOLD, str(tmp_path)], {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout.readline() == b"locked\n"
+        run = trainer(tmp_path, tokenizer)
+        with pytest.raises(ValueError, match=f"Another process is writing {tmp_path}. Wait for it, or name another"):
+            run.train()
+        assert run.state.global_step == 0
+        other.kill()
+    run.train()
+    assert run.state.global_step == 3
+
+
+def test_a_training_holds_its_folder_until_it_ends(tmp_path, tokenizer):
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match="Another process is writing"):
+                trainer(tmp_path, tokenizer).train()
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, tokenizer, callbacks=[Second(), Stop(2)]).train()
+    run = trainer(tmp_path, tokenizer)
+    with run.claim_output():
+        run.train()
+        with pytest.raises(ValueError, match="Another process is writing"):
+            trainer(tmp_path, tokenizer).train()
+    trainer(tmp_path, tokenizer).train()
+
+
+def test_the_command_leaves_the_files_of_a_run_that_it_must_not_touch(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ["--config", "config.yaml", "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2"]
+    train.main(command)
+
+    def files() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    with pytest.raises(ValueError, match="is of another training: learning_rate was 0.1, but is 0.2"):
+        train.main([*command, "--learning_rate", "0.2", "--resume", "True"])
+    with checkpoints.locked("one"), pytest.raises(ValueError, match="Another process is writing one"):
+        train.main([*command, "--learning_rate", "0.2"])
+    assert files() == before
 
 
 def test_nothing_to_resume_from(tmp_path, tokenizer):

@@ -7,15 +7,19 @@ import math
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
-from conftest import tiny_llama
+from conftest import tiny_arm, tiny_llama
 from datasets import Dataset
 from pair_data import OBJECTIVES, labelled, pairs, prepared
-from peft import PeftModel
-from training_runs import PBLORA, config, trained, trainer, two_sets, without_ranks
+from peft import PeftModel, get_peft_model
+from training_runs import LORA, PBLORA, config, trained, trainer, two_sets, without_ranks
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+)
 
-from peft_pblora import PBLoraConfig, set_preference
+from peft_pblora import PBLoraConfig, get_preference, set_preference
 from trl_parm import PreferenceARMTrainer
-from trl_parm.training.setup import adapt_model
+from trl_parm.training.model import adapt_model
 
 
 def test_train_changes_the_adapter_and_nothing_else(tmp_path, tokenizer):
@@ -174,6 +178,91 @@ def test_dropout_is_off_unless_asked_for(tmp_path, tokenizer):
         for peft_config in (PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"]), dropping)
     ]
     assert losses[0][0] == losses[0][1] == losses[1][0] != losses[1][1]
+
+
+def test_a_model_that_can_not_share_prompts_is_refused_before_the_first_step(tmp_path, tokenizer):
+    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)
+    run = trainer(
+        tmp_path, tokenizer, AutoModelForCausalLM.from_config(config), share_prompt=True,
+        peft_config=PBLoraConfig(objectives=OBJECTIVES, target_modules=["query_key_value"]),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="which the model can't take.*Use `share_prompt=False`"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+class Noisy(torch.nn.Module):
+    """A dropout that no attribute tells of."""
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.01, self.training)
+
+
+def test_dropout_that_can_not_be_found_is_refused_before_the_first_step(tmp_path, tokenizer):
+    def noisy():
+        model = tiny_llama()
+        model.model.layers[1].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), Noisy())
+        return model
+
+    run = trainer(tmp_path, tokenizer, noisy())
+    with pytest.raises(ValueError, match="`disable_dropout=True`, but log-probabilities scatter from forward to"):
+        run.train()
+    assert run.state.global_step == 0
+    trainer(tmp_path, tokenizer, noisy(), disable_dropout=False).train()
+
+
+def second_adapter(model: PeftModel) -> PeftModel:
+    """One for other objectives, which is active and trains."""
+    model.add_adapter("three", PBLoraConfig(objectives=["a", "b", "c"], target_modules=["q_proj"]))
+    model.set_adapter("three")
+    return model.train()
+
+
+@pytest.mark.parametrize("preference_per", ["step", "pair"])
+def test_the_active_adapter_of_several_trains_alone(tmp_path, tokenizer, preference_per):
+    data = {name: pairs(4, i) for i, name in enumerate("abc")}
+    options = {"data": data, "evaluation": data, "preference_per": preference_per, "peft_config": None}
+    run = trainer(tmp_path, tokenizer, second_adapter(tiny_arm()), **options, save_strategy="steps", save_steps=1)
+    set_preference(run.model, [0.3, 0.7], "default")
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    run.train()
+    assert run.objectives == ["a", "b", "c"]
+    assert get_preference(run.model, "default").tolist() == pytest.approx([0.3, 0.7])
+    assert "eval_c_accuracy@b" in run.evaluate()
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]) != (".three." in name), name
+    more = trainer(tmp_path, tokenizer, second_adapter(tiny_arm()), **options, max_steps=4)
+    more.train(resume_from_checkpoint=True)
+    assert more.state.global_step == 4
+
+
+@pytest.mark.parametrize("kind", [PBLORA, LORA], ids=["pblora", "lora"])
+def test_an_adapter_that_does_not_train_is_refused(tmp_path, tokenizer, kind):
+    get_peft_model(tiny_llama(), copy.deepcopy(kind)).save_pretrained(tmp_path / "arm")
+    data = two_sets() if kind is PBLORA else pairs(4)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "arm")
+    with pytest.raises(ValueError, match=r"No weight of the active adapter 'default' trains.*is_trainable=True"):
+        trainer(tmp_path, tokenizer, model, data, peft_config=None)
+    # Another adapter that would train does not help: it is not in use.
+    model.load_adapter(str(tmp_path / "arm"), "other", is_trainable=True)
+    with pytest.raises(ValueError, match="No weight of the active adapter 'default' trains"):
+        trainer(tmp_path, tokenizer, model, data, peft_config=None)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "arm", is_trainable=True)
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    trainer(tmp_path, tokenizer, model, data, peft_config=None).train()
+    assert not all(torch.equal(a, b) for a, b in zip(before, [p for p in model.parameters() if p.requires_grad]))
+
+
+def test_a_model_that_does_not_train_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="No weight of the model trains"):
+        trainer(tmp_path, tokenizer, tiny_llama().requires_grad_(False), pairs(4), peft_config=None)
+
+
+def test_one_adapter_trains_at_a_time(tmp_path, tokenizer):
+    model = second_adapter(tiny_arm())
+    model.base_model.set_adapter(["default", "three"])
+    with pytest.raises(ValueError, match=r"The adapters \['default', 'three'\] are active, but one trains"):
+        trainer(tmp_path, tokenizer, model, peft_config=None)
 
 
 def test_training_raises_the_accuracy_of_each_objective_at_its_own_vertex(tmp_path, tokenizer):

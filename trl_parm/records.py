@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from peft_pblora.output import output_file
 
@@ -51,7 +51,7 @@ class Records:
         except OSError as error:
             raise ValueError(f"{self.path} can't be written: {error}. Name another output.") from None
         try:
-            _lock(self._file, self.path)
+            lock(self._file, self.path)
             self._file.seek(0)
             self.rows, whole, size = parse_lines(self._file.read(), self.path)
             self._match(list(growing), size)
@@ -86,7 +86,7 @@ class Records:
                 "beside it. Name another output, or move that file away."
             )
         if self.rows and known is not None:
-            differing = _differences(known, self.configuration, growing)
+            differing = differences(known, self.configuration, growing)
             if differing:
                 raise ValueError(
                     f"{self.path} belongs to another configuration: {'; '.join(differing)}. Name another output, or "
@@ -164,7 +164,8 @@ def _configuration(path: Path) -> dict[str, Any] | None:
     return known
 
 
-def _differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: list[str]) -> list[str]:
+def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Iterable[str] = ()) -> list[str]:
+    """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both."""
     found = []
     for key in sorted(set(known) | set(given)):
         if key in growing:
@@ -176,13 +177,19 @@ def _differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: li
     return found
 
 
-def _lock(file: Any, path: Path) -> None:
-    """Keeps a second process from writing the same rows; the lock ends with the process, however it ends."""
+def lock(file: IO, path: Path) -> None:
+    """Keeps other processes from writing what an open file stands for, until it is closed or the process ends.
+
+    Raises:
+        ValueError: another process has the lock.
+    """
     try:
         import fcntl
     except ImportError:  # not a Unix
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None
+    except OSError:  # a file system without locks
+        return

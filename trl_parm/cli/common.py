@@ -101,7 +101,7 @@ def write_run(folder: str | Path, verb: str, arguments: Any) -> None:
 
 def load_data(given: Any) -> Dataset:
     """A data set by what stands in YAML: a path, or a mapping with the keys of [`PairData`]."""
-    from trl_parm.training.arguments import ARMArguments
+    from trl_parm.training.config import ARMArguments
 
     entry: Any = {"path": given} if isinstance(given, str) else given
     return cast(Any, ARMArguments("", train_data=[entry]).train_data[0].load())

@@ -15,10 +15,10 @@ from .common import RUN_FILE, parse, say
 
 if TYPE_CHECKING:
     from trl_parm import PreferenceARMConfig
-    from trl_parm.training.arguments import ARMArguments
+    from trl_parm.training.config import ARMArguments
 
-SOURCES = {"arguments": ("PairData", "ARMArguments"), "config": ("PreferenceARMConfig",)}
-"""Modules of `trl_parm.training` → their classes, whose documentation is the help of this verb."""
+ARGUMENTS = ("PairData", "ARMArguments", "PreferenceARMConfig")
+"""Classes whose documentation is the help of this verb."""
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         print(describe())
         return
     from trl_parm import PreferenceARMConfig
-    from trl_parm.training.arguments import ARMArguments
+    from trl_parm.training.config import ARMArguments
 
     train(*parse("train", (ARMArguments, PreferenceARMConfig), argv))
 
@@ -35,6 +35,9 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     """Trains, evaluates and saves a reward model, with its card and the resolved arguments beside it.
 
     With `resume` it goes on from the last complete checkpoint, or starts where there is none yet.
+
+    Raises:
+        ValueError: another process trains into the folder, or its checkpoint is of another run.
     """
     from dataclasses import asdict
 
@@ -56,18 +59,19 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     paths = [entry.path for entry in arguments.train_data]
     trainer.card |= data_facts(trainer, list(data or ()), paths)
     trainer.card["run"] = "# trl-parm train --config this.yaml\n" + run_yaml(arguments, config)
-    if trainer.is_world_process_zero():
-        write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
-    trainer.train(resume_from_checkpoint=_checkpoint(str(config.output_dir)) if arguments.resume else None)
-    if trainer.eval_dataset is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    trainer.save_state()
-    trainer.save_model(config.output_dir)
-    trainer.create_model_card()
-    if config.push_to_hub:
-        trainer.push_to_hub()
+    with trainer.claim_output(_checkpoint(str(config.output_dir)) if arguments.resume else None) as checkpoint:
+        if trainer.is_world_process_zero():
+            write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.eval_dataset is not None:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+        trainer.save_state()
+        trainer.save_model(config.output_dir)
+        trainer.create_model_card()
+        if config.push_to_hub:
+            trainer.push_to_hub()
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -75,17 +79,16 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
 
 def describe() -> str:
     """The help: the documentation of the arguments, read from the source, since importing it takes seconds."""
-    folder = Path(__file__).parents[1] / "training"
+    source = Path(__file__).parents[1] / "training" / "config.py"
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     texts = ["usage: trl-parm train [--config FILE.yaml] [--KEY VALUE ...]", __doc__ or ""]
-    for module, names in SOURCES.items():
-        tree = ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))
-        found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-        texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in names]
+    texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in ARGUMENTS]
     return "\n\n".join([*texts, "All arguments of transformers.TrainingArguments are keys too."])
 
 
 def _checkpoint(folder: str) -> str | None:
-    from trl_parm.training.setup import last_complete_checkpoint
+    from trl_parm.training.checkpoints import last_complete_checkpoint
 
     try:
         return last_complete_checkpoint(folder)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training autoregressive reward models."""
 
-from .collator import PreferenceCollator
 from .config import PreferenceARMConfig
+from .data import PreferenceCollator
 from .trainer import PreferenceARMTrainer
 
 

@@ -15,8 +15,7 @@ from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, store_card, vers
 from peft_pblora.config import PreferenceConfig
 from trl_parm.provenance import plain
 
-from .data import JointPreferenceDataset
-from .sources import Pairs
+from .data import JointPreferenceDataset, Pairs
 
 
 if TYPE_CHECKING:

@@ -1,80 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From preference data sets to joint rows: every optimisation step sees every data set, and so every objective."""
+"""From what a user gives as preference data to batches: every optimisation step sees every data set and objective."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.utils import logging
 
+from .compat import pad
+from .config import FILE_KINDS, PairData, PreferenceARMConfig
 from .preferences import mix
-from .tokenization import COLUMNS, PairReader, fit
+from .tokenization import COLUMNS, PairPreparer, PairReader, is_labelled
 
 
-logger = logging.get_logger(__name__)
+Pairs = Dataset | IterableDataset
+"""One data set of pairs."""
+PairSources = Mapping[str, Pairs | str] | Pairs | str
+"""What a user gives: data sets by objective, or a single one, each also as a file or by its id on the Hub."""
+ALONE = ""
+"""The name of a data set that was given without one."""
+PROMPT, FIRST, SECOND, PADDING = 0, 1, 2, -1
+"""What a token belongs to: the prompt, one of the responses, or nothing."""
 
-FEATURES = Features({column: List(Value("int32")) for column in COLUMNS} | {"outcome": Value("string")})
-OUTCOMES = {
-    "cut": "lost the start of the prompt to fit into {max_length} tokens",
-    "too long": "were left out, being longer than {max_length} tokens",
-    "identical": "were left out, since both responses are the same",
-    "unlabelled": "were left out, having no label for any objective",
-}
 
-
-class PairPreparer:
-    """Tokenizes rows of one data set and makes them fit, see [`PairReader`] and [`fit`].
+def name_sources(argument: str, given: PairSources | None, split: str) -> dict[str, Pairs]:
+    """The data sets by name, loaded where they are named by a file or an id.
 
     Args:
-        reader ([`PairReader`]): For the data set's format.
-        max_length (`int`, *optional*): Most tokens of prompt and response together.
-        cut_prompt (`bool`, *optional*, defaults to `False`): Cut the start of long prompts.
+        argument (`str`): `"train_dataset"` or `"eval_dataset"`, for messages.
+        given (`PairSources`): What the user gave.
+        split (`str`): The split to load.
+
+    Raises:
+        ValueError: nothing was given, or the splits of one data set in the place of data sets by objective.
+        TypeError: something else.
     """
-
-    def __init__(self, reader: PairReader, max_length: int | None, cut_prompt: bool = False) -> None:
-        self.reader, self.max_length, self.cut_prompt = reader, max_length, cut_prompt
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The pair with its outcome: empty where nothing was done, a key of `OUTCOMES`, and no ids if left out."""
-        pair = self.reader(row)
-        fitted, outcome = fit(pair, self.max_length, self.cut_prompt)
-        if not any(pair["labels"]):
-            fitted, outcome = None, "unlabelled"
-        return {**(fitted or {column: [] for column in COLUMNS}), "outcome": outcome or ""}
-
-    def all(self, dataset: Dataset, num_proc: int | None = None) -> Dataset:
-        """Prepares a whole data set. Raises `ValueError` if it is empty or nothing of it is left."""
-        if len(dataset) == 0:
-            raise ValueError(f"The data set {self.reader.name!r} is empty. Give it at least one pair.")
-        prepared = dataset.map(
-            self,
-            remove_columns=dataset.column_names,
-            features=FEATURES,
-            num_proc=num_proc,
-            desc=f"Tokenizing {self.reader.name}",
+    if given is None or (isinstance(given, Mapping) and not given):
+        raise ValueError(f"`{argument}` is required: a mapping from objective name to preference data set.")
+    if isinstance(given, DatasetDict | IterableDatasetDict) and set(given) & {"train", "test", "validation"}:
+        raise ValueError(
+            f"`{argument}` has the splits {sorted(given)} of one data set. Give one of them, or a mapping from "
+            "objective name to data set."
         )
-        outcomes = prepared["outcome"][:]
-        self.report(Counter(outcomes))
-        kept = [i for i, outcome in enumerate(outcomes) if outcome in ("", "cut")]
-        return prepared.select(kept).remove_columns("outcome")
+    named = given if isinstance(given, Mapping) else {ALONE: given}
+    return {str(name): _load(argument, data, split) for name, data in named.items()}
 
-    def report(self, outcomes: Counter[str]) -> None:
-        """Says in one line what was left out or cut. Raises `ValueError` if nothing is left."""
-        done = [
-            f"{outcomes[name]} {text.format(max_length=self.max_length)}"
-            for name, text in OUTCOMES.items()
-            if outcomes[name]
-        ]
-        line = f"{self.reader.name}: of {sum(outcomes.values())} pairs {'; '.join(done)}."
-        if not outcomes[""] + outcomes["cut"]:
-            raise ValueError(f"No pair of the data set {self.reader.name!r} is left. {line}")
-        if done:
-            logger.warning(line)
+
+def only_objective(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
+    """The one objective of a model without a preference-conditioned adapter. Raises `ValueError` for several."""
+    labelled = [is_labelled(columns_of(data)) for data in sources.values()]
+    names = [name for name, has_labels in zip(sources, labelled, strict=True) if not has_labels]
+    names += list(label_columns or {}) if any(labelled) else []
+    if len(set(names)) > 1:
+        raise ValueError(
+            f"The model has no preference-conditioned adapter, but there are {len(names)} objectives "
+            f"({', '.join(names)}). Pass `peft_config=PBLoraConfig(objectives=[...])`, or train on one objective."
+        )
+    if not names:
+        raise ValueError(
+            "The labelled data does not say which column belongs to the objective. Pass for example "
+            "`label_columns={'helpful': 'better_response_id'}`."
+        )
+    return [names[0] or "reward"]
+
+
+def join_sources(
+    argument: str,
+    sources: Mapping[str, Pairs],
+    objectives: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    args: PreferenceARMConfig,
+    once: bool = False,
+) -> JointPreferenceDataset | JointPreferenceStream:
+    """Tokenizes the data sets and zips them.
+
+    Args:
+        argument (`str`): `"train_dataset"` or `"eval_dataset"`, for messages.
+        sources (`Mapping[str, Pairs]`): From [`name_sources`].
+        objectives (`list[str]`): All objectives.
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        args ([`PreferenceARMConfig`]): Lengths and label columns.
+        once (`bool`, *optional*, defaults to `False`): For evaluation; a stream is then read into memory.
+
+    Raises:
+        ValueError: the objectives of the data are not those of the adapter, or a data set has no usable pair.
+    """
+    sources = _with_names(argument, sources, objectives)
+    label_columns = cast(dict, args.label_columns) or {objective: objective for objective in objectives}
+    preparers = {
+        name: PairPreparer(
+            PairReader(name, columns_of(data), objectives, label_columns, tokenizer),
+            args.max_length,
+            args.truncation_mode == "cut_prompt",
+        )
+        for name, data in sources.items()
+    }
+    found = {objective for preparer in preparers.values() for objective in preparer.reader.own_objectives}
+    if found != set(objectives):
+        raise ValueError(_differing_objectives(argument, found, objectives))
+    if once:
+        sources = {name: Dataset.from_list(list(d)) if _is_stream(d) else d for name, d in sources.items()}
+    if any(_is_stream(data) for data in sources.values()):
+        return JointPreferenceStream([(preparers[name], data) for name, data in sources.items()])
+    with args.main_process_first(desc="tokenizing"):
+        return JointPreferenceDataset(
+            [preparers[name].all(cast(Dataset, data), args.dataset_num_proc) for name, data in sources.items()], once
+        )
+
+
+def join_evaluation(
+    given: Any, objectives: list[str], tokenizer: PreTrainedTokenizerBase, args: PreferenceARMConfig
+) -> Any:
+    """What evaluation iterates over: [`join_sources`] of the pairs, or of each of several evaluations by its name."""
+    if given is None:
+        return None
+    if isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values()):
+        return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in given.items()}
+    sources = name_sources("eval_dataset", given, "test")
+    ranked = not any(is_labelled(columns_of(data)) for data in sources.values())
+    if ranked and ALONE not in sources and len(objectives) == 1 and objectives[0] not in sources:
+        return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in sources.items()}
+    return join_sources("eval_dataset", sources, objectives, tokenizer, args, once=True)
+
+
+def columns_of(data: Pairs) -> list[str]:
+    """Column names, of a stream by its first row."""
+    return data.column_names or list(next(iter(data), {}))
 
 
 class JointPreferenceDataset(torch.utils.data.Dataset):
@@ -188,3 +246,90 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
 def pair_id(dataset: int, index: int) -> int:
     """A number of its own for each pair of a run."""
     return (dataset << 40) + index
+
+
+@dataclass
+class PreferenceCollator:
+    """Pads joint rows into one batch of pairs with a label for each objective.
+
+    Returns a dictionary with `input_ids` and `segments` of shape `(rows, length)`, `pair_labels` of shape
+    `(pairs, k)` and `pair_ids` of shape `(pairs,)`. `segments` says what a token belongs to: 0 the prompt, 1 the first
+    response, 2 the second, −1 padding. There are two rows for each pair, all first responses and then all second ones;
+    with `share_prompt` one row holds prompt, first and second response. `pair_labels` is +1 where the first response
+    is the better one for an objective, −1 where the second is, 0 where there is no label. The pairs of one joint row
+    stand together.
+
+    Args:
+        pad_token_id (`int`): Id for padding.
+        pad_to_multiple_of (`int`, *optional*): Round the length up.
+        share_prompt (`bool`, *optional*, defaults to `False`): One row for each pair.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    share_prompt: bool = False
+
+    def __call__(self, examples: Sequence[dict[str, list]]) -> dict[str, torch.Tensor]:
+        pairs = [pair for example in examples for pair in example["pairs"]]
+        if self.share_prompt:
+            rows = [_row(pair, FIRST, SECOND) for pair in pairs]
+        else:
+            rows = [_row(pair, response) for response in (FIRST, SECOND) for pair in pairs]
+        return {
+            "input_ids": self._pad([ids for ids, _ in rows], self.pad_token_id),
+            "segments": self._pad([segments for _, segments in rows], PADDING),
+            "pair_labels": torch.tensor([pair["labels"] for pair in pairs], dtype=torch.float32),
+            "pair_ids": torch.tensor([pair["pair_id"] for pair in pairs]),
+        }
+
+    def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad(rows, padding_value=value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+
+def _row(pair: dict[str, Any], *responses: int) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [(PROMPT, pair["prompt_ids"])]
+    parts += [(response, pair["first_ids" if response == FIRST else "second_ids"]) for response in responses]
+    ids = [token for _, tokens in parts for token in tokens]
+    segments = [segment for segment, tokens in parts for _ in tokens]
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(segments, dtype=torch.long)
+
+
+def _is_stream(data: Pairs) -> bool:
+    return isinstance(data, IterableDataset)
+
+
+def _load(argument: str, data: Any, split: str) -> Pairs:
+    if isinstance(data, str):
+        return PairData(data, split="train" if Path(data).suffix in FILE_KINDS else split).load()
+    if not isinstance(data, Dataset | IterableDataset):
+        raise TypeError(
+            f"`{argument}` has a {type(data).__name__}. Give a mapping such as {{'helpful': dataset, ...}} with one "
+            "preference data set for each objective, or one data set with labels for every objective."
+        )
+    return data
+
+
+def _with_names(argument: str, sources: Mapping[str, Pairs], objectives: list[str]) -> dict[str, Pairs]:
+    if ALONE not in sources:
+        wrong = [
+            name for name, data in sources.items() if name not in objectives and not is_labelled(columns_of(data))
+        ]
+        if wrong:
+            raise ValueError(_differing_objectives(argument, set(sources), objectives))
+        return dict(sources)
+    data = sources[ALONE]
+    if is_labelled(columns_of(data)):
+        return {"pairs": data}
+    if len(objectives) > 1:
+        raise ValueError(
+            f"`{argument}` is one data set with `chosen` and `rejected`, but the adapter was made for {objectives}. "
+            "Give a mapping with one data set for each objective, or one with labels for all."
+        )
+    return {objectives[0]: data}
+
+
+def _differing_objectives(argument: str, found: set[str], objectives: list[str]) -> str:
+    return (
+        f"`{argument}` has the objectives {sorted(found)}, but the adapter was made for {objectives}. Give "
+        "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
+    )

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of responses under a causal language model, computed for response tokens only."""
+"""log π of the responses of a batch under a causal language model: how pairs are fed to it, and what is computed.
+
+Only the tokens of responses get logits, and never a float32 matrix of (rows, tokens, vocabulary).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +16,141 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .chunked import token_log_probs
+from .config import PreferenceARMConfig
+from .data import FIRST, PADDING, PROMPT, SECOND, PreferenceCollator
+
+
+LOGITS_AT_ONCE = {"cpu": 2**22}
+"""Most logits of a chunk by device; elsewhere 2²⁵, which is 128 MiB of float32."""
+
+
+class Responses:
+    """log π of the two responses of each pair.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, before it is wrapped for distribution.
+        args ([`PreferenceARMConfig`]): Says whether prompts are shared and log-probabilities normalised.
+
+    Raises:
+        ValueError: `share_prompt` with a kind of attention that takes no mask, or with a window.
+    """
+
+    def __init__(self, model: Any, args: PreferenceARMConfig) -> None:
+        self.share_prompt, self.length_normalized = args.share_prompt, args.length_normalized
+        self.rows_per_pair = 1 if self.share_prompt else 2
+        self._sums = ResponseLogProbs(model, chunked=not args.torch_compile)
+        if self.share_prompt:
+            self._mask_dtype = _mask_dtype(model)
+            self._in_float32 = model.dtype == torch.float32 and not (args.bf16 or args.fp16)
+            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            self._longest = min((n for n in (args.max_length, positions) if n), default=None)
+
+    def log_probs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """log π of the first and of the second response of each pair, summed, or the mean of a token.
+
+        Args:
+            model (`nn.Module`): The model, wrapped or not.
+            batch (`dict`): From [`PreferenceCollator`].
+
+        Returns:
+            `tuple` of two `torch.Tensor` of shape `(pairs,)`, float32.
+        """
+        inputs, predictions = self._layout(batch, self.share_prompt)
+        sums = self._sums(model, inputs, predictions)
+        if self.length_normalized:
+            sums = sums / predictions.lengths().to(sums).clamp(min=1)
+        first, second = sums.chunk(2)
+        return first, second
+
+    def check_shared_prompts(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
+        """Makes sure that the model is a function of positions and mask alone, so that prompts can be shared.
+
+        It reads a pair of tokens from the batch, as long as training may meet one, in one row and in two.
+
+        Raises:
+            ValueError: the results differ, or the model can't be fed that way.
+        """
+        ids = batch["input_ids"][batch["segments"] != PADDING]
+        length = (self._longest or batch["input_ids"].shape[1]) // 2
+        drawn = torch.randint(len(ids), (3, length), generator=torch.Generator().manual_seed(0)).to(ids.device)
+        pair = dict(zip(("prompt_ids", "first_ids", "second_ids"), ids[drawn].tolist(), strict=True))
+        example = {"pairs": [{**pair, "labels": [], "pair_id": 0}]}
+        training = model.training
+        model.eval()
+        try:
+            separate = self._of_tokens(model, example, False, ids.device)
+            shared = self._of_tokens(model, example, True, ids.device)
+        finally:
+            model.train(training)
+        error = (shared - separate).abs().max().item()
+        exact = self._in_float32 and ids.device.type == "cpu"
+        if not error < (1e-3 if exact else 0.5):
+            raise ValueError(
+                f"With `share_prompt=True` the model's log-probabilities differ by {error:.2g} for a token from those "
+                "with a row for each response: it does not follow mask and positions. Use `share_prompt=False`."
+            )
+
+    @torch.no_grad()
+    def _of_tokens(self, model: nn.Module, example: dict[str, list], shared: bool, device: Any) -> torch.Tensor:
+        batch = PreferenceCollator(0, share_prompt=shared)([example])
+        inputs, predictions = self._layout({name: tensor.to(device) for name, tensor in batch.items()}, shared)
+        tokens = torch.arange(len(predictions.targets), device=device)
+        try:
+            return self._sums(model, inputs, replace(predictions, groups=tokens, count=len(tokens)))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if not shared or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                "`share_prompt=True` feeds a mask for each pair of tokens, which the model can't take: "
+                f"{type(error).__name__}: {error}. Use `share_prompt=False`."
+            ) from error
+
+    def _layout(self, batch: dict[str, torch.Tensor], shared: bool) -> tuple[dict[str, torch.Tensor], Predictions]:
+        return shared_prompts(batch, self._mask_dtype) if shared else separate_rows(batch)
+
+
+def separate_rows(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Predictions]:
+    """What the model is fed, and what it predicts, where each response has a row of its own.
+
+    The responses are numbered by row: first ones, then second ones.
+    """
+    ids, segments = batch["input_ids"], batch["segments"]
+    inputs = {"input_ids": ids, "attention_mask": (segments != PADDING).long()}
+    return inputs, Predictions.of_rows(ids, segments > PROMPT)
+
+
+def shared_prompts(
+    batch: dict[str, torch.Tensor], dtype: torch.dtype | None
+) -> tuple[dict[str, torch.Tensor], Predictions]:
+    """As [`separate_rows`] where one row holds `[prompt | first | second]`.
+
+    Both responses start at the position after the prompt, and neither sees the other.
+
+    Args:
+        batch (`dict`): From a collator with `share_prompt=True`.
+        dtype (`torch.dtype`, *optional*): Of an additive attention mask, as eager attention wants it; boolean if not
+            given, as scaled dot product attention takes it.
+    """
+    ids, segments = batch["input_ids"], batch["segments"]
+    prompts = (segments == PROMPT).sum(1)
+    firsts = (segments == FIRST).sum(1)
+    order = torch.arange(ids.shape[1], device=ids.device)
+    positions = order - (segments == SECOND) * firsts[:, None]
+    query, key = segments[:, :, None], segments[:, None, :]
+    visible = (order[:, None] >= order) & (key != PADDING) & ~((query == SECOND) & (key == FIRST))
+    visible |= torch.eye(len(order), dtype=torch.bool, device=ids.device)
+    mask = visible[:, None]
+    if dtype is not None:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    rows, columns = (segments > PROMPT).nonzero(as_tuple=True)
+    # The second response continues the prompt, not the first response.
+    starts = (segments[rows, columns] == SECOND) & (columns == (prompts + firsts)[rows])
+    predictors = torch.where(starts, prompts[rows], columns) - 1
+    known = predictors >= 0
+    rows, columns, predictors = rows[known], columns[known], predictors[known]
+    groups = rows + (segments[rows, columns] == SECOND) * len(ids)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.clamp(min=0)}
+    return inputs, Predictions(rows, predictors, ids[rows, columns], groups, 2 * len(ids))
 
 
 @dataclass
@@ -99,6 +236,71 @@ class ResponseLogProbs:
             for chunk in zip(rows, positions, targets, strict=True)
         ]
         return predictions.sum(torch.cat(cast(list[torch.Tensor], chunks)))
+
+
+def token_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """log_softmax(hidden @ weight.T + bias) at the targets.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(tokens, size)`): Last hidden states; the only input that gets a gradient.
+        weight (`torch.Tensor` of shape `(vocab, size)`): The output head's weight.
+        bias (`torch.Tensor` of shape `(vocab,)`, *optional*): Its bias.
+        targets (`torch.Tensor` of shape `(tokens,)`): Token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(tokens,)`, float32.
+    """
+    return _TokenLogProbs.apply(hidden, weight, bias, targets)  # pyright: ignore[reportReturnType]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        size = max(1, LOGITS_AT_ONCE.get(hidden.device.type, 2**25) // weight.shape[0])
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        log_probs = []
+        for start in range(0, len(targets), size):
+            chunk = slice(start, start + size)
+            logits = F.linear(hidden[chunk].to(dtype), weight, bias).float()
+            target = targets[chunk, None]
+            normalizer = torch.logsumexp(logits, -1, keepdim=True)
+            log_probs.append((logits.gather(-1, target) - normalizer)[:, 0])
+            if gradients is not None:
+                probabilities = logits.sub_(normalizer).exp_().to(dtype)
+                gradients[chunk] = (weight[target[:, 0]] - probabilities @ weight).to(hidden.dtype)
+        ctx.save_for_backward(gradients)
+        return torch.cat(log_probs) if log_probs else hidden.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *outputs):
+        (gradients,) = ctx.saved_tensors
+        return gradients * outputs[0][:, None].to(gradients.dtype), None, None, None
+
+
+def _mask_dtype(model: Any) -> torch.dtype | None:
+    config = model.config.get_text_config()
+    attention = config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"`share_prompt=True` needs attention that takes a mask, but the model uses {attention!r}. Load it with "
+            "`attn_implementation='sdpa'`."
+        )
+    layers = getattr(config, "layer_types", None) or ["full_attention"]
+    if set(layers) != {"full_attention"} or (
+        getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
+    ):
+        raise ValueError(
+            f"`share_prompt=True` needs attention to all tokens, but the model has {sorted(set(layers))} with a "
+            f"window of {getattr(config, 'sliding_window', None)}. Use `share_prompt=False`."
+        )
+    return model.dtype if attention == "eager" else None
 
 
 def _log_softmax_at(logits, rows, positions, targets) -> torch.Tensor:

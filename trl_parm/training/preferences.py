@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from peft_pblora import sample_preferences
+from peft_pblora import as_preference, name_preference, sample_preferences
 
 
 class PreferenceSampler:
@@ -44,6 +44,15 @@ class PreferenceSampler:
         if not self.choices:
             return sample_preferences(1, self.objectives, self.concentration, generator)[0]
         return self.choices[int(torch.randint(len(self.choices), (), generator=generator))]
+
+
+def name_preferences(given: list | None, objectives: list[str]) -> dict[str, torch.Tensor]:
+    """Preferences by name: the given ones, or the vertices and the uniform vector."""
+    if given is None:
+        given = torch.eye(len(objectives)).tolist()
+        if len(objectives) > 1:
+            given.append([1 / len(objectives)] * len(objectives))
+    return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
 
 
 def mix(*counters: int) -> int:

@@ -5,18 +5,30 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from datasets import Dataset, Features, List, Value
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import logging
 from trl.data_utils import is_conversational
 
 from .compat import common_prefix_length
 
 
+logger = logging.get_logger(__name__)
+
 COLUMNS = ("prompt_ids", "first_ids", "second_ids", "labels")
 """Columns of a tokenized pair: the prompt, the two responses, and +1, −1 or 0 for each objective."""
 RANKED, LABELLED = ("chosen", "rejected"), ("response_0", "response_1")
+FEATURES = Features({column: List(Value("int32")) for column in COLUMNS} | {"outcome": Value("string")})
+OUTCOMES = {
+    "cut": "lost the start of the prompt to fit into {max_length} tokens",
+    "too long": "were left out, being longer than {max_length} tokens",
+    "identical": "were left out, since both responses are the same",
+    "unlabelled": "were left out, having no label for any objective",
+}
 
 
 class PairReader:
@@ -124,6 +136,56 @@ class PairReader:
                 f"response each: {first} and {second}. Give a `prompt` column."
             )
         return dict(zip(("prompt", *self.responses), (first[:start], first[start:], second[start:]), strict=True))
+
+
+class PairPreparer:
+    """Tokenizes rows of one data set and makes them fit, see [`PairReader`] and [`fit`].
+
+    Args:
+        reader ([`PairReader`]): For the data set's format.
+        max_length (`int`, *optional*): Most tokens of prompt and response together.
+        cut_prompt (`bool`, *optional*, defaults to `False`): Cut the start of long prompts.
+    """
+
+    def __init__(self, reader: PairReader, max_length: int | None, cut_prompt: bool = False) -> None:
+        self.reader, self.max_length, self.cut_prompt = reader, max_length, cut_prompt
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The pair with its outcome: empty where nothing was done, a key of `OUTCOMES`, and no ids if left out."""
+        pair = self.reader(row)
+        fitted, outcome = fit(pair, self.max_length, self.cut_prompt)
+        if not any(pair["labels"]):
+            fitted, outcome = None, "unlabelled"
+        return {**(fitted or {column: [] for column in COLUMNS}), "outcome": outcome or ""}
+
+    def all(self, dataset: Dataset, num_proc: int | None = None) -> Dataset:
+        """Prepares a whole data set. Raises `ValueError` if it is empty or nothing of it is left."""
+        if len(dataset) == 0:
+            raise ValueError(f"The data set {self.reader.name!r} is empty. Give it at least one pair.")
+        prepared = dataset.map(
+            self,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            num_proc=num_proc,
+            desc=f"Tokenizing {self.reader.name}",
+        )
+        outcomes = prepared["outcome"][:]
+        self.report(Counter(outcomes))
+        kept = [i for i, outcome in enumerate(outcomes) if outcome in ("", "cut")]
+        return prepared.select(kept).remove_columns("outcome")
+
+    def report(self, outcomes: Counter[str]) -> None:
+        """Says in one line what was left out or cut. Raises `ValueError` if nothing is left."""
+        done = [
+            f"{outcomes[name]} {text.format(max_length=self.max_length)}"
+            for name, text in OUTCOMES.items()
+            if outcomes[name]
+        ]
+        line = f"{self.reader.name}: of {sum(outcomes.values())} pairs {'; '.join(done)}."
+        if not outcomes[""] + outcomes["cut"]:
+            raise ValueError(f"No pair of the data set {self.reader.name!r} is left. {line}")
+        if done:
+            logger.warning(line)
 
 
 def is_labelled(columns: Sequence[str]) -> bool:

@@ -3,38 +3,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, is_peft_model, set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
-from peft_pblora.control import has_preference
+from peft_pblora import PreferenceConfig, set_preference
 
-from .arm_loss import ARMLoss, count_labels
+from . import checkpoints
 from .card import adapter_config, finish, first_facts, hand_over
-from .collator import PreferenceCollator
-from .compat import (
-    disable_dropout_in_model,
-    get_act_offloading_ctx_manager,
-    get_config_model_id,
-)
+from .compat import BaseTrainer, get_act_offloading_ctx_manager, get_config_model_id
 from .config import PreferenceARMConfig
-from .data import JointPreferenceDataset, JointPreferenceStream, SimilarLengths
-from .evaluation import PreferenceEvaluation
-from .metrics import TrainMetrics
-from .preferences import PreferenceSampler
-from .responses import Responses
-from .setup import adapt_model, check_device, last_complete_checkpoint, load_model, load_tokenizer, name_preferences
-from .sources import PairSources, join_evaluation, join_sources, match_objectives, name_sources
+from .data import (
+    JointPreferenceDataset,
+    JointPreferenceStream,
+    PairSources,
+    PreferenceCollator,
+    SimilarLengths,
+    join_evaluation,
+    join_sources,
+    name_sources,
+    only_objective,
+)
+from .log_probs import Responses
+from .losses import accuracies, count_labels
+from .metrics import EvalMetrics, TrainMetrics
+from .model import (
+    adapt_model,
+    check_device,
+    check_noise,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    random_states,
+    trained_adapter,
+)
+from .preferences import PreferenceSampler, name_preferences
 
 
-class PreferenceARMTrainer(PreferenceEvaluation):
+class PreferenceARMTrainer(BaseTrainer):
     """Trains an autoregressive reward model (ARM) on preference pairs for each objective.
 
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
@@ -69,6 +83,7 @@ class PreferenceARMTrainer(PreferenceEvaluation):
             with an adapter that is not preference-conditioned.
     """
 
+    args: PreferenceARMConfig
     loss_is_scaled_for_ga = True
     _tag_names = ["trl", "parm"]
     _name = "PARM"
@@ -98,10 +113,15 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         tokenizer = load_tokenizer(model, processing_class, args)
         model = adapt_model(model, args, peft_config)
         if args.disable_dropout:
-            disable_dropout_in_model(model)
-        self.objectives = match_objectives(model, sources, cast(dict, args.label_columns))
-        self.preference_conditioned = has_preference(model)
-        self.arm_loss = ARMLoss(args, self.objectives)
+            disable_dropout(model)
+        self.adapter = trained_adapter(model)
+        adapter = model.peft_config[self.adapter] if self.adapter else None
+        self.preference_conditioned = isinstance(adapter, PreferenceConfig)
+        if isinstance(adapter, PreferenceConfig):
+            self.objectives = list(adapter.objectives)
+        else:
+            self.objectives = only_objective(sources, cast(dict, args.label_columns))
+        self.arm_loss = args.arm_loss(self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
         choices = name_preferences(args.train_preferences, self.objectives) if args.train_preferences else {}
         self.preference_sampler = PreferenceSampler(
@@ -126,7 +146,8 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         )
         self._distances_ahead: torch.Tensor | None = None
         self._offloading: Any = nullcontext()
-        self._saves_checkpoint = False
+        self._saves_checkpoint = self._claimed = self._noise_checked = self._rows_checked = False
+        self._inputs: dict[str, Any] | None = None
         if args.activation_offloading:
             self._offloading = get_act_offloading_ctx_manager(model)
         model.add_model_tags(self._tag_names)
@@ -134,10 +155,53 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         self.card = first_facts(self, train_dataset, sources)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
-        return super().train(resume_from_checkpoint, **kwargs)
+        """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: as [`claim_output`] does.
+        """
+        with self.claim_output(resume_from_checkpoint) as checkpoint:
+            return super().train(checkpoint, **kwargs)
+
+    @contextmanager
+    def claim_output(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[str | None]:
+        """Keeps other processes from training into the output folder for the time of a `with` block.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): As for `train`.
+
+        Yields:
+            `str`, the checkpoint's folder, or `None`.
+
+        Raises:
+            ValueError: another process trains into the folder, there is no complete checkpoint, or it is of another
+                run: with another base model, other data, objectives or their order, β, learning rate, seed, ...
+        """
+        folder, checkpoint, error = cast(str, self.args.output_dir), resume_from_checkpoint or None, None
+        with ExitStack() as stack:
+            if self.is_world_process_zero():
+                try:
+                    if not self._claimed:
+                        stack.enter_context(checkpoints.locked(folder))
+                    if checkpoint is True:
+                        checkpoint = checkpoints.last_complete_checkpoint(folder)
+                    if checkpoint:
+                        checkpoints.check_record(checkpoint, self._describe_run())
+                except ValueError as refusal:
+                    error = str(refusal)
+            checkpoint, error = broadcast_object_list([checkpoint, error])
+            if error:
+                raise ValueError(error)
+            outer, self._claimed = self._claimed, True
+            try:
+                yield checkpoint
+            finally:
+                self._claimed = outer
+
+    def _describe_run(self) -> dict[str, Any]:
+        if self._inputs is None:
+            self._inputs = checkpoints.describe_inputs(self.model, self.adapter, cast(Any, self.train_dataset))
+        return {**self._inputs, **checkpoints.describe_settings(self.args, self.objectives)}
 
     def get_batch_samples(self, *args, **kwargs):
         """As transformers', but a run that was complete when it was resumed takes no further step."""
@@ -158,7 +222,12 @@ class PreferenceARMTrainer(PreferenceEvaluation):
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
         counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
+        states = random_states(labels.device)
         first, second = self._log_probs(model, inputs, preference)
+        if self.args.disable_dropout and model.training and not self._noise_checked:
+            self._noise_checked = True
+            if states != random_states(labels.device):
+                check_noise(lambda: torch.cat(self._log_probs(model, inputs, preference)), labels.device)
         margins = first - second
         loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
         if not torch.isfinite(loss):
@@ -170,6 +239,87 @@ class PreferenceARMTrainer(PreferenceEvaluation):
             self.objectives, preference.to(first), first, second, losses, labels, self.arm_loss.beta.to(first)
         )
         return (loss, {"margins": margins}) if return_outputs else loss
+
+    def _log_probs(self, model, inputs, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward of training and evaluation: log π of both responses of each pair at a preference."""
+        self._check_shared_prompts(model, inputs)
+        if self.preference_conditioned:
+            # Left until the next forward: gradient checkpointing runs this one again, and must see the same.
+            rows = self.responses.rows_per_pair
+            preference = preference.repeat(rows, 1) if preference.ndim == 2 else preference
+            set_preference(model, preference, self.adapter)
+        return self.responses.log_probs(model, inputs)
+
+    def _untrained_margins(self, model, inputs) -> torch.Tensor | None:
+        self._check_shared_prompts(model, inputs)
+        model = self.accelerator.unwrap_model(model)
+        if not is_peft_model(model):
+            return None
+        with model.disable_adapter():
+            first, second = self.responses.log_probs(model, inputs)
+        return first - second
+
+    def _check_shared_prompts(self, model, inputs) -> None:
+        if self._rows_checked or not self.args.share_prompt:
+            return
+        if self.preference_conditioned:
+            k = len(self.objectives)
+            set_preference(model, torch.full((k,), 1 / k), self.adapter)  # one for any number of rows
+        self.responses.check_shared_prompts(model, inputs)
+        self._rows_checked = True
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Evaluates one batch at every preference of `eval_preferences`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["pair_labels"]
+        found = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            untrained = self._untrained_margins(model, inputs)
+            known = self._gather_pairs(labels) != 0
+            for name, preference in self.eval_preferences.items():
+                first, second = self._log_probs(model, inputs, preference)
+                margins = first - second
+                values = {
+                    "loss": self.arm_loss.of_pairs(margins, labels),
+                    "accuracy": accuracies(margins, labels),
+                    "margin": margins[:, None] * labels,
+                }
+                if untrained is not None:
+                    values["ratio_accuracy"] = accuracies(margins - untrained, labels)
+                self._eval_metrics.add(name, known, {kind: self._gather_pairs(v) for kind, v in values.items()})
+                found.append(margins)
+        margins, sets = torch.stack(found, -1), self._pairs_of_a_row
+        return margins.new_zeros(()), margins.unflatten(0, (-1, sets)), labels.unflatten(0, (-1, sets))
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | JointPreferenceDataset):
+            tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        """Adds the metrics of every objective at every evaluation preference to the loop's own.
+
+        The loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and
+        is the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
+        """
+        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences)
+        self._pairs_of_a_row = len(dataloader.dataset.datasets)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        assert output.metrics is not None
+        one = torch.ones(1, len(self.objectives) + 1)
+        losses = [
+            self.arm_loss.aggregate(self._eval_metrics.losses_at(name)[None], one[:, :-1], preference, one[0])
+            for name, preference in self.eval_preferences.items()
+        ]
+        means = {**self._eval_metrics.means(), "loss": torch.stack(losses).mean().item()}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        """In the order of the data, also where training groups rows by length."""
+        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training metrics since the last log."""
@@ -206,6 +356,8 @@ class PreferenceARMTrainer(PreferenceEvaluation):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self._saves_checkpoint:
+                checkpoints.write_record(folder, self._describe_run())
             finish(self, folder, anew=False)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -255,3 +407,8 @@ class PreferenceARMTrainer(PreferenceEvaluation):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             self._signature_columns = ["pairs"]
+
+    def _gather_pairs(self, values: torch.Tensor) -> torch.Tensor:
+        """Gathers `(pairs, k)` values of all ranks without the rows that fill up the last batch."""
+        rows = values.unflatten(0, (-1, self._pairs_of_a_row))
+        return self.accelerator.gather_for_metrics(rows).flatten(0, 1)

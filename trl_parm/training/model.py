@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from peft_pblora import as_preference, name_preference
-
-from .compat import create_model_from_path, get_config_model_id
+from .compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .config import PreferenceARMConfig
 
 
@@ -99,37 +94,66 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
     return model
 
 
-def name_preferences(given: list | None, objectives: list[str]) -> dict[str, torch.Tensor]:
-    """Preferences by name: the given ones, or the vertices and the uniform vector."""
-    if given is None:
-        given = torch.eye(len(objectives)).tolist()
-        if len(objectives) > 1:
-            given.append([1 / len(objectives)] * len(objectives))
-    return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
-
-
-def last_complete_checkpoint(folder: str | Path) -> str:
-    """The newest checkpoint in a folder that was written to its end: the trainer's state is written last.
+def trained_adapter(model) -> str | None:
+    """The name of the adapter that trains, which is the active one; `None` for a model without adapters.
 
     Raises:
-        ValueError: there is none.
+        ValueError: several adapters are active, or nothing of the active one, or of the whole model, trains.
     """
-    found = [
-        path
-        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.split("-")[-1].isdigit() and _is_json(path / TRAINER_STATE_NAME)
-    ]
-    if not found:
+    active = model.active_adapters if is_peft_model(model) else []
+    if getattr(model, "_hf_peft_config_loaded", False):
+        active = model.active_adapters()
+    if len(active) > 1:
         raise ValueError(
-            f"There is no complete checkpoint in {str(folder)!r} to resume from. Train without "
-            "`resume_from_checkpoint`, or name a checkpoint's folder."
+            f"The adapters {active} are active, but one trains at a time. Call `set_adapter` with its name."
         )
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
+    weights = [p for name, p in model.named_parameters() if not active or active[0] in name.split(".")]
+    if not any(p.requires_grad for p in weights):
+        raise ValueError(
+            f"No weight of the active adapter {active[0]!r} trains. Load it with `PeftModel.from_pretrained(..., "
+            "is_trainable=True)`."
+            if active
+            else "No weight of the model trains. Call `model.requires_grad_()`, or give a `peft_config`."
+        )
+    return active[0] if active else None
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+def disable_dropout(model) -> None:
+    """Sets all dropout to 0: of modules, and the probabilities that modules and configurations keep for functions.
+
+    The name of such a probability has "drop" in it, in the models of transformers; [`check_noise`] finds others.
+    """
+    disable_dropout_in_model(model)
+    modules = list(model.modules())
+    configs = [m.config for m in modules if isinstance(getattr(m, "config", None), PreTrainedConfig)]
+    for holder in (*modules, *configs):
+        for name, value in vars(holder).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
+
+
+def random_states(device: torch.device) -> list[bytes]:
+    """Where the generators of a device and of the CPU stand."""
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return [state.cpu().numpy().tobytes() for state in states]
+
+
+def check_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> None:
+    """Makes sure that a forward, which draws random numbers, does nothing with them, as at a dropout of 0.
+
+    Raises:
+        ValueError: its results scatter from seed to seed by more than they do at one.
+    """
+    found = []
+    for seed in (0, 0, 1):
+        with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(seed)
+            found.append(forward())
+    if (found[0] - found[2]).abs().max() > 10 * (found[0] - found[1]).abs().max():
+        raise ValueError(
+            f"`disable_dropout=True`, but log-probabilities scatter from forward to forward, {found[0].tolist()} and "
+            f"{found[2].tolist()}: the model has noise that could not be found. Switch it off in the model's "
+            "configuration, or set `disable_dropout=False`."
+        )

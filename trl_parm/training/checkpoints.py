@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training's output folder: who may write there, which checkpoints it has, and what they were trained with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from peft_pblora.output import output_file
+from trl_parm.records import differences, lock
+
+from .config import PreferenceARMConfig
+from .data import JointPreferenceDataset, JointPreferenceStream
+from .tokenization import COLUMNS, FEATURES
+
+
+logger = logging.get_logger(__name__)
+
+RECORD = "training.json"
+"""In each checkpoint: what it was trained with."""
+LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
+SETTINGS = (
+    "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
+    "target_margin", "length_normalized", "aggregation", "global_weight", "concentration", "preference_per",
+    "train_preferences",
+)  # fmt: skip
+"""Arguments that must stay: those of the loss and its preferences, and those that an optimizer's state holds."""
+PASSING = {
+    "_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "card", "default_preference", "dtype",
+    "inference_mode", "pad_token_id", "peft_version", "revision", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Keys of the configurations of models and adapters that change nothing of a training."""
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keeps other processes from training into a folder. Raises `ValueError` if one does already."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("ab") as file:
+        lock(file, folder)
+        yield
+
+
+def last_complete_checkpoint(folder: str | Path) -> str:
+    """The newest checkpoint in a folder that was written to its end: the trainer's state is written last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        path
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.split("-")[-1].isdigit() and _read(path / TRAINER_STATE_NAME) is not None
+    ]
+    if not found:
+        raise ValueError(
+            f"There is no complete checkpoint in {str(folder)!r} to resume from. Train without "
+            "`resume_from_checkpoint`, or name a checkpoint's folder."
+        )
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
+
+
+def describe_inputs(
+    model: Any, adapter: str | None, data: JointPreferenceDataset | JointPreferenceStream
+) -> dict[str, Any]:
+    """What a run begins with, as JSON: configurations, and short hashes of weights that don't train and of tokens.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): The model, before it is wrapped for distribution.
+        adapter (`str`, *optional*): The adapter that is trained; the whole model if not given.
+        data ([`JointPreferenceDataset`] or [`JointPreferenceStream`]): The prepared training data.
+    """
+    name = str(model.config._name_or_path).rstrip("/").split("/")[-1]
+    frozen = (_sample(p) for p in model.parameters() if not p.requires_grad)
+    return _plain(
+        {
+            "base": {"name": name, "frozen weights": _hash(*frozen), **model.config.to_dict()},
+            "adapter": None if adapter is None else {"name": adapter, **model.peft_config[adapter].to_dict()},
+            "data": [_describe_data(entry) for entry in getattr(data, "datasets", None) or data.sources],
+        }
+    )
+
+
+def describe_settings(args: PreferenceARMConfig, objectives: list[str]) -> dict[str, Any]:
+    """What the loss and the optimizer of a run are, as JSON."""
+    by_name = {name: args.by_objective(name, objectives) for name in ("beta", "ideal_losses")}
+    found = {name: dict(zip(objectives, values, strict=True)) for name, values in by_name.items()}
+    return _plain({"objectives": objectives, **found, **{name: getattr(args, name) for name in SETTINGS}})
+
+
+def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:
+    """Writes what [`describe_inputs`] and [`describe_settings`] have found into a checkpoint."""
+    with output_file(Path(folder) / RECORD) as file:
+        json.dump(run, file, indent=2, ensure_ascii=False)
+
+
+def check_record(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a checkpoint of another run. One without a record, of version 0.1.0, is warned of."""
+    known = _read(Path(checkpoint) / RECORD)
+    if known is None:
+        logger.warning(
+            f"The checkpoint {checkpoint} does not say what it was trained with. Make sure that model, data and "
+            "arguments are the same."
+        )
+        return
+    old, new = dict(_flat(known)), dict(_flat(run))
+    common = old.keys() & new.keys()
+    found = differences({key: old[key] for key in common}, {key: new[key] for key in common})
+    if found:
+        raise ValueError(
+            f"The checkpoint {checkpoint} is of another training: {'; '.join(found)}. Resume with what it was trained "
+            "with, or train anew into another `output_dir`."
+        )
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of nested mappings, `a.b` for one in another, without those that change nothing."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{before}{key}.")
+        elif key not in PASSING:
+            yield before + key, value
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(
+        json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+
+
+def _describe_data(entry: Any) -> str:
+    if isinstance(entry, Dataset):
+        return f"{len(entry)} pairs, {_hash_pairs(entry)}"
+    preparer, rows = entry
+    first = [preparer(row) for row in islice(rows, 8)]
+    return f"a stream, {_hash_pairs(Dataset.from_list(first, features=FEATURES))}"
+
+
+def _hash_pairs(data: Dataset) -> str:
+    def parts() -> Iterator[Any]:
+        for table in cast(Any, data.with_format("arrow").iter(1000)):
+            for column in COLUMNS:
+                yield pc.list_value_length(table[column]).to_numpy()
+                yield pc.list_flatten(table[column]).to_numpy()
+
+    return _hash(*parts())
+
+
+def _sample(parameter: nn.Parameter) -> Any:
+    """Some of a weight's values."""
+    values = parameter.detach().flatten()
+    return values[:: max(1, len(values) // 16)].float().contiguous().cpu().numpy()
+
+
+def _hash(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> Any:
+    """What stands in a JSON file; `None` if it is missing, or was not written to its end."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
