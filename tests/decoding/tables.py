@@ -15,8 +15,8 @@ from conftest import tiny_arm, tiny_llama
 from transformers import LlamaForSequenceClassification, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from peft_pblora import set_preference
-from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, Scorer
-from trl_parm.decoding import genarm, mod, mod_w2s, parm
+from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Scorer
+from trl_parm.decoding import args, genarm, mod, mod_w2s, parm, transfer_q
 
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 33], [7, 8, 20, 41, 2], [0, 6, 6, 50, 11]])
@@ -97,6 +97,26 @@ def harmonic(order):
     return formula
 
 
+def search(label_weights, k, rollout=0):
+    """Every row and candidate on its own, whole texts without padding, decoded further with the policy `first`."""
+
+    def formula(models, base, log_pi):
+        result = torch.full_like(base, -torch.inf)
+        for row, best in enumerate(base.topk(k).indices):
+            prefix = log_pi.tokens[row][log_pi.mask[row].bool()]
+            for candidate in best.tolist():
+                text = [*prefix.tolist(), candidate]
+                for _ in range(rollout):
+                    if text[-1] == 1 and len(text) > len(prefix):
+                        break
+                    text.append(models.first(torch.tensor([text])).logits[0, -1].argmax().item())
+                found = models.judge.score(models.judge.model(torch.tensor([text])).last_hidden_state)[0, -1]
+                result[row, candidate] = base[row, candidate] + sum(w * found[i] for i, w in label_weights.items())
+        return result
+
+    return formula
+
+
 DECODERS = {
     "PARM": Decoder(
         lambda m: parm(m.arm, [0.3, 0.7], beta=0.8),
@@ -135,6 +155,15 @@ DECODERS = {
             + 0.4 * (log_pi(m.first) - log_pi(m.reference))
             + 0.6 * (log_pi(m.second) - log_pi(m.reference))
         ),
+    ),
+    "ARGS": Decoder(
+        lambda m: args(
+            {"a": ClassifierReward(m.judge), "b": ClassifierReward(m.judge, label=1)}, [0.25, 0.75], weight=2.0, k=4
+        ),
+        search({0: 0.5, 1: 1.5}, k=4),
+    ),
+    "Transfer-Q": Decoder(
+        lambda m: transfer_q(m.judge, m.first, k=3, rollout_tokens=4), search({0: 1.0}, k=3, rollout=4)
     ),
     "a formula": Decoder(
         lambda m: BASE + 0.7 * LM(m.first) - 0.2 * LM(m.second),

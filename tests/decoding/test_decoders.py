@@ -10,7 +10,7 @@ import torch
 from decoding.tables import DECODERS, DOORS, MODES, Models, generate
 
 
-IN_EVERY_MODE = ("PARM", "GenARM, α and β a row", "MOD-w2s")
+IN_EVERY_MODE = ("PARM", "GenARM, α and β a row", "MOD-w2s", "ARGS", "Transfer-Q")
 FOR_EVERY_DECODER = ("greedy", "beam search", "several sequences", "prompt lookup")
 
 
