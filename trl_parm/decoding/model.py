@@ -140,7 +140,6 @@ class Guided(GenerationMixin, nn.Module):
         guide_input_ids: torch.Tensor | None = None,
         guide_attention_mask: torch.Tensor | None = None,
         prompt_length: int | None = None,
-        text_ids: torch.Tensor | None = None,
         compile_config: Any = None,
         **inputs: Any,
     ) -> Any:
@@ -150,7 +149,7 @@ class Guided(GenerationMixin, nn.Module):
             input_ids, attention_mask, position_ids, use_cache, logits_to_keep: As in the base model's forward.
             guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
                 The prompts that guides read in the place of the base model's, padded on the left.
-            prompt_length, text_ids, compile_config: What `generate` hands on between its steps.
+            prompt_length, compile_config: What `generate` hands on between its steps.
             **inputs: Further inputs of the base model; the cache, as `cache` or `past_key_values`, is a
                 [`GuidedCache`].
 
@@ -190,7 +189,7 @@ class Guided(GenerationMixin, nn.Module):
         if output is None:
             output = CausalLMOutputWithPast()
         if self._reads_text:
-            output.logits = self._at_positions(step, text_ids, mask, new, state.memory)
+            output.logits = self._at_positions(step, state.write(text), mask, new.prompt, state.memory)
         else:
             output.logits = guided_logits(self.formula, step)
         if keeps or cache is not None:
@@ -208,28 +207,22 @@ class Guided(GenerationMixin, nn.Module):
         return Step(scores, found)
 
     def _at_positions(
-        self, step: Step, text: torch.Tensor | None, mask: torch.Tensor | None, new: New, memory: dict[Any, Any]
+        self, step: Step, text: torch.Tensor, mask: torch.Tensor | None, prompt: int, memory: dict[Any, Any]
     ) -> torch.Tensor:
         """The formula at one position after the other, each with the text up to it."""
-        if text is None and new.start:
-            raise ValueError(
-                "A reward of texts was given the last tokens alone. Use `generate`, or leave the cache out."
-            )
-        text = new.ids if text is None else text
         mask = torch.ones_like(text) if mask is None else mask.to(text)
         count = step.scores.shape[1]
         found = []
         for i in range(count):
             length = text.shape[1] - count + 1 + i
             answers = {term: value[:, i] for term, value in step.answers.items()}
-            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], new.prompt, memory)
+            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], prompt, memory)
             found.append(guided_logits(self.formula, one))
         return torch.stack(found, 1)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
-        inputs = self.backbone.prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return {**inputs, **ours, **({"text_ids": input_ids} if self._reads_text else {})}
+        return {**self.backbone.prepare_inputs_for_generation(*args, **kwargs), **ours}
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         input_ids, model_kwargs = self.backbone._expand_inputs_for_generation(*args, **kwargs)

@@ -298,11 +298,13 @@ class GuidedCache(Cache):
     Attributes:
         length (`int`): Columns of the text that were read.
         rows (`int`): R.
+        text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.
         memory (`dict`): See [`Step`].
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
+        self.text: torch.Tensor | None = None
         self.memory: dict[Any, Any] = {}
 
     def is_of(self, base: Any, terms: Sequence[LM]) -> bool:
@@ -314,6 +316,11 @@ class GuidedCache(Cache):
     def note(self, columns: int, rows: int) -> None:
         """Notes that so many columns more were read, of so many rows."""
         self.length, self.rows = self.length + columns, rows
+
+    def write(self, ids: torch.Tensor) -> torch.Tensor:
+        """Keeps what is read, `(rows, new)`, and returns all of it, `(rows, length)`."""
+        self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
+        return self.text
 
     @property
     def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -345,6 +352,8 @@ class GuidedCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for part in self.parts:
             part.reorder(beam_idx, self.rows)
+        if self.text is not None:
+            self.text = self.text[beam_idx.to(self.text.device)]
         self.rows = len(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -357,12 +366,14 @@ class GuidedCache(Cache):
         for part in self.parts:
             part.crop(abs(tokens_to_remove))
         self.length -= abs(tokens_to_remove)
+        if self.text is not None:
+            self.text = self.text[:, : self.length]
 
     def reset(self) -> None:
         for part in self.parts:
             cast(Cache, part.cache).reset()
             part.mask = None
-        self.length = 0
+        self.length, self.text = 0, None
         self.memory.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuidedCache:
@@ -373,7 +384,7 @@ class GuidedCache(Cache):
             new.cache, new.mask = copy.deepcopy(part.cache, memo), copy.deepcopy(part.mask, memo)
             parts.append(new)
         other = GuidedCache(parts)
-        other.length, other.rows = self.length, self.rows
+        other.length, other.rows, other.text = self.length, self.rows, self.text
         return other
 
 
