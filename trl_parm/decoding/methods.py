@@ -161,7 +161,7 @@ class PARM(Guided):
 
 
 class GenARM(Guided):
-    """A base model guided by one reward model for each objective; the other arguments are those of [`genarm`].
+    """A base model guided by one reward model for each objective: `GenARM(base, ...)`, arguments as of [`genarm`].
 
     Example:
 
@@ -171,22 +171,22 @@ class GenARM(Guided):
     ```
     """
 
-    def __init__(self, base: Any, arms: Models, preference: Preference, beta: Beta = 1.0, **guide: Any) -> None:
-        super().__init__(base, genarm(arms, preference, beta, **guide))
+    def __init__(self, base: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base, genarm(*args, **kwargs))
 
 
 class MOD(Guided):
-    """A combination of policies, of which the base model may be one; the other arguments are those of [`mod`]."""
+    """A combination of policies, of which the base model may be one: `MOD(base, ...)`, arguments as of [`mod`]."""
 
-    def __init__(self, base: Any, policies: Models, preference: Preference, *args: Any, **guide: Any) -> None:
-        super().__init__(base, mod(policies, preference, *args, **guide))
+    def __init__(self, base: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base, mod(*args, **kwargs))
 
 
 class MODWeakToStrong(Guided):
-    """A base model that small policies guide; the other arguments are those of [`mod_w2s`]."""
+    """A base model that small policies guide: `MODWeakToStrong(base, ...)` with the arguments of [`mod_w2s`]."""
 
-    def __init__(self, base: Any, policies: Models, reference: Any, preference: Preference, **guide: Any) -> None:
-        super().__init__(base, mod_w2s(policies, reference, preference, **guide))
+    def __init__(self, base: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base, mod_w2s(*args, **kwargs))
 
 
 def guidance_strength(beta: Beta) -> Weight:

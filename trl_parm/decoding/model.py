@@ -112,7 +112,7 @@ class Guided(GenerationMixin, nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, with two arguments more: `guide_input_ids` and `guide_attention_mask`, see `forward`."""
+        """As the base model's, with two arguments more, `guide_input_ids` and `guide_attention_mask`: see `forward`."""
         self._check_modes()
         if kwargs.get("cache_implementation") == "paged":
             self.generate_batch()
@@ -303,8 +303,8 @@ class Guided(GenerationMixin, nn.Module):
         ]
         if others and blind and not own_prompt:
             raise ValueError(
-                f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of their "
-                "own with `guide_input_ids`."
+                f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of "
+                "their own with `guide_input_ids`."
             )
 
 
@@ -315,8 +315,8 @@ def own_prompt(ids: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[tor
     mask = torch.ones_like(ids) if mask is None else mask
     if ids.ndim != 2 or ids.numel() == 0 or mask.shape != ids.shape or not mask[:, -1].all():
         raise ValueError(
-            f"`guide_input_ids` has shape {tuple(ids.shape)}, but it needs (rows, columns), not empty and padded on the "
-            "left, and `guide_attention_mask` the same shape."
+            f"`guide_input_ids` has shape {tuple(ids.shape)}, but it needs (rows, columns), not empty and padded on "
+            "the left, and `guide_attention_mask` the same shape."
         )
     return ids, mask
 

@@ -19,7 +19,7 @@ from peft_pblora.preference import Preference
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
-from .methods import Beta, Models, genarm, mod, mod_w2s, parm
+from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
 from .reading import GuidedCache, New, parts_of
 from .terms import LM, check_evaluates
@@ -231,50 +231,22 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
 class GenARMLogitsProcessor(GuidedLogitsProcessor):
     """GenARM as a logits processor; the arguments are those of [`genarm`] and [`GuidedLogitsProcessor`]."""
 
-    def __init__(
-        self,
-        arms: Models,
-        preference: Preference,
-        beta: Beta = 1.0,
-        adapters_of: Any = None,
-        prompt: Prompt | None = None,
-        pad_token_id: int | None = None,
-        **guide: Any,
-    ) -> None:
-        super().__init__(genarm(arms, preference, beta, adapters_of, **guide), prompt, pad_token_id)
+    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
+        super().__init__(genarm(*args, **kwargs), prompt, pad_token_id)
 
 
 class MODLogitsProcessor(GuidedLogitsProcessor):
     """MOD as a logits processor; the arguments are those of [`mod`] and [`GuidedLogitsProcessor`]."""
 
-    def __init__(
-        self,
-        policies: Models,
-        preference: Preference,
-        divergence: str = "reverse_kl",
-        order: float = 1.0,
-        adapters_of: Any = None,
-        prompt: Prompt | None = None,
-        pad_token_id: int | None = None,
-        **guide: Any,
-    ) -> None:
-        super().__init__(mod(policies, preference, divergence, order, adapters_of, **guide), prompt, pad_token_id)
+    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
+        super().__init__(mod(*args, **kwargs), prompt, pad_token_id)
 
 
 class MODWeakToStrongLogitsProcessor(GuidedLogitsProcessor):
     """MOD-w2s as a logits processor; the arguments are those of [`mod_w2s`] and [`GuidedLogitsProcessor`]."""
 
-    def __init__(
-        self,
-        policies: Models,
-        reference: Any,
-        preference: Preference,
-        adapters_of: Any = None,
-        prompt: Prompt | None = None,
-        pad_token_id: int | None = None,
-        **guide: Any,
-    ) -> None:
-        super().__init__(mod_w2s(policies, reference, preference, adapters_of, **guide), prompt, pad_token_id)
+    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
+        super().__init__(mod_w2s(*args, **kwargs), prompt, pad_token_id)
 
 
 class _Prefix:
@@ -323,7 +295,7 @@ class _Prefix:
         return answers
 
     def _goes_on(self, tokens: torch.Tensor) -> bool:
-        """Whether these are tokens of the same call: rows of the same prompts, at most one token longer than before."""
+        """Whether these are tokens of the same call: of the same prompts, at most one token longer than before."""
         start, held = self.prompt_length, self.tokens.shape[1]
         return (
             len(self.tokens) == len(tokens) > 0
@@ -396,9 +368,9 @@ class _Prefix:
         doubtful = {pad} if pad is not None else ends
         if tokens.shape[1] and any(int(token) in doubtful for token in tokens[:, 0]):
             raise ValueError(
-                "A row begins with an end token, which may be padding or text. Pass `prompt=Prompt(inputs)`, which has "
-                "the mask, to the processor, or use a guided model such as `PARM(model, arm, ...)`, which `generate` "
-                "tells."
+                "A row begins with an end token, which may be padding or text. Pass `prompt=Prompt(inputs)`, which "
+                "has the mask, to the processor, or use a guided model such as `PARM(model, arm, ...)`, which "
+                "`generate` tells."
             )
         return torch.ones_like(tokens)
 

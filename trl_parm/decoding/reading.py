@@ -34,7 +34,7 @@ class New:
     Attributes:
         ids (`torch.Tensor` of shape `(rows, new)`): Tokens that were not read yet.
         mask (`torch.Tensor` of shape `(rows, columns)` or `None`): 0 for padding, of all tokens; `None` if none is.
-        positions (`torch.Tensor` of shape `(rows or 1, new)` or `None`): In the text; found from the mask if not given.
+        positions (`torch.Tensor` of shape `(rows or 1, new)` or `None`): In the text; of the mask if not given.
         own (`tuple` or `None`): A guide's own prompt in the place of the text's first `prompt` columns: ids and mask.
         prompt (`int`): Columns of the text that are the prompt.
         start (`int`): Columns of the text that were read before.

@@ -93,7 +93,7 @@ def transfer_q(
 
 
 class ARGS(Guided):
-    """A base model whose best next tokens are reranked by rewards; the other arguments are those of [`args`].
+    """A base model whose best next tokens are reranked by rewards: `ARGS(base, ...)` with the arguments of [`args`].
 
     Example:
 
@@ -103,15 +103,15 @@ class ARGS(Guided):
     ```
     """
 
-    def __init__(self, base: Any, rewards: Any, preference: Preference | None = None, **search: Any) -> None:
-        super().__init__(base, args(rewards, preference, **search))
+    def __init__(self, base: Any, *search: Any, **settings: Any) -> None:
+        super().__init__(base, args(*search, **settings))
 
 
 class TransferQ(Guided):
-    """As [`ARGS`], of texts that a policy has decoded further; the other arguments are those of [`transfer_q`]."""
+    """As [`ARGS`], of texts that a policy has decoded further: `TransferQ(base, ...)`, see [`transfer_q`]."""
 
-    def __init__(self, base: Any, rewards: Any, policy: Any, preference: Preference | None = None, **search: Any):
-        super().__init__(base, transfer_q(rewards, policy, preference, **search))
+    def __init__(self, base: Any, *search: Any, **settings: Any) -> None:
+        super().__init__(base, transfer_q(*search, **settings))
 
 
 class ARGSLogitsProcessor(GuidedLogitsProcessor):
@@ -121,37 +121,20 @@ class ARGSLogitsProcessor(GuidedLogitsProcessor):
     batch of prompts, or pass `prompt=Prompt(inputs)`.
     """
 
-    def __init__(
-        self,
-        rewards: Mapping[str, Any] | Any,
-        preference: Preference | None = None,
-        *search: Any,
-        prompt: Prompt | None = None,
-        pad_token_id: int | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        **others: Any,
-    ) -> None:
-        pad = tokenizer.pad_token_id if tokenizer is not None and pad_token_id is None else pad_token_id
-        super().__init__(args(rewards, preference, *search, tokenizer=tokenizer, **others), prompt, cast(Any, pad))
+    def __init__(self, *search: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **settings: Any):
+        super().__init__(args(*search, **settings), prompt, _pad_token_id(pad_token_id, settings))
 
 
 class TransferQLogitsProcessor(GuidedLogitsProcessor):
     """Transfer-Q as a logits processor, as [`ARGSLogitsProcessor`]; the arguments are those of [`transfer_q`]."""
 
-    def __init__(
-        self,
-        rewards: Mapping[str, Any] | Any,
-        policy: PreTrainedModel,
-        preference: Preference | None = None,
-        *search: Any,
-        prompt: Prompt | None = None,
-        pad_token_id: int | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        **others: Any,
-    ) -> None:
-        pad = tokenizer.pad_token_id if tokenizer is not None and pad_token_id is None else pad_token_id
-        formula = transfer_q(rewards, policy, preference, *search, tokenizer=tokenizer, **others)
-        super().__init__(formula, prompt, cast(Any, pad))
+    def __init__(self, *search: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **settings: Any):
+        super().__init__(transfer_q(*search, **settings), prompt, _pad_token_id(pad_token_id, settings))
+
+
+def _pad_token_id(given: int | None, settings: Mapping[str, Any]) -> int | None:
+    """The base model's pad token, which its tokenizer knows."""
+    return getattr(settings.get("tokenizer"), "pad_token_id", None) if given is None else given
 
 
 def _trajectory_reward(name: str, reward: Any, tokenizer: Any, prompts: Any) -> TrajectoryReward:
