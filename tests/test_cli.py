@@ -406,6 +406,21 @@ def test_an_export_beside_the_adapter_leaves_it_as_it_is(tmp_path, folder, capsy
     assert (tmp_path / "arm/helpful/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["arm", "base", "checkpoints"])
+def test_a_training_does_not_begin_where_a_model_of_somebody_is(tmp_path, folder, capsys, name):
+    output = tmp_path / "output"
+    if name == "checkpoints":
+        (output / "checkpoint-5").mkdir(parents=True)
+    else:
+        shutil.copytree(folder / name, output)
+    (output / "run.yaml").write_text("mine: 1")
+    before = {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    words = ("--model_name_or_path", folder / "base", "--use_cpu", "true", "--bf16", "false")
+    assert run("train", *words, "--output_dir", output) == 2
+    assert "which `trl-parm train` did not write. Nothing is replaced" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_help_imports_neither_torch_nor_transformers():
     """So it answers at once. Each verb's help names its keys."""
     code = (
