@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import transformers
 import yaml
@@ -42,7 +43,9 @@ REWARDS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:
 def _no_progress_bars():
     """A command switches them off before it imports transformers, which the tests have imported already."""
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     yield
+    datasets.enable_progress_bars()
     transformers.utils.logging.enable_progress_bar()
 
 
