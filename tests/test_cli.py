@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import transformers
 import yaml
@@ -42,7 +43,9 @@ REWARDS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:
 def _no_progress_bars():
     """A command switches them off before it imports transformers, which the tests have imported already."""
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     yield
+    datasets.enable_progress_bars()
     transformers.utils.logging.enable_progress_bar()
 
 
@@ -404,6 +407,21 @@ def test_an_export_beside_the_adapter_leaves_it_as_it_is(tmp_path, folder, capsy
     assert run(*export) == 2
     assert "holds notes.txt, which was not written by 'save_as_lora'" in capsys.readouterr().err
     assert (tmp_path / "arm/helpful/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["arm", "base", "checkpoints"])
+def test_a_training_does_not_begin_where_a_model_of_somebody_is(tmp_path, folder, capsys, name):
+    output = tmp_path / "output"
+    if name == "checkpoints":
+        (output / "checkpoint-5").mkdir(parents=True)
+    else:
+        shutil.copytree(folder / name, output)
+    (output / "run.yaml").write_text("mine: 1")
+    before = {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    words = ("--model_name_or_path", folder / "base", "--use_cpu", "true", "--bf16", "false")
+    assert run("train", *words, "--output_dir", output) == 2
+    assert "which `trl-parm train` did not write. Nothing is replaced" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_help_imports_neither_torch_nor_transformers():

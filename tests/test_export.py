@@ -222,7 +222,7 @@ def test_every_preference_has_a_folder_of_its_own(tmp_path, preferences):
 @pytest.mark.parametrize(
     "objectives",
     [
-        ["../../up", "/tmp/root"],
+        ["../../up", "{}/root"],
         ["..", "."],
         ["a/b", "a\\b"],
         ["Helpful", "helpful"],
@@ -235,6 +235,7 @@ def test_every_preference_has_a_folder_of_its_own(tmp_path, preferences):
 def test_no_objective_decides_where_an_export_goes(tmp_path, objectives):
     """Nor does one share the folder of another, or of the uniform preference."""
     (tmp_path / "grid").mkdir()
+    objectives = [name.replace("{}", str(tmp_path)) for name in objectives]
     arm = tiny_arm(objectives=objectives)
     folders = save_as_lora(arm, tmp_path / "grid", preference_grid(objectives, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["grid"]

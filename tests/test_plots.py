@@ -124,7 +124,7 @@ def test_figures_replace_only_figures(tmp_path):
     draw_fronts(rows, names, tmp_path, name="g")
     draw_fronts(rows[:-1], names, tmp_path, name="g")
     assert len((tmp_path / "g.csv").read_text().splitlines()) == len(rows)
-    for name in ("../up", "/tmp/up", ""):
+    for name in ("../up", str(tmp_path / "up"), ""):
         with pytest.raises(ValueError, match="without any folder"):
             draw_fronts(rows, names, tmp_path, name=name)
 

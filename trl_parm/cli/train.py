@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ARGUMENTS = ("PairData", "ARMArguments", "PreferenceARMConfig")
 """Classes whose documentation is the help of this verb."""
 
+TRAINED = ("adapter_config.json", "config.json", "*.safetensors", "*.bin", "checkpoint-*")
+"""What a trainer writes, and loses when it writes it again."""
+
 
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
@@ -37,7 +40,8 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     With `resume` it goes on from the last complete checkpoint, or starts where there is none yet.
 
     Raises:
-        ValueError: another process trains into the folder, or its checkpoint is of another run.
+        ValueError: another process trains into the folder, its checkpoint is of another run, or it has a model, an
+            adapter or checkpoints that this command did not write.
     """
     from dataclasses import asdict
 
@@ -47,6 +51,7 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
 
     if not sys.stderr.isatty():
         config.disable_tqdm = True
+    _check_folder(Path(str(config.output_dir)))
     data = arguments.load(arguments.train_data)
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
@@ -85,6 +90,17 @@ def describe() -> str:
     texts = ["usage: trl-parm train [--config FILE.yaml] [--KEY VALUE ...]", __doc__ or ""]
     texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in ARGUMENTS]
     return "\n\n".join([*texts, "All arguments of transformers.TrainingArguments are keys too."])
+
+
+def _check_folder(folder: Path) -> None:
+    """A trainer replaces what is called as its files, so they must be those of an earlier run of this command."""
+    found = next((path for pattern in TRAINED for path in sorted(folder.glob(pattern))), None)
+    runs = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("run*.yaml")]
+    if found is not None and not any(text.startswith("verb: train\n") for text in runs):
+        raise ValueError(
+            f"The output {folder} holds {found.name}, which `trl-parm train` did not write. Nothing is replaced: name "
+            "another output, or move that away."
+        )
 
 
 def _checkpoint(folder: str) -> str | None:
