@@ -59,7 +59,8 @@ class PreferenceARMTrainer(BaseTrainer):
     every data set; an epoch visits every pair of the longest one once, shorter ones start over.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): The ARM's backbone, or a ready adapter on it.
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The ARM's backbone, or a ready adapter on it; of several the active one is trained.
         args ([`PreferenceARMConfig`], *optional*): Training arguments.
         data_collator (`Callable`, *optional*): Defaults to [`PreferenceCollator`].
         train_dataset (`Mapping[str, Dataset]`, `Dataset`, `IterableDataset` or `str`):
@@ -78,8 +79,8 @@ class PreferenceARMTrainer(BaseTrainer):
         peft_config (`PeftConfig`, *optional*): Such as [`peft_pblora.PBLoraConfig`]; wraps `model`.
 
     Raises:
-        ValueError: no data, objective names that differ between data, adapter and `beta`, or more than one objective
-            with an adapter that is not preference-conditioned.
+        ValueError: no data, objective names that differ between data, adapter and `beta`, more than one objective with
+            an adapter that is not preference-conditioned, or nothing that trains.
     """
 
     args: PreferenceARMConfig
