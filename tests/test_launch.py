@@ -38,13 +38,14 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def launch(folder: Path, engine: str, *flags: str) -> None:
+def launch(folder: Path, engine: str, *flags: str, error: str | None = None) -> None:
     finished = run(
         folder, str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file",
         str(EXAMPLES / "accelerate_configs" / f"{engine}.yaml"), "--main_process_port", "0",
         str(EXAMPLES / "train_arm.py"), "--config", "config.yaml", "--per_device_train_batch_size", "2", *flags,
     )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
+    assert (finished.returncode == 0) == (error is None), finished.stderr
+    assert finished.stderr.count(error or "") >= 2 * bool(error), finished.stderr  # both processes say so
 
 
 def history(folder: Path) -> list[dict]:
@@ -127,6 +128,7 @@ def test_two_processes_resume_bit_by_bit(folder, engine, order):
     assert [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e] == whole
     resumed = load_file(folder / "broken" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    launch(folder, engine, *flags, "--resume", "True", "--seed", "1", error="another training: seed was 42, but is 1")
 
 
 def test_a_killed_run_resumes_bit_by_bit(folder):

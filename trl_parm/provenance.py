@@ -84,5 +84,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set):
-        return [plain(entry) for entry in value]
+        return [plain(entry) for entry in (sorted(value, key=str) if isinstance(value, set) else value)]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

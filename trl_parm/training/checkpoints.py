@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from peft_pblora.output import output_file
+from trl_parm.provenance import plain
 from trl_parm.records import differences, lock
 
 from .config import PreferenceARMConfig
@@ -85,20 +86,20 @@ def describe_inputs(
     """
     name = str(model.config._name_or_path).rstrip("/").split("/")[-1]
     frozen = (_sample(p) for p in model.parameters() if not p.requires_grad)
-    return _plain(
-        {
-            "base": {"name": name, "frozen weights": _hash(*frozen), **model.config.to_dict()},
-            "adapter": None if adapter is None else {"name": adapter, **model.peft_config[adapter].to_dict()},
-            "data": [_describe_data(entry) for entry in getattr(data, "datasets", None) or data.sources],
-        }
-    )
+    config = model.peft_config[adapter].to_dict() if adapter else {}
+    parts = data.datasets if isinstance(data, JointPreferenceDataset) else data.sources
+    return {
+        "base": plain({"name": name, "frozen weights": _hash(*frozen), **model.config.to_dict()}),
+        "adapter": plain({"name": adapter, **config}),
+        "data": [_describe_data(part) for part in parts],
+    }
 
 
 def describe_settings(args: PreferenceARMConfig, objectives: list[str]) -> dict[str, Any]:
     """What the loss and the optimizer of a run are, as JSON."""
     by_name = {name: args.by_objective(name, objectives) for name in ("beta", "ideal_losses")}
     found = {name: dict(zip(objectives, values, strict=True)) for name, values in by_name.items()}
-    return _plain({"objectives": objectives, **found, **{name: getattr(args, name) for name in SETTINGS}})
+    return {"objectives": objectives, **found, **{name: plain(getattr(args, name)) for name in SETTINGS}}
 
 
 def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:
@@ -133,12 +134,6 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{before}{key}.")
         elif key not in PASSING:
             yield before + key, value
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(
-        json.dumps(values, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    )
 
 
 def _describe_data(entry: Any) -> str:

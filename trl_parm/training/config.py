@@ -77,7 +77,9 @@ class PreferenceARMConfig(BaseConfig):
             Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention.
         pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
         dataset_num_proc (`int`, *optional*): Processes that tokenize.
-        disable_dropout (`bool`, *optional*, defaults to `True`): Set all dropout to 0, as TRL does for DPO.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Set all dropout of the model given to 0, as TRL does for DPO, and that of functions too. A model that is
+            random nevertheless is refused at its first step.
         activation_offloading (`bool`, *optional*, defaults to `False`): Keep activations in CPU memory.
         model_init_kwargs (`dict`, *optional*): For `from_pretrained` where the trainer gets a model id.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Passed on to `from_pretrained`.

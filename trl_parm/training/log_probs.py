@@ -45,7 +45,7 @@ class Responses:
             positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             self._longest = min((n for n in (args.max_length, positions) if n), default=None)
 
-    def log_probs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """log π of the first and of the second response of each pair, summed, or the mean of a token.
 
         Args:
@@ -53,14 +53,13 @@ class Responses:
             batch (`dict`): From [`PreferenceCollator`].
 
         Returns:
-            `tuple` of two `torch.Tensor` of shape `(pairs,)`, float32.
+            `torch.Tensor` of shape `(2, pairs)`, float32.
         """
         inputs, predictions = self._layout(batch, self.share_prompt)
         sums = self._sums(model, inputs, predictions)
         if self.length_normalized:
             sums = sums / predictions.lengths().to(sums).clamp(min=1)
-        first, second = sums.chunk(2)
-        return first, second
+        return sums.unflatten(0, (2, -1))
 
     def check_shared_prompts(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> None:
         """Makes sure that the model is a function of positions and mask alone, so that prompts can be shared.

@@ -121,7 +121,7 @@ def trained_adapter(model) -> str | None:
 def disable_dropout(model) -> None:
     """Sets all dropout to 0: of modules, and the probabilities that modules and configurations keep for functions.
 
-    The name of such a probability has "drop" in it, in the models of transformers; [`check_noise`] finds others.
+    The name of such a probability has "drop" in it, in the models of transformers; [`without_noise`] finds others.
     """
     disable_dropout_in_model(model)
     modules = list(model.modules())
@@ -132,21 +132,16 @@ def disable_dropout(model) -> None:
                 setattr(holder, name, 0.0)
 
 
-def random_states(device: torch.device) -> list[bytes]:
-    """Where the generators of a device and of the CPU stand."""
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return [state.cpu().numpy().tobytes() for state in states]
-
-
-def check_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> None:
-    """Makes sure that a forward, which draws random numbers, does nothing with them, as at a dropout of 0.
+def without_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The result of a forward, after making sure that it makes nothing of the random numbers it draws, if it does.
 
     Raises:
         ValueError: its results scatter from seed to seed by more than they do at one.
     """
-    found = []
+    states = _random_states(device)
+    result, found = forward(), []
+    if states == _random_states(device):
+        return result
     for seed in (0, 0, 1):
         with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(seed)
@@ -157,3 +152,11 @@ def check_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> No
             f"{found[2].tolist()}: the model has noise that could not be found. Switch it off in the model's "
             "configuration, or set `disable_dropout=False`."
         )
+    return result
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return [state.cpu().numpy().tobytes() for state in states]

@@ -38,12 +38,11 @@ from .metrics import EvalMetrics, TrainMetrics
 from .model import (
     adapt_model,
     check_device,
-    check_noise,
     disable_dropout,
     load_model,
     load_tokenizer,
-    random_states,
     trained_adapter,
+    without_noise,
 )
 from .preferences import PreferenceSampler, name_preferences
 
@@ -60,7 +59,8 @@ class PreferenceARMTrainer(BaseTrainer):
     every data set; an epoch visits every pair of the longest one once, shorter ones start over.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): The ARM's backbone, or a ready adapter on it.
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            The ARM's backbone, or a ready adapter on it; of several the active one is trained.
         args ([`PreferenceARMConfig`], *optional*): Training arguments.
         data_collator (`Callable`, *optional*): Defaults to [`PreferenceCollator`].
         train_dataset (`Mapping[str, Dataset]`, `Dataset`, `IterableDataset` or `str`):
@@ -79,8 +79,8 @@ class PreferenceARMTrainer(BaseTrainer):
         peft_config (`PeftConfig`, *optional*): Such as [`peft_pblora.PBLoraConfig`]; wraps `model`.
 
     Raises:
-        ValueError: no data, objective names that differ between data, adapter and `beta`, or more than one objective
-            with an adapter that is not preference-conditioned.
+        ValueError: no data, objective names that differ between data, adapter and `beta`, more than one objective with
+            an adapter that is not preference-conditioned, or nothing that trains.
     """
 
     args: PreferenceARMConfig
@@ -222,12 +222,11 @@ class PreferenceARMTrainer(BaseTrainer):
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
         counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
-        states = random_states(labels.device)
-        first, second = self._log_probs(model, inputs, preference)
         if self.args.disable_dropout and model.training and not self._noise_checked:
+            first, second = without_noise(lambda: self._log_probs(model, inputs, preference), labels.device)
             self._noise_checked = True
-            if states != random_states(labels.device):
-                check_noise(lambda: torch.cat(self._log_probs(model, inputs, preference)), labels.device)
+        else:
+            first, second = self._log_probs(model, inputs, preference)
         margins = first - second
         loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
         if not torch.isfinite(loss):
@@ -240,8 +239,8 @@ class PreferenceARMTrainer(BaseTrainer):
         )
         return (loss, {"margins": margins}) if return_outputs else loss
 
-    def _log_probs(self, model, inputs, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The forward of training and evaluation: log π of both responses of each pair at a preference."""
+    def _log_probs(self, model, inputs, preference: torch.Tensor) -> torch.Tensor:
+        """The forward of training and evaluation: log π of both responses of each pair, shape `(2, pairs)`."""
         self._check_shared_prompts(model, inputs)
         if self.preference_conditioned:
             # Left until the next forward: gradient checkpointing runs this one again, and must see the same.
