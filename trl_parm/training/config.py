@@ -11,7 +11,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
-from peft_pblora.card.sample import PROMPT
+from peft_pblora.card import PROMPT
 
 from .compat import BaseConfig
 

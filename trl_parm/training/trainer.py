@@ -14,10 +14,11 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from peft_pblora.card import save_card
 from peft_pblora.control import has_preference
 
 from .arm_loss import ARMLoss, count_labels
-from .card import adapter_config, finish, first_facts, hand_over
+from .card import adapter_config, first_facts, hand_over, rewrite, subfolder_of
 from .collator import PreferenceCollator
 from .compat import (
     disable_dropout_in_model,
@@ -195,18 +196,16 @@ class PreferenceARMTrainer(PreferenceEvaluation):
             self.card["title"] = model_name
         if dataset_name:
             self.card["datasets"] = [dataset_name]
-        finish(self, cast(str, self.args.output_dir))
+        rewrite(self, cast(str, self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As transformers', with our card. The arguments stand in it as YAML, so that no pickle need hold them."""
         folder = Path(cast(str, output_dir or self.args.output_dir))
-        if self.args.should_save:
-            cast(Any, self.processing_class).save_pretrained(folder)  # the card's sample needs it
-        hand_over(self, sample=not self._saves_checkpoint)
+        facts = hand_over(self, sample=not self._saves_checkpoint)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-            finish(self, folder, anew=False)
+            save_card(folder, adapter_config(self), facts, subfolder_of(self))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saves_checkpoint = True
