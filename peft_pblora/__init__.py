@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference-conditioned adapters as PEFT methods. Importing this package registers them with PEFT."""
 
-from .card import add_results
+from .card import add_results, write_card
 from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
@@ -34,4 +34,5 @@ __all__ = [
     "save_as_lora",
     "set_preference",
     "use_preference",
+    "write_card",
 ]

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftConfig
 
@@ -41,7 +39,6 @@ class PreferenceConfig(PeftConfig):
         trainable_token_indices (*optional*): Not supported by these adapters; present because TRL reads it.
         card (`dict`, *optional*):
             What the model card says beyond this configuration, see [`card.CardFacts`]; it travels with the adapter.
-            `{"prompt": None}` saves without generating the card's sample.
     """
 
     objectives: list[str] = field(
@@ -95,30 +92,6 @@ class PreferenceConfig(PeftConfig):
     def initial_preference(self) -> list[float]:
         """The preference a model starts with: `default_preference`, or uniform."""
         return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, and where PEFT has put its model card, the adapter's own stands in its place, with a sample."""
-        from .card import CardFacts, place_of_card, refresh_facts, write_card  # which has to do with whole models
-
-        place = place_of_card(self, Path(save_directory))
-        if place is not None:
-            refresh_facts(self, save_directory)
-        super().save_pretrained(save_directory, **kwargs)
-        if place is not None:
-            write_card(place, self, cast(CardFacts, self.card), Path(save_directory).relative_to(place))
-
-    @property
-    def tuner(self) -> Any:
-        """The tuner that this configuration is part of, as long as it lives; `None` if there is none."""
-        found = self.__dict__.get("_tuner")
-        return None if found is None else found()
-
-    @tuner.setter
-    def tuner(self, tuner: Any) -> None:
-        self.__dict__["_tuner"] = weakref.ref(tuner)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_tuner"}
 
     def build_core(self) -> Core:
         """A fresh core, the module that computes W(α)."""

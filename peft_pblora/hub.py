@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import FOLDER
+from .card import FOLDER, TEMPLATE, write_card
+from .config import PreferenceConfig
 
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.png", "*.txt", "*.model", "LICENSE*")
@@ -37,7 +39,7 @@ def push_to_hub(
     Args:
         model (`PeftModel`, `str` or `Path`):
             The model with its adapters; or the folder of a saved adapter, with all that was added to its card, such as
-            a figure.
+            a figure. Where the card is PEFT's empty one, [`write_card`]'s stands in its place.
         repo_id (`str`): The repository, as `user/name`; it is created if it does not exist.
         private (`bool`, *optional*): Whether a new repository is private; the account's default if not given.
         token (`str` or `bool`, *optional*): A token of the Hub; the stored one if not given.
@@ -56,13 +58,18 @@ def push_to_hub(
         _check(saved)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, subfolder = Path(name), ""
         if saved is None:
             model.save_pretrained(name)
+            first = next(iter(model.peft_config))
+            subfolder = "" if first == "default" else first
         else:
             _copy(saved, folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         card = folder / "README.md"
+        empty = not card.is_file() or TEMPLATE in card.read_text(encoding="utf-8")
+        if empty and isinstance(PeftConfig.from_pretrained(str(folder / subfolder)), PreferenceConfig):
+            write_card(folder, subfolder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if card.is_file():
             card.write_text(card.read_text(encoding="utf-8").replace(FOLDER, repo_id), encoding="utf-8")
         return api.upload_folder(

@@ -32,19 +32,12 @@ class PreferenceTuner(BaseTuner):
     conditions: dict[str, Condition]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for config in self.peft_config.values():  # of a copy of the model
-            if isinstance(config, PreferenceConfig):
-                config.tuner = self
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. All layers of an adapter then share one [`Condition`], and all of the model one dict of them."""
         former = preference_layers(model)
         self.conditions = former[0].conditions if former else {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(PreferenceConfig, self.peft_config[adapter_name])
-        config.tuner = self
         self.conditions[adapter_name] = Condition(config.objectives, config.initial_preference)
         for layer in preference_layers(model):
             layer.conditions = self.conditions

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards of saved adapters: what they say, that it is true, and that a card never costs a save."""
 
-import copy
 import json
 import re
 import subprocess
@@ -20,12 +19,12 @@ from test_cores import every_adapter, make_model
 from training_runs import LORA, trainer, two_sets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_pblora import PBLoraConfig, add_results, get_preference, set_preference
-from peft_pblora.card import sample, writing
-from peft_pblora.card.sample import PROMPT, guided_answers, sample_preferences
-from peft_pblora.card.writing import MARK, render
+from peft_pblora import PBLoraConfig, add_results, get_preference, set_preference, write_card
+from peft_pblora.card import MARK, PROMPT, TEMPLATE, render
 from trl_parm import PARMLogitsProcessor, PreferenceARMConfig
 from trl_parm.cli.main import main
+from trl_parm.training import sample
+from trl_parm.training.sample import guided_answers, make_sample
 
 
 OBJECTIVES = ["helpful", "harmless"]
@@ -71,11 +70,17 @@ def check_metadata(card: str) -> dict:
     return data
 
 
-def test_sample_is_what_guided_decoding_gives(arm, base, tmp_path):
-    """The card's plain greedy loop against `PARMLogitsProcessor` in `generate`."""
+def saved_with_sample(arm, base, folder) -> str:
+    arm.save_pretrained(folder)
+    write_card(folder, sample=make_sample(arm, AutoTokenizer.from_pretrained(base), PROMPT))
+    return card_of(folder)
+
+
+def test_sample_is_what_guided_decoding_gives(arm, base):
+    """The sample against `PARMLogitsProcessor` in `generate`."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    preferences = sample_preferences(OBJECTIVES)
-    found = guided_answers(arm.get_base_model(), "default", tokenizer, "w1 w2", preferences, 0.5, 8)
+    preferences = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    found = guided_answers(arm, tokenizer, "w1 w2", preferences, 0.5, 8)
     chat = [{"role": "user", "content": "w1 w2"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -88,28 +93,49 @@ def test_sample_is_what_guided_decoding_gives(arm, base, tmp_path):
     assert len(set(found)) > 1
 
 
+def test_saving_writes_what_is_saved_and_nothing_else(arm, tmp_path, monkeypatch):
+    """No text is generated, and the card is PEFT's until one is asked for."""
+    monkeypatch.setattr(type(arm.get_base_model()), "forward", lambda *_, **__: pytest.fail("a forward"))
+    arm.peft_config["default"].save_pretrained(tmp_path / "config")
+    assert [file.name for file in (tmp_path / "config").iterdir()] == ["adapter_config.json"]
+    arm.save_pretrained(tmp_path / "arm")
+    assert TEMPLATE in card_of(tmp_path / "arm")
+    write_card(tmp_path / "arm")
+    assert "A PBLoRA adapter" in card_of(tmp_path / "arm")
+    assert "## One prompt" not in card_of(tmp_path / "arm")
+
+
+def test_a_card_is_a_function_of_its_arguments(arm, monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda *_, **__: pytest.fail("a file was opened"))
+    monkeypatch.setattr("os.stat", lambda *_, **__: pytest.fail("a file was looked for"))
+    config, facts = arm.peft_config["default"], {"title": "Mine", "base_model": "user/base", "tags": ["b", "a"]}
+    before = dict(vars(config)), dict(facts)
+    cards = [str(render(config, facts, ["c"])) for _ in range(2)]
+    assert (dict(vars(config)), facts) == before
+    assert cards[0] == cards[1]
+    assert ModelCard(cards[0]).data.base_model == "user/base"
+
+
 def test_card_of_a_saved_adapter(arm, base, tmp_path):
     set_preference(arm, [0.2, 0.8])
     arm.train()
     arm.get_base_model().lm_head.eval()
-    arm.save_pretrained(tmp_path / "arm")
-    card = card_of(tmp_path / "arm")
+    card = saved_with_sample(arm, base, tmp_path / "arm")
     data = check_metadata(card)
     assert "base_model" not in data  # a folder is no id on the Hub
     assert {"pblora", "preference-conditioned"} <= set(data["tags"])
-    for part in ("A PBLoRA adapter", "**helpful**", "**harmless**", "lin2025parm", "### Framework versions", PROMPT):
+    for part in ("A PBLoRA adapter", "**helpful**", "**harmless**", "lin2025parm", PROMPT):
         assert part in card, part
     assert "xu2025genarm" not in card
     assert set(answers_of(card)) == {"(the base model alone)", "helpful", "uniform", "harmless"}
-    # Saving leaves everything as it was.
+    # The sample leaves everything as it was.
     assert get_preference(arm).tolist() == pytest.approx([0.2, 0.8])
     assert arm.training
     assert not arm.get_base_model().lm_head.training
 
 
 def test_the_card_s_code_runs_and_gives_the_card_s_answer(arm, base, tmp_path):
-    arm.save_pretrained(tmp_path / "arm")
-    card = card_of(tmp_path / "arm")
+    card = saved_with_sample(arm, base, tmp_path / "arm")
     code = code_of(card, tmp_path / "arm")
     assert code.startswith("import peft_pblora\n")
     assert "trust_remote_code" not in card
@@ -125,71 +151,57 @@ def test_an_adapter_in_a_folder_of_its_own_has_the_card_above_it(base, tmp_path)
     arm.add_adapter("second", second)
     for _ in range(2):
         arm.save_pretrained(tmp_path / "arm")
+        write_card(tmp_path / "arm", subfolder="first", title="Mine")
         card = card_of(tmp_path / "arm")
         assert "**helpful**" in card
         assert "**brief**" not in card
-        assert len(answers_of(card)) == 4
+        assert PeftConfig.from_pretrained(tmp_path / "arm/first").card == {"title": "Mine"}
     code = code_of(card, tmp_path / "arm")
     assert f'arm = PeftModel.from_pretrained(base, "{tmp_path}/arm", subfolder="first")' in code
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    (tmp_path / "README.md").write_text("# A project\n")
-    arm.peft_config["first"].save_pretrained(tmp_path / "first")
-    assert card_of(tmp_path) == "# A project\n"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (lambda arm, tokenizer: setattr(tokenizer, "eos_token", None), "no end token"),
+        (lambda arm, tokenizer: arm.merge_adapter(), "merged"),
         (
-            lambda arm: setattr(arm.peft_config["default"], "base_model_name_or_path", "no/where"),
-            "is not on the machine",
+            lambda arm, tokenizer: setattr(arm.get_base_model(), "forward", lambda input_ids: 1 / 0),
+            "unexpected keyword",
         ),
-        (lambda arm: setattr(arm.peft_config["default"], "task_type", "SEQ_CLS"), "task is SEQ_CLS"),
-        (lambda arm: arm.merge_adapter(), "merged"),
-        (lambda arm: setattr(arm.get_base_model(), "forward", lambda **_: 1 / 0), "division by zero"),
     ],
 )
 def test_what_hinders_the_sample_stands_in_the_card(arm, base, tmp_path, change, reason):
-    change(arm)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    arm.get_base_model().generation_config.eos_token_id = None
+    change(arm, tokenizer)
     arm.save_pretrained(tmp_path / "arm")
+    write_card(tmp_path / "arm", sample=make_sample(arm, tokenizer, PROMPT))
     card = card_of(tmp_path / "arm")
     assert reason in card.split("No answer was generated when the adapter was saved: ")[1].splitlines()[0]
-    assert (tmp_path / "arm" / "adapter_model.safetensors").is_file()
     check_metadata(card)
 
 
-def test_a_sample_that_takes_too_long_is_cut_or_given_up(arm, tmp_path, monkeypatch):
+def test_a_sample_that_takes_too_long_is_cut_or_given_up(arm, base, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "SECONDS", -1.0)
-    arm.save_pretrained(tmp_path / "arm")
-    assert "it took longer than" in card_of(tmp_path / "arm")
+    assert "it took longer than" in saved_with_sample(arm, base, tmp_path / "arm")
     monkeypatch.setattr(sample, "LEAST_TOKENS", 1)
-    arm.save_pretrained(tmp_path / "arm")
-    found = answers_of(card_of(tmp_path / "arm"))
+    found = answers_of(saved_with_sample(arm, base, tmp_path / "arm"))
     assert all(len(answer) <= len("w57 …") and answer.endswith("…") for answer in found.values())
 
 
-def test_several_processes_generate_nothing(arm, tmp_path, monkeypatch):
+def test_several_processes_generate_nothing(arm, base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    arm.save_pretrained(tmp_path / "arm")
-    assert "by one of several processes" in card_of(tmp_path / "arm")
-
-
-def test_the_sample_can_be_switched_off(arm, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "make_sample", lambda *_: pytest.fail("generated"))
-    arm.peft_config["default"].card = {"prompt": None}
-    arm.save_pretrained(tmp_path / "arm")
-    assert "## One prompt" not in card_of(tmp_path / "arm")
-    loaded = PeftModel.from_pretrained(arm.get_base_model(), tmp_path / "arm", adapter_name="again")
-    assert loaded.peft_config["again"].card["prompt"] is None
+    assert "by one of several processes" in saved_with_sample(arm, base, tmp_path / "arm")
 
 
 @every_adapter
 def test_every_method_s_card(row, base, tmp_path):
     model = make_model(row, AutoModelForCausalLM.from_pretrained(base))
-    model.save_pretrained(tmp_path / "arm")
-    card = card_of(tmp_path / "arm")
+    card = saved_with_sample(model, base, tmp_path / "arm")
     check_metadata(card)
     assert len(answers_of(card)) == 4
     assert card.count("@") == 1
@@ -197,17 +209,21 @@ def test_every_method_s_card(row, base, tmp_path):
 
 def test_what_a_user_wrote_stays(arm, tmp_path):
     folder = tmp_path / "arm"
-    arm.save_pretrained(folder)
-    own = card_of(folder).replace(MARK, "My own words.").split("## One prompt")[0]
+
+    def save():
+        arm.save_pretrained(folder)
+        write_card(folder)
+        return card_of(folder)
+
+    own = save().replace(MARK, "My own words.").split("## Licence")[0]
     (folder / "README.md").write_text(own)
-    arm.save_pretrained(folder)
-    assert "My own words." in card_of(folder)
-    assert "## One prompt" not in card_of(folder)
+    assert "My own words." in save()
+    assert "## Licence" not in save()
     (folder / "README.md").write_text("# Mine\n")
-    arm.save_pretrained(folder)
-    assert card_of(folder).startswith("---\n")
-    assert "# Mine" in card_of(folder)
-    assert code_of(card_of(folder), folder).startswith("import peft_pblora\n")
+    found = save()
+    assert found.startswith("---\n")
+    assert "# Mine" in found
+    assert code_of(found, folder).startswith("import peft_pblora\n")
 
 
 def test_facts_travel_and_results_are_added(arm, base, tmp_path):
@@ -219,6 +235,7 @@ def test_facts_travel_and_results_are_added(arm, base, tmp_path):
     table = [["measure", "value"], ["hypervolume above (helpful 0, harmless -5)", 18.83]]
     add_results(tmp_path / "arm", table, tmp_path / "front.png", data_license="cc-by-4.0")
     for folder in ("arm", "again"):
+        write_card(tmp_path / folder)
         card = card_of(tmp_path / folder)
         data = check_metadata(card)
         assert (data["base_model"], data["datasets"], data["license"]) == ("some/model", ["my/data"], "mit")
@@ -272,18 +289,8 @@ def test_results_that_can_t_be_added(arm, tmp_path, arguments, message):
 def test_the_licence_of_the_base_is_read_from_its_card(arm, base, tmp_path):
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\nA base.")
     arm.save_pretrained(tmp_path / "arm")
+    write_card(tmp_path / "arm")
     assert f"Base model, `{base}`: apache-2.0" in card_of(tmp_path / "arm")
-
-
-def test_copies_of_a_model_write_their_own_sample(arm, tmp_path):
-    twin = copy.deepcopy(arm)
-    for parameter in twin.parameters():
-        parameter.data.mul_(-1)
-    for name, model in (("one", arm), ("two", twin)):
-        model.save_pretrained(tmp_path / name)
-    one, two = (answers_of(card_of(tmp_path / name)) for name in ("one", "two"))
-    assert one != two
-    assert twin.peft_config["default"].tuner is twin.base_model
 
 
 def test_a_table_s_cells_stay_in_their_cells():

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards: what an adapter is, how to use it, and what it was made from.
 
-A card is made from the adapter's configuration alone. What the configuration can't know, such as data and measures,
-are the facts in its field `card`, which is saved and loaded with the adapter.
+A card is a function of the adapter's configuration and of facts that the configuration can't know, such as data and
+measures. Those are in its field `card`, which is saved and loaded with the adapter. No save writes a card by itself:
+[`write_card`], [`add_results`], [`push_to_hub`] and a trainer do.
 """
 
 from .citations import ADAPTER_PAPERS, CITATIONS
-from .facts import CardFacts, Table, hub_id, versions
-from .writing import FOLDER, add_results, exported_card, place_of_card, refresh_facts, render, store_card, write_card
+from .files import TEMPLATE, add_results, exported_card, hub_id, save_card, versions, write_card
+from .text import FOLDER, MARK, PROMPT, CardFacts, Table, render
 
 
 __all__ = [
@@ -15,14 +16,15 @@ __all__ = [
     "CITATIONS",
     "CardFacts",
     "FOLDER",
+    "MARK",
+    "PROMPT",
+    "TEMPLATE",
     "Table",
     "add_results",
     "exported_card",
     "hub_id",
-    "place_of_card",
-    "refresh_facts",
     "render",
-    "store_card",
+    "save_card",
     "versions",
     "write_card",
 ]

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from accelerate.utils import is_peft_model
+from peft.utils import CONFIG_NAME
 
-from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, store_card, versions, write_card
+from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, save_card, versions, write_card
 from peft_pblora.config import PreferenceConfig
 from trl_parm.provenance import plain
 
 from .data import JointPreferenceDataset, Pairs
+from .sample import make_sample
 
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str,
         "run": run_yaml(trainer.args),
         "versions": versions("trl", "datasets"),
         "citations": _citations(trainer),
-        "prompt": trainer.args.card_prompt,
         **data_facts(trainer, list(sources), [name if isinstance(name, str) else None for name in names]),
         **_data_license(sources),
     }
@@ -68,32 +69,56 @@ def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequen
     return {"data": [["objective", "data", "pairs"], *rows], "datasets": list(dict.fromkeys(hub))}
 
 
-def hand_over(trainer: PreferenceARMTrainer, sample: bool = True) -> None:
-    """Puts the facts into the adapter's configuration, which writes the card when it is saved."""
-    config = adapter_config(trainer)
+def hand_over(trainer: PreferenceARMTrainer, sample: bool = True) -> CardFacts:
+    """What is known now. It goes into the adapter's configuration, which is saved with the weights.
+
+    Args:
+        trainer ([`PreferenceARMTrainer`]): The trainer.
+        sample (`bool`, *optional*, defaults to `True`): Whether to generate the sample anew; else there is none.
+    """
+    config, prompt = adapter_config(trainer), trainer.args.card_prompt
     accuracies = _accuracies(trainer)
     if accuracies:
         trainer.card["accuracies"] = accuracies
+    facts = cast(CardFacts, {**trainer.card, **trainer.own_card})
+    facts.pop("sample", None)
     if isinstance(config, PreferenceConfig):
-        facts = {**trainer.card, **trainer.own_card}
-        config.card = facts if sample else {**facts, "prompt": None}
+        if sample and prompt:
+            facts["sample"] = make_sample(_unwrapped(trainer), cast(Any, trainer.processing_class), prompt)
+        config.card = dict(facts)
+    return facts
 
 
-def finish(trainer: PreferenceARMTrainer, folder: str | Path, anew: bool = True) -> None:
-    """Writes the card of a saved model. A preference-conditioned adapter has written its own, unless it is `anew`."""
+def rewrite(trainer: PreferenceARMTrainer, folder: str | Path) -> None:
+    """Writes the card once more, with what has become known since the model was saved."""
     config = adapter_config(trainer)
-    if not isinstance(config, PreferenceConfig):
-        write_card(folder, config, trainer.card)
-    elif anew:
-        sample = (config.card or {}).get("sample")
-        hand_over(trainer)
-        store_card(folder, config, sample)
+    former = (getattr(config, "card", None) or {}).get("sample")
+    facts = hand_over(trainer, sample=former is None)
+    if former is not None:
+        facts["sample"] = former
+    subfolder = subfolder_of(trainer)
+    if isinstance(config, PreferenceConfig):
+        config.card = dict(facts)
+        if Path(folder, subfolder, CONFIG_NAME).is_file():
+            write_card(folder, subfolder, **facts)
+            return
+    save_card(folder, config, facts, subfolder)
+
+
+def subfolder_of(trainer: PreferenceARMTrainer) -> str:
+    """Where below its folder PEFT saves the adapter."""
+    model = _unwrapped(trainer)
+    return "" if not is_peft_model(model) or model.active_adapter == "default" else model.active_adapter
 
 
 def adapter_config(trainer: PreferenceARMTrainer) -> Any:
     """The configuration of the adapter that is trained; `None` for a whole model."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = _unwrapped(trainer)
     return model.peft_config[model.active_adapter] if is_peft_model(model) else None
+
+
+def _unwrapped(trainer: PreferenceARMTrainer) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model)
 
 
 def run_yaml(*configurations: Any) -> str:

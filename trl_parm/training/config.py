@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig
-from peft_pblora.card.sample import PROMPT
+from peft_pblora.card import PROMPT
 
 from .compat import BaseConfig
 from .losses import ARMLoss

@@ -16,9 +16,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from peft_pblora import PreferenceConfig, set_preference
+from peft_pblora.card import save_card
 
 from . import checkpoints
-from .card import adapter_config, finish, first_facts, hand_over
+from .card import adapter_config, first_facts, hand_over, rewrite, subfolder_of
 from .compat import BaseTrainer, get_act_offloading_ctx_manager, get_config_model_id
 from .config import PreferenceARMConfig
 from .data import (
@@ -344,20 +345,18 @@ class PreferenceARMTrainer(BaseTrainer):
             self.card["title"] = model_name
         if dataset_name:
             self.card["datasets"] = [dataset_name]
-        finish(self, cast(str, self.args.output_dir))
+        rewrite(self, cast(str, self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As transformers', with our card. The arguments stand in it as YAML, so that no pickle need hold them."""
         folder = Path(cast(str, output_dir or self.args.output_dir))
-        if self.args.should_save:
-            cast(Any, self.processing_class).save_pretrained(folder)  # the card's sample needs it
-        hand_over(self, sample=not self._saves_checkpoint)
+        facts = hand_over(self, sample=not self._saves_checkpoint)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self._saves_checkpoint:
                 checkpoints.write_record(folder, self._describe_run())
-            finish(self, folder, anew=False)
+            save_card(folder, adapter_config(self), facts, subfolder_of(self))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saves_checkpoint = True

@@ -1,18 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of a card, each a text in Markdown; empty where nothing is known."""
+"""What a card says: a text in Markdown, made from an adapter's configuration and further facts and nothing else."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from .citations import ADAPTER_PAPERS, CITATIONS
-from .facts import CardFacts, Table
-from .sample import PROMPT
+
+
+Table = Sequence[Sequence[Any]]
+"""Rows of plain values, the head first."""
+
+
+class CardFacts(TypedDict, total=False):
+    """Plain JSON values, all of them optional.
+
+    - `title`, and `tags` and `datasets`, ids on the Hub, for the metadata.
+    - `license` of the adapter, `base_license` and `data_license`, each as on the Hub, such as `apache-2.0`.
+    - `data`, `accuracies` and `measures`: tables; `training` and `versions`: rows of a name and a value.
+    - `figure`: the name of a PNG beside the card, see [`add_results`]; `run`: the YAML that made the adapter.
+    - `citations`: keys of [`CITATIONS`]; the adapter's own paper if not given.
+    - `sample`: `prompt`, `beta`, `chat` (whether a chat template was used), and `answers`, pairs of a preference's
+      name and an answer, or `missing`, the reason for which there are none.
+    - `base_model`: the base model's id on the Hub; written with the card, as `base_license` where it is known here.
+    """
+
+    title: str
+    base_model: str | None
+    tags: list[str]
+    datasets: list[str]
+    license: str
+    base_license: str
+    data_license: str
+    data: Table
+    training: Table
+    accuracies: Table
+    measures: Table
+    figure: str
+    run: str
+    versions: Table
+    citations: list[str]
+    sample: dict[str, Any]
 
 
 FOLDER = "path/to/this/folder"
 """What stands for the adapter in a card's code, until it is pushed under a name."""
+MARK = "<!-- Written by peft_pblora. Without this line, the words below are yours and stay as they are. -->"
+PROMPT = "What do you think about a rainy Monday?"
+"""What a sample answers, and the code of a card asks, unless another is given."""
 METHODS = {"PBLORA": "PBLoRA", "SVDLORA": "SVD-LoRA", "MOSLORA": "MoSLoRA"}
 """As the papers write them."""
 IMPORT = (
@@ -21,7 +60,43 @@ IMPORT = (
 )
 
 
-def introduction(config: Any, facts: CardFacts) -> str:
+def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: str = "") -> ModelCard:
+    """The card of an adapter, or of a whole model: a function of its arguments alone.
+
+    Args:
+        config (`PeftConfig` or `None`): The adapter's; `None` for a whole model.
+        facts ([`CardFacts`]): What else is known.
+        tags (`Iterable[str]`, *optional*): Further tags.
+        subfolder (`str`, *optional*): Where below the card's folder the adapter is.
+    """
+    base = facts.get("base_model")
+    found = {tag for tag in (*tags, *facts.get("tags", ())) if not tag.startswith("base_model:")}
+    if hasattr(config, "objectives"):
+        found |= {"preference-conditioned", config.peft_type.value.lower()}
+    data = ModelCardData(
+        base_model=base,
+        datasets=list(facts.get("datasets", ())) or None,
+        library_name="transformers" if config is None else "peft",
+        license=facts.get("license"),
+        pipeline_tag="text-generation" if getattr(config, "task_type", "CAUSAL_LM") == "CAUSAL_LM" else None,
+        tags=sorted(found | ({f"base_model:adapter:{base}"} if base else set())),
+    )
+    sections = [
+        f"# {facts.get('title') or 'An autoregressive reward model'}\n\n{MARK}",
+        _introduction(config),
+        usage(config, facts, subfolder) if config is not None else "",
+        _sample(facts),
+        _measures(facts),
+        _training(facts),
+        _run(facts),
+        _licences(config, facts),
+        _citation(config, facts),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _introduction(config: Any) -> str:
     """What it is."""
     base = _named(getattr(config, "base_model_name_or_path", None))
     objectives = getattr(config, "objectives", None)
@@ -44,14 +119,15 @@ def introduction(config: Any, facts: CardFacts) -> str:
     )
 
 
-def usage(config: Any, facts: CardFacts) -> str:
+def usage(config: Any, facts: CardFacts, subfolder: str = "") -> str:
     """How to load an adapter and guide its base model with it, as code that runs."""
+    place = json.dumps(FOLDER) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
     weights = ""
     if hasattr(config, "objectives"):
         pairs = zip(config.objectives, config.initial_preference, strict=True)
         weights = "{" + ", ".join(f"{json.dumps(name)}: {weight!r}" for name, weight in pairs) + "}"
     if config.task_type != "CAUSAL_LM":
-        return _loading(config, weights)
+        return _loading(config, weights, place)
     base = json.dumps(config.base_model_name_or_path or "name/of-the-base-model")
     sample = facts.get("sample", {})
     prompt = json.dumps(sample.get("prompt", PROMPT), ensure_ascii=False)
@@ -74,7 +150,7 @@ from trl_parm import PARMLogitsProcessor
 
 base = AutoModelForCausalLM.from_pretrained({base})
 tokenizer = AutoTokenizer.from_pretrained({base})
-arm = PeftModel.from_pretrained(base, "{FOLDER}")
+arm = PeftModel.from_pretrained(base, {place})
 
 {inputs}
 guide = PARMLogitsProcessor(arm{f", {weights}" if weights else ""}, beta=1.0)
@@ -85,7 +161,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 {note} A larger model with the same tokenizer can be guided too: call its `generate` with the same `guide`."""
 
 
-def sample(facts: CardFacts) -> str:
+def _sample(facts: CardFacts) -> str:
     """One prompt at a few preferences, or why there is none."""
     found = facts.get("sample")
     if not found:
@@ -95,37 +171,37 @@ def sample(facts: CardFacts) -> str:
         return f"{head}No answer was generated when the adapter was saved: {found['missing']}."
     rows = [["preference", "answer"], *found["answers"]]
     return (
-        f"{head}{table(rows)}\n\nGenerated when the adapter was saved, by its own base model, greedily, with "
+        f"{head}{_table(rows)}\n\nGenerated when the adapter was saved, by its own base model, greedily, with "
         f"β = {found['beta']:g}; an ellipsis marks an answer that was longer."
     )
 
 
-def training(facts: CardFacts) -> str:
+def _training(facts: CardFacts) -> str:
     """Data and settings, and how well held-out pairs are ranked."""
     parts = []
     if "data" in facts:
-        parts.append(table(facts["data"]))
+        parts.append(_table(facts["data"]))
     if "training" in facts:
-        parts.append(table([["", ""], *facts["training"]]))
+        parts.append(_table([["", ""], *facts["training"]]))
     if "accuracies" in facts:
         parts.append(
             "### Held-out pairs\n\nHow often the chosen response of a held-out pair has the larger log π_ARM, at "
-            "several preferences; in brackets, relative to the untrained model.\n\n" + table(facts["accuracies"])
+            "several preferences; in brackets, relative to the untrained model.\n\n" + _table(facts["accuracies"])
         )
     return "## Training\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def measures(facts: CardFacts) -> str:
+def _measures(facts: CardFacts) -> str:
     """Measures of guided decoding with their reference point, and the Pareto front."""
     parts = []
     if facts.get("figure"):
         parts.append(f"![Mean rewards of guided responses at several preferences]({facts.get('figure')})")
     if "measures" in facts:
-        parts.append(table(facts["measures"]))
+        parts.append(_table(facts["measures"]))
     return "## Guided decoding, measured\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def run(facts: CardFacts) -> str:
+def _run(facts: CardFacts) -> str:
     """The YAML that made the adapter, and with which versions."""
     parts = []
     if "run" in facts:
@@ -136,7 +212,7 @@ def run(facts: CardFacts) -> str:
     return "\n\n".join(parts)
 
 
-def licences(config: Any, facts: CardFacts) -> str:
+def _licences(config: Any, facts: CardFacts) -> str:
     """Of the adapter, of its base model and of the data; what is not known is said to be so."""
     base = getattr(config, "base_model_name_or_path", None)
     rows = {
@@ -147,7 +223,7 @@ def licences(config: Any, facts: CardFacts) -> str:
     return "## Licence\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows.items())
 
 
-def citation(config: Any, facts: CardFacts) -> str:
+def _citation(config: Any, facts: CardFacts) -> str:
     """BibTeX of the methods used."""
     own = ADAPTER_PAPERS.get(getattr(getattr(config, "peft_type", None), "value", ""))
     keys = facts.get("citations") or ([own] if own else [])
@@ -155,7 +231,7 @@ def citation(config: Any, facts: CardFacts) -> str:
     return f"## Citation\n\n{entries}" if entries else ""
 
 
-def table(rows: Table) -> str:
+def _table(rows: Table) -> str:
     """A table in Markdown; the first row is the head."""
     lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
@@ -175,14 +251,14 @@ def _method(config: Any) -> str:
     return METHODS.get(name, name)
 
 
-def _loading(config: Any, weights: str) -> str:
+def _loading(config: Any, weights: str, place: str) -> str:
     return f"""## Loading this adapter
 
 ```python
 import peft_pblora
 from peft import AutoPeftModel
 
-model = AutoPeftModel.from_pretrained("{FOLDER}")
+model = AutoPeftModel.from_pretrained({place})
 peft_pblora.set_preference(model, {weights}, normalize=True)
 ```
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards as files beside an adapter: written when asked for, completed by results, never over a user's own words."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from peft_pblora.config import PreferenceConfig
+from peft_pblora.output import output_file
+
+from .text import FOLDER, MARK, CardFacts, Table, render, usage
+
+
+TEMPLATE = "# Model Card for Model ID"
+"""How the empty card begins that PEFT saves with every adapter."""
+
+
+def write_card(folder: str | Path, subfolder: str = "", **facts: Any) -> None:
+    """Writes the card of a saved adapter in the place of PEFT's empty one, without loading the model.
+
+    Args:
+        folder (`str` or `Path`): The folder of the adapter, where its `README.md` belongs.
+        subfolder (`str`, *optional*): Where below it the adapter is; PEFT saves adapters that are not named `default`
+            in folders of their names.
+        **facts: [`CardFacts`] such as `license="apache-2.0"`. They are added to those that the adapter was saved
+            with, and kept in its configuration.
+
+    Raises:
+        ValueError: no preference-conditioned adapter in the folder, or an unknown fact.
+
+    Example:
+
+    ```python
+    arm.save_pretrained("runs/arm")
+    write_card("runs/arm", title="Helpful or brief", license="apache-2.0")
+    ```
+    """
+    unknown = sorted(set(facts) - set(CardFacts.__annotations__))
+    if unknown:
+        known = ", ".join(sorted(CardFacts.__annotations__))
+        raise ValueError(f"A card has no {', '.join(unknown)}. Its facts are {known}.")
+    saved = Path(folder, subfolder, CONFIG_NAME)
+    if not saved.is_file():
+        raise ValueError(f"There is no adapter in {str(saved.parent)!r}. Give the folder that has its {CONFIG_NAME}.")
+    config: Any = PeftConfig.from_pretrained(str(saved.parent))
+    if not isinstance(config, PreferenceConfig):
+        raise ValueError(f"The adapter in {str(folder)!r} has no preference; only cards of those that do are kept.")
+    kept = {**(config.card or {}), **facts}
+    content = {**json.loads(saved.read_text(encoding="utf-8")), "card": kept}
+    with output_file(saved) as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+    save_card(folder, config, cast(CardFacts, kept), subfolder)
+
+
+def add_results(
+    folder: str | Path, measures: Table | None = None, figure: str | Path | None = None, **facts: Any
+) -> None:
+    """Adds results, or other facts, to the card of a saved adapter, without loading the model.
+
+    Args:
+        folder (`str` or `Path`): The adapter's folder.
+        measures (`Table`, *optional*):
+            Rows of plain values, the head first; a hypervolume's reference point belongs into its row.
+        figure (`str` or `Path`, *optional*):
+            A PNG, such as a Pareto front. It is copied into this folder and stays there:
+            an adapter that is loaded and saved elsewhere leaves it behind.
+        **facts: Further [`CardFacts`], such as `license="apache-2.0"`.
+
+    Raises:
+        ValueError: as [`write_card`], or no such figure.
+
+    Example:
+
+    ```python
+    add_results("runs/arm", [["measure", "value"], ["hypervolume above (0, -40)", 18.8]], "runs/pareto.png")
+    ```
+    """
+    given = facts if measures is None else {**facts, "measures": measures}
+    if figure is None:
+        write_card(folder, **given)
+        return
+    picture = Path(figure)
+    if not picture.is_file():
+        raise ValueError(f"There is no figure at {str(figure)!r}. Name a PNG file.")
+    beside = Path(folder, picture.name)
+    if beside.parent.is_dir() and picture.resolve() != beside.resolve():
+        shutil.copyfile(picture, beside)
+    write_card(folder, figure=picture.name, **given)
+
+
+def save_card(folder: str | Path, config: Any, facts: CardFacts, subfolder: str = "") -> None:
+    """Writes `README.md`. Words of a user's own stay; how to load the adapter is added to them if they don't say it.
+
+    Args:
+        folder (`str` or `Path`): Where.
+        config (`PeftConfig` or `None`): The adapter's; `None` for a whole model.
+        facts ([`CardFacts`]): What else is known.
+        subfolder (`str`, *optional*): Where below the folder the adapter is.
+    """
+    path = Path(folder, "README.md")
+    found = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if found and MARK not in found and TEMPLATE not in found:
+        if "import peft_pblora" not in found:
+            path.write_text(f"{found.rstrip()}\n\n{usage(config, facts, subfolder)}\n", encoding="utf-8")
+        return
+    tags = (ModelCard(found).data.tags or []) if found else []
+    with output_file(path) as file:
+        file.write(str(render(config, _public(folder, config, facts), tags, subfolder)))
+
+
+def exported_card(config: Any, preference: torch.Tensor) -> ModelCard:
+    """The card of a plain LoRA that was exported at one preference, of shape `(k,)`."""
+    weights = "\n".join(
+        f"- {name}: {weight:g}" for name, weight in zip(config.objectives, preference.tolist(), strict=True)
+    )
+    base, method = config.base_model_name_or_path, config.peft_type.value
+    tags = ["lora", method.lower(), "preference-conditioned"]
+    data = ModelCardData(library_name="peft", base_model=hub_id(base), tags=tags)
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+# A preference-conditioned adapter at one preference
+
+A plain LoRA: the {method} adapter for `{base}` with its preference fixed to
+
+{weights}
+
+It equals the adapter at this preference exactly and loads with PEFT alone:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{FOLDER}")
+```
+""")
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name if it can be an id on the Hub and is no folder of this machine; the Hub refuses a card with others."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def versions(*packages: str) -> list[list[str]]:
+    """Names and versions of what makes an adapter, as far as it is installed."""
+    found = []
+    for package in ("trl-parm", "peft", "transformers", "torch", *packages):
+        with suppress(PackageNotFoundError):
+            found.append([package, version(package)])
+    return found
+
+
+def _public(folder: str | Path, config: Any, facts: CardFacts) -> CardFacts:
+    """The facts with what can be looked up on this machine, without names and files that exist on it alone."""
+    base = getattr(config, "base_model_name_or_path", None)
+    known = {"base_model": hub_id(base), "base_license": _licence(base), **facts}
+    known["datasets"] = [name for name in facts.get("datasets", ()) if hub_id(name)]
+    if not Path(folder, facts.get("figure") or " ").is_file():
+        known.pop("figure", None)
+    return cast(CardFacts, known)
+
+
+def _licence(base: str | None) -> str | None:
+    """The licence of a base model, as its own card on this machine says it; `None` if there is no such card."""
+    if not base:
+        return None
+    card: Any = Path(base, "README.md")
+    if not os.path.isdir(base):
+        card = try_to_load_from_cache(base, "README.md") if hub_id(base) else None
+    if not isinstance(card, str | Path) or not os.path.isfile(card):
+        return None
+    with suppress(OSError, ValueError):
+        return ModelCard.load(card).data.license
+    return None
