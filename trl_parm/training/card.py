@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 
 from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, store_card, versions, write_card
 from peft_pblora.config import PreferenceConfig
-from trl_parm.provenance import plain
+from trl_parm.records import plain
 
 from .data import JointPreferenceDataset, Pairs
 
