@@ -31,8 +31,7 @@ from trl_parm.cli.plot import PlotArguments
 from trl_parm.cli.relabel import RelabelArguments
 from trl_parm.demo.command import _parser
 from trl_parm.evaluation.evaluate import Entry
-from trl_parm.provenance import write_run
-from trl_parm.records import read_rows
+from trl_parm.records import read_rows, write_run
 from trl_parm.training.config import ARMArguments
 
 

@@ -9,10 +9,10 @@ import torch
 from conftest import tiny_arm, tiny_llama
 from scipy.stats import chisquare
 
-from trl_parm import PARMLogitsProcessor
+from trl_parm.decoding import PARM
 from trl_parm.evaluation import Run, mean_and_error, summarize, sweep
-from trl_parm.evaluation.prompts import encode_prompts
-from trl_parm.evaluation.sampling import RowSampling, row_seed
+from trl_parm.evaluation.decoding import RowSampling, encode_prompts
+from trl_parm.noise import row_seed
 from trl_parm.records import Records, read_rows
 from trl_parm.rewards import brevity, conciseness, positivity
 from trl_parm.texts import as_text, fill
@@ -32,8 +32,8 @@ def test_rewards():
 
 
 def parm_runs(arm, weights=(0.0, 0.5, 1.0)):
-    guide = lambda batch: PARMLogitsProcessor(arm, batch.preference, 0.5)  # noqa: E731
-    return [Run("base"), *(Run("PARM", [w, 1 - w], guide) for w in weights)]
+    guided = lambda batch: PARM(tiny_llama(), arm, batch.preference, 0.5)  # noqa: E731
+    return [Run("base"), *(Run("PARM", [w, 1 - w], guided) for w in weights)]
 
 
 def run_sweep(tokenizer, runs, rewards=REWARDS, prompts=PROMPTS[:3], batch_size=2, **options):

@@ -28,10 +28,10 @@ from trl_parm import (
     Vocabulary,
     rewarded_soup,
 )
+from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.evaluation.evaluate import Entry, evaluate
 from trl_parm.evaluation.methods import METHODS
 from trl_parm.evaluation.models import Models
-from trl_parm.evaluation.prompts import encode_prompts
 from trl_parm.rewards import brevity, conciseness
 
 
@@ -278,6 +278,46 @@ def test_another_arm_of_the_same_name_is_refused(folder, tmp_path):
     finally:
         weights.write_bytes(saved)
     run(folder, [{**parm, "name": "PARM, β 2", "beta": 2.0}], path)
+
+
+def test_the_bases_generation_config_acts_on_every_method_and_is_recorded(folder, tmp_path):
+    """Methods that are the base model by another name, one of them with a penalty of its own."""
+    for name, penalty in (("penal", 1.7), ("other", 1.2)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "large")
+        model.generation_config.repetition_penalty = penalty
+        model.generation_config.do_sample = True
+        model.generation_config.temperature = 0.3  # of sampling, which is not the model's
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    copies = {"helpful": str(tmp_path / "other"), "harmless": str(tmp_path / "penal")}
+    methods = [
+        "base", {"method": "mod", "policies": copies}, {"method": "rewarded_soups", "policies": copies},
+        {"method": "mod_w2s", "policies": copies, "reference": copies["helpful"]},
+        {"method": "args", "rewards": TEXTS, "k": 3, "weight": 1e-9},
+    ]  # fmt: skip
+    options = {"batch_size": 2, "max_new_tokens": 8, "path": tmp_path / "results.jsonl"}
+    table = evaluate(Models(str(tmp_path / "penal")), methods, GRID[:1], PROMPTS, REWARDS, **options)
+    texts = [table["response"][i : i + 2] for i in range(0, len(table), 2)]
+    assert texts == [texts[0]] * 5
+    assert texts[0] != evaluate(Models(str(folder / "large")), ["base"], [], PROMPTS, REWARDS, None,
+                                max_new_tokens=8)["response"]  # fmt: skip
+    recorded = json.loads((tmp_path / "results.config.json").read_text())["generation_config"]
+    assert recorded == {"repetition_penalty": 1.7}
+    with pytest.raises(ValueError, match="generation_config was {'repetition_penalty': 1.7}, but is None"):
+        evaluate(Models(str(folder / "large")), ["base"], [], PROMPTS, REWARDS, **options)
+
+
+def test_guides_of_one_method_share_their_prompt(folder, tmp_path):
+    """Where their tokenizers would make different tokens of it, they are refused."""
+    for name in ("one", "two"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = {"one": "w1 ", "two": "w2 "}[name] + "{{ messages[0]['content'] }}"
+        AutoModelForCausalLM.from_pretrained(folder / name).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    method = {"method": "genarm", "arms": {"helpful": str(tmp_path / "one"), "harmless": str(tmp_path / "two")}}
+    assert len(run(folder, [{**method, "template": "w9 {prompt}"}], None)) == 4
+    with pytest.raises(ValueError, match="their tokenizers make different tokens of it"):
+        run(folder, [{**method, "template": "chat"}], None)
 
 
 @pytest.mark.parametrize(

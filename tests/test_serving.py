@@ -16,13 +16,13 @@ import torch
 from fake_vllm import VOCAB, FakeEngine, Request, SamplingParams, V1Batch, V2Batch, config_of_engine, logits_of
 from scipy.stats import chisquare
 
+from trl_parm.noise import Sampling
 from trl_parm.serving import Guidance, combine
 from trl_parm.serving.capacity import Capacity
 from trl_parm.serving.engine import check_engine, check_lora_slots
 from trl_parm.serving.families import Family, Member
 from trl_parm.serving.guidance import coupled_requests
 from trl_parm.serving.rows import Row, join
-from trl_parm.serving.sampling import draw, warp
 
 
 BATCHES = [V1Batch, V2Batch]
@@ -52,6 +52,7 @@ def test_combine_is_the_formula_in_float64(strengths):
         if strength:
             twin += strength * torch.log_softmax(guide.double(), -1)
     twin[base == -torch.inf] = -torch.inf
+    twin = torch.log_softmax(twin, -1)
     torch.testing.assert_close(found.double(), twin, atol=1e-5, rtol=1e-5)
     assert found.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(given, [base, *guides]))
@@ -100,8 +101,8 @@ def filtered(scores, temperature, top_k, top_p):
 def test_tokens_are_drawn_from_the_distribution(temperature, top_k, top_p):
     scores, samples = combine(logits(VOCAB) / 9, logits(VOCAB, seed=1) / 9, 0.5), 4000
     assert (scores == -torch.inf).any()
-    rows = warp(scores.expand(samples, -1), temperature, top_k, top_p)
-    tokens = draw(rows, [number // 40 for number in range(samples)], [number % 40 for number in range(samples)])
+    keys = [number // 40 for number in range(samples)], [number % 40 for number in range(samples)]
+    tokens = Sampling(temperature, top_k, top_p).noisy(scores.expand(samples, -1), *keys).argmax(-1)
     expected = samples * filtered(scores, temperature, top_k, top_p)
     observed = torch.bincount(tokens, minlength=VOCAB).double()
     assert not observed[expected == 0].any()
@@ -116,6 +117,7 @@ def test_tokens_are_drawn_from_the_distribution(temperature, top_k, top_p):
 def test_a_token_is_a_function_of_its_seed_and_number_alone():
     scores = logits(1, VOCAB).expand(6, -1)
     keys = [(1, 2), (2, 1), (1, 3), (7, 7), (1, 2), (2, 2)]
+    draw = lambda *given: Sampling().noisy(*given).argmax(-1)  # noqa: E731
     tokens = draw(scores, [seed for seed, _ in keys], [written for _, written in keys])
     for row, (seed, written) in enumerate(keys):
         assert draw(scores[:1], [seed], [written]) == tokens[row]
@@ -149,7 +151,8 @@ def test_rows_of_all_families_are_joined_and_others_left_alone():
         base, *guides = (place[Member(family, role)] for role in range(family.size))
         scores = combine(before[base], [before[at] for at in guides], family.strengths)
         if family.temperature:
-            token = draw(warp(scores[None], family.temperature, family.top_k, family.top_p), [family.seed], [4])
+            sampling = Sampling(family.temperature, family.top_k, family.top_p)
+            token = sampling.noisy(scores[None], [family.seed], [4]).argmax(-1)
             scores = torch.full_like(scores, -torch.inf)
             scores[token] = 0.0
         for at in (base, *guides):
@@ -293,8 +296,8 @@ def expected_text(prompt, guidance, tokens, temperature=0.0, top_k=0, top_p=1.0,
         for own, strength in terms:
             scores += strength * torch.log_softmax(logits_of(text, own.lora_int_id).double(), -1)
         if temperature:
-            scores = draw(warp(scores[None].float(), temperature, top_k, top_p), [seed], [written])
-        text.append(int(scores if temperature else scores.argmax()))
+            scores = Sampling(temperature, top_k, top_p).noisy(scores[None].float(), [seed], [written])
+        text.append(int(scores.argmax()))
         if text[-1] == 1:
             break
     return text[len(prompt) :]
@@ -393,13 +396,13 @@ def test_v2_leaves_incomplete_prompts_alone(engine):
 def test_v2_counts_what_was_written_before_a_preemption(engine):
     """A preempted family that comes back together goes on as if nothing had been."""
     batch = V2Batch()
-    requests = family("a", [2, 3], Guidance(lora(1)), temperature=2.0, seed=5)
+    requests = family("a", [2, 3], Guidance(lora(1)), temperature=2.0, seed=1)
     for _ in range(3):
         write(batch, requests)
     batch.run([Request("other", [4], SamplingParams(), 0, read=True)])
     for _ in range(5):
         write(batch, requests)
-    expected = expected_text([2, 3], Guidance(lora(1)), 8, temperature=2.0, seed=5)
+    expected = expected_text([2, 3], Guidance(lora(1)), 8, temperature=2.0, seed=1)
     assert len(expected) > 5
     assert requests[0].output[: len(expected)] == expected
     assert requests[0].output == requests[1].output
@@ -671,6 +674,7 @@ def test_what_each_part_needs():
 import sys
 sys.modules |= dict.fromkeys(("vllm", "trl", "datasets", "peft", "transformers"))
 import torch
+import trl_parm.noise
 import trl_parm.serving as serving
 serving.combine(torch.zeros(2), torch.zeros(2), 1.0)
 del sys.modules["peft"], sys.modules["transformers"]

@@ -16,6 +16,7 @@ import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 
 from peft_pblora import save_as_lora, set_preference
+from trl_parm.noise import Sampling
 from trl_parm.serving import Guidance, combine
 
 
@@ -29,7 +30,6 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 from trl_parm import GenARMLogitsProcessor, PARMLogitsProcessor  # noqa: E402
 from trl_parm.serving import AsyncGuidance, guided_generate  # noqa: E402
 from trl_parm.serving.guidance import CoupledRequest, coupled_requests  # noqa: E402
-from trl_parm.serving.sampling import draw, warp  # noqa: E402
 
 
 PREFERENCES = [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
@@ -140,7 +140,8 @@ def test_samples_are_those_of_the_formula(llm, folders):
         with torch.no_grad():
             scores = combine(base(ids).logits[0], arm(ids).logits[0], 1 / guides(folders)[i].beta)
         at = slice(len(prompt) - 1, len(prompt) + len(text) - 1)
-        assert draw(warp(scores[at], 0.8, 40, 0.95), [7] * len(text), range(len(text))).tolist() == text
+        found = Sampling(0.8, 40, 0.95).noisy(scores[at], [7] * len(text), range(len(text))).argmax(-1)
+        assert found.tolist() == text
     assert len({tuple(text) for text in found}) == 8
 
 

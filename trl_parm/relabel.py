@@ -20,7 +20,7 @@ from peft_pblora.preference import check_columns, check_objectives
 from .records import Records
 from .reward_models import RewardSource
 from .rewards import Reward, score
-from .texts import as_text, fill
+from .texts import as_text, fill, prompt_key
 
 
 WRITER = "relabel"
@@ -205,7 +205,7 @@ def _split(rows: list[dict[str, Any]], sizes: Mapping[str, float], seed: int) ->
     """Numbers of the rows of each split, prompts in random order, all rows of a prompt together."""
     by_prompt: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        by_prompt.setdefault(json.dumps(row["prompt"], sort_keys=True), []).append(number)
+        by_prompt.setdefault(prompt_key(row["prompt"]), []).append(number)
     prompts = list(by_prompt)
     order = [by_prompt[prompts[i]] for i in np.random.default_rng(seed).permutation(len(prompts))]
     wanted = {name: round(size * len(rows)) if size < 1 else int(size) for name, size in sizes.items()}

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from .provenance import fingerprint
+from .records import fingerprint
 from .rewards import Reward
 from .score_model import ScoreModel
 from .texts import PromptText, as_messages, fill

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,11 @@ def as_text(messages: PromptText) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in messages)
+
+
+def prompt_key(prompt: PromptText) -> str:
+    """A prompt as a text that tells it from all others."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def as_messages(text: PromptText, role: str) -> list[dict[str, Any]]:

@@ -94,9 +94,9 @@ def say(text: str) -> None:
 
 def write_run(folder: str | Path, verb: str, arguments: Any) -> None:
     """Writes the resolved arguments, seeds and versions beside results."""
-    from trl_parm import provenance
+    from trl_parm import records
 
-    provenance.write_run(Path(folder) / RUN_FILE, verb, asdict(arguments))
+    records.write_run(Path(folder) / RUN_FILE, verb, asdict(arguments))
 
 
 def load_data(given: Any) -> Dataset:

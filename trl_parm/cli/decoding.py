@@ -63,8 +63,8 @@ class DecodingArguments:
         Raises:
             ValueError: no such column, or fewer prompts than asked for.
         """
-        from trl_parm.evaluation.engine import prompt_key
-        from trl_parm.evaluation.sampling import row_seed
+        from trl_parm.noise import row_seed
+        from trl_parm.texts import prompt_key
 
         found: dict[str, Any] = {prompt_key(prompt): prompt for prompt in self.prompts or self._column()}
         if self.num_prompts is None:

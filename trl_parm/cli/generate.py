@@ -56,10 +56,9 @@ def main(argv: list[str]) -> None:
             **arguments.settings(),
         )
     if arguments.output:
-        from trl_parm import provenance
-        from trl_parm.records import beside
+        from trl_parm.records import beside, write_run
 
-        provenance.write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
+        write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
         say(f"{len(table)} responses in {arguments.output}")
         return
     for row in cast(Any, table):

@@ -46,7 +46,7 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     from dataclasses import asdict
 
     from trl_parm import PreferenceARMTrainer
-    from trl_parm.provenance import write_run
+    from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
 
     if not sys.stderr.isatty():

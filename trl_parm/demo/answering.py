@@ -25,7 +25,8 @@ from trl_parm.decoding import PARMLogitsProcessor, TokenRewards, token_rewards
 from trl_parm.decoding.processors import guidance_strength
 from trl_parm.evaluation.decoding import GREEDY
 from trl_parm.evaluation.prompts import encode_prompts
-from trl_parm.evaluation.sampling import RowSampling, row_seed
+from trl_parm.evaluation.sampling import RowSampling
+from trl_parm.noise import row_seed
 
 from .loading import ADAPTER, Models
 from .measures import measures_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .decoding import Batch, Run
-    from .engine import sweep
+    from .evaluate import sweep
     from .fronts import Front, arrange, summarize
     from .intervals import Interval, bootstrap
     from .measures import correlations, costs, differences, markdown, measure
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "decoding": ("Batch", "Run"),
-    "engine": ("sweep",),
+    "evaluate": ("sweep",),
     "fronts": ("Front", "arrange", "summarize"),
     "intervals": ("Interval", "bootstrap"),
     "measures": ("correlations", "costs", "differences", "markdown", "measure"),

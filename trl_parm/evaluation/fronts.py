@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from peft_pblora.preference import check_columns
+from trl_parm.texts import prompt_key
 
 from .intervals import bootstrap
 from .metrics import mean_and_error
@@ -118,7 +118,7 @@ def _cells(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> dic
         if missing:
             raise ValueError(f"The table lacks the columns {missing}; it has {sorted(row)}.")
         weights = None if row["preference"] is None else tuple(row["preference"])
-        cell, prompt = cells.setdefault((row["method"], weights), {}), json.dumps(row["prompt"], sort_keys=True)
+        cell, prompt = cells.setdefault((row["method"], weights), {}), prompt_key(row["prompt"])
         if prompt in cell:
             raise ValueError(
                 f"The table has {row['method']!r} at {weights or 'no preference'} twice for the prompt {prompt[:80]}. "

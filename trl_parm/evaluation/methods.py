@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods that are compared: one function and one row of the table for each.
 
-A function takes [`Models`] and the settings that a YAML file gives, loads what it needs, and returns how to decode.
+A function takes [`Models`] and the settings that a YAML file gives, loads what it needs, and returns the method: a
+model for each [`Batch`] and its preference, see [`Run`].
 """
 
 from __future__ import annotations
@@ -9,43 +10,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from transformers import LogitsProcessor
-
+from peft_pblora.switch import backbone_of
 from trl_parm.decoding import (
+    ARGS,
     BASE,
-    ARGSLogitsProcessor,
+    MOD,
     ClassifierReward,
-    GenARMLogitsProcessor,
-    GuidedLogitsProcessor,
-    MODLogitsProcessor,
-    MODWeakToStrongLogitsProcessor,
-    PARMLogitsProcessor,
+    GenARM,
+    Guided,
+    MODWeakToStrong,
     TextReward,
     TrajectoryReward,
-    TransferQLogitsProcessor,
+    TransferQ,
     rewarded_soup,
 )
-from trl_parm.decoding.processors import guidance_strength
+from trl_parm.decoding.methods import guidance_strength
 from trl_parm.reward_models import ModelReward, RewardSource
 from trl_parm.texts import as_text
 
-from .decoding import Batch
-from .models import Guide, Models, backbone_name, same_model
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a method decodes.
-
-    Args:
-        decoder (`Callable`, *optional*): Makes the processor for a [`Batch`].
-        generator (`Callable`, *optional*): Makes the model that generates, for α by objective.
-    """
-
-    decoder: Callable[[Batch], LogitsProcessor] | None = None
-    generator: Callable[[dict[str, float]], Any] | None = None
+from .decoding import Batch, ModelAt
+from .models import Guide, Models, backbone_name, own_prompt
 
 
 @dataclass(frozen=True)
@@ -54,12 +40,12 @@ class Method:
 
     Args:
         title (`str`): Its name in tables and figures, if no other is given.
-        make (`Callable`): Takes [`Models`] and settings by keyword.
+        make (`Callable`): Takes [`Models`] and settings by keyword, and gives the model for each [`Batch`].
         control (`bool`, *optional*, defaults to `False`): Whether it has no preference.
     """
 
     title: str
-    make: Callable[..., Decoding]
+    make: Callable[..., ModelAt]
     control: bool = False
 
     def settings(self) -> dict[str, bool]:
@@ -79,28 +65,28 @@ class Method:
             raise ValueError(f"The method {name!r} {' and '.join(faults)}. Its settings are {allowed}.")
 
 
-def base_model(models: Models) -> Decoding:
+def base_model(models: Models) -> ModelAt:
     """The frozen base model alone: log π_base."""
-    return Decoding()
+    return lambda batch: models.base
 
 
-def untrained_arm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> Decoding:
+def untrained_arm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π of the ARM's backbone: the sharpening of PARM and GenARM without any preference."""
     guide, strength = models.guide(arm, template), guidance_strength(beta)
-    has_adapter = guide.adapter_name is not None
-    return Decoding(lambda batch: GuidedLogitsProcessor(BASE + strength * guide.scorer(batch, has_adapter)))
+    formula = BASE + strength * guide.lm(untrained=True)
+    return lambda batch: (Guided(models.base, formula), own_prompt([guide], batch))
 
 
-def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> Decoding:
+def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π_ARM(α), for every preference-conditioned adapter."""
-    guide = models.guide(arm, template)
-    return Decoding(lambda b: PARMLogitsProcessor(guide.model, cast(dict, b.weights), beta, **guide.arguments(b)))
+    guide, strength = models.guide(arm, template), guidance_strength(beta)
+    return lambda b: (Guided(models.base, BASE + strength * guide.lm(b.weights)), own_prompt([guide], b))
 
 
-def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: str | None = None) -> Decoding:
+def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + Σ α_i/β · log π_i."""
     guides = _guides(models, arms, template)
-    return Decoding(lambda b: GenARMLogitsProcessor(_scorers(guides, b), _weights(b, guides), beta))
+    return lambda b: (GenARM(models.base, _lms(guides), _ordered(b, guides), beta), own_prompt(guides.values(), b))
 
 
 def mod(
@@ -109,36 +95,34 @@ def mod(
     divergence: str = "reverse_kl",
     order: float = 1.0,
     template: str | None = None,
-) -> Decoding:
+) -> ModelAt:
     """Σ α_i · log π_i, or a power mean for other divergences."""
     guides = _guides(models, policies, template)
-    return Decoding(lambda b: MODLogitsProcessor(_scorers(guides, b), _weights(b, guides), divergence, order))
+
+    def model_at(batch: Batch) -> Any:
+        combined = MOD(models.base, _lms(guides), _ordered(batch, guides), divergence, order)
+        return combined, own_prompt(guides.values(), batch)
+
+    return model_at
 
 
-def mod_w2s(models: Models, policies: dict[str, str], reference: str, template: str | None = None) -> Decoding:
+def mod_w2s(models: Models, policies: dict[str, str], reference: str, template: str | None = None) -> ModelAt:
     """log π_base + Σ α_i (log π_i − log π_ref), in our reading; the reference is mostly the policies' backbone."""
     guides = _guides(models, policies, template)
-    first = next(iter(policies.values()))
-    backbone = backbone_name(first)
-    below = guides[next(iter(policies))] if backbone and same_model(backbone, reference) else None
-    own = models.guide(reference, template) if below is None else None
+    untuned = models.guide(reference, template)
 
-    def decoder(batch: Batch) -> LogitsProcessor:
-        untuned = below.scorer(batch, disable_adapter=True) if below else cast(Guide, own).scorer(batch)
-        return MODWeakToStrongLogitsProcessor(_scorers(guides, batch), untuned, _weights(batch, guides))
+    def model_at(batch: Batch) -> Any:
+        guided = MODWeakToStrong(models.base, _lms(guides), untuned.lm(), _ordered(batch, guides))
+        return guided, own_prompt([*guides.values(), untuned], batch)
 
-    return Decoding(decoder)
+    return model_at
 
 
-def args(models: Models, rewards: dict[str, Any], weight: float = 1.5, k: int = 10, cached: bool = False) -> Decoding:
+def args(models: Models, rewards: dict[str, Any], weight: float = 1.5, k: int = 10, cached: bool = False) -> ModelAt:
     """log π_base + w · Σ α_i R_i on the k best tokens. `cached` lets a classifier read the base model's own tokens,
     each prefix once, where it has the same tokenizer and template."""
     judges = _judges(models, rewards, cached)
-
-    def decoder(batch: Batch) -> LogitsProcessor:
-        return ARGSLogitsProcessor(_trajectories(models, judges, batch), _weights(batch, judges), weight, k)
-
-    return Decoding(decoder)
+    return lambda b: ARGS(models.base, _trajectories(models, judges, b), _ordered(b, judges), weight=weight, k=k)
 
 
 def transfer_q(
@@ -149,34 +133,38 @@ def transfer_q(
     k: int = 10,
     rollout_tokens: int = 20,
     cached: bool = False,
-) -> Decoding:
+) -> ModelAt:
     """As ARGS, of texts that the policy, a model aligned to some reward, has decoded further."""
     judges, aligned = _judges(models, rewards, cached), models.apart(policy)
-
-    def decoder(batch: Batch) -> LogitsProcessor:
-        judged = _trajectories(models, judges, batch)
-        return TransferQLogitsProcessor(judged, aligned, _weights(batch, judges), weight, k, rollout_tokens)
-
-    return Decoding(decoder)
+    search = {"weight": weight, "k": k, "rollout_tokens": rollout_tokens}
+    return lambda b: TransferQ(models.base, _trajectories(models, judges, b), aligned, _ordered(b, judges), **search)
 
 
-def rewarded_soups(models: Models, policies: dict[str, str]) -> Decoding:
+def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
     """The model with weights Σ α_i θ_i: of whole models, or of LoRAs on one backbone."""
+    owner: Any = None
+    named: dict[str, Any] = {}
     if any(backbone_name(policy) for policy in policies.values()):
         found = {objective: models.adapter(policy) for objective, policy in policies.items()}
-        owners = {id(owner): owner for owner, _ in found.values()}
-        if len(owners) > 1:
+        owner, named = next(iter(found.values()))[0], {objective: name for objective, (_, name) in found.items()}
+        if any(other is not owner for other, _ in found.values()):
             raise ValueError("The LoRAs of a soup need one backbone. Tune all of them from one model.")
-        names = {objective: name for objective, (_, name) in found.items()}
-        owner: Any = next(iter(owners.values()))
+    else:
+        named = {objective: models.apart(policy) for objective, policy in policies.items()}
+    made: dict[tuple, Any] = {}
 
-        def soup(weights: dict[str, float]) -> Any:
-            owner.base_model.set_adapter([])  # the soup before, which goes
-            return rewarded_soup(names, _ordered(weights, names), owner)
+    def model_at(batch: Batch) -> Any:
+        weights = _ordered(batch, named)
+        if tuple(weights) not in made:
+            made.clear()  # the soup before goes first
+            if owner is not None:
+                owner.base_model.set_adapter([])
+            soup: Any = rewarded_soup(named, weights, owner)
+            backbone_of(soup).generation_config = models.base.generation_config
+            made[tuple(weights)] = soup
+        return made[tuple(weights)]
 
-        return Decoding(generator=soup)
-    wholes = {objective: models.apart(policy) for objective, policy in policies.items()}
-    return Decoding(generator=lambda α: rewarded_soup(wholes, _ordered(α, wholes)))
+    return model_at
 
 
 METHODS = {
@@ -199,22 +187,18 @@ def _guides(models: Models, named: Mapping[str, str], template: str | None) -> d
     return {objective: models.guide(name, template) for objective, name in named.items()}
 
 
-def _scorers(guides: Mapping[str, Guide], batch: Batch) -> dict[str, Any]:
-    return {objective: guide.scorer(batch) for objective, guide in guides.items()}
+def _lms(guides: Mapping[str, Guide]) -> dict[str, Any]:
+    return {objective: guide.lm() for objective, guide in guides.items()}
 
 
-def _weights(batch: Batch, models: Mapping[str, Any]) -> list[float]:
-    return _ordered(cast(dict, batch.weights), models)
-
-
-def _ordered(weights: dict[str, float], models: Mapping[str, Any]) -> list[float]:
+def _ordered(batch: Batch, models: Mapping[str, Any]) -> list[float]:
     """α in the order of models by objective. Raises `ValueError` if they are not for the same objectives."""
-    if set(weights) != set(models):
+    if set(batch.weights) != set(models):
         raise ValueError(
-            f"A method has models for {', '.join(models)}, but the objectives are {', '.join(weights)}. Give one for "
-            "each objective."
+            f"A method has models for {', '.join(models)}, but the objectives are {', '.join(batch.weights)}. Give one "
+            "for each objective."
         )
-    return [weights[objective] for objective in models]
+    return [batch.weights[objective] for objective in models]
 
 
 def _judges(models: Models, rewards: Mapping[str, Any], cached: bool) -> dict[str, Any]:
@@ -234,11 +218,9 @@ def _trajectories(models: Models, judges: Mapping[str, Any], batch: Batch) -> di
     """Rewards that read texts get the prompts as they are given, without the base model's template."""
     found: dict[str, TrajectoryReward] = {}
     for objective, judge in judges.items():
-        if isinstance(judge, TrajectoryReward):
-            found[objective] = judge
-            continue
-        prompts: list[Any] = batch.prompts
-        if not getattr(judge, "reads_messages", False):
-            prompts = [as_text(prompt) for prompt in batch.prompts]
-        found[objective] = TextReward(judge, models.tokenizer, prompts)
+        if not isinstance(judge, TrajectoryReward):
+            reads_messages = getattr(judge, "reads_messages", False)
+            prompts: list[Any] = [prompt if reads_messages else as_text(prompt) for prompt in batch.prompts]
+            judge = TextReward(judge, models.tokenizer, prompts)
+        found[objective] = judge
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +14,22 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import find_adapter_config_file
 
 import peft_pblora  # noqa: F401 - registers its methods with PEFT
+from peft_pblora.preference import Preference
+from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
 
-from .decoding import Batch
-from .prompts import encode_prompts
+from .decoding import Batch, encode_prompts
 
 
 logger = logging.getLogger(__name__)
@@ -46,20 +54,35 @@ class Guide:
     adapter_name: str | None
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary | None
-    template: str | None
+    template: str | None = None
 
-    def arguments(self, batch: Batch) -> dict[str, Any]:
-        """Arguments of [`LM`] for a batch."""
-        prompt = None
-        if self.template is not None:
-            template = None if self.template == CHAT else self.template
-            own = encode_prompts(self.tokenizer, batch.prompts, template)
-            prompt = Prompt(batch.inputs, guide=own)
-        return {"adapter_name": self.adapter_name, "vocabulary": self.vocabulary, "prompt": prompt}
+    def lm(self, preference: Preference | None = None, untrained: bool = False) -> LM:
+        """log π of this model, or of its backbone alone."""
+        others = AdapterSwitch.of(
+            backbone_of(self.model)
+        ).names  # such as policies on the base model, which is a guide
+        alone = bool(others) and (untrained or self.adapter_name is None)
+        name = self.adapter_name or next(iter(others), None)
+        return LM(self.model, preference, name, disable_adapter=alone, vocabulary=self.vocabulary)
 
-    def scorer(self, batch: Batch, disable_adapter: bool = False) -> LM:
-        """log π of this model for a batch, or of its backbone."""
-        return LM(self.model, disable_adapter=disable_adapter, **self.arguments(batch))
+
+def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
+    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`.
+
+    Raises:
+        ValueError: guides that would read different tokens.
+    """
+    found = [
+        encode_prompts(guide.tokenizer, batch.prompts, None if guide.template == CHAT else guide.template)
+        for guide in guides
+        if guide.template is not None
+    ]
+    if any(one["input_ids"].tolist() != found[0]["input_ids"].tolist() for one in found):
+        raise ValueError(
+            "The guides of a method share one prompt, but their tokenizers make different tokens of it. Use guides of "
+            "one tokenizer, and a `template` with {prompt}."
+        )
+    return Prompt(batch.inputs, guide=found[0]).arguments if found else {}
 
 
 class Models:
@@ -93,38 +116,56 @@ class Models:
         """The base model's tokenizer, with a pad token."""
         return _tokenizer(self.name)
 
-    def guide(self, name: str, template: str | None = None) -> Guide:
-        """A model that guides the base model: a whole one, or an adapter."""
-        backbone = backbone_name(name)
-        model, adapter_name = self.adapter(name) if backbone else (self.whole(name), None)
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The base model's, without its weights."""
+        try:
+            return GenerationConfig.from_pretrained(self.name)
+        except OSError:
+            return GenerationConfig.from_model_config(_read(AutoConfig.from_pretrained, self.name, "model"))
+
+    def guide(self, name: str, template: str | None = None, backbone: str | None = None) -> Guide:
+        """A model that guides the base model: a whole one, or an adapter, see `adapter`."""
+        backbone = backbone or backbone_name(name)
+        model, adapter_name = self.adapter(name, backbone) if backbone else (self.whole(name), None)
         vocabulary, tokenizer = None, _tokenizer(name, backbone)
         if _vocabulary_size(model) != _vocabulary_size(self.base):
             vocabulary = Vocabulary(self.tokenizer, tokenizer)
         return Guide(model, adapter_name, tokenizer, vocabulary, template)
 
-    def adapter(self, name: str) -> tuple[PeftModel, str]:
-        """An adapter on its backbone, which is the base model if it was trained on that, and its name there."""
-        backbone, config = cast(str, backbone_name(name)), PeftConfig.from_pretrained(name)
+    def adapter(self, name: str, backbone: str | None = None) -> tuple[PeftModel, str]:
+        """An adapter, and its name in its model: on the backbone that is named, or the one that it was trained on,
+        which may be the base model. None is active by itself: it must not act in the base model.
+
+        Raises:
+            ValueError: an adapter or a backbone that can't be read, or that do not fit.
+        """
+        config = _read(PeftConfig.from_pretrained, name, "adapter")
+        backbone = cast(str, backbone or config.base_model_name_or_path)
         key = "" if same_model(backbone, self.name) else backbone, str(config.peft_type)
         taken = "" in {own for own, _ in self._adapted} and key not in self._adapted
         if key[0] or taken:
             logger.info("The backbone %s of the adapter %s is loaded beside the base model.", backbone, name)
-        if key not in self._adapted:
-            model = self._load(backbone) if key[0] or taken else self.base
-            self._adapted[key] = PeftModel.from_pretrained(model, name, adapter_name=_adapter_name(name))
-        elif _adapter_name(name) not in self._adapted[key].peft_config:
-            self._adapted[key].load_adapter(name, adapter_name=_adapter_name(name))
+        inside = name.replace(".", "_")  # where dots would mean submodules
+        try:
+            if key not in self._adapted:
+                model = self._load(backbone) if key[0] or taken else self.base
+                self._adapted[key] = PeftModel.from_pretrained(model, name, adapter_name=inside)
+            elif inside not in self._adapted[key].peft_config:
+                self._adapted[key].load_adapter(name, adapter_name=inside)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {error}") from None
         model = self._adapted[key].eval()
-        # None is active by itself: one that does not guide, such as at weight 0, must not act in the base model.
         cast(Any, model.base_model).set_adapter([])
-        return model, _adapter_name(name)
+        return model, inside
 
     def whole(self, name: str) -> PreTrainedModel:
-        """A whole model, loaded once for a method; the base model itself by its name."""
-        if same_model(name, self.name):
-            return self.base
-        if name not in self._whole:
-            self._whole[name] = self._load(name)
+        """A whole model, loaded once for a method: the base model, or the backbone of adapters, by their names."""
+        backbones = {name: model.get_base_model() for (name, _), model in self._adapted.items() if name}
+        for known, model in {self.name: None, **backbones, **self._whole}.items():
+            if same_model(name, known):
+                return cast(PreTrainedModel, model or self.base)
+        self._whole[name] = self._load(name)
         return self._whole[name]
 
     def apart(self, name: str) -> PreTrainedModel:
@@ -161,12 +202,9 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, name: str) -> PreTrainedModel:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, **self.kwargs)
-        except OSError as error:
-            raise ValueError(f"The model {name!r} can't be loaded: {error}") from error
+        model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
-            cast(Any, model).to("cuda")
+            model.to("cuda")
         return model.eval()
 
 
@@ -182,18 +220,34 @@ def same_model(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
-def _adapter_name(name: str) -> str:
-    """A name for an adapter inside a model, where dots would mean submodules."""
-    return name.replace(".", "_")
+def is_readable(name: str) -> bool:
+    """Whether there is a model of this name, in a folder or on the Hub as far as it can be reached."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read(load: Callable[..., Any], name: str, what: str, **arguments: Any) -> Any:
+    try:
+        return load(name, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"There is no {what} to read at {name!r}: neither in a folder of this name nor on the Hub, as far as it "
+            f"can be reached ({reason if len(reason) <= 120 else f'{reason[:119].rstrip()}…'})."
+        ) from error
 
 
 def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, or that of an adapter, which may have the one of its backbone."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if backbone is not None:
-            return _tokenizer(backbone)
-        raise ValueError(f"The tokenizer of {name!r} can't be loaded: {error}") from error
+        tokenizer = _read(AutoTokenizer.from_pretrained, name, "tokenizer")
+    except ValueError:
+        if backbone is None:
+            raise
+        return _tokenizer(backbone)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-
-Strength = float | torch.Tensor
-"""A number, or a tensor of shape `(rows,)`."""
+from trl_parm.algebra import BASE, Scorer, Step, Weight, guided_logits, sum_of
 
 
 def combine(
     base_logits: torch.Tensor,
     arm_logits: torch.Tensor | Sequence[torch.Tensor],
-    strength: Strength | Sequence[Strength],
+    strength: Weight | Sequence[Weight],
 ) -> torch.Tensor:
-    """The guided log-probabilities, up to log Z (PARM, arXiv 2505.06274, eq. 5; GenARM, arXiv 2410.08193):
+    """The guided log-probabilities (PARM, arXiv 2505.06274, eq. 5; GenARM, arXiv 2410.08193):
 
         log π = log π_base + Σ_i w_i · log π_i − log Z,   w = 1/β of PARM, α_i/β of GenARM
 
@@ -47,18 +46,19 @@ def combine(
     strengths = [strength] if alone else list(strength)  # pyright: ignore[reportArgumentType]
     if len(guides) != len(strengths):
         raise ValueError(f"There are {len(guides)} guides, but {len(strengths)} strengths. Give one for each guide.")
-    base = torch.log_softmax(base_logits.float(), dim=-1)
-    guided = base
-    for logits, weight in zip(guides, strengths):
-        if logits.shape != base.shape:
-            raise ValueError(f"The base's logits have shape {tuple(base.shape)}, a guide's {tuple(logits.shape)}.")
-        guided = guided + _weighted(weight, torch.log_softmax(logits.float(), dim=-1))  # pyright: ignore[reportArgumentType]
-    return guided.masked_fill(base == -torch.inf, -torch.inf)
+    for logits in guides:
+        if logits.shape != base_logits.shape:
+            shapes = tuple(base_logits.shape), tuple(logits.shape)
+            raise ValueError(f"The base's logits have shape {shapes[0]}, a guide's {shapes[1]}.")
+    answers = {_Guide(number): torch.log_softmax(logits.float(), -1) for number, logits in enumerate(guides)}
+    return guided_logits(BASE + sum_of(zip(strengths, answers)), Step(base_logits, answers))
 
 
-def _weighted(weight: Strength, values: torch.Tensor) -> torch.Tensor:
-    """`weight * values`, where 0 · −inf is 0."""
-    column = torch.as_tensor(weight, dtype=values.dtype, device=values.device)
-    if column.ndim:
-        column = column[:, None]
-    return torch.where(column == 0, torch.zeros_like(values), column * values)
+@dataclass(frozen=True)
+class _Guide(Scorer):
+    """A guide that the engine has read."""
+
+    number: int
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return step.answers[self]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_parm.noise import Sampling
+
 from .distribution import combine
 from .families import Member
-from .sampling import draw, warp
 
 
 REMEDY = (
@@ -69,13 +70,13 @@ def join(logits: torch.Tensor, rows: Iterable[Row]) -> torch.Tensor:
 def _guided(logits: torch.Tensor, at: torch.Tensor, group: Sequence[Sequence[Row]]) -> torch.Tensor:
     """What all rows of each family get, of shape `(families, vocab)`."""
     families = [members[0].member.family for members in group]
-    strengths = torch.tensor([family.strengths for family in families], device=logits.device)
+    strengths = torch.tensor([family.strengths for family in families])
     scores = combine(logits[at[:, 0]], [logits[rows] for rows in at.T[1:]], list(strengths.T))
     family = families[0]
     if family.temperature == 0:
         return scores
-    scores = warp(scores, family.temperature, family.top_k, family.top_p)
-    tokens = draw(scores, [family.seed for family in families], [members[0].written for members in group])
+    seeds, written = [family.seed for family in families], [members[0].written for members in group]
+    tokens = Sampling(family.temperature, family.top_k, family.top_p).noisy(scores, seeds, written).argmax(-1)
     return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 

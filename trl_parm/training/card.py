@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME
 
 from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, save_card, versions, write_card
 from peft_pblora.config import PreferenceConfig
-from trl_parm.provenance import plain
+from trl_parm.records import plain
 
 from .data import JointPreferenceDataset, Pairs
 from .sample import make_sample
