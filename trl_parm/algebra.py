@@ -13,7 +13,7 @@ Nothing is divided by the sum of the weights. It knows of tensors only, neither 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,11 +41,18 @@ class Step:
     """
 
     scores: torch.Tensor
-    answers: Mapping[Hashable, torch.Tensor] = field(default_factory=dict)
+    answers: Mapping[Any, torch.Tensor] = field(default_factory=dict)
     tokens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     prompt_length: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and mask. Raises `ValueError` where they are not known."""
+        if self.tokens is None or self.mask is None:
+            raise ValueError("A scorer of texts was asked without any. Use `generate`, or leave the cache out.")
+        return self.tokens, self.mask
 
 
 class Scorer:

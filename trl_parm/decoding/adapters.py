@@ -83,12 +83,13 @@ class Adapters:
                 f"{wanted}. Call `unmerge_adapter()`, or guide with a merged copy of the model or an adapter from "
                 "`peft_pblora.save_as_lora`."
             )
-        for layer in self.ours if isinstance(term.preference, torch.Tensor) else ():
+        wanted = None if term.condition is None else term.condition.preference.cpu()
+        for layer in self.ours if wanted is not None else ():
             for name, α in layer.merged_preference.items():
-                if α.shape != term.preference.shape or not torch.equal(α.cpu(), term.preference.cpu()):
+                if wanted is not None and not (α.shape == wanted.shape and torch.equal(α.cpu(), wanted)):
                     raise ValueError(
                         f"The adapter {name!r} is merged into the weights at the preference {α.tolist()}, so it can't "
-                        f"guide at {term.preference.tolist()}. Call `unmerge_adapter()`."
+                        f"guide at {wanted.tolist()}. Call `unmerge_adapter()`."
                     )
 
     def act_on_rows(self, names: Sequence[str]) -> bool:

@@ -85,13 +85,22 @@ class Guided(GenerationMixin, nn.Module):
         self._check_modes()
 
     # What `generate` asks a model about itself: the base model knows.
-    config, device, dtype, generation_config = _OfBase(), _OfBase(), _OfBase(), _OfBase()
-    main_input_name, name_or_path = _OfBase(), _OfBase()
-    _supports_default_dynamic_cache, _optimize_model_for_decode = _OfBase(), _OfBase()
-    _prepare_model_inputs, _maybe_initialize_input_ids_for_generation = _OfBase(), _OfBase()
-    _prepare_attention_mask_for_generation, _prepare_position_ids_for_generation = _OfBase(), _OfBase()
-    _prepare_generation_config, _update_model_kwargs_for_generation = _OfBase(), _OfBase()
-    _maybe_prepare_encoder_kwargs_for_generation, _prepare_decoder_input_ids_for_generation = _OfBase(), _OfBase()
+    config: Any = _OfBase()
+    device: Any = _OfBase()
+    dtype: Any = _OfBase()
+    generation_config: Any = _OfBase()
+    main_input_name: Any = _OfBase()
+    name_or_path: Any = _OfBase()
+    _supports_default_dynamic_cache: Any = _OfBase()
+    _optimize_model_for_decode: Any = _OfBase()
+    _prepare_model_inputs: Any = _OfBase()
+    _maybe_initialize_input_ids_for_generation: Any = _OfBase()
+    _prepare_attention_mask_for_generation: Any = _OfBase()
+    _prepare_position_ids_for_generation: Any = _OfBase()
+    _prepare_generation_config: Any = _OfBase()
+    _update_model_kwargs_for_generation: Any = _OfBase()
+    _maybe_prepare_encoder_kwargs_for_generation: Any = _OfBase()
+    _prepare_decoder_input_ids_for_generation: Any = _OfBase()
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -57,8 +57,8 @@ class New:
         """
         device = term.backbone.device
         if self.own is None and term.vocabulary is None:
-            moved = (None if x is None else x.to(device) for x in (self.ids, self.mask, self.positions))
-            return New(*moved)
+            mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
+            return New(self.ids.to(device), mask, positions)
         ids = self.ids.to(device)
         if self.own is not None:
             ids = ids[:, max(0, self.prompt - self.start) :]

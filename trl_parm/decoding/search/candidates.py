@@ -42,9 +42,7 @@ class Rollout:
         key = ("rollout", id(self))
         known = step.memory.get(key)  # several rewards judge the same rollouts
         if known is None or not (_same(known[0], step.tokens) and _same(known[1], candidates)):
-            found = self._decode(
-                cast(torch.Tensor, step.tokens), cast(torch.Tensor, step.mask), candidates, step.memory
-            )
+            found = self._decode(*step.text, candidates, step.memory)
             known = step.memory[key] = step.tokens, candidates, found
         ends = torch.isin(known[2], known[2].new_tensor(self.ends)).long()
         return known[2], (ends.cumsum(-1) == ends).long()

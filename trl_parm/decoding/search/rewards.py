@@ -73,7 +73,7 @@ class TextReward(TrajectoryReward):
     def __call__(self, step, candidates, candidate_mask):
         rows, k, _ = candidates.shape
         start = step.prompt_length
-        prompts = self.prompts or self._decode(step.tokens[:, :start], step.mask[:, :start])
+        prompts = self.prompts or self._decode(*(x[:, :start] for x in step.text))
         if rows % len(prompts):
             raise ValueError(f"There are {len(prompts)} `prompts`, but the batch has {rows} rows. Give one for each.")
         prompts = [prompt for prompt in prompts for _ in range(rows // len(prompts) * k)]
@@ -112,7 +112,7 @@ class ClassifierReward(TrajectoryReward):
         check_evaluates(self.model)
         rows, k, _ = candidates.shape
         device = self.model.device
-        tokens, mask = step.tokens.to(device), step.mask.to(device)
+        tokens, mask = (x.to(device) for x in step.text)
         prefix = step.memory.setdefault(("prefix", id(self.model)), Prefix(self.model))
         kept = prefix.align(tokens, mask)
         self._forward(tokens[:, kept:], mask, prefix.cache)
@@ -146,6 +146,6 @@ def _texts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every prefix from a column on with each of its candidates, ids and mask of shape `(rows * k, columns)`."""
     k = candidates.shape[1]
-    tokens, mask = cast(torch.Tensor, step.tokens)[:, start:], cast(torch.Tensor, step.mask)[:, start:]
+    tokens, mask = (x[:, start:] for x in step.text)
     ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.flatten(0, 1)], 1)
     return ids, torch.cat([mask.repeat_interleave(k, 0), candidate_mask.flatten(0, 1)], 1)

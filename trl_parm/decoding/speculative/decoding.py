@@ -86,7 +86,7 @@ class SpeculativeDecoding:
     @torch.no_grad()
     def __call__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
