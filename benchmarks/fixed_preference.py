@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import CompileConfig
 
 from peft_pblora import preference_grid, save_as_lora, set_preference
-from trl_parm import PARMLogitsProcessor
+from trl_parm import PARM
 
 
 PROMPT = 8
@@ -79,8 +79,7 @@ def of_forms(batch: int, args: argparse.Namespace):
     alphas = cycle(preference_grid(["a", "b"], 10))
 
     def guided(arm, alpha=None):
-        # A new processor: one that has seen the prompt before would not read it again.
-        base.generate(ids, logits_processor=[PARMLogitsProcessor(arm, alpha)], **settings)
+        PARM(base, arm, alpha).generate(ids, **settings)
 
     variants: dict[str, Callable] = {"unguided": lambda: base.generate(ids, **settings)}
     for name, model in forms.items():
@@ -100,14 +99,13 @@ def of_compiled(batch: int, args: argparse.Namespace):
     """The base model alone and with an adapter on it as the guide, at another preference in every call."""
     base, guided = fresh(args), arm(fresh(args))
     ids, settings = prompts(batch, PROMPT, device()), generation(args.tokens)
-    guide, alphas = PARMLogitsProcessor(guided), cycle(preference_grid(["a", "b"], 10))
+    alphas = cycle(preference_grid(["a", "b"], 10))
     config = CompileConfig(mode="reduce-overhead" if torch.cuda.is_available() else "default", dynamic=False)
     config._compile_all_devices = True
     ways = {**EAGER, "compiled": {"cache_implementation": "static", "compile_config": config}}
 
     def with_new_alpha(way):
-        guide.set(next(alphas))
-        guided.get_base_model().generate(ids, logits_processor=[guide], **settings, **way)
+        PARM(guided.get_base_model(), guided, next(alphas)).generate(ids, **settings, **way)
 
     variants: dict[str, Callable] = {}
     for name, way in ways.items():

@@ -16,7 +16,7 @@ import torch
 from common import device, interleave, paired_ratio, report
 from models import cache_bytes, load, prompts, with_arm
 
-from trl_parm import GenARMLogitsProcessor, PARMLogitsProcessor
+from trl_parm import PARM, GenARM
 
 
 PROMPT = 64
@@ -68,14 +68,14 @@ def row(base_name, guide_name, base, arms, tokens: int, batch: int, repeats: int
         "pad_token_id": 0,
     }  # fmt: skip
     if len(arms) == 1:
-        guide = PARMLogitsProcessor(arms[0], [0.5, 0.5])
+        guided = PARM(base, arms[0], [0.5, 0.5])
     else:
         weights = [1 / len(arms)] * len(arms)
-        guide = GenARMLogitsProcessor({str(i): arm for i, arm in enumerate(arms)}, weights)
+        guided = GenARM(base, {str(i): arm for i, arm in enumerate(arms)}, weights)
     variants = {
         "base": lambda: base.generate(ids, **settings),
         **{f"guide {i}": lambda arm=arm: arm.generate(input_ids=ids, **settings) for i, arm in enumerate(arms)},
-        "guided": lambda: base.generate(ids, logits_processor=[guide], **settings),
+        "guided": lambda: guided.generate(ids, **settings),
     }
     times = interleave(variants, repeats, warmup=1)
     alone = [times[name] for name in variants if name != "guided"]

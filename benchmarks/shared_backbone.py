@@ -4,7 +4,7 @@
     python benchmarks/shared_backbone.py [--models ...] [--dtype float32|bfloat16] [--kernels onednn|torch]
 
 Decoding after one prompt, beside the unguided base model at the same batch size: PARM and GenARM in one forward,
-the same in forwards of their own, and the authors' way, which we wrote as a naive twin: two forwards, one prompt at a
+the same by a logits processor, in two, and the authors' way, which we wrote as a naive twin: two forwards, one prompt at a
 time, and an adapter that multiplies out its m×n product in every layer of every forward.
 """
 
@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from peft_pblora import preference_grid
 from peft_pblora.kv_cache import cache_argument
 from peft_pblora.layer import PreferenceLinear
-from trl_parm import GenARMLogitsProcessor, PARMLogitsProcessor
+from trl_parm import PARM, GenARM, GenARMLogitsProcessor, PARMLogitsProcessor
 
 
 PROMPT = 32
@@ -78,18 +78,20 @@ def of_batch(name, batch, base, parm, genarm, dense, args):
     arms = {"helpful": "helpful", "harmless": "harmless"}
     parm_base, genarm_base = parm.get_base_model(), genarm.get_base_model()
 
-    def guided(model, processor):
-        return lambda tokens: model.generate(ids, logits_processor=[processor()], **generation(tokens))
+    def guided(make):
+        return lambda tokens: make().generate(ids, **generation(tokens))
 
-    def of_genarm(**settings):
-        return lambda: GenARMLogitsProcessor(arms, preference, adapters_of=genarm, **settings)
+    def processed(model, make):
+        return lambda tokens: model.generate(ids, logits_processor=[make()], **generation(tokens))
 
     variants = {
         "unguided": lambda tokens: base.generate(ids, **generation(tokens)),
-        "PARM, one forward": guided(parm_base, lambda: PARMLogitsProcessor(parm, preference)),
-        "PARM, two forwards": guided(parm_base, lambda: PARMLogitsProcessor(parm, preference, shared_forward=False)),
-        "GenARM k=2, one forward": guided(genarm_base, of_genarm()),
-        "GenARM k=2, three forwards": guided(genarm_base, of_genarm(shared_forward=False)),
+        "PARM, one forward": guided(lambda: PARM(parm_base, parm, preference)),
+        "PARM by a processor, two forwards": processed(parm_base, lambda: PARMLogitsProcessor(parm, preference)),
+        "GenARM k=2, one forward": guided(lambda: GenARM(genarm_base, arms, preference, adapters_of=genarm)),
+        "GenARM k=2 by a processor, two forwards": processed(
+            genarm_base, lambda: GenARMLogitsProcessor(arms, preference, adapters_of=genarm)
+        ),
     }
     if batch == 1:
         variants["the authors' way"] = lambda tokens: authors_decode(base, dense, ids, tokens)
@@ -104,17 +106,15 @@ def of_sweep(name, base, parm, args):
 
     def in_turn(tokens):
         for preference in grid:
-            guide = PARMLogitsProcessor(parm, preference, shared_forward=False)
-            model.generate(ids, logits_processor=[guide], **generation(tokens))
+            PARM(model, parm, preference).generate(ids, **generation(tokens))
 
     def at_once(tokens):
-        guide = PARMLogitsProcessor(parm, grid)
-        return model.generate(ids.repeat(11, 1), logits_processor=[guide], **generation(tokens))
+        return PARM(model, parm, grid).generate(ids.repeat(11, 1), **generation(tokens))
 
     variants = {
         "unguided": lambda tokens: base.generate(ids, **generation(tokens)),
         "11 α of one prompt, one forward": at_once,
-        "11 α in turn, two forwards": in_turn,
+        "11 α in turn": in_turn,
     }
     whole, steps = timed(variants, args)
     for variant in list(variants)[1:]:

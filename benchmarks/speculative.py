@@ -20,7 +20,7 @@ from common import device, interleave, paired_ratio, report
 from models import load, prompts, use_onednn, with_arm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trl_parm import LM, PARMLogitsProcessor, SpeculativeDecoding
+from trl_parm import LM, PARM, SpeculativeDecoding
 
 
 LAYERS, SMALL, VOCABULARY = 24, 2, 8192
@@ -91,7 +91,7 @@ def measure(models, batch: int, sample: bool, args: argparse.Namespace, name: st
     ids = prompts(batch, 32, device()) % VOCABULARY
 
     def guided(**more):
-        return run(base, ids, args.tokens, sample, logits_processor=[PARMLogitsProcessor(arm, PREFERENCE)], **more)
+        return run(PARM(base, arm, PREFERENCE), ids, args.tokens, sample, **more)
 
     def assisted():
         config = small.generation_config
@@ -126,8 +126,8 @@ def measure_real(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = ids["input_ids"].to(device())
     speculative = {"prompt lookup, as it pays": SpeculativeDecoding("prompt")}
-    guide = [PARMLogitsProcessor(arm, PREFERENCE)]
     model = arm.get_base_model()
+    guided = PARM(model, arm, PREFERENCE)
 
     def unguided():
         with arm.disable_adapter():
@@ -135,9 +135,9 @@ def measure_real(args: argparse.Namespace) -> Iterator[dict[str, object]]:
 
     variants = {
         "unguided": unguided,
-        "guided": lambda: run(model, ids, args.tokens, False, logits_processor=guide),
+        "guided": lambda: run(guided, ids, args.tokens, False),
         **{
-            label: lambda one=one: run(model, ids, args.tokens, False, logits_processor=guide, custom_generate=one)
+            label: lambda one=one: run(guided, ids, args.tokens, False, custom_generate=one)
             for label, one in speculative.items()
         },
     }

@@ -17,7 +17,7 @@ import torch
 from common import device, interleave, paired_ratio, report
 from models import load, prompts, use_onednn, with_arm, with_loras
 
-from trl_parm import LM, GenARMLogitsProcessor, MODWeakToStrongLogitsProcessor, PARMLogitsProcessor
+from trl_parm import LM, PARM, GenARM, MODWeakToStrong
 
 
 OBJECTIVES = ["helpful", "harmless", "humorous"]
@@ -63,7 +63,7 @@ def measure(batch: int, args: argparse.Namespace):
     }  # fmt: skip
     variants: dict[str, Callable] = {"base": lambda: base.generate(ids, **settings)}
     for name, (make, _) in methods.items():
-        variants[name] = lambda make=make: base.generate(ids, logits_processor=[make()], **settings)
+        variants[name] = lambda make=make: make(base).generate(ids, **settings)
     times = interleave(variants, args.repeats, warmup=1)
     for name in variants:
         middle, low, high = paired_ratio(times, name, "base")
@@ -83,7 +83,7 @@ def measure(batch: int, args: argparse.Namespace):
 
 
 def guided(args: argparse.Namespace) -> dict[str, tuple[Callable, int]]:
-    """Method → what makes its processor, and how many parameters it adds to the base model."""
+    """Method → what makes its guided model, and how many parameters it adds to the base model."""
     parm = with_arm(small(args.guide, args, 1), len(OBJECTIVES))
     adapters = with_loras(small(args.guide, args, 1), OBJECTIVES)
     apart = {name: with_loras(small(args.guide, args, 1 + i), [name]) for i, name in enumerate(OBJECTIVES)}
@@ -92,16 +92,16 @@ def guided(args: argparse.Namespace) -> dict[str, tuple[Callable, int]]:
     untuned = LM(adapters, disable_adapter=True)
     policies = sum(size(model) for model in apart.values())
     return {
-        "PARM": (lambda: PARMLogitsProcessor(parm, PREFERENCE), size(parm)),
+        "PARM": (lambda base: PARM(base, parm, PREFERENCE), size(parm)),
         "GenARM k=3, one forward": (
-            lambda: GenARMLogitsProcessor(named, PREFERENCE, adapters_of=adapters), size(adapters)
+            lambda base: GenARM(base, named, PREFERENCE, adapters_of=adapters), size(adapters)
         ),
-        "GenARM k=3, separate": (lambda: GenARMLogitsProcessor(apart, PREFERENCE), policies),
+        "GenARM k=3, separate": (lambda base: GenARM(base, apart, PREFERENCE), policies),
         "MOD-w2s k=3, one forward": (
-            lambda: MODWeakToStrongLogitsProcessor(named, untuned, PREFERENCE, adapters_of=adapters), size(adapters)
+            lambda base: MODWeakToStrong(base, named, untuned, PREFERENCE, adapters_of=adapters), size(adapters)
         ),
         "MOD-w2s k=3, separate": (
-            lambda: MODWeakToStrongLogitsProcessor(apart, reference, PREFERENCE), policies + size(reference)
+            lambda base: MODWeakToStrong(base, apart, reference, PREFERENCE), policies + size(reference)
         ),
     }  # fmt: skip
 
