@@ -43,20 +43,25 @@ class Adapters:
         self.ours: list[Any] = [layer for layer in layers if isinstance(layer, PreferenceLinear)]
         self.loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.others = AdapterSwitch([layer for layer in layers if not isinstance(layer, PreferenceLinear)])
+        self._mergeable = [layer for layer in layers if hasattr(layer, "merged_adapters")]
 
     def stamp(self, terms: Sequence[LM]) -> list[tuple]:
         """What tells that an adapter of these terms was replaced, or the preference that is set in it changed."""
         found = []
         for term in terms:
             for name in term.adapters:
-                layer = next((layer for layer in self.switch.layers if name in _adapters_of(layer)), None)
+                layer = self._first_with(name)
                 if isinstance(layer, PreferenceLinear):
                     adapter = layer.adapter(name)
-                    version = adapter.condition.version
-                    found.append((id(adapter), None if term.preference is not None else version))
+                    version = None if term.preference is not None else adapter.condition.version
+                    found.append((id(adapter), version))
                 else:
                     found.append((id(layer),))
         return found
+
+    def _first_with(self, name: str) -> Any:
+        """The first layer that has an adapter of this name, or `None`."""
+        return next((layer for layer in self.switch.layers if name in _adapters_of(layer)), None)
 
     def condition(self, term: LM) -> Condition | None:
         """The preference that is set in the model for the adapter of a term, if it has any."""
@@ -67,15 +72,15 @@ class Adapters:
 
     def check(self, term: LM) -> None:
         """Raises `ValueError` where a term can't be read any more: its adapter is gone, or others are merged."""
-        missing = [name for name in term.adapters if name not in self.switch.names]
-        if missing:
-            raise ValueError(
-                f"The adapter {missing[0]!r} of {term!r} is no longer in the model, which has {self.switch.names}. "
-                "Make the guide anew."
-            )
-        merged = self.switch.merged
-        if not merged:
+        for name in term.adapters:
+            if self._first_with(name) is None:
+                raise ValueError(
+                    f"The adapter {name!r} of {term!r} is no longer in the model, which has {self.switch.names}. Make "
+                    "the guide anew."
+                )
+        if not any(layer.merged_adapters for layer in self._mergeable):
             return
+        merged = self.switch.merged
         if set(merged) != set(term.adapters):
             wanted = "with " + " and ".join(map(repr, term.adapters)) if term.adapters else "without it"
             raise ValueError(
@@ -127,8 +132,8 @@ class Adapters:
         with ExitStack() as stack:
             stack.enter_context(acting(entries, rows, tokens, groups, folded=ahead is not None))
             if self.others.layers:
-                if any(layer.active_adapters and not layer.disable_adapters for layer in self.others.layers):
-                    stack.enter_context(_switching)
+                stack.enter_context(_switching)
+                if any(layer.active_adapters and not layer._disable_adapters for layer in self.others.layers):
                     stack.enter_context(self.others.only([]))
                 planned = {name for name, _, _ in entries}
                 for layer in self.loras:
@@ -143,25 +148,31 @@ class Adapters:
             yield
 
 
-def step_aside(term: LM) -> None:
+def step_aside(term: LM) -> nn.Module | None:
     """Makes the adapters that guide inactive in their model, so that it generates without them.
 
     No weight, gradient or other adapter is touched; `set_adapter` makes them active again.
+
+    Returns:
+        `nn.Module`: A layer that has them, see [`check_aside`]; `None` if there is none.
     """
-    for layer in AdapterSwitch.of(term.backbone).layers:
-        if any(name in layer.active_adapters for name in term.adapter_names):
+    layers = [
+        layer for layer in AdapterSwitch.of(term.backbone).layers if set(term.adapter_names) & set(_adapters_of(layer))
+    ]
+    for layer in layers:
+        if set(term.adapter_names) & set(layer.active_adapters):
             layer._active_adapter = [name for name in layer.active_adapters if name not in term.adapter_names]
+    return layers[0] if layers else None
 
 
-def check_aside(term: LM) -> None:
+def check_aside(term: LM, layer: Any) -> None:
     """Raises `ValueError` if an adapter that guides is active again: the model that generates might be the guide."""
-    for layer in AdapterSwitch.of(term.backbone).layers:
-        if any(name in layer.active_adapters for name in term.adapter_names) and not layer._disable_adapters:
-            raise ValueError(
-                f"The adapter {term.adapter_names[0]!r} was made active after the processor was made, so that a model "
-                "with these weights would not generate as the base model. Make the processor after `set_adapter`, or "
-                "use a guided model such as `PARM(model, arm, ...)`, which leaves adapters as they are."
-            )
+    if layer is not None and set(term.adapter_names) & set(layer.active_adapters) and not layer._disable_adapters:
+        raise ValueError(
+            f"The adapter {term.adapter_names[0]!r} was made active after the processor was made, so that a model "
+            "with these weights would not generate as the base model. Make the processor after `set_adapter`, or use "
+            "a guided model such as `PARM(model, arm, ...)`, which leaves adapters as they are."
+        )
 
 
 def _add_to_rows(layer: Any, args: tuple, output: torch.Tensor) -> None:

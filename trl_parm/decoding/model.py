@@ -121,7 +121,7 @@ class Guided(GenerationMixin, nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, with two arguments more, `guide_input_ids` and `guide_attention_mask`: see `forward`."""
+        """As the base model's, with two arguments more: `guide_input_ids` and `guide_attention_mask`."""
         self._check_modes()
         if kwargs.get("cache_implementation") == "paged":
             self.generate_batch()

@@ -145,8 +145,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
         pads = [scorer.pad_token_id for scorer in formula.scorers() if hasattr(scorer, "pad_token_id")]
         self.formula, self.prompt = formula, prompt
         self.pad_token_id = next((pad for pad in [pad_token_id, *pads] if pad is not None), None)
-        for term in self._guides():
-            step_aside(term)
+        self._aside = [(term, step_aside(term)) for term in self._guides()]
         self.reset()
 
     def reset(self) -> None:
@@ -161,9 +160,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 "continuous batching passes the last ones alone. Use `generate`."
             )
         terms = [scorer for scorer in dict.fromkeys(self.formula.scorers()) if isinstance(scorer, LM)]
-        for term in self._guides():
+        for term, layer in self._aside:
             check_evaluates(term.model)
-            check_aside(term)
+            check_aside(term, layer)
         with self._lock, torch.no_grad():
             if self._prefix is None or not self._prefix.serves(terms):
                 self._prefix = _Prefix(terms, self.prompt, self.pad_token_id)
@@ -226,6 +225,7 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         given = {"preference": preference, "beta": beta}
         arguments = self._arguments | {name: value for name, value in given.items() if value is not None}
         self.formula, self._arguments = parm(**arguments), arguments
+        self._aside = [(term, layer) for term in self._guides() for _, layer in self._aside]
 
 
 class GenARMLogitsProcessor(GuidedLogitsProcessor):

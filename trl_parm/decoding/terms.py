@@ -157,14 +157,16 @@ def _named_adapters(model: Any, name: str | None) -> tuple[str, ...]:
     switch = AdapterSwitch.of(backbone_of(model))
     if name is not None:
         return tuple(switch.chosen(name))
-    if isinstance(model, PeftModel):
-        return tuple(name for name in model.active_adapters if name in switch.names)
-    if switch.names and not switch.active:
+    known = switch.names
+    # A processor makes adapters inactive in the layers; what a `PeftModel` is set to stays.
+    active = model.active_adapters if isinstance(model, PeftModel) else switch.active
+    found = tuple(name for name in active if name in known)
+    if known and not found:
         raise ValueError(
-            f"The guiding model has the adapters {switch.names}, but none is active. Name one with `adapter_name`, or "
-            "pass `disable_adapter=True` with any of them to guide with the model without adapters."
+            f"The guiding model has the adapters {known}, but none is active. Name one with `adapter_name`, or pass "
+            "`disable_adapter=True` with any of them to guide with the model without adapters."
         )
-    return tuple(switch.active)
+    return found
 
 
 def check_guide(model: Any, backbone: PreTrainedModel) -> None:
