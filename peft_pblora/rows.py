@@ -29,6 +29,10 @@ class RowPlan:
             given. A plan in groups serves a batch of any size, and so does a forward that was compiled with it.
         folded (`bool`, *optional*, defaults to `False`):
             Whether the adapters were all folded ahead of this forward, see [`LowRankAdapter.fold_ahead`].
+
+    Attributes:
+        reshaped (`bool`): Whether a layer's input did not begin with rows and tokens, so that its shape alone does not
+            say that it has them in their order.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class RowPlan:
         groups: int | None = None,
         folded: bool = False,
     ) -> None:
-        self.entries, self.groups, self.folded = entries, groups, folded
+        self.entries, self.groups, self.folded, self.reshaped = entries, groups, folded, False
         # Numbers that change would be compiled in as constants, sizes of a tensor are not.
         self._sizes = torch.empty(rows, 0 if tokens is None else tokens, 0)
         self._knows_tokens = tokens is not None
@@ -74,6 +78,8 @@ class RowPlan:
     def check(self, x: torch.Tensor) -> None:
         """Raises `ValueError` unless the first dimension of x, as in [`slices`], is rows, or rows and tokens."""
         rows, tokens, length = self.rows, self._sizes.shape[1], len(x)
+        if not torch.compiler.is_compiling() and (x.ndim < 3 or tuple(x.shape[:2]) != (rows, tokens)):
+            self.reshaped = True
         flattened = length == rows * tokens if self._knows_tokens else length % rows == 0
         if x.ndim < 2 or length != rows and not (x.ndim == 2 and flattened):
             raise ValueError(

@@ -18,7 +18,7 @@ from peft_pblora.rows import RowPlan, acting, current_plan
 
 IDS = torch.arange(2, 42).view(4, 10)
 ROWS = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.5, 0.5], [0.0, 1.0]])
-BOTH = [("default", slice(1, 3)), ("second", slice(2, 4))]
+BOTH = [("default", slice(1, 3), None), ("second", slice(2, 4), None)]
 
 
 def tiny_opt(seed: int = 0) -> OPTForCausalLM:
@@ -93,9 +93,9 @@ def test_a_preference_for_each_row(name, grad):
         torch.testing.assert_close(arm(IDS).logits, expected, atol=1e-5, rtol=1e-5)
         twice = torch.cat([IDS, IDS])
         base = logits(arm, IDS)
-        with acting([("default", slice(4, 8))], rows=8, tokens=10):
+        with acting([("default", slice(4, 8), None)], rows=8, tokens=10):
             torch.testing.assert_close(arm(twice).logits, torch.cat([base, expected]), atol=1e-5, rtol=1e-5)
-        with acting([("default", slice(1, 2))], rows=8, groups=2):
+        with acting([("default", slice(1, 2), None)], rows=8, groups=2):
             torch.testing.assert_close(arm(twice).logits, torch.cat([base, expected]), atol=1e-5, rtol=1e-5)
 
 
@@ -105,7 +105,10 @@ def test_rows_that_are_no_multiple_of_the_preferences(name):
     arm = two_adapters(name)
     set_preference(arm, ROWS[:2], "default")
     for part in (slice(0, 3), slice(1, 4)):
-        with pytest.raises(ValueError, match="set for 2 rows, but the batch has 3"), acting([("default", part)], 4):
+        with (
+            pytest.raises(ValueError, match="set for 2 rows, but the batch has 3"),
+            acting([("default", part, None)], 4),
+        ):
             arm(IDS)
     assert current_plan() is None
 
@@ -141,10 +144,10 @@ def test_inputs_whose_rows_can_not_be_told_apart_are_refused(choose, shape):
     set_preference(arm, [0.3, 0.7])
     x = torch.randn(4, 5, 8)
     message = rf"input of shape \({', '.join(map(str, shape))},?\) in a batch of 4 rows"
-    with acting([("default", slice(2, 4))], rows=4, tokens=5), pytest.raises(ValueError, match=message):
+    with acting([("default", slice(2, 4), None)], rows=4, tokens=5), pytest.raises(ValueError, match=message):
         arm(x)
     expected = arm(x)
-    with acting([("default", slice(0, 4))], rows=4, tokens=5):
+    with acting([("default", slice(0, 4), None)], rows=4, tokens=5):
         torch.testing.assert_close(arm(x), expected)  # all rows alike
         set_preference(arm, ROWS)
         with pytest.raises(ValueError, match=message):
@@ -158,16 +161,16 @@ def test_pooled_inputs_have_one_entry_a_row():
     with arm.disable_adapter():
         base = arm(x)
     expected = torch.cat([base[:2], arm(x)[2:]])
-    with acting([("default", slice(2, 4))], rows=4, tokens=5):
+    with acting([("default", slice(2, 4), None)], rows=4, tokens=5):
         torch.testing.assert_close(arm(x), expected)
 
 
 @pytest.mark.parametrize("part", [slice(3, 5), slice(-1, 2), slice(2, 1), slice(0, 4, 2)])
 def test_slices_beyond_the_rows(part):
     with pytest.raises(ValueError, match="is to act on slice.* but there are 4 rows"):
-        RowPlan([("default", part)], 4)
+        RowPlan([("default", part, None)], 4)
     with pytest.raises(ValueError, match="but there are 4 groups of rows"):
-        RowPlan([("default", part)], 12, groups=4)
+        RowPlan([("default", part, None)], 12, groups=4)
 
 
 def test_merged_adapters_act_on_no_rows():
@@ -211,7 +214,7 @@ def test_compiled_without_a_break_and_once_for_all_preferences_and_rows(where):
         return graph.forward
 
     def forward(x, rows, run=layer):
-        with acting([("default", slice(1, 2))], rows=rows, tokens=5, groups=2):
+        with acting([("default", slice(1, 2), None)], rows=rows, tokens=5, groups=2):
             return run(x)
 
     if where == "inside":

@@ -68,7 +68,6 @@ class Guided(GenerationMixin, nn.Module):
     ```
     """
 
-    _is_stateful = False
     _supports_cache_class = True
 
     def __init__(self, base: Any, formula: Scorer) -> None:
@@ -115,6 +114,13 @@ class Guided(GenerationMixin, nn.Module):
         """The transformer that generates, below any `PeftModel`."""
         return backbone_of(self.base)
 
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether text that was read can't be taken back, as drafts need it."""
+        return any(
+            getattr(model, "_is_stateful", False) for model in (self.backbone, *(t.backbone for t in self.terms))
+        )
+
     @classmethod
     def can_generate(cls) -> bool:
         return True
@@ -149,6 +155,7 @@ class Guided(GenerationMixin, nn.Module):
         guide_input_ids: torch.Tensor | None = None,
         guide_attention_mask: torch.Tensor | None = None,
         prompt_length: int | None = None,
+        text_mask: torch.Tensor | None = None,
         compile_config: Any = None,
         **inputs: Any,
     ) -> Any:
@@ -158,7 +165,7 @@ class Guided(GenerationMixin, nn.Module):
             input_ids, attention_mask, position_ids, use_cache, logits_to_keep: As in the base model's forward.
             guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
                 The prompts that guides read in the place of the base model's, padded on the left.
-            prompt_length, compile_config: What `generate` hands on between its steps.
+            prompt_length, text_mask, compile_config: What `generate` hands on between its steps.
             **inputs: Further inputs of the base model; the cache, as `cache` or `past_key_values`, is a
                 [`GuidedCache`].
 
@@ -172,7 +179,9 @@ class Guided(GenerationMixin, nn.Module):
         cache = cache_in(inputs)
         keeps = self.config.get_text_config().use_cache if use_cache is None else use_cache
         inputs = {name: value for name, value in inputs.items() if name not in NAMES and name != "return_dict"}
-        text, mask, positions = input_ids, attention_mask, position_ids
+        text, mask, positions = input_ids, attention_mask if text_mask is None else text_mask, position_ids
+        if text_mask is not None:
+            inputs["attention_mask"] = attention_mask
         if self.config.is_encoder_decoder:
             inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
             text, mask, positions = inputs["decoder_input_ids"], None, None
@@ -231,7 +240,10 @@ class Guided(GenerationMixin, nn.Module):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
-        return {**self.backbone.prepare_inputs_for_generation(*args, **kwargs), **ours}
+        inputs = self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+        if not self.config.is_encoder_decoder and inputs.get("attention_mask") is None:
+            ours["text_mask"] = kwargs.get("attention_mask")  # a recurrent model needs it for the prompt alone
+        return {**inputs, **ours}
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         input_ids, model_kwargs = self.backbone._expand_inputs_for_generation(*args, **kwargs)

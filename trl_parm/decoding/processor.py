@@ -342,10 +342,12 @@ class _Prefix:
         return True
 
     def _alike(self, rows: int) -> torch.Tensor:
-        """Which rows may go on from which, `(rows, rows)`: those of one padding and of the same preferences."""
+        """Which rows may go on from which, `(rows, rows)`: those of one padding and of the same preferences, and of
+        one prompt where it is the guides' own."""
         alike = (self.prompt_mask[:, None] == self.prompt_mask[None]).all(-1)
-        for term in self.terms:
-            number = torch.arange(rows, device=alike.device) // max(1, rows // term.rows)
+        own = [] if self.prompt is None or self.prompt.own is None else [len(self.prompt.own[0])]
+        for different in own + [term.rows for term in self.terms]:
+            number = torch.arange(rows, device=alike.device) // max(1, rows // different)
             alike &= number[:, None] == number[None]
         return alike
 

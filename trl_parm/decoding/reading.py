@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_masks_for_generate
 
 from peft_pblora.adapter import check_rows, expand_rows
@@ -165,8 +165,17 @@ class Part:
             acting = self.adapters.acting(self._entries(rows, chosen), total, tokens, groups, ahead)
         else:
             acting = self.adapters.alone(self.terms[0].adapters)
-        with acting:
+        empty = self.cache is not None and not _holds(self.cache)
+        before = _tensors_on_modules(self.model, total) if empty else {}
+        with acting as plan:
             output = forward(**arguments)
+        if plan is not None and plan.reshaped:
+            self.adapters.check_order(self.model)
+        if empty and any(before.get(key) is not x for key, x in _tensors_on_modules(self.model, total).items()):
+            raise ValueError(
+                f"A {type(self.model).__name__} keeps its state on its modules, not in its cache, so that two texts "
+                "would mix. Use a guided model such as `PARM(model, arm, ...)` with `use_cache=False`."
+            )
         logits = output.logits if last == 0 else output.logits[:, -last:]
         if places is not None:
             order = torch.cat(places[1]).to(logits.device)
@@ -270,7 +279,8 @@ class Part:
         arguments["use_cache"] = self.cache is not None
         if self.cache is not None:
             arguments |= cache_argument(self.model, self.cache)
-            if self.cache.is_compileable and not all(self.cache.is_linear):
+            fixed = self.cache.is_compileable and not all(self.cache.is_linear)
+            if fixed and not self.model.config.is_encoder_decoder:  # whose `attention_mask` is the encoder's
                 arguments["attention_mask"] = self._whole_mask(given)
         return arguments
 
@@ -324,7 +334,7 @@ class GuidedCache(Cache):
 
     @property
     def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [layer for part in self.parts for layer in cast(Any, part.cache).layers]
+        return [layer for part in self.parts for layer in _layers(part.cache)]
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("This cache belongs to a guided model. Call that model, or give this one a cache of its own.")
@@ -430,8 +440,25 @@ def _holds(cache: Any) -> bool:
     """Whether a cache has read anything."""
     return any(
         getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
-        for layer in cache.layers
+        for layer in _layers(cache)
     )
+
+
+def _layers(cache: Any) -> list[Any]:
+    """The layers of a cache, of an encoder-decoder model's too."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    return cache.layers
+
+
+def _tensors_on_modules(model: Any, rows: int) -> dict[tuple[int, str], torch.Tensor]:
+    """Attributes of a model's modules, beside parameters and buffers, that have so many rows."""
+    return {
+        (id(module), name): value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+    }
 
 
 @lru_cache(maxsize=64)
