@@ -19,8 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from peft_pblora.output import output_file
-from trl_parm.records import plain
-from trl_parm.records import differences, lock
+from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream
