@@ -15,7 +15,7 @@ from peft_pblora import PBLoraConfig, get_preference, set_preference, use_prefer
 from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.condition import Condition
 from peft_pblora.cores import PBLoraCore
-from peft_pblora.registration import PeftType, register
+from peft_pblora.registration import register
 
 
 RANKS = [(2, 3), (0, 3), (2, 0)]
@@ -250,7 +250,7 @@ def test_a_method_of_that_name_in_peft_takes_precedence(monkeypatch):
     theirs = type("TheirConfig", (peft.PeftConfig,), {})
     monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "PBLORA", theirs)
     with pytest.warns(UserWarning, match="PEFT already has a method PBLORA.*takes precedence"):
-        register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+        register("PBLORA", PBLoraConfig)
     assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PBLORA"] is theirs
     with pytest.raises(RuntimeError, match="belongs to .*TheirConfig, not to peft_pblora"):
         PBLoraConfig()
