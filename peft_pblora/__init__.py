@@ -6,14 +6,13 @@ from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
 from .hub import push_to_hub
-from .model import MoSLoraModel, PBLoraModel, SVDLoraModel
 from .preference import as_preference, name_preference, preference_grid, sample_preferences
-from .registration import PeftType, register
+from .registration import register
 
 
-register(PeftType.PBLORA, PBLoraConfig, PBLoraModel)
-register(PeftType.SVDLORA, SVDLoraConfig, SVDLoraModel)
-register(PeftType.MOSLORA, MoSLoraConfig, MoSLoraModel)
+PBLoraModel = register("PBLORA", PBLoraConfig)
+SVDLoraModel = register("SVDLORA", SVDLoraConfig)
+MoSLoraModel = register("MOSLORA", MoSLoraConfig)
 
 __all__ = [
     "MoSLoraConfig",
@@ -30,6 +29,7 @@ __all__ = [
     "name_preference",
     "preference_grid",
     "push_to_hub",
+    "register",
     "sample_preferences",
     "save_as_lora",
     "set_preference",

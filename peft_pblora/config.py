@@ -3,16 +3,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, mapping
 
 from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
-from .official import name_objectives, number_objectives, starting_preference
+from .official import name_objectives, number_objectives, rename_tensors, starting_preference
 from .preference import as_preference, check_objectives
-from .registration import PeftType, check_registered
+
+
+class PeftType(str):
+    """The name of a method, in the place of a member of PEFT's closed enum `peft.PeftType`.
+
+    PEFT only ever looks a type up in its registries, compares it, and reads `.value` or `str()`. Unlike an enum's
+    member it can be unpickled in a process that knows nothing of the method yet.
+    """
+
+    @property
+    def value(self) -> str:
+        return str.__str__(self)
+
+    name = value
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 @dataclass
@@ -40,6 +57,11 @@ class PreferenceConfig(PeftConfig):
         card (`dict`, *optional*):
             What the model card says beyond this configuration, see [`card.CardFacts`]; it travels with the adapter.
     """
+
+    method: ClassVar[PeftType | None] = None
+    """The method's name in PEFT, given by [`register`]."""
+    tuner_cls: ClassVar[Any] = None
+    """The method's tuner, made by [`register`]."""
 
     objectives: list[str] = field(
         default_factory=lambda: number_objectives(2),
@@ -72,6 +94,8 @@ class PreferenceConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = cast(Any, self.method)
+        self._check_registered()
         self.objectives = check_objectives(self.objectives)
         if self.default_preference is not None:
             self.default_preference = as_preference(self.default_preference, self.objectives).tolist()
@@ -92,6 +116,20 @@ class PreferenceConfig(PeftConfig):
     def initial_preference(self) -> list[float]:
         """The preference a model starts with: `default_preference`, or uniform."""
         return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
+
+    def _check_registered(self) -> None:
+        """Raises `RuntimeError` if the name of the method belongs to another class in PEFT."""
+        owner = cast(Any, mapping.PEFT_TYPE_TO_CONFIG_MAPPING).get(self.method, type(self))
+        if not isinstance(self, owner):
+            raise RuntimeError(
+                f"PEFT's method {cast(str, self.peft_type)!r} belongs to {owner.__module__}.{owner.__name__}, not to "
+                f"{type(self).__module__}. Use {owner.__name__}, or a PEFT version without a method of that name."
+            )
+
+    @staticmethod
+    def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Gives tensors of a file the names that they have here; ours keep theirs."""
+        return tensors
 
     def build_core(self) -> Core:
         """A fresh core, the module that computes W(α)."""
@@ -145,12 +183,15 @@ class PBLoraConfig(PreferenceConfig):
             if pref_vec_init is not None and self.default_preference is None:
                 self.default_preference = starting_preference(pref_vec_init, self.objectives)
         super().__post_init__()
-        self.peft_type = PeftType.PBLORA
-        check_registered(self.peft_type, type(self))
         if min(self.r1, self.r2) < 0 or self.r1 + self.r2 == 0:
             raise ValueError(
                 f"`r1` is {self.r1} and `r2` is {self.r2}, but both must be 0 or larger and one must be positive."
             )
+
+    @staticmethod
+    def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Also takes the authors' names."""
+        return rename_tensors(tensors)
 
     def build_core(self) -> PBLoraCore:
         return PBLoraCore(len(self.objectives), self.r1, self.r2)
@@ -178,8 +219,6 @@ class SVDLoraConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.SVDLORA
-        check_registered(self.peft_type, type(self))
         if self.r < 0:
             raise ValueError(f"`r` is {self.r}, but it must be 0 or larger.")
 
@@ -216,8 +255,6 @@ class MoSLoraConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.MOSLORA
-        check_registered(self.peft_type, type(self))
         if self.r < 1 or self.embedding_size < 0:
             raise ValueError(
                 f"`r` is {self.r} and `embedding_size` {self.embedding_size}, but r must be positive and "

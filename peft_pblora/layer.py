@@ -24,8 +24,8 @@ from .rows import RowPlan, current_plan
 class PreferenceLinear(nn.Module, BaseTunerLayer):
     """A linear layer (`nn.Linear`, `Conv1D` or quantized) with preference-conditioned adapters beside it.
 
-    All that belongs to an adapter lives in one [`LowRankAdapter`] under `<prefix>adapter.<name>`. Subclasses set
-    `prefix`, which PEFT needs to be different for each method.
+    All that belongs to an adapter lives in one [`LowRankAdapter`] under `<prefix>adapter.<name>`. [`register`]
+    derives a class for each method, since PEFT needs a `prefix` of its own for each.
 
     Attributes:
         conditions (`dict[str, Condition]`): Conditions of the model's adapters by name, one `dict` for all layers.
@@ -235,21 +235,3 @@ def rows_of_adapters(adapter_names: tuple[str, ...]) -> dict[str, slice | list[i
         name: slice(found[0], found[-1] + 1) if found[-1] - found[0] + 1 == len(found) else found
         for name, found in rows.items()
     }
-
-
-class PBLoraLinear(PreferenceLinear):
-    """A linear layer with PBLoRA adapters."""
-
-    prefix = "pblora_"
-
-
-class SVDLoraLinear(PreferenceLinear):
-    """A linear layer with SVD-LoRA adapters."""
-
-    prefix = "svdlora_"
-
-
-class MoSLoraLinear(PreferenceLinear):
-    """A linear layer with MoSLoRA adapters."""
-
-    prefix = "moslora_"

@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .condition import Condition
 from .config import PreferenceConfig
-from .layer import MoSLoraLinear, PBLoraLinear, PreferenceLinear, SVDLoraLinear, preference_layers
-from .official import rename_tensors
+from .layer import PreferenceLinear, preference_layers
+from .targets import is_linear, name_all_linear
 
 
 class PreferenceTuner(BaseTuner):
-    """Puts a [`PreferenceLinear`] in the place of each targeted module. Subclasses name the layer class."""
+    """Puts a [`PreferenceLinear`] in the place of each targeted module. [`register`] derives one for each method."""
 
     tuner_layer_cls: ClassVar[type[PreferenceLinear]]
     conditions: dict[str, Condition]
@@ -36,8 +36,9 @@ class PreferenceTuner(BaseTuner):
         """As PEFT's. All layers of an adapter then share one [`Condition`], and all of the model one dict of them."""
         former = preference_layers(model)
         self.conditions = former[0].conditions if former else {}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(PreferenceConfig, self.peft_config[adapter_name])
+        name_all_linear(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.conditions[adapter_name] = Condition(config.objectives, config.initial_preference)
         for layer in preference_layers(model):
             layer.conditions = self.conditions
@@ -69,6 +70,11 @@ class PreferenceTuner(BaseTuner):
     ) -> PreferenceLinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(base, nn.Linear | Conv1D):
+            if not is_linear(base):
+                raise TypeError(
+                    f"Target module {base} does not give the output of a linear layer, or not that alone. Leave it "
+                    "out by `exclude_modules`."
+                )
             _match_orientation(config, transposed=isinstance(base, Conv1D))
         else:
             backend = resolve_quantization_backend(base)
@@ -120,31 +126,10 @@ class PreferenceTuner(BaseTuner):
         container = f".{cls.prefix}adapter."
         return key.replace(f"{container}{adapter_name}.", container, 1)
 
-
-class PBLoraModel(PreferenceTuner):
-    """PEFT tuner for [`PBLoraConfig`]. Made by `get_peft_model(model, PBLoraConfig(...))`."""
-
-    prefix = PBLoraLinear.prefix
-    tuner_layer_cls = PBLoraLinear
-
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Also takes the authors' tensor names."""
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rename_tensors(state_dict))
-
-
-class SVDLoraModel(PreferenceTuner):
-    """PEFT tuner for [`SVDLoraConfig`]."""
-
-    prefix = SVDLoraLinear.prefix
-    tuner_layer_cls = SVDLoraLinear
-
-
-class MoSLoraModel(PreferenceTuner):
-    """PEFT tuner for [`MoSLoraConfig`]."""
-
-    prefix = MoSLoraLinear.prefix
-    tuner_layer_cls = MoSLoraLinear
+        tensors = cast(PreferenceConfig, config).rename_tensors(state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(tensors))
 
 
 def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:

@@ -1,57 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers our tuners with PEFT through its public registries, touching nothing that PEFT installed."""
 
-import enum
+from __future__ import annotations
+
 import warnings
 from typing import Any
 
+from peft import PeftType as BuiltinType
+from peft import mapping
 
-class PeftType(str, enum.Enum):  # noqa: UP042 - PEFT reads str(member) as "PeftType.NAME", which StrEnum lacks
-    """Sibling of `peft.PeftType` for the methods of this package.
+from .config import PeftType, PreferenceConfig
+from .layer import PreferenceLinear
+from .model import PreferenceTuner
 
-    PEFT only ever looks a type up in its registries, compares it, and reads `.value` or `str()`, so a member of our
-    own str-Enum serves wherever one of PEFT's does, and can be unpickled in a process that has not imported us yet.
+
+def register(name: str, config_cls: type[PreferenceConfig]) -> type[PreferenceTuner]:
+    """Makes a method of a configuration: `get_peft_model`, `PeftModel.from_pretrained` and the rest then know it.
+
+    All else that PEFT wants of a method, its type, a prefix for names of parameters, a layer and a tuner, is derived.
+    Calling twice is harmless. Where PEFT, or another package, already owns the name or the prefix, that one stays and
+    a warning says so; the configuration then refuses to be made.
+
+    Args:
+        name (`str`): The method's name in PEFT, in capitals, such as `"PBLORA"`.
+        config_cls (`type`): Its configuration, which builds the core; it gets `method` and `tuner_cls`.
+
+    Returns:
+        `type`: The tuner, also found as `config_cls.tuner_cls`.
+
+    Raises:
+        ValueError: a name that is not in capitals.
     """
-
-    PBLORA = "PBLORA"
-    SVDLORA = "SVDLORA"
-    MOSLORA = "MOSLORA"
-
-
-def register(peft_type: PeftType, config_cls: type, model_cls: Any) -> None:
-    """Makes `get_peft_model`, `PeftModel.from_pretrained` and the rest know `config_cls`. Calling twice is harmless.
-
-    Where PEFT, or another package, already owns the method's name or prefix, that one stays and a warning says so;
-    [`check_registered`] then refuses our config.
-    """
-    from peft import PeftType as BuiltinType
-    from peft import mapping
-
-    types: Any = mapping  # the registries are annotated with PEFT's own enum
-    name, prefix = peft_type.value, model_cls.prefix
-    if types.PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is config_cls:
-        return
-    taken = name in BuiltinType.__members__ or name in types.PEFT_TYPE_TO_CONFIG_MAPPING
-    if taken or prefix in types.PEFT_TYPE_TO_PREFIX_MAPPING.values():
+    if not (name.isidentifier() and name.isupper()):
+        raise ValueError(f"`name` is {name!r}, but PEFT's methods have names in capitals, such as 'PBLORA'.")
+    registries: Any = mapping  # annotated with PEFT's own enum
+    if registries.PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is config_cls:
+        return config_cls.tuner_cls
+    method, prefix = PeftType(name), f"{name.lower()}_"
+    if vars(config_cls).get("method") != method:
+        layer = _derive(PreferenceLinear, config_cls, "Linear", "tuner_cls.tuner_layer_cls", prefix=prefix)
+        tuner = _derive(PreferenceTuner, config_cls, "Model", "tuner_cls", prefix=prefix, tuner_layer_cls=layer)
+        config_cls.method, config_cls.tuner_cls = method, tuner
+    taken = name in BuiltinType.__members__ or name in registries.PEFT_TYPE_TO_CONFIG_MAPPING
+    if taken or prefix in registries.PEFT_TYPE_TO_PREFIX_MAPPING.values():
         warnings.warn(
             f"PEFT already has a method {name} or a parameter prefix {prefix!r}. It takes precedence; the "
-            f"{config_cls.__name__} of peft_pblora can't be used beside it.",
+            f"{config_cls.__name__} of {config_cls.__module__} can't be used beside it.",
             stacklevel=2,
         )
-        return
-    types.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    types.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
-    types.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = prefix
+        return config_cls.tuner_cls
+    registries.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
+    registries.PEFT_TYPE_TO_TUNER_MAPPING[method] = config_cls.tuner_cls
+    registries.PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
+    return config_cls.tuner_cls
 
 
-def check_registered(peft_type: PeftType, config_cls: type) -> None:
-    """Raises `RuntimeError` if the name of the method belongs to another config class than ours."""
-    from peft import mapping
-
-    types: Any = mapping
-    owner = types.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type.value, config_cls)
-    if not issubclass(config_cls, owner):
-        raise RuntimeError(
-            f"PEFT's method {peft_type.value} belongs to {owner.__module__}.{owner.__name__}, not to peft_pblora. "
-            f"Use {owner.__name__}, or a PEFT version without a method of that name."
-        )
+def _derive(base: type, config_cls: type, suffix: str, place: str, **members: Any) -> Any:
+    """A subclass that pickle finds through the configuration, which has to be found anyway."""
+    name = config_cls.__name__.removesuffix("Config") + suffix
+    found = {"__module__": config_cls.__module__, "__doc__": f"{base.__doc__} Here, of [`{config_cls.__name__}`]."}
+    derived = type(base)(name, (base,), {**found, **members})
+    derived.__qualname__ = f"{config_cls.__qualname__}.{place}"
+    return derived

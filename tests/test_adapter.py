@@ -3,6 +3,8 @@
 
 import copy
 import importlib
+import pickle
+from dataclasses import dataclass
 
 import peft
 import pytest
@@ -11,11 +13,11 @@ from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 
 import peft_pblora
-from peft_pblora import PBLoraConfig, get_preference, set_preference, use_preference
+from peft_pblora import PBLoraConfig, PreferenceConfig, get_preference, set_preference, use_preference
 from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.condition import Condition
-from peft_pblora.cores import PBLoraCore
-from peft_pblora.registration import PeftType, register
+from peft_pblora.cores import Core, PBLoraCore
+from peft_pblora.registration import register
 
 
 RANKS = [(2, 3), (0, 3), (2, 0)]
@@ -250,10 +252,73 @@ def test_a_method_of_that_name_in_peft_takes_precedence(monkeypatch):
     theirs = type("TheirConfig", (peft.PeftConfig,), {})
     monkeypatch.setitem(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, "PBLORA", theirs)
     with pytest.warns(UserWarning, match="PEFT already has a method PBLORA.*takes precedence"):
-        register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+        register("PBLORA", PBLoraConfig)
     assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["PBLORA"] is theirs
     with pytest.raises(RuntimeError, match="belongs to .*TheirConfig, not to peft_pblora"):
         PBLoraConfig()
+
+
+class ScaleCore(Core):
+    """W(α) = diag(M α)."""
+
+    def __init__(self, objectives: int, r: int) -> None:
+        super().__init__()
+        self.rank, self.M = r, torch.nn.Parameter(torch.empty(r, objectives))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.ones_(self.M)
+
+    def forward(self, preference):
+        return torch.diag_embed(preference @ self.M.T), None
+
+
+@dataclass
+class ScaleConfig(PreferenceConfig):
+    r: int = 2
+    scaling = 1.0
+
+    def build_core(self) -> ScaleCore:
+        return ScaleCore(len(self.objectives), self.r)
+
+
+@pytest.fixture
+def tuner():
+    yield register("SCALELORA", ScaleConfig)
+    for registry in ("CONFIG", "TUNER", "PREFIX"):
+        del getattr(peft.mapping, f"PEFT_TYPE_TO_{registry}_MAPPING")["SCALELORA"]
+
+
+def test_a_method_is_a_core_and_a_configuration(tuner, tmp_path):
+    assert register("SCALELORA", ScaleConfig) is tuner
+    assert (tuner.__name__, tuner.tuner_layer_cls.__name__) == ("ScaleModel", "ScaleLinear")
+    torch.manual_seed(0)
+    config = ScaleConfig(objectives=OBJECTIVES, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
+    arm, ids = get_peft_model(tiny_llama(), config).eval(), torch.arange(8)[None]
+    assert all(".scalelora_adapter." in name for name, p in arm.named_parameters() if p.requires_grad)
+    set_preference(arm, [0.2, 0.8])
+    clone = pickle.loads(pickle.dumps(arm))
+    assert type(clone.base_model) is tuner
+    arm.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert type(loaded.peft_config["default"]) is ScaleConfig
+    set_preference(loaded, [0.2, 0.8])
+    for other in (clone, loaded.eval()):
+        torch.testing.assert_close(other(ids).logits, arm(ids).logits)
+    with pytest.raises(ValueError, match="`name` is 'ScaleLora', but PEFT's methods have names in capitals"):
+        register("ScaleLora", ScaleConfig)
+
+
+@pytest.mark.parametrize("thing", ["config", "type", "tuner", "layer"])
+def test_what_is_derived_is_pickled(thing):
+    arm = tiny_arm()
+    layer = arm.base_model.model.model.layers[0].self_attn.q_proj
+    config = arm.peft_config["default"]
+    found = {"config": config, "type": config.peft_type, "tuner": type(arm.base_model), "layer": type(layer)}[thing]
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert type(again) is type(found)
+    assert peft_pblora.PBLoraModel is type(arm.base_model)
 
 
 def test_dropout_only_in_training():

@@ -12,13 +12,15 @@ from peft import get_peft_model
 from test_cores import TABLE, every_adapter, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, FalconConfig, Llama4TextConfig, PhimoeConfig
 
-import peft_pblora
 from peft_pblora import PBLoraConfig, as_preference, sample_preferences, set_preference
 from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.condition import Condition
 from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
-from peft_pblora.registration import PeftType, register
+from peft_pblora.layer import PreferenceLinear
+from peft_pblora.registration import register
+from peft_pblora.targets import is_linear
 
 
 IDS = torch.arange(2, 18).view(2, 8)
@@ -165,7 +167,7 @@ def test_a_prefix_or_an_enum_member_of_peft_takes_precedence(monkeypatch):
     taken = {**peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, "THEIRS": "pblora_"}
     monkeypatch.setattr(peft.mapping, "PEFT_TYPE_TO_PREFIX_MAPPING", taken)
     with pytest.warns(UserWarning, match="already has a method PBLORA or a parameter prefix 'pblora_'"):
-        register(PeftType.PBLORA, PBLoraConfig, peft_pblora.PBLoraModel)
+        register("PBLORA", PBLoraConfig)
     assert "PBLORA" not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 
 
@@ -211,3 +213,41 @@ def test_a_preference_is_set_once_in_place_without_a_file_and_without_visiting_l
     assert condition.version == 1
     monkeypatch.undo()
     assert {name: id(p) for name, p in arm.named_parameters()} == weights
+
+
+MOE = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MOE |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "num_local_experts": 4}
+ROUTED = {
+    "llama4": (Llama4TextConfig(**MOE, intermediate_size_mlp=16, head_dim=8, interleave_moe_layer_step=1), "router"),
+    "phimoe": (PhimoeConfig(**MOE), "router"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_all_linear_leaves_out_what_gives_more_than_the_output_of_a_linear_layer(name):
+    """Routers that inherit from `nn.Linear` and return tuples. It draws no random number to find out."""
+    settings, router = ROUTED[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    expected = model(IDS).logits
+    routers = {key for key, module in model.named_modules() if key.rpartition(".")[2] == router}
+    assert routers
+    state = torch.get_rng_state()
+    assert not any(is_linear(model.get_submodule(key)) for key in routers)
+    assert torch.equal(torch.get_rng_state(), state)
+    arm = get_peft_model(model, PBLoraConfig(objectives=OBJECTIVES, target_modules="all-linear"))
+    adapted = {key for key, module in model.named_modules() if isinstance(module, PreferenceLinear)}
+    assert adapted
+    assert not adapted & routers
+    assert not set(arm.peft_config["default"].target_modules) & routers
+    torch.testing.assert_close(arm(IDS).logits, expected)
+    with pytest.raises(TypeError, match="does not give the output of a linear layer"):
+        get_peft_model(arm.unload(), PBLoraConfig(objectives=OBJECTIVES, target_modules=[router]))
+
+
+def test_all_linear_takes_linear_layers_with_a_forward_of_their_own():
+    settings = FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(settings)
+    arm = get_peft_model(model, PBLoraConfig(objectives=OBJECTIVES, target_modules="all-linear"))
+    layers = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert {key.rpartition(".")[2] for key in arm.peft_config["default"].target_modules} == layers

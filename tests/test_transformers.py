@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, 
 from test_cores import TABLE, every_adapter, make_model
 from transformers import AutoModelForCausalLM
 
-from peft_pblora import PBLoraConfig, get_preference, set_preference
+from peft_pblora import PBLoraConfig, get_preference, set_preference, write_card
 
 
 IDS = torch.arange(2, 18).view(2, 8)
@@ -41,9 +41,9 @@ def test_the_block_of_the_saved_card_loads_the_adapter(row, base, tmp_path):
     model = make_model(row, AutoModelForCausalLM.from_pretrained(base))
     for _ in range(2):
         model.save_pretrained(tmp_path / "arm")
+        write_card(tmp_path / "arm")
     card = (tmp_path / "arm" / "README.md").read_text()
     assert card.count("## Loading this adapter") == 1
-    assert "### Framework versions" in card
     block = card.split("```python\n")[1].split("```")[0]
     assert block.startswith("import peft_pblora\n")
     block = block.replace("path/to/this/folder", str(tmp_path / "arm")).split("\ninputs =")[0]
