@@ -23,13 +23,13 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, T
 
 from peft_pblora.output import NOTES
 from trl_parm import PreferenceARMConfig
-from trl_parm.cli.common import grid, load_rewards, parse
+from trl_parm.arguments import parse
+from trl_parm.cli.common import grid, load_rewards
 from trl_parm.cli.evaluate import EvaluateArguments
 from trl_parm.cli.export import ExportArguments
 from trl_parm.cli.main import VERBS, main
 from trl_parm.cli.plot import PlotArguments
 from trl_parm.cli.relabel import RelabelArguments
-from trl_parm.demo.command import _parser
 from trl_parm.evaluation.evaluate import Entry
 from trl_parm.records import read_rows, write_run
 from trl_parm.training.config import ARMArguments
@@ -448,17 +448,17 @@ def test_help_imports_neither_torch_nor_transformers():
         assert text in result.stdout
 
 
-def test_the_demo_gets_its_arguments(folder, monkeypatch):
-    import trl_parm.demo
+def test_the_demo_gets_its_arguments(folder, monkeypatch, capfd):
+    from trl_parm.demo import command
 
     seen = []
-    monkeypatch.setattr(trl_parm.demo, "main", lambda words: seen.append(words) or 7)
+    monkeypatch.setattr(command, "serve", seen.append)
     config = write(folder / "demo.yaml", {"arm": "arm", "share": True, "port": 7000})
-    assert run("demo", "--config", config, "--beta", 0.5) == 7
-    shown = ["--arm", "arm", "--beta", "0.5", "--dtype", "auto", "--host", "127.0.0.1", "--port", "7000", "--share"]
-    assert seen == [shown]
-    assert vars(_parser().parse_args(shown))["port"] == 7000
+    assert run("demo", "--config", config, "--beta", 0.5) == 0
+    assert command.main(["--arm", "arm", "--share", "--port", "7000", "--beta", "0.5"]) == 0
+    assert seen == [command.DemoArguments("arm", beta=0.5, port=7000, share=True)] * 2
     assert run("demo") == 2
+    assert "trl-parm demo: error: arm must be given" in capfd.readouterr().err
 
 
 def test_the_module_is_the_command():

@@ -17,18 +17,16 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import decoders
 
 from peft_pblora import set_preference
-from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor
+from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor
 from trl_parm.demo import command, markup
 from trl_parm.demo.answering import Answering
 from trl_parm.demo.loading import load_models
 from trl_parm.demo.measures import measures_of
 from trl_parm.demo.picture import picture
-from trl_parm.demo.questions import Answer, Question, Reply
-from trl_parm.demo.session import MOST_ENTRIES, Entry, add
+from trl_parm.demo.questions import MOST_ENTRIES, Answer, Entry, Question, Reply, add
 from trl_parm.demo.simplex import rescale, uniform
-from trl_parm.demo.turns import Turns
-from trl_parm.evaluation.decoding import GREEDY
-from trl_parm.evaluation.sampling import RowSampling, row_seed
+from trl_parm.evaluation.decoding import GREEDY, RowSampling
+from trl_parm.noise import row_seed
 from trl_parm.rewards import brevity, positivity
 
 
@@ -147,42 +145,6 @@ def test_the_page_moves_the_other_sliders(page):
     assert page.follow(1, 0.5, 0.2, 0.5) == [0.4, 0.4]
 
 
-# Turns
-
-
-def test_players_alternate_and_a_player_that_is_done_leaves_the_rest_alone():
-    turns, order = Turns(["a", "b"]), []
-
-    def play(name, rounds):
-        with turns.playing(name):
-            for _ in range(rounds):
-                order.append(name)
-                turns.pass_on(name)
-
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(play, "b", 2), pool.submit(play, "a", 4)]
-    [call.result() for call in calls]
-    assert order == ["a", "b", "a", "b", "a", "a"]
-
-
-def test_a_player_that_fails_leaves_the_circle():
-    turns = Turns(["a", "b"])
-
-    def fail():
-        with turns.playing("a"):
-            raise KeyError
-
-    def play():
-        with turns.playing("b"):
-            turns.pass_on("b")
-            return True
-
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(play), pool.submit(fail)]
-    assert calls[0].result()
-    assert isinstance(calls[1].exception(), KeyError)
-
-
 # Answers
 
 
@@ -202,7 +164,7 @@ def test_both_answers_grow_together(answering):
     answering._worker.submit(answering._answer, question, inputs, replies, threading.Event()).result()
     tokens = [(reply.base.tokens, reply.guided.tokens) for reply in replies.queue]
     assert len(tokens) > 12
-    assert all(base - guided in (0, 1) for base, guided in tokens if guided)
+    assert tokens[:4] == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 def test_counts_tokens_and_the_time_of_each_answer(answering):
@@ -279,7 +241,7 @@ def test_closing_stops_an_answer_and_the_next_visitor_has_his(answering):
     endless = changed(max_new_tokens=256, temperature=0)
     answering.models.base.generation_config.eos_token_id = None
     calls = itertools.count()
-    hook = answering.models.base.register_forward_hook(lambda *_: next(calls) and None)
+    hook = answering.models.base.register_forward_hook(lambda *_: (next(calls), None)[1])
     try:
         replies = answering.ask(endless)
         next(replies)
@@ -292,11 +254,11 @@ def test_closing_stops_an_answer_and_the_next_visitor_has_his(answering):
 
 
 def test_a_failure_reaches_who_asked_and_nobody_else(answering, monkeypatch):
-    def broken(question):
-        return GuidedLogitsProcessor(LM(tiny_llama(vocab_size=32)))
+    def broken(question, shares):
+        return Guided(tiny_llama(0), BASE + LM(tiny_llama(vocab_size=32)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "_guide", broken)
+        patch.setattr(answering, "_guided", broken)
         with pytest.raises(ValueError, match="vocabulary of 32"):
             list(answering.ask(QUESTION))
     assert texts(list(answering.ask(QUESTION))[-1]) == twin(QUESTION)
@@ -343,7 +305,7 @@ def test_a_prompt_has_to_fit_into_the_context(folder):
 def test_an_adapter_on_a_smaller_model_guides_from_beside_the_base(folder):
     models = load_models(str(folder / "small_arm"), str(folder / "base"))
     assert models.base.config.hidden_size == 32
-    assert models.arm.config.hidden_size == 16
+    assert models.arm.model.config.hidden_size == 16
     answering = Answering(models)
     reply = list(answering.ask(QUESTION))[-1]
     small = tiny_arm(tiny_llama(5, hidden_size=16, intermediate_size=24), OBJECTIVES, seed=5)
@@ -453,10 +415,10 @@ def test_the_page_says_what_is_wrong_and_leaves_the_rest_alone(page, fields, mes
 
 
 def test_an_unforeseen_error_is_logged_and_not_shown(page, monkeypatch, caplog):
-    def broken(question):
+    def broken(question, shares):
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(page.answering, "_guide", broken)
+    monkeypatch.setattr(page.answering, "_guided", broken)
     outputs = ask(page, [])[-1]
     assert "Something went wrong" in outputs[0]
     assert "a secret" not in outputs[0]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from .common import decoded, grid, load_rewards, parse, progress, required, say, write_run
-from .decoding import DecodingArguments
+from trl_parm.arguments import decoded, parse, required
+
+from .common import grid, load_rewards, progress, say, write_run
+from .generate import DecodingArguments
 
 
 RESULTS = "results.jsonl"

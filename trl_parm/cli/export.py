@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import decoded, grid, parse, required, say, write_run
+from trl_parm.arguments import decoded, parse, required
+
+from .common import grid, say, write_run
 
 
 @dataclass

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from .common import decoded, parse, required, say, write_run
+from trl_parm.arguments import decoded, parse, required
+
+from .common import say, write_run
 
 
 if TYPE_CHECKING:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import decoded, load_data, load_rewards, parse, progress, required, say, write_run
+from trl_parm.arguments import decoded, parse, required
+
+from .common import load_data, load_rewards, progress, say, write_run
 
 
 @dataclass

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .common import RUN_FILE, parse, say
+from trl_parm.arguments import parse
+
+from .common import RUN_FILE, say
 
 
 if TYPE_CHECKING:

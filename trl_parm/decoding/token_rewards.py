@@ -103,6 +103,7 @@ def token_rewards(
     response: str,
     preference: Preference | None = None,
     reference: PreTrainedModel | Preference | None = None,
+    adapter_name: str | None = None,
 ) -> TokenRewards:
     """The token rewards log π_ARM(y_t | x, y_<t) of a response, and their ratio to a reference.
 
@@ -115,6 +116,7 @@ def token_rewards(
         reference (`PreTrainedModel` or `Preference`, *optional*):
             What to compare with: another model, or the same one at another preference; without its adapter if not
             given, that is before it was trained.
+        adapter_name (`str`, *optional*): Which of the ARM's adapters to use; the active ones if not given.
 
     Returns:
         [`TokenRewards`]: One entry for each token of the response.
@@ -138,13 +140,13 @@ def token_rewards(
     if not prompt_ids or not response_ids:
         raise ValueError("`prompt` and `response` must have at least one token each.")
     ids = torch.tensor([[*cast(list[int], prompt_ids), *response_ids]])
-    guide = LM(arm, preference)
+    guide = LM(arm, preference, adapter_name)
     if isinstance(reference, torch.nn.Module):
         other = LM(cast(PreTrainedModel, reference))
     elif reference is not None:
-        other = LM(arm, reference)
+        other = LM(arm, reference, adapter_name)
     elif guide.adapter_names:
-        other = LM(arm, disable_adapter=True)
+        other = LM(arm, adapter_name=adapter_name, disable_adapter=True)
     else:
         raise ValueError("The ARM has no adapter to compare it without. Pass `reference`, such as the model before.")
     found = _of_tokens([guide, other], ids, len(response_ids))

@@ -3,9 +3,9 @@
 
     python -m trl_parm.demo --arm folder-or-id [--model folder-or-id] [--host 127.0.0.1] [--port 7860] [--share]
 
-From bottom to top: `simplex` (sliders), `turns` (two calls of `generate` that alternate), `loading` (the models),
-`answering` (questions, one at a time), `measures` (what the picture shows), `session`, `picture` and `markup` (HTML),
-`layout` and `page` (gradio), and `command` (the command line).
+From bottom to top: `simplex` (sliders), `questions` (plain data), `loading` (the models), `measures` (what the picture
+shows), `answering` (questions, one at a time), `picture` and `markup` (HTML), `layout` and `page` (gradio), and
+`command` (the command line).
 """
 
 from .command import main

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions and their two answers, the base model's and the guided one's.
 
-All models' work is done in one thread, one question after the other in the order they came: a preference is state of
-the model, so that nobody's may change while somebody else's answer is written. Within a question the two calls of
-`generate` alternate, see `turns`.
+All models' work is done in one thread, one question after the other in the order they came. The two answers of a
+question are two rows of one batch, in one call of `generate`: guidance has the weight 0 in the first.
 """
 
 from __future__ import annotations
@@ -11,27 +10,24 @@ from __future__ import annotations
 import copy
 import queue
 import threading
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import BatchEncoding, LogitsProcessor
+from transformers import BatchEncoding, StoppingCriteria
 
 from peft_pblora import as_preference
-from peft_pblora.switch import AdapterSwitch, backbone_of
-from trl_parm.decoding import PARMLogitsProcessor, TokenRewards, token_rewards
-from trl_parm.decoding.processors import guidance_strength
-from trl_parm.evaluation.decoding import GREEDY
-from trl_parm.evaluation.prompts import encode_prompts
-from trl_parm.evaluation.sampling import RowSampling
+from trl_parm.decoding import BASE, Guided, TokenRewards, token_rewards
+from trl_parm.decoding.methods import guidance_strength
+from trl_parm.evaluation.decoding import GREEDY, RowSampling, encode_prompts, text_length
 from trl_parm.noise import row_seed
 
-from .loading import ADAPTER, Models
+from .loading import Models
 from .measures import measures_of
 from .questions import Answer, Question, Reply
-from .turns import CallbackStreamer, Turns, TurnTaking
 
 
 MOST_PROMPT_TOKENS = 1024
@@ -39,6 +35,8 @@ MOST_PROMPT_TOKENS = 1024
 MOST_NEW_TOKENS = 256
 MOST_CHARACTERS = 20_000
 TOP_K = 50
+TIMED = 4
+"""Tokens after which it is known what a token takes: the two answers are written together, so each is timed apart."""
 
 
 class Answering:
@@ -136,20 +134,53 @@ class Answering:
     def _answer(
         self, question: Question, inputs: BatchEncoding, replies: queue.Queue[Reply], stop: threading.Event
     ) -> None:
-        """Writes and judges both answers. Only one of these runs at any time."""
+        """Writes, judges and times both answers. Only one of these runs at any time."""
         inputs = inputs.to(self.models.base.device)
-        writing = _Writing(self.models, question, inputs, replies, stop)
-        reply = writing.run({"base": [], "guided": [self._guide(question)]})
+        watch = _Watch(inputs, stop, lambda tokens: replies.put(Reply(*map(self._written, tokens))))
+        tokens = self._generate(question, inputs, [0.0, 1.0], watch, question.max_new_tokens)
+        answers = [self._written(row, whole=True) for row in tokens]
         if not stop.is_set():
-            base, guided = (self._judge(question, answer) for answer in (reply.base, reply.guided))
-            replies.put(Reply(base, guided, done=True))
+            answers = [self._judge(question, answer) for answer in answers]
+            timed = [self._timed(question, inputs, share, answer) for share, answer in zip((0.0, 1.0), answers)]
+            replies.put(Reply(*timed, done=True))
 
-    def _guide(self, question: Question) -> PARMLogitsProcessor:
-        models = self.models
-        preference = as_preference(question.weights, models.objectives, normalize=True)
-        return PARMLogitsProcessor(
-            cast(Any, models.arm), preference, question.beta, adapter_name=ADAPTER, vocabulary=models.vocabulary
+    def _guided(self, question: Question, shares: list[float]) -> Guided:
+        """The base model with this share of its guidance in each row."""
+        preference = as_preference(question.weights, self.models.objectives, normalize=True)
+        strengths = guidance_strength(question.beta) * torch.tensor(shares)
+        return Guided(self.models.base, BASE + strengths * self.models.arm.lm(preference))
+
+    def _generate(
+        self, question: Question, inputs: BatchEncoding, shares: list[float], watch: _Watch, most: int
+    ) -> torch.Tensor:
+        """The new tokens of one row for each share, `(rows, new)`. The noise is the question's own, so that rows differ
+        by guidance alone."""
+        rows, noise = len(shares), []
+        if question.temperature:
+            seeds = [row_seed(int(question.seed), question.prompt)] * rows
+            noise = [RowSampling(seeds, watch.length, temperature=float(question.temperature), top_k=TOP_K)]
+        output: Any = self._guided(question, shares).generate(
+            **{name: cast(torch.Tensor, value).repeat(rows, 1) for name, value in inputs.items()},
+            logits_processor=noise,
+            stopping_criteria=[watch],
+            max_new_tokens=most,
+            pad_token_id=self.models.tokenizer.pad_token_id,
+            **GREEDY,
         )
+        return output[:, watch.length :]
+
+    def _written(self, tokens: torch.Tensor, whole: bool = False) -> Answer:
+        """The answer of one row, without the beginning of a character if there is more to come."""
+        length = text_length(tokens, self.models.base.generation_config)
+        text = cast(str, self.models.tokenizer.decode(tokens[:length], skip_special_tokens=True))
+        return Answer(text if whole else text.rstrip("�"), length)
+
+    def _timed(self, question: Question, inputs: BatchEncoding, share: float, answer: Answer) -> Answer:
+        """The answer with what it would have taken alone, by its first tokens."""
+        watch, start = _Watch(inputs, threading.Event(), lambda tokens: None), time.perf_counter()
+        self._generate(question, inputs, [share], watch, min(TIMED, answer.tokens))
+        first, steps = watch.times[0] - start, watch.times[-1] - watch.times[0]
+        return replace(answer, seconds=first + steps / max(1, len(watch.times) - 1) * (answer.tokens - 1))
 
     @torch.no_grad()
     def _judge(self, question: Question, answer: Answer) -> Answer:
@@ -168,11 +199,9 @@ class Answering:
         return replace(answer, rewards=rewards, measured=measured)
 
     def _token_rewards(self, prompt: str, text: str, weights: Any) -> TokenRewards:
-        models, tokenizer = self.models, self.models.arm_tokenizer
-        asked: Any = prompt if tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
-        preference = as_preference(weights, models.objectives, normalize=True)
-        with AdapterSwitch.of(backbone_of(models.arm)).only([ADAPTER]):
-            return token_rewards(cast(Any, models.arm), tokenizer, asked, text, preference)
+        arm, preference = self.models.arm, as_preference(weights, self.models.objectives, normalize=True)
+        asked: Any = prompt if arm.tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
+        return token_rewards(arm.model, arm.tokenizer, asked, text, preference, adapter_name=arm.adapter_name)
 
     def _most_prompt_tokens(self, question: Question) -> int:
         context = getattr(self.models.base.config.get_text_config(), "max_position_embeddings", None)
@@ -180,59 +209,14 @@ class Answering:
         return min(MOST_PROMPT_TOKENS, left)
 
 
-class _Writing:
-    """Two calls of `generate` for one question."""
+class _Watch(StoppingCriteria):
+    """Sees the new tokens of a call of `generate`, `(rows, new)`, after each of them, and ends it when it is told to."""
 
-    def __init__(
-        self,
-        models: Models,
-        question: Question,
-        inputs: BatchEncoding,
-        replies: queue.Queue[Reply],
-        stop: threading.Event,
-    ) -> None:
-        self.models, self.question, self.inputs, self.replies, self.stop = models, question, inputs, replies, stop
-        self.answers = {"base": Answer(), "guided": Answer()}
+    def __init__(self, inputs: BatchEncoding, stop: threading.Event, on_tokens: Callable[[torch.Tensor], Any]) -> None:
+        self.length, self.stop, self.on_tokens = cast(torch.Tensor, inputs["input_ids"]).shape[1], stop, on_tokens
+        self.times: list[float] = []
 
-    def run(self, processors: dict[str, list[LogitsProcessor]]) -> Reply:
-        """Both answers, with the processors of each; they grow in `replies` meanwhile."""
-        turns = Turns(processors)
-        with ThreadPoolExecutor(len(processors), "generate") as pool:
-            calls = [pool.submit(self._write, turns, name, own) for name, own in processors.items()]
-        for call in calls:
-            call.result()
-        return self._reply()
-
-    def _reply(self) -> Reply:
-        return Reply(self.answers["base"], self.answers["guided"])
-
-    def _write(self, turns: Turns, name: str, processors: list[LogitsProcessor]) -> None:
-        turn = TurnTaking(turns, name, self.stop)
-
-        def grow(text: str) -> None:
-            self.answers[name] = Answer(text, turn.tokens, turn.seconds)
-            self.replies.put(self._reply())
-
-        try:
-            with turn.playing():
-                cast(Any, self.models.base).generate(
-                    **self.inputs,
-                    logits_processor=[*processors, *self._sampling()],
-                    stopping_criteria=[turn],
-                    streamer=CallbackStreamer(self.models.tokenizer, grow),
-                    max_new_tokens=self.question.max_new_tokens,
-                    pad_token_id=self.models.tokenizer.pad_token_id,
-                    **GREEDY,
-                )
-        except BaseException:
-            self.stop.set()  # one answer alone is none
-            raise
-        self.answers[name] = replace(self.answers[name], tokens=turn.tokens, seconds=turn.seconds)
-
-    def _sampling(self) -> list[LogitsProcessor]:
-        """Noise that is the question's own: both answers differ by guidance alone."""
-        if self.question.temperature == 0:
-            return []
-        seed = row_seed(int(self.question.seed), self.question.prompt)
-        length = cast(torch.Tensor, self.inputs["input_ids"]).shape[1]
-        return [RowSampling([seed], length, temperature=float(self.question.temperature), top_k=TOP_K)]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        self.on_tokens(input_ids[:, self.length :])
+        return torch.full((len(input_ids),), self.stop.is_set(), device=input_ids.device)

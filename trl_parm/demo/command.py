@@ -3,14 +3,32 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from trl_parm.arguments import parse, required
 
 
-NEEDED = {"gradio": "gradio", "matplotlib": "matplotlib", "moocore": "moocore", "scipy": "scipy"}
+NEEDED = ("gradio", "matplotlib", "moocore", "scipy")
+
+
+@dataclass
+class DemoArguments:
+    """Arguments of `trl-parm demo` and of `python -m trl_parm.demo`."""
+
+    arm: str = field(default="", metadata={"help": "The preference-conditioned adapter: a folder or Hub id."})
+    model: str | None = field(default=None, metadata={"help": "The base model; the adapter's own if not given."})
+    beta: float = field(default=1.0, metadata={"help": "β at the start; guidance has strength 1/β."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights, such as float32."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int | None = field(default=None, metadata={"help": "Port; the first free one from 7860 if not given."})
+    share: bool = field(default=False, metadata={"help": "Make a public link through gradio's servers."})
+
+    def __post_init__(self) -> None:
+        required(self, "arm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,51 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: An exit code: 0, or 2 after one line on stderr that says what is wrong.
     """
-    args = _parser().parse_args(argv)
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        return _refuse(f"the demo needs {', '.join(missing)}: pip install 'trl-parm[demo]'")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio looks before any page is made
-    from trl_parm.decoding.processors import guidance_strength
-
-    from .answering import Answering
-    from .loading import load_models, one_line
-    from .page import Page
-
     try:
-        guidance_strength(args.beta)
-        page = Page(Answering(load_models(args.arm, args.model, args.dtype)), args.beta)
-    except ValueError as error:
-        return _refuse(one_line(error))
-    try:
-        page.launch(args.host, args.port, args.share)
-    except OSError as error:
-        return _refuse(one_line(error))
-    finally:
-        page.answering.close()
+        serve(parse("demo", DemoArguments, sys.argv[1:] if argv is None else argv, __doc__))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "trl-parm demo", description="A page where a preference slider steers a frozen model."
-    )
-    parser.add_argument(
-        "--arm", required=True, help="the preference-conditioned adapter, a folder or an id on the Hub"
-    )
-    parser.add_argument("--model", help="the frozen base model (default: the one that the adapter was trained on)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="make a public link through gradio's servers")
-    parser.add_argument(
-        "--beta", type=float, default=1.0, help="β at the start; guidance has strength 1/β (default: 1)"
-    )
-    parser.add_argument(
-        "--dtype", default="auto", help="of the weights, such as float32 (default: as they were saved)"
-    )
-    return parser
+def serve(arguments: DemoArguments) -> None:
+    """Serves the page. Raises `ValueError`, `OSError` or `ImportError` if something is wrong or missing."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'trl-parm[demo]'")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio looks before any page is made
+    from trl_parm.decoding.methods import guidance_strength
 
+    from .answering import Answering
+    from .loading import load_models
+    from .page import Page
 
-def _refuse(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    guidance_strength(arguments.beta)
+    page = Page(Answering(load_models(arguments.arm, arguments.model, arguments.dtype)), arguments.beta)
+    try:
+        page.launch(arguments.host, arguments.port, arguments.share)
+    finally:
+        page.answering.close()

@@ -7,8 +7,7 @@ import html
 from collections.abc import Sequence
 
 from .measures import Measure
-from .questions import Answer, Reply
-from .session import Entry
+from .questions import Answer, Entry, Reply
 
 
 FULL_COLOUR = 0.9

@@ -14,8 +14,7 @@ from . import markup
 from .answering import Answering
 from .layout import Layout
 from .picture import picture
-from .questions import Question, Reply
-from .session import Entry, add
+from .questions import Entry, Question, Reply, add
 from .simplex import rescale
 
 

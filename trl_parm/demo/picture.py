@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from trl_parm.evaluation import pareto_front
 from trl_parm.evaluation.plot_styles import SHADES
 
-from .session import Entry
+from .questions import Entry
 
 
 WIDTH, HEIGHT = 420, 300

@@ -67,8 +67,8 @@ class Run:
         method (`str`): Its name in the table.
         preference (`Preference`, *optional*): α on the simplex of the rewards.
         model (`Callable`, *optional*):
-            Gives the model that decodes a [`Batch`], such as `lambda batch: PARM(base, arm, batch.preference)`, or that
-            and further arguments of its `generate` as a pair; the base model if not given.
+            Gives the model that decodes a [`Batch`], such as `lambda batch: PARM(base, arm, batch.preference)`, or a
+            pair of it and of further arguments of its `generate`; the base model if not given.
         extra_parameters, extra_bytes (`int`, *optional*): What the method keeps in memory beside the base model.
     """
 
@@ -129,7 +129,8 @@ class BatchDecoder:
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
         named = {} if α is None else dict(zip(objectives, α.tolist(), strict=True))
         found = run.model(Batch(α, prompts, inputs, named)) if run.model is not None else base
-        tokens, seconds = self._generate(*found if isinstance(found, tuple) else (found, {}), inputs, seeds)
+        model, arguments = found if isinstance(found, tuple) else (found, {})
+        tokens, seconds = self._generate(model, arguments, inputs, seeds)
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         judges = {name: reward for name, reward in self.rewards.items() if reward is not None}
         scores = {name: score(name, reward, prompts, responses) for name, reward in judges.items()}
@@ -142,7 +143,7 @@ class BatchDecoder:
                 "prompt": prompt,
                 "response": response,
                 **{name: values[i] for name, values in scores.items()},
-                "tokens": self._length(tokens[i]),
+                "tokens": text_length(tokens[i], self.base_config),
                 "seconds": seconds / len(prompts),
                 "seed": seeds[i],
                 "extra_parameters": run.extra_parameters,
@@ -169,14 +170,6 @@ class BatchDecoder:
             **self.generation,
         )
         return output[:, length:], _now(model.device) - start
-
-    def _length(self, tokens: torch.Tensor) -> int:
-        """How many tokens a row has, its first end token included."""
-        ends = self.base_config.eos_token_id
-        if ends is None:
-            return len(tokens)
-        found = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).nonzero()
-        return int(found[0]) + 1 if len(found) else len(tokens)
 
 
 class RowSampling(LogitsProcessor):
@@ -266,6 +259,14 @@ def acting_settings(config: GenerationConfig) -> dict[str, Any] | None:
         if value not in (None, False) and not name.startswith(("_", "output_")) and not name.endswith("_token_id")
     }
     return {name: value for name, value in found.items() if name not in WITHOUT_EFFECT} or None
+
+
+def text_length(tokens: torch.Tensor, config: Any) -> int:
+    """How many of a row's new tokens are its text, the first end token of a generation config included."""
+    if config.eos_token_id is None:
+        return len(tokens)
+    ends = torch.isin(tokens, torch.as_tensor(config.eos_token_id, device=tokens.device)).nonzero()
+    return int(ends[0]) + 1 if len(ends) else len(tokens)
 
 
 def _now(device: torch.device) -> float:

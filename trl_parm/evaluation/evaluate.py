@@ -214,7 +214,8 @@ def _table(
         for group in groups:
             on_start(group.name)
             whole = all(cell in done for run in group.runs for cell in cells(run))
-            with nullcontext((None, group.runs)) if whole else group.load() as (base, runs):
+            nothing = cast(Any, nullcontext((None, group.runs)))
+            with nothing if whole else group.load() as (base, runs):
                 for run in runs:
                     own = cells(run)
                     for batch in places:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft_pblora.switch import backbone_of
 from trl_parm.decoding import (
@@ -160,7 +160,7 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
             if owner is not None:
                 owner.base_model.set_adapter([])
             soup: Any = rewarded_soup(named, weights, owner)
-            backbone_of(soup).generation_config = models.base.generation_config
+            cast(Any, backbone_of(soup)).generation_config = models.base.generation_config
             made[tuple(weights)] = soup
         return made[tuple(weights)]
 
@@ -195,8 +195,8 @@ def _ordered(batch: Batch, models: Mapping[str, Any]) -> list[float]:
     """α in the order of models by objective. Raises `ValueError` if they are not for the same objectives."""
     if set(batch.weights) != set(models):
         raise ValueError(
-            f"A method has models for {', '.join(models)}, but the objectives are {', '.join(batch.weights)}. Give one "
-            "for each objective."
+            f"A method has models for {', '.join(models)}, but the objectives are {', '.join(batch.weights)}. Give "
+            "one for each objective."
         )
     return [batch.weights[objective] for objective in models]
 

@@ -140,7 +140,7 @@ class Models:
         Raises:
             ValueError: an adapter or a backbone that can't be read, or that do not fit.
         """
-        config = _read(PeftConfig.from_pretrained, name, "adapter")
+        config = adapter_config(name)
         backbone = cast(str, backbone or config.base_model_name_or_path)
         key = "" if same_model(backbone, self.name) else backbone, str(config.peft_type)
         taken = "" in {own for own, _ in self._adapted} and key not in self._adapted
@@ -213,6 +213,11 @@ def backbone_name(name: str) -> str | None:
     if find_adapter_config_file(name) is None:
         return None
     return cast(str, PeftConfig.from_pretrained(name).base_model_name_or_path)
+
+
+def adapter_config(name: str) -> PeftConfig:
+    """The configuration of an adapter. Raises `ValueError` if there is none to read."""
+    return _read(PeftConfig.from_pretrained, name, "adapter")
 
 
 def same_model(one: str, other: str) -> bool:
