@@ -4,8 +4,8 @@
     python benchmarks/shared_backbone.py [--models ...] [--dtype float32|bfloat16] [--kernels onednn|torch]
 
 Decoding after one prompt, beside the unguided base model at the same batch size: PARM and GenARM in one forward,
-the same by a logits processor, in two, and the authors' way, which we wrote as a naive twin: two forwards, one prompt at a
-time, and an adapter that multiplies out its m×n product in every layer of every forward.
+the same by a logits processor, in two, and the authors' way, which we wrote as a naive twin: two forwards, one prompt
+at a time, and an adapter that multiplies out its m×n product in every layer of every forward.
 """
 
 from __future__ import annotations
