@@ -25,13 +25,16 @@ class Condition:
         version (`int`): How often it was set.
         was_set (`bool`): Whether somebody chose it, or was told that nobody did.
         merged (`int`): Layers into whose weights the adapter is merged at this preference.
+        aside (`bool`): Whether the adapter acts only in calls of its `PeftModel`, not in those of the model below it,
+            which then is the base model. A logits processor that guides with the adapter sets it; `set_adapter` takes
+            it back. While the model trains it is without effect.
     """
 
     def __init__(self, objectives: Sequence[str], preference: Sequence[float]) -> None:
         self.objectives = list(objectives)
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.version = self.merged = 0
-        self.was_set = False
+        self.was_set = self.aside = False
 
     @classmethod
     def fixed(cls, objectives: Sequence[str], preference: torch.Tensor) -> Condition:

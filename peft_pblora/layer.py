@@ -18,7 +18,7 @@ from torch import nn
 from .adapter import LowRankAdapter, check_rows, expand_rows
 from .condition import Condition
 from .config import PreferenceConfig
-from .rows import RowPlan, current_plan
+from .rows import RowPlan, current_plan, is_through_tuner
 
 
 class PreferenceLinear(nn.Module, BaseTunerLayer):
@@ -162,7 +162,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         container: Any = self._modules[self.adapter_layer_names[0]]
         adapters = container._modules
         for name in self.active_adapters:
-            if name in adapters:
+            if name in adapters and (self.training or is_through_tuner() or not adapters[name].condition.aside):
                 result = adapters[name](x, result)
         return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .condition import Condition
 from .config import PreferenceConfig
 from .layer import PreferenceLinear, preference_layers
+from .rows import through_tuner
 from .targets import is_linear, name_all_linear
 
 
@@ -38,13 +39,34 @@ class PreferenceTuner(BaseTuner):
         self.conditions = former[0].conditions if former else {}
         config = cast(PreferenceConfig, self.peft_config[adapter_name])
         name_all_linear(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        aside = {name for name, condition in self.conditions.items() if condition.aside}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)  # which sets active adapters anew
+        for name in aside:
+            self.conditions[name].aside = True
         self.conditions[adapter_name] = Condition(config.objectives, config.initial_preference)
         for layer in preference_layers(model):
             layer.conditions = self.conditions
             for name in layer.adapters:
                 adapter = layer.adapter(name)
                 adapter.share(self.conditions.setdefault(name, adapter.condition))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, see [`Condition`]."""
+        with through_tuner():
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's. What a processor guides, `reads_apart` being true, is the model without what guides it."""
+        apart = any(getattr(processor, "reads_apart", False) for processor in kwargs.get("logits_processor") or ())
+        with nullcontext() if apart else through_tuner():
+            return self.model.generate(*args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. The adapters act in the model itself again, see [`Condition`]."""
+        super().set_adapter(adapter_name, *args, **kwargs)
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            if name in self.conditions:
+                self.conditions[name].aside = False
 
     def _create_and_replace(
         self,

@@ -94,6 +94,7 @@ class RowPlan:
 
 class _Running(threading.local):
     plan: RowPlan | None = None
+    through_tuner = False
 
 
 _running = _Running()
@@ -102,6 +103,21 @@ _running = _Running()
 def current_plan() -> RowPlan | None:
     """The plan of the forward that runs now in this thread; `None` if adapters act as PEFT has it."""
     return _running.plan
+
+
+def is_through_tuner() -> bool:
+    """Whether the forward that runs now in this thread was called through the adapters' tuner, as `arm(...)` is."""
+    return _running.through_tuner
+
+
+@contextmanager
+def through_tuner() -> Iterator[None]:
+    """For the time of a call of a `PeftModel`, see [`Condition`]."""
+    former, _running.through_tuner = _running.through_tuner, True
+    try:
+        yield
+    finally:
+        _running.through_tuner = former
 
 
 @contextmanager

@@ -190,7 +190,8 @@ class Adapters:
 def step_aside(term: LM) -> nn.Module | None:
     """Makes the adapters that guide inactive in their model, so that it generates without them.
 
-    No weight, gradient or other adapter is touched; `set_adapter` makes them active again.
+    Our adapters then act in calls of their `PeftModel` only, see [`Condition`]; others are made inactive, until
+    `set_adapter`. No weight, gradient or other adapter is touched.
 
     Returns:
         `nn.Module`: A layer that has them, see [`check_aside`]; `None` if there is none.
@@ -199,19 +200,34 @@ def step_aside(term: LM) -> nn.Module | None:
         layer for layer in AdapterSwitch.of(term.backbone).layers if set(term.adapter_names) & set(_adapters_of(layer))
     ]
     for layer in layers:
-        if set(term.adapter_names) & set(layer.active_adapters):
+        if isinstance(layer, PreferenceLinear):
+            for name in term.adapter_names:
+                layer.adapter(name).condition.aside = True
+        elif set(term.adapter_names) & set(layer.active_adapters):
             layer._active_adapter = [name for name in layer.active_adapters if name not in term.adapter_names]
     return layers[0] if layers else None
 
 
 def check_aside(term: LM, layer: Any) -> None:
     """Raises `ValueError` if an adapter that guides is active again: the model that generates might be the guide."""
-    if layer is not None and set(term.adapter_names) & set(layer.active_adapters) and not layer._disable_adapters:
+    if layer is not None and set(term.adapter_names) & set(resting([layer])):
         raise ValueError(
             f"The adapter {term.adapter_names[0]!r} was made active after the processor was made, so that a model "
             "with these weights would not generate as the base model. Make the processor after `set_adapter`, or use "
             "a guided model such as `PARM(model, arm, ...)`, which leaves adapters as they are."
         )
+
+
+def resting(layers: Sequence[Any]) -> list[str]:
+    """The adapters that act in a model by itself, as far as these of its layers tell."""
+    found: dict[str, None] = {}
+    for layer in layers:
+        for name in () if layer._disable_adapters else layer.active_adapters:
+            if name in _adapters_of(layer) and not (
+                isinstance(layer, PreferenceLinear) and layer.adapter(name).condition.aside
+            ):
+                found[name] = None
+    return list(found)
 
 
 def _add_to_rows(layer: Any, args: tuple, output: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from peft_pblora.kv_cache import NAMES, cache_argument, cache_in
 from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.algebra import Scorer, Step, guided_logits
 
+from .adapters import resting
 from .reading import GuidedCache, New, parts_of
 from .terms import LM, check_evaluates
 
@@ -305,7 +306,8 @@ class Guided(GenerationMixin, nn.Module):
         guiding = {
             name for term in (*self.terms, *silent) if term.backbone is self.backbone for name in term.adapter_names
         }
-        return LM.of_base(self.base, [name for name in AdapterSwitch.of(self.backbone).active if name not in guiding])
+        own = resting(AdapterSwitch.of(self.backbone).layers)
+        return LM.of_base(self.base, [name for name in own if name not in guiding])
 
     def _check_modes(self) -> None:
         for model in (self.base, *(term.model for term in self.terms)):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
@@ -75,3 +76,9 @@ class Prefix:
                 self.cache.crop(-surplus)
         self.tokens = text
         return kept
+
+    def repeated(self, rows: int, times: int) -> Cache:
+        """A copy of the cache in which each of its rows stands so many times."""
+        cache = copy.deepcopy(self.cache)
+        cache.reorder_cache(cast(torch.LongTensor, torch.arange(rows).repeat_interleave(times)))
+        return cache

@@ -116,9 +116,10 @@ class GuidedLogitsProcessor(LogitsProcessor):
     a repetition penalty acts on the base model alone. [`Guided`], whose `generate` knows more, is faster where guides
     are adapters on the base model, and has all settings act on the guided distribution.
 
-    An adapter that guides must not act in the model that generates, which may have the same weights. So **it is made
-    inactive in its model when the processor is made**, as `set_adapter([])` would, and acts when the guide is read;
-    `arm.set_adapter(name)` makes it active again, and the processor then refuses to guide. Nothing else changes.
+    An adapter that guides must not act in the model that generates, which may have the same weights. So **when the
+    processor is made, the adapter steps aside**: calls of the model below, `base(...)`, are the base model from now on,
+    those of the `PeftModel`, `arm(...)`, are the ARM as before. (An adapter of another kind than ours, such as PEFT's
+    LoRA, becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
 
     Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin with a
     pad token that is one, pass `prompt=Prompt(inputs)` with the mask. In continuous batching transformers drops custom
@@ -136,6 +137,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
             whose adapter is gone, merged or active.
         NotImplementedError: at a call with the last token of every row alone.
     """
+
+    reads_apart = True
+    """To `PeftModel.generate`: the model below is to be read without the adapters that guide it."""
 
     def __init__(self, formula: Scorer, prompt: Prompt | None = None, pad_token_id: int | None = None) -> None:
         if not isinstance(formula, Scorer):
@@ -311,8 +315,9 @@ class _Prefix:
         if self.prompt is not None and (given is not None or own is not None):
             start = cast(int, self.prompt.length)
         mask = torch.ones_like(tokens) if given is None else given
-        if given is None and own is None:
-            mask = self._told_by_pad_token(tokens)
+        if own is None:
+            self._check_sees(tokens)
+            mask = self._told_by_pad_token(tokens) if given is None else given
         if self.terms and own is None and not mask.any():
             raise ValueError(
                 "The guides have nothing to read: with `inputs_embeds`, or an encoder-decoder base model, they can't "
@@ -350,6 +355,18 @@ class _Prefix:
             number = torch.arange(rows, device=alike.device) // max(1, rows // different)
             alike &= number[:, None] == number[None]
         return alike
+
+    def _check_sees(self, tokens: torch.Tensor) -> None:
+        """Raises `ValueError` where a token stands for an image, a video or a sound, which a processor is not given."""
+        for term in self.terms:
+            for name, value in term.backbone.config.to_dict().items():
+                kind, _, rest = name.partition("_")
+                if kind in ("image", "video", "audio") and rest in ("token_id", "token_index") and value is not None:
+                    if bool((tokens == value).any()):
+                        raise ValueError(
+                            f"The prompt has tokens for {kind} input, which {term!r} can't see. Give the guides a "
+                            "prompt of their own with `prompt=Prompt(inputs, guide=...)`."
+                        )
 
     def _told_by_pad_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mask that `generate` finds where none is given. Raises `ValueError` where it may have got another."""

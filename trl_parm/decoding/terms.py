@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class LM(Scorer):
         disable_adapter (`bool`, *optional*, defaults to `False`):
             Use the model without that adapter: for an ARM, the untrained ARM.
         vocabulary ([`Vocabulary`], *optional*): Aligns the tokens of two vocabularies that differ.
+        shared_forward (`bool`, *optional*): Without effect since 0.2, see [`Guided`].
 
     Attributes:
         adapter_names (`tuple[str, ...]`): The adapters that are meant.
@@ -57,11 +58,12 @@ class LM(Scorer):
     adapter_name: str | None = None
     disable_adapter: bool = False
     vocabulary: Vocabulary | None = None
+    shared_forward: InitVar[bool | None] = None
     adapter_names: tuple[str, ...] = field(init=False)
     condition: Condition | None = field(init=False, default=None)
     _key: tuple = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, shared_forward: bool | None = None) -> None:
         check_guide(self.model, self.backbone)
         object.__setattr__(self, "adapter_names", _named_adapters(self.model, self.adapter_name))
         if self.disable_adapter and not self.adapter_names:
@@ -113,7 +115,9 @@ class LM(Scorer):
         if found.shape[-1] != size:
             raise ValueError(
                 f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. If their "
-                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`."
+                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`. Where it "
+                "is an assistant with a tokenizer of its own that asks, use a guided model, such as `PARM(base, ...)`, "
+                "instead of a processor: it does not ask the assistant to be guided."
             )
         return found
 

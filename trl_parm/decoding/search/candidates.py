@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -62,8 +61,7 @@ class Rollout:
             input_ids=tokens[:, kept:], attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
             **cache_argument(self.policy, prefix.cache),
         )  # fmt: skip
-        cache = copy.deepcopy(prefix.cache)
-        cache.batch_repeat_interleave(k)
+        cache = prefix.repeated(rows, k)
         ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.view(-1, 1).to(device)], 1)
         seen = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(rows * k, 1)], 1)
         output = cast(Any, self.policy).generate(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -116,8 +115,7 @@ class ClassifierReward(TrajectoryReward):
         prefix = step.memory.setdefault(("prefix", id(self.model)), Prefix(self.model))
         kept = prefix.align(tokens, mask)
         self._forward(tokens[:, kept:], mask, prefix.cache)
-        cache = copy.deepcopy(prefix.cache)
-        cache.batch_repeat_interleave(k)
+        cache = prefix.repeated(rows, k)
         seen = candidate_mask.flatten(0, 1).to(device)
         ids = candidates.flatten(0, 1).to(device).masked_fill(seen == 0, self.pad_token_id)
         logits = self._forward(ids, torch.cat([mask.repeat_interleave(k, 0), seen], 1), cache)
