@@ -49,14 +49,25 @@ class Adapters:
         self.ours: list[Any] = [layer for layer in layers if isinstance(layer, PreferenceLinear)]
         self.loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.others = AdapterSwitch([layer for layer in layers if not isinstance(layer, PreferenceLinear)])
+        wanted = set(layers)
+        self._places = {
+            child: (parent, name)
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child in wanted
+        }
 
     def stamp(self, terms: Sequence[LM]) -> list[tuple]:
-        """What tells that an adapter of these terms was replaced, or the preference that is set in it changed."""
-        found = []
+        """What tells that an adapter of these terms was replaced, unloaded or merged, or the preference that is set in
+        it changed."""
+        found: list[tuple] = [tuple(self.switch.merged)]
         for term in terms:
             for name in term.adapters:
                 layer = next((layer for layer in self.switch.layers if name in _adapters_of(layer)), None)
-                if isinstance(layer, PreferenceLinear):
+                parent, place = self._places.get(layer, (None, ""))
+                if parent is None or parent._modules.get(place) is not layer:
+                    found.append(("gone",))
+                elif isinstance(layer, PreferenceLinear):
                     adapter = layer.adapter(name)
                     version = adapter.condition.version
                     found.append((id(adapter), None if term.preference is not None else version))
@@ -131,14 +142,14 @@ class Adapters:
                         layer.adapter(name).fold_ahead(ahead[: size * (part.stop - part.start)], condition)
         with ExitStack() as stack:
             plan = stack.enter_context(acting(entries, rows, tokens, groups, folded=ahead is not None))
-            if self.others.layers:
-                if any(layer.active_adapters and not layer.disable_adapters for layer in self.others.layers):
-                    stack.enter_context(_switching)
-                    stack.enter_context(self.others.only([]))
-                planned = {name for name, _, _ in entries}
-                for layer in self.loras:
-                    if not planned.isdisjoint(layer.lora_A):
-                        stack.callback(layer.register_forward_hook(_add_to_rows).remove)
+            planned = {name for name, _, _ in entries}
+            adding = [layer for layer in self.loras if not planned.isdisjoint(layer.lora_A)]
+            active = any(layer.active_adapters and not layer.disable_adapters for layer in self.others.layers)
+            if adding or active:  # hooks, too, are seen by all threads
+                stack.enter_context(_switching)
+                stack.enter_context(self.others.only([]))
+                for layer in adding:
+                    stack.callback(layer.register_forward_hook(_add_to_rows).remove)
             yield plan
 
     @contextmanager
@@ -192,8 +203,15 @@ def step_aside(term: LM) -> None:
 
 
 def check_aside(term: LM) -> None:
-    """Raises `ValueError` if an adapter that guides is active again: the model that generates might be the guide."""
+    """Raises `ValueError` if an adapter that guides is active again, or merged: the model that generates might be the
+    guide."""
     for layer in AdapterSwitch.of(term.backbone).layers:
+        if any(name in term.adapter_names for name in getattr(layer, "merged_adapters", ())):
+            raise ValueError(
+                f"The adapter {term.adapter_names[0]!r} is merged into the weights, so that a model with these weights "
+                "would not generate as the base model. Call `unmerge_adapter()`, guide with a copy after "
+                "`merge_and_unload()`, or use a guided model such as `PARM(model, arm, ...)`."
+            )
         if any(name in layer.active_adapters for name in term.adapter_names) and not layer._disable_adapters:
             raise ValueError(
                 f"The adapter {term.adapter_names[0]!r} was made active after the processor was made, so that a model "

@@ -146,8 +146,8 @@ class LM(Scorer):
             details.append("adapter off")
         if self.rows > 1:
             details.append(f"a preference for each of {self.rows} rows")
-        elif isinstance(self.preference, torch.Tensor):
-            named = zip(self._objectives(), self.preference.flatten().tolist(), strict=True)
+        elif self.condition is not None:
+            named = zip(self.condition.objectives, self.condition.preference.flatten().tolist(), strict=True)
             details.append(", ".join(f"{objective}={weight:g}" for objective, weight in named))
         return f"LM({', '.join([name, *details])})"
 
