@@ -65,7 +65,7 @@ class Rollout:
             **cache_argument(self.policy, prefix.cache),
         )  # fmt: skip
         cache = copy.deepcopy(prefix.cache)
-        cache.batch_repeat_interleave(k)
+        cache.reorder_cache(torch.arange(rows).repeat_interleave(k))
         ids = torch.cat([tokens.repeat_interleave(k, 0), candidates.view(-1, 1).to(device)], 1)
         seen = torch.cat([mask.repeat_interleave(k, 0), mask.new_ones(rows * k, 1)], 1)
         output = cast(Any, self.policy).generate(

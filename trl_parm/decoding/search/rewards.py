@@ -117,7 +117,7 @@ class ClassifierReward(TrajectoryReward):
         kept = prefix.align(tokens, mask)
         self._forward(tokens[:, kept:], mask, prefix.cache)
         cache = copy.deepcopy(prefix.cache)
-        cache.batch_repeat_interleave(k)
+        cache.reorder_cache(torch.arange(rows).repeat_interleave(k))
         seen = candidate_mask.flatten(0, 1).to(device)
         ids = candidates.flatten(0, 1).to(device).masked_fill(seen == 0, self.pad_token_id)
         logits = self._forward(ids, torch.cat([mask.repeat_interleave(k, 0), seen], 1), cache)
