@@ -346,6 +346,8 @@ class _Prefix:
                 "The guides have nothing to read: with `inputs_embeds`, or an encoder-decoder base model, they can't "
                 "see the prompt. Give them one with `prompt=Prompt(inputs, guide=...)`."
             )
+        for term in self.terms if own is None else ():
+            _check_text(term, tokens[:, :start])
         self.prompt_length, self.prompt_mask = start, mask[:, :start]
         self.state = GuidedCache(
             parts_of(None, self.terms, own is not None, lambda term, copies: rewindable_cache(term.backbone))
@@ -406,6 +408,17 @@ class _Prefix:
 
     def _weights(self) -> int:
         return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
+
+
+def _check_text(term: LM, tokens: torch.Tensor) -> None:
+    """Raises `ValueError` for tokens that stand for something else than text, which a processor does not get."""
+    for kind in ("image", "video", "audio"):
+        token = getattr(term.backbone.config, f"{kind}_token_id", None)
+        if token is not None and term.vocabulary is None and bool((tokens == token).any()):
+            raise ValueError(
+                f"The prompt has {kind} tokens, but a processor gets no {kind}, so that {term!r} can't see it. Give "
+                "the guides a prompt of their own with `prompt=Prompt(inputs, guide=...)`."
+            )
 
 
 def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torch.Tensor, torch.Tensor]:
