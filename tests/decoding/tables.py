@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from peft_pblora import set_preference
+from peft_pblora.switch import backbone_of
 from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Scorer
 from trl_parm.decoding import args, genarm, mod, mod_w2s, parm, transfer_q
 
@@ -55,6 +56,25 @@ def log_probs(model, ids, preference=None, mask=None, **inputs):
         set_preference(model, preference)
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **inputs}
     return _alone(model, False, input_ids=ids, **inputs)
+
+
+def fed_tokens(model) -> list[int]:
+    """The length of every forward of a model, from now on."""
+    return _of_forwards(model, lambda ids: ids.shape[1])
+
+
+def fed_rows(model) -> list[int]:
+    """The rows of every forward of a model, from now on."""
+    return _of_forwards(model, len)
+
+
+def _of_forwards(model, measure: Callable[[torch.Tensor], int]) -> list[int]:
+    found: list[int] = []
+    decoder = backbone_of(model).get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda m, args, kwargs: found.append(measure(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    return found
 
 
 @dataclass
