@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -67,4 +67,7 @@ class AdapterSwitch:
 
 def backbone_of(model: nn.Module) -> nn.Module:
     """The transformers model below a `PeftModel`, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        return model
+    # `get_base_model` asks the active adapter, which may have been deleted.
+    return model.base_model.model if isinstance(model.base_model, BaseTuner) else model.base_model

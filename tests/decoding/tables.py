@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from conftest import tiny_arm, tiny_llama
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForSequenceClassification, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from peft_pblora import set_preference
+from peft_pblora.switch import backbone_of
 from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Scorer
 from trl_parm.decoding import args, genarm, mod, mod_w2s, parm, transfer_q
 
@@ -31,6 +33,48 @@ def tiny_judge(**changes):
     config.num_labels = 2
     torch.manual_seed(7)
     return LlamaForSequenceClassification(config).eval()
+
+
+def lora_model(*names: str, **changes):
+    """A `PeftModel` of several LoRAs, whose B is not zero."""
+    torch.manual_seed(5)
+    settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(0, **changes), settings, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def log_probs(model, ids, preference=None, mask=None, **inputs):
+    """log π of the next token from whole texts, in float64, by a copy of the model."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    model = copy.deepcopy(model).double()
+    if preference is not None:
+        set_preference(model, preference)
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), **inputs}
+    return _alone(model, False, input_ids=ids, **inputs)
+
+
+def fed_tokens(model) -> list[int]:
+    """The length of every forward of a model, from now on."""
+    return _of_forwards(model, lambda ids: ids.shape[1])
+
+
+def fed_rows(model) -> list[int]:
+    """The rows of every forward of a model, from now on."""
+    return _of_forwards(model, len)
+
+
+def _of_forwards(model, measure: Callable[[torch.Tensor], int]) -> list[int]:
+    found: list[int] = []
+    decoder = backbone_of(model).get_decoder()
+    decoder.register_forward_pre_hook(
+        lambda m, args, kwargs: found.append(measure(args[0] if args else kwargs["input_ids"])), with_kwargs=True
+    )
+    return found
 
 
 @dataclass

@@ -50,14 +50,25 @@ class Adapters:
         self.loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
         self.others = AdapterSwitch([layer for layer in layers if not isinstance(layer, PreferenceLinear)])
         self._mergeable = [layer for layer in layers if hasattr(layer, "merged_adapters")]
+        wanted = set(layers)
+        self._places = {
+            child: (parent, name)
+            for parent in model.modules()
+            for name, child in parent._modules.items()
+            if child in wanted
+        }
 
     def stamp(self, terms: Sequence[LM]) -> list[tuple]:
-        """What tells that an adapter of these terms was replaced, or the preference that is set in it changed."""
-        found = []
+        """What tells that an adapter of these terms was replaced, unloaded or merged, or the preference that is set in
+        it changed."""
+        found: list[tuple] = [tuple(self.switch.merged)]
         for term in terms:
             for name in term.adapters:
                 layer = self._first_with(name)
-                if isinstance(layer, PreferenceLinear):
+                parent, place = self._places.get(layer, (None, ""))
+                if parent is None or parent._modules.get(place) is not layer:
+                    found.append(("gone",))
+                elif isinstance(layer, PreferenceLinear):
                     adapter = layer.adapter(name)
                     version = None if term.preference is not None else adapter.condition.version
                     found.append((id(adapter), version))
@@ -137,14 +148,14 @@ class Adapters:
                         layer.adapter(name).fold_ahead(ahead[: size * (part.stop - part.start)], condition)
         with ExitStack() as stack:
             plan = stack.enter_context(acting(entries, rows, tokens, groups, folded=ahead is not None))
-            if self.others.layers:
+            planned = {name for name, _, _ in entries}
+            adding = [layer for layer in self.loras if not planned.isdisjoint(layer.lora_A)]
+            if self.others.layers:  # their switches and hooks are seen by all threads
                 stack.enter_context(_switching)
                 if any(layer.active_adapters and not layer._disable_adapters for layer in self.others.layers):
                     stack.enter_context(self.others.only([]))
-                planned = {name for name, _, _ in entries}
-                for layer in self.loras:
-                    if not planned.isdisjoint(layer.lora_A):
-                        stack.callback(layer.register_forward_hook(_add_to_rows).remove)
+                for layer in adding:
+                    stack.callback(layer.register_forward_hook(_add_to_rows).remove)
             yield plan
 
     @contextmanager
@@ -209,12 +220,19 @@ def step_aside(term: LM) -> nn.Module | None:
 
 
 def check_aside(term: LM, layer: Any) -> None:
-    """Raises `ValueError` if an adapter that guides is active again: the model that generates might be the guide."""
+    """Raises `ValueError` if an adapter that guides is active again, or merged: the model that generates might be the
+    guide."""
+    if layer is not None and set(term.adapter_names) & set(getattr(layer, "merged_adapters", ())):
+        raise ValueError(
+            f"The adapter {term.adapter_names[0]!r} is merged into the weights, so that a model with these weights "
+            "would not generate as the base model. Call `unmerge_adapter()`, guide with a copy after "
+            "`merge_and_unload()`, or use a guided model such as `PARM(model, arm, ...)`."
+        )
     if layer is not None and set(term.adapter_names) & set(resting([layer])):
         raise ValueError(
-            f"The adapter {term.adapter_names[0]!r} was made active after the processor was made, so that a model "
-            "with these weights would not generate as the base model. Make the processor after `set_adapter`, or use "
-            "a guided model such as `PARM(model, arm, ...)`, which leaves adapters as they are."
+            f"The adapter {term.adapter_names[0]!r} was made active, or replaced, after the processor was made, so "
+            "that a model with these weights would not generate as the base model. Make the processor anew, or use a "
+            "guided model such as `PARM(model, arm, ...)`, which leaves adapters as they are."
         )
 
 

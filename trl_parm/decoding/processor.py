@@ -117,9 +117,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
     are adapters on the base model, and has all settings act on the guided distribution.
 
     An adapter that guides must not act in the model that generates, which may have the same weights. So **when the
-    processor is made, the adapter steps aside**: calls of the model below, `base(...)`, are the base model from now on,
-    those of the `PeftModel`, `arm(...)`, are the ARM as before. (An adapter of another kind than ours, such as PEFT's
-    LoRA, becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
+    processor is made, the adapter steps aside**: calls of the model below, `base(...)`, are the base model then, those
+    of the `PeftModel`, `arm(...)`, are the ARM as before. (An adapter of another kind than ours, such as PEFT's LoRA,
+    becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
 
     Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin with a
     pad token that is one, pass `prompt=Prompt(inputs)` with the mask. In continuous batching transformers drops custom
@@ -316,13 +316,14 @@ class _Prefix:
             start = cast(int, self.prompt.length)
         mask = torch.ones_like(tokens) if given is None else given
         if own is None:
-            self._check_sees(tokens)
             mask = self._told_by_pad_token(tokens) if given is None else given
         if self.terms and own is None and not mask.any():
             raise ValueError(
                 "The guides have nothing to read: with `inputs_embeds`, or an encoder-decoder base model, they can't "
                 "see the prompt. Give them one with `prompt=Prompt(inputs, guide=...)`."
             )
+        for term in self.terms if own is None else ():
+            _check_text(term, tokens[:, :start])
         self.prompt_length, self.prompt_mask = start, mask[:, :start]
         self.state = GuidedCache(
             parts_of(None, self.terms, own is not None, lambda term, copies: rewindable_cache(term.backbone))
@@ -356,18 +357,6 @@ class _Prefix:
             alike &= number[:, None] == number[None]
         return alike
 
-    def _check_sees(self, tokens: torch.Tensor) -> None:
-        """Raises `ValueError` where a token stands for an image, a video or a sound, which a processor is not given."""
-        for term in self.terms:
-            for name, value in term.backbone.config.to_dict().items():
-                kind, _, rest = name.partition("_")
-                if kind in ("image", "video", "audio") and rest in ("token_id", "token_index") and value is not None:
-                    if bool((tokens == value).any()):
-                        raise ValueError(
-                            f"The prompt has tokens for {kind} input, which {term!r} can't see. Give the guides a "
-                            "prompt of their own with `prompt=Prompt(inputs, guide=...)`."
-                        )
-
     def _told_by_pad_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mask that `generate` finds where none is given. Raises `ValueError` where it may have got another."""
         pad, ends = self.pad_token_id, set()
@@ -395,6 +384,17 @@ class _Prefix:
 
     def _weights(self) -> int:
         return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
+
+
+def _check_text(term: LM, tokens: torch.Tensor) -> None:
+    """Raises `ValueError` for tokens that stand for something else than text, which a processor does not get."""
+    for kind in ("image", "video", "audio"):
+        token = getattr(term.backbone.config, f"{kind}_token_id", None)
+        if token is not None and term.vocabulary is None and bool((tokens == token).any()):
+            raise ValueError(
+                f"The prompt has {kind} tokens, but a processor gets no {kind}, so that {term!r} can't see it. Give "
+                "the guides a prompt of their own with `prompt=Prompt(inputs, guide=...)`."
+            )
 
 
 def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torch.Tensor, torch.Tensor]:

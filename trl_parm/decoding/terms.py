@@ -115,9 +115,9 @@ class LM(Scorer):
         if found.shape[-1] != size:
             raise ValueError(
                 f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. If their "
-                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`. Where it "
-                "is an assistant with a tokenizer of its own that asks, use a guided model, such as `PARM(base, ...)`, "
-                "instead of a processor: it does not ask the assistant to be guided."
+                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`. Where "
+                "an assistant with a tokenizer of its own is what asks, use a guided model such as `PARM(base, ...)` "
+                "in the place of a processor: it does not guide the assistant."
             )
         return found
 
@@ -150,8 +150,8 @@ class LM(Scorer):
             details.append("adapter off")
         if self.rows > 1:
             details.append(f"a preference for each of {self.rows} rows")
-        elif isinstance(self.preference, torch.Tensor):
-            named = zip(self._objectives(), self.preference.flatten().tolist(), strict=True)
+        elif self.condition is not None:
+            named = zip(self.condition.objectives, self.condition.preference.flatten().tolist(), strict=True)
             details.append(", ".join(f"{objective}={weight:g}" for objective, weight in named))
         return f"LM({', '.join([name, *details])})"
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from ..prefix import can_take_back, rewindable_cache
 from ..reading import New, Part, parts_of
@@ -41,7 +41,7 @@ class Reader:
         """The logits after each of the last tokens of every text, shape `(rows, last, vocab)`.
 
         Raises:
-            ValueError: several rows, and a model with sliding-window attention.
+            ValueError: several rows, and a model with sliding-window or linear attention.
         """
         return {term: logits for text in self.texts for term, logits in text.read(texts, last).items()}
 
@@ -79,12 +79,13 @@ class _Text:
         return answers
 
     def _check(self, rows: int) -> None:
-        """Holes in a cache shift the windows of sliding attention, which are counted in columns."""
+        """Holes in a cache shift the windows of sliding attention, which are counted in columns, and a recurrent state
+        has none."""
         layers = DynamicCache(config=self.part.model.config.get_text_config()).layers
-        if rows > 1 and any(type(layer) is DynamicSlidingWindowLayer for layer in layers):
+        if rows > 1 and any(type(layer) is not DynamicLayer for layer in layers):
             raise ValueError(
-                f"{self.part.terms[0]!r} has sliding-window attention, with which the rows of a batch can't grow at "
-                f"their own pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
+                f"{self.part.terms[0]!r} has sliding-window or linear attention, with which the rows of a batch can't "
+                f"grow at their own pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
             )
 
     def _keep(self, texts: torch.Tensor, lengths: torch.Tensor, last: int) -> torch.Tensor:

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algebra of scorers, on tensors alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trl_parm.algebra import BASE, PowerMean, Scorer, Step, guided_logits, sum_of
+
+
+class Fixed(Scorer):
+    """Fixed values, one of them −inf."""
+
+    def __init__(self, seed: int) -> None:
+        self.values = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed)).double()
+        self.values[:, seed % 5] = -torch.inf
+
+    def __call__(self, step):
+        return self.values.float()
+
+    def __repr__(self) -> str:
+        return "Fixed"
+
+
+FIXED = [Fixed(seed) for seed in range(4)]
+SCORES = torch.randn(2, 5, generator=torch.Generator().manual_seed(9))
+STEP = Step(SCORES)
+weights = st.integers(-24, 24).map(lambda n: n / 8)
+terms = st.lists(st.tuples(weights, st.integers(0, 3)), min_size=1, max_size=6)
+
+
+@given(a=terms, b=terms, factor=weights, row=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_laws_of_the_algebra(a, b, factor, row):
+    """Sums commute and distribute; equal terms merge; the value is the weighted sum without terms of weight 0."""
+    weight = torch.tensor([factor, 1.0]) if row else factor
+
+    def build(terms):
+        return sum_of((w, FIXED[i]) for w, i in terms)
+
+    def same(x, y):
+        torch.testing.assert_close(x(STEP), y(STEP), equal_nan=True, atol=1e-4, rtol=1e-4)
+
+    x, y = build(a), build(b)
+    same(x + y, y + x)
+    if factor:
+        same(weight * (x + y), weight * x + weight * y)
+    same(x * 2 / 2, x)
+    assert (x - x).terms() == []
+    assert len((x + y).terms()) <= 4
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    for i in range(4):
+        total = sum(w for w, j in a if j == i)
+        if total:
+            expected = expected + total * FIXED[i].values
+    torch.testing.assert_close(x(STEP).double(), expected, equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_of_several_positions_is_each_position():
+    positions = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    formula = 2.0 * BASE + torch.tensor([0.5, -1.0]) * BASE
+    together = guided_logits(formula, Step(positions))
+    for i in range(3):
+        torch.testing.assert_close(together[:, i], guided_logits(formula, Step(positions[:, i])))
+
+
+def test_what_the_base_excludes_stays_excluded_and_the_rest_is_normalised():
+    scores = SCORES.clone()
+    scores[0, 2] = -torch.inf
+    found = guided_logits(BASE + FIXED[1], Step(scores))
+    expected = torch.log_softmax((torch.log_softmax(scores, -1) + FIXED[1].values), -1)
+    torch.testing.assert_close(found.double(), expected.double(), atol=1e-6, rtol=1e-5)
+    assert found[0, 2] == -torch.inf
+    torch.testing.assert_close(found.logsumexp(-1), torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_power_means():
+    values = [BASE(STEP).double(), FIXED[1].values]
+    mean = PowerMean([(0.25, BASE), (0.75, FIXED[1]), (0.0, FIXED[2])], order=2.0)
+    expected = (0.25 * values[0].exp() ** -2 + 0.75 * values[1].exp() ** -2) ** -0.5
+    torch.testing.assert_close(mean(STEP).double().exp(), expected, atol=1e-5, rtol=1e-5)
+    assert (mean(STEP)[:, 1] == -torch.inf).all()
+    assert repr(mean) == "PowerMean(0.25 * BASE, 0.75 * Fixed; order=2)"
+    rows = PowerMean([(torch.tensor([1.0, 0.0]), BASE), (torch.tensor([0.0, 1.0]), FIXED[1])])(STEP)
+    torch.testing.assert_close(rows[0].double(), values[0][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows[1].double(), values[1][1], atol=1e-5, rtol=1e-5)
+
+
+def test_silent_guides_are_kept_in_mind():
+    """Weights that cancel, or are 0, leave no term, but whoever would guide is known."""
+    for formula in (
+        0.0 * FIXED[0] + BASE,
+        (FIXED[0] - FIXED[0]) * 2 + BASE,
+        PowerMean([(1.0, BASE), (0.0, FIXED[0])]),
+    ):
+        assert list(formula.scorers()) == [BASE]
+        assert FIXED[0] in formula.silent()
+    assert (0.0 * FIXED[0] + BASE).terms() == [(1.0, BASE)]
+
+
+def test_a_weight_of_rows_multiplies_the_rows_that_generate_makes_of_one():
+    four = Step(torch.zeros(4, 5))
+    weights = torch.tensor([1.0, 3.0])
+    found = (weights * BASE)(four) / BASE(four)
+    assert found[:, 0].tolist() == [1.0, 1.0, 3.0, 3.0]
+    with pytest.raises(ValueError, match="weights for 2 rows, but the batch has 3"):
+        (weights * BASE)(Step(torch.zeros(3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: BASE + 1, TypeError, "unsupported operand"),
+        (lambda: BASE * "2", TypeError, "can't multiply|unsupported operand"),
+        (lambda: BASE * float("nan"), ValueError, "must be finite"),
+        (lambda: BASE * torch.tensor([1.0, float("inf")]), ValueError, "must be finite"),
+        (lambda: BASE * torch.ones(2, 2), ValueError, "must be a number or"),
+        (lambda: PowerMean([(-0.5, BASE)]), ValueError, "none may be negative"),
+        (lambda: PowerMean([(1.0, BASE)], order=0.0), ValueError, "`order` is 0.0"),
+    ],
+)
+def test_bad_formulas(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
