@@ -194,10 +194,10 @@ class LowRankAdapter(nn.Module):
         return super().train(mode)
 
     def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
-        """s · (W(α) h + δ(α)) with the α of each batch row, expanding rows as `generate` does."""
-        matrix, shift = self.row_factors(expand_rows(preference, hidden.shape[0]), hidden)
-        rows = hidden.reshape(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.shape[-1])
-        mixed = torch.bmm(rows, matrix.transpose(1, 2))
+        """s · (W(α) h + δ(α)) with the α of each batch row; rows that `generate` repeats stand together."""
+        check_rows(len(preference), len(hidden))
+        matrix, shift = self.row_factors(preference, hidden)
+        mixed = torch.bmm(hidden.reshape(len(preference), -1, hidden.shape[-1]), matrix.transpose(1, 2))
         return (mixed if shift is None else mixed + shift[:, None]).view(hidden.shape)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> LowRankAdapter:

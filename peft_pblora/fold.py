@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,15 +36,14 @@ class Fold:
             for name, weight in parameters.items()
             if weight is not None
         ]
-        preference = self.condition.preference
         self.rows = self.condition.rows
         self.matrix: torch.Tensor | None = None
         if self.rows > 1:
             down, up = adapter.A.weight, adapter.B.weight
-            matrix, bias = adapter.row_factors(preference, down)
+            matrix, bias = adapter.row_factors(self.condition.preference, down)
             self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()
         else:
-            down, up, bias = adapter.factors(preference.view(-1))
+            down, up, bias = adapter.factors(self.condition.preference.view(-1))
         self.bias = None if bias is None else bias.to(dtype)
         self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
 
@@ -74,15 +72,9 @@ class Fold:
         return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
 
     def _mix_rows(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        bias, repeats = self.bias, hidden.shape[0] // matrix.shape[0]
-        if repeats != 1:
-            matrix = matrix.repeat_interleave(repeats, dim=0)
-            bias = None if bias is None else bias.repeat_interleave(repeats, dim=0)
-        rows = hidden
-        if hidden.ndim != 3:
-            rows = hidden.view(hidden.shape[0], math.prod(hidden.shape[1:-1]), hidden.shape[-1])
-        rows = torch.bmm(rows, matrix) if bias is None else torch.baddbmm(bias[:, None], rows, matrix)
-        return rows if hidden.ndim == 3 else rows.view(hidden.shape)
+        rows = hidden.reshape(len(matrix), -1, hidden.shape[-1])  # rows that `generate` repeats stand together
+        rows = torch.bmm(rows, matrix) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, matrix)
+        return rows.view(hidden.shape)
 
 
 def dtype_for(x: torch.Tensor) -> torch.dtype:

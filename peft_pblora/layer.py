@@ -28,7 +28,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     derives a class for each method, since PEFT needs a `prefix` of its own for each.
 
     Attributes:
-        conditions (`dict[str, Condition]`): Conditions of the model's adapters by name, one `dict` for all layers.
+        conditions (`dict[str, Condition]`): Conditions of adapters by name, one `dict` for all layers of a method.
     """
 
     prefix: ClassVar[str]

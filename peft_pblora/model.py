@@ -34,8 +34,8 @@ class PreferenceTuner(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. All layers of an adapter then share one [`Condition`], and all of the model one dict of them."""
-        former = preference_layers(model)
+        """As PEFT's. All layers of an adapter then share one [`Condition`], and all of the method one dict of them."""
+        former = self._layers(model)
         self.conditions = former[0].conditions if former else {}
         config = cast(PreferenceConfig, self.peft_config[adapter_name])
         name_all_linear(config, model)
@@ -44,7 +44,7 @@ class PreferenceTuner(BaseTuner):
         for name in aside:
             self.conditions[name].aside = True
         self.conditions[adapter_name] = Condition(config.objectives, config.initial_preference)
-        for layer in preference_layers(model):
+        for layer in self._layers(model):
             layer.conditions = self.conditions
             for name in layer.adapters:
                 adapter = layer.adapter(name)
@@ -67,6 +67,9 @@ class PreferenceTuner(BaseTuner):
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             if name in self.conditions:
                 self.conditions[name].aside = False
+
+    def _layers(self, model: nn.Module) -> list[PreferenceLinear]:
+        return [layer for layer in preference_layers(model) if isinstance(layer, self.tuner_layer_cls)]
 
     def _create_and_replace(
         self,
@@ -137,9 +140,7 @@ class PreferenceTuner(BaseTuner):
     def _check_adapter_names(self, adapter_names: list[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = (module for module in self.modules() if isinstance(module, self.tuner_layer_cls))
-        known = {name for layer in layers for name in layer.adapters}
-        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        unknown = sorted(set(adapter_names) - set(self.conditions) - {"__base__"})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 

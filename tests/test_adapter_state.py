@@ -15,7 +15,15 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.functional import delete_adapter
 from test_cores import TABLE, every_adapter, make_model
 
-from peft_pblora import PBLoraConfig, get_objectives, get_preference, save_as_lora, set_preference, use_preference
+from peft_pblora import (
+    PBLoraConfig,
+    SVDLoraConfig,
+    get_objectives,
+    get_preference,
+    save_as_lora,
+    set_preference,
+    use_preference,
+)
 from peft_pblora.layer import PreferenceLinear
 
 
@@ -225,6 +233,18 @@ def test_an_adapter_added_under_the_name_of_a_deleted_one_starts_anew(make):
     assert get_objectives(model, "default") == ["a", "b", "c"]
     torch.testing.assert_close(get_preference(model, "default"), torch.full((3,), 1 / 3))
     assert get_preference(model, "second").tolist() == [1.0, 0.0]
+
+
+def test_two_methods_on_one_model_keep_their_objectives():
+    """Both under the same name, as PEFT injects them."""
+    model = inject_adapter_in_model(PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"]), tiny_llama())
+    model = inject_adapter_in_model(SVDLoraConfig(objectives=["a", "b"], target_modules=["v_proj"]), model)
+    attention = model.model.layers[0].self_attn
+    objectives = [layer.adapter("default").condition.objectives for layer in (attention.q_proj, attention.v_proj)]
+    assert objectives == [OBJECTIVES, ["a", "b"]]
+    set_preference(model, [0.25, 0.75])
+    for layer in (attention.q_proj, attention.v_proj):
+        assert layer.adapter("default").condition.preference.tolist() == [0.25, 0.75]
 
 
 def test_the_default_preference_is_said_once_for_each_adapter():

@@ -7,7 +7,7 @@ measures. Those are in its field `card`, which is saved and loaded with the adap
 """
 
 from .citations import ADAPTER_PAPERS, CITATIONS
-from .files import TEMPLATE, add_results, exported_card, hub_id, save_card, versions, write_card
+from .files import TEMPLATE, add_results, exported_card, hub_id, save_card, write_card
 from .text import FOLDER, MARK, PROMPT, CardFacts, Table, render
 
 
@@ -25,6 +25,5 @@ __all__ = [
     "hub_id",
     "render",
     "save_card",
-    "versions",
     "write_card",
 ]

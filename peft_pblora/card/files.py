@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
@@ -157,15 +156,6 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
-
-
-def versions(*packages: str) -> list[list[str]]:
-    """Names and versions of what makes an adapter, as far as it is installed."""
-    found = []
-    for package in ("trl-parm", "peft", "transformers", "torch", *packages):
-        with suppress(PackageNotFoundError):
-            found.append([package, version(package)])
-    return found
 
 
 def _public(folder: str | Path, config: Any, facts: CardFacts) -> CardFacts:

@@ -69,65 +69,69 @@ def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: s
         tags (`Iterable[str]`, *optional*): Further tags.
         subfolder (`str`, *optional*): Where below the card's folder the adapter is.
     """
-    base = facts.get("base_model")
-    found = {tag for tag in (*tags, *facts.get("tags", ())) if not tag.startswith("base_model:")}
+    base, metadata = facts.get("base_model"), [*tags, *facts.get("tags", ())]
     if hasattr(config, "objectives"):
-        found |= {"preference-conditioned", config.peft_type.value.lower()}
+        metadata += ["preference-conditioned", config.peft_type.value.lower()]
+    # PEFT's tags for the base may name a folder of this machine.
+    metadata = [tag for tag in metadata if not tag.startswith("base_model:")]
     data = ModelCardData(
         base_model=base,
         datasets=list(facts.get("datasets", ())) or None,
         library_name="transformers" if config is None else "peft",
         license=facts.get("license"),
         pipeline_tag="text-generation" if getattr(config, "task_type", "CAUSAL_LM") == "CAUSAL_LM" else None,
-        tags=sorted(found | ({f"base_model:adapter:{base}"} if base else set())),
+        tags=sorted({*metadata, *([f"base_model:adapter:{base}"] if base else [])}),
     )
+    figure = facts.get("figure")
     sections = [
         f"# {facts.get('title') or 'An autoregressive reward model'}\n\n{MARK}",
         _introduction(config),
         usage(config, facts, subfolder) if config is not None else "",
         _sample(facts),
-        _measures(facts),
-        _training(facts),
-        _run(facts),
-        _licences(config, facts),
-        _citation(config, facts),
+        _section(
+            "## Guided decoding, measured",
+            f"![Mean rewards of guided responses at several preferences]({figure})" if figure else "",
+            _table(facts.get("measures")),
+        ),
+        _section(
+            "## Training",
+            _table(facts.get("data")),
+            _table([["", ""], *facts["training"]] if "training" in facts else None),
+            _section(
+                "### Held-out pairs\n\nHow often the chosen response of a held-out pair has the larger log π_ARM, at "
+                "several preferences; in brackets, relative to the untrained model.",
+                _table(facts.get("accuracies")),
+            ),
+        ),
+        _section("## How it was made", f"```yaml\n{facts['run'].strip()}\n```" if "run" in facts else ""),
+        _section("### Framework versions", _items(facts.get("versions", ()), " ")),
+        _section("## Licence", _items(_licences(config, facts), ": ")),
+        _section("## Citation", *_citations(config, facts)),
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _introduction(config: Any) -> str:
-    """What it is."""
-    base = _named(getattr(config, "base_model_name_or_path", None))
-    objectives = getattr(config, "objectives", None)
-    if objectives is None:
-        return (
-            f"An autoregressive reward model (ARM) on {base}. Its log-probabilities are rewards for each token; they "
-            "guide a frozen language model while it decodes:\n\n"
-            "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t) − log Z"
-        )
-    listed = "\n".join(
-        f"- **{name}**, weight {weight:.3g} unless set"
-        for name, weight in zip(objectives, config.initial_preference, strict=True)
-    )
-    return (
-        f"A {_method(config)} adapter on {base}: one small autoregressive reward model (ARM) for all preferences "
-        "α over its objectives. Its log-probabilities are rewards for each token; they guide a frozen language model "
-        "while it decodes, and α is chosen anew for each answer:\n\n"
-        "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t; α) − log Z\n\n"
-        f"## Objectives\n\n{listed}\n\nWeights are not negative and sum to 1."
-    )
-
-
 def usage(config: Any, facts: CardFacts, subfolder: str = "") -> str:
     """How to load an adapter and guide its base model with it, as code that runs."""
     place = json.dumps(FOLDER) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
-    weights = ""
+    weights, note = "", "`pip install trl-parm` brings the guidance."
     if hasattr(config, "objectives"):
         pairs = zip(config.objectives, config.initial_preference, strict=True)
         weights = "{" + ", ".join(f"{json.dumps(name)}: {weight!r}" for name, weight in pairs) + "}"
+        note = IMPORT.format(method=_method(config))
     if config.task_type != "CAUSAL_LM":
-        return _loading(config, weights, place)
+        return f"""## Loading this adapter
+
+```python
+import peft_pblora
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained({place})
+peft_pblora.set_preference(model, {weights}, normalize=True)
+```
+
+{note}"""
     base = json.dumps(config.base_model_name_or_path or "name/of-the-base-model")
     sample = facts.get("sample", {})
     prompt = json.dumps(sample.get("prompt", PROMPT), ensure_ascii=False)
@@ -138,7 +142,6 @@ def usage(config: Any, facts: CardFacts, subfolder: str = "") -> str:
             'inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", '
             "return_dict=True)"
         )
-    note = IMPORT.format(method=_method(config)) if weights else "`pip install trl-parm` brings the guidance."
     return f"""## Loading this adapter
 
 ```python
@@ -161,78 +164,73 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 {note} A larger model with the same tokenizer can be guided too: call its `generate` with the same `guide`."""
 
 
+def _introduction(config: Any) -> str:
+    if not hasattr(config, "objectives"):
+        return (
+            f"An autoregressive reward model (ARM) on {_base(config)}. Its log-probabilities are rewards for each "
+            "token; they guide a frozen language model while it decodes:\n\n"
+            "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t) − log Z"
+        )
+    listed = "\n".join(
+        f"- **{name}**, weight {weight:.3g} unless set"
+        for name, weight in zip(config.objectives, config.initial_preference, strict=True)
+    )
+    return (
+        f"A {_method(config)} adapter on {_base(config)}: one small autoregressive reward model (ARM) for all "
+        "preferences α over its objectives. Its log-probabilities are rewards for each token; they guide a frozen "
+        "language model while it decodes, and α is chosen anew for each answer:\n\n"
+        "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t; α) − log Z\n\n"
+        f"## Objectives\n\n{listed}\n\nWeights are not negative and sum to 1."
+    )
+
+
 def _sample(facts: CardFacts) -> str:
     """One prompt at a few preferences, or why there is none."""
     found = facts.get("sample")
     if not found:
         return ""
-    head = f"## One prompt, several preferences\n\n> {_cell(found['prompt'])}\n\n"
-    if "missing" in found:
-        return f"{head}No answer was generated when the adapter was saved: {found['missing']}."
-    rows = [["preference", "answer"], *found["answers"]]
-    return (
-        f"{head}{_table(rows)}\n\nGenerated when the adapter was saved, by its own base model, greedily, with "
-        f"β = {found['beta']:g}; an ellipsis marks an answer that was longer."
-    )
-
-
-def _training(facts: CardFacts) -> str:
-    """Data and settings, and how well held-out pairs are ranked."""
-    parts = []
-    if "data" in facts:
-        parts.append(_table(facts["data"]))
-    if "training" in facts:
-        parts.append(_table([["", ""], *facts["training"]]))
-    if "accuracies" in facts:
-        parts.append(
-            "### Held-out pairs\n\nHow often the chosen response of a held-out pair has the larger log π_ARM, at "
-            "several preferences; in brackets, relative to the untrained model.\n\n" + _table(facts["accuracies"])
+    said = f"No answer was generated when the adapter was saved: {found.get('missing')}."
+    if "missing" not in found:
+        said = (
+            f"{_table([['preference', 'answer'], *found['answers']])}\n\nGenerated when the adapter was saved, by its "
+            f"own base model, greedily, with β = {found['beta']:g}; an ellipsis marks an answer that was longer."
         )
-    return "## Training\n\n" + "\n\n".join(parts) if parts else ""
+    return f"## One prompt, several preferences\n\n> {_cell(found['prompt'])}\n\n{said}"
 
 
-def _measures(facts: CardFacts) -> str:
-    """Measures of guided decoding with their reference point, and the Pareto front."""
-    parts = []
-    if facts.get("figure"):
-        parts.append(f"![Mean rewards of guided responses at several preferences]({facts.get('figure')})")
-    if "measures" in facts:
-        parts.append(_table(facts["measures"]))
-    return "## Guided decoding, measured\n\n" + "\n\n".join(parts) if parts else ""
-
-
-def _run(facts: CardFacts) -> str:
-    """The YAML that made the adapter, and with which versions."""
-    parts = []
-    if "run" in facts:
-        parts.append(f"## How it was made\n\n```yaml\n{facts['run'].strip()}\n```")
-    if "versions" in facts:
-        lines = "\n".join(f"- {name} {version}" for name, version in facts["versions"])
-        parts.append(f"### Framework versions\n\n{lines}")
-    return "\n\n".join(parts)
-
-
-def _licences(config: Any, facts: CardFacts) -> str:
+def _licences(config: Any, facts: CardFacts) -> Table:
     """Of the adapter, of its base model and of the data; what is not known is said to be so."""
-    base = getattr(config, "base_model_name_or_path", None)
-    rows = {
-        "This model": facts.get("license") or "not stated",
-        f"Base model, {_named(base)}": facts.get("base_license") or "not known here; see the base model's own page",
-        "Data": facts.get("data_license") or "not known here; see the data sets' own pages",
-    }
-    return "## Licence\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows.items())
+    return [
+        ["This model", facts.get("license") or "not stated"],
+        [
+            f"Base model, {_base(config)}",
+            facts.get("base_license") or "not known here; see the base model's own page",
+        ],
+        ["Data", facts.get("data_license") or "not known here; see the data sets' own pages"],
+    ]
 
 
-def _citation(config: Any, facts: CardFacts) -> str:
+def _citations(config: Any, facts: CardFacts) -> list[str]:
     """BibTeX of the methods used."""
     own = ADAPTER_PAPERS.get(getattr(getattr(config, "peft_type", None), "value", ""))
     keys = facts.get("citations") or ([own] if own else [])
-    entries = "\n\n".join(f"```bibtex\n{CITATIONS[key]}\n```" for key in keys if key in CITATIONS)
-    return f"## Citation\n\n{entries}" if entries else ""
+    return [f"```bibtex\n{CITATIONS[key]}\n```" for key in keys if key in CITATIONS]
 
 
-def _table(rows: Table) -> str:
+def _section(head: str, *parts: str) -> str:
+    """The parts below a heading; nothing where there are none."""
+    found = [part for part in parts if part]
+    return "\n\n".join([head, *found]) if found else ""
+
+
+def _items(pairs: Table, between: str) -> str:
+    return "\n".join(f"- {name}{between}{value}" for name, value in pairs)
+
+
+def _table(rows: Table | None) -> str:
     """A table in Markdown; the first row is the head."""
+    if rows is None:
+        return ""
     lines = ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -242,24 +240,11 @@ def _cell(value: Any) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _named(base: str | None) -> str:
-    return f"`{base}`" if base else "a model without a name"
+def _base(config: Any) -> str:
+    name = getattr(config, "base_model_name_or_path", None)
+    return f"`{name}`" if name else "a model without a name"
 
 
 def _method(config: Any) -> str:
     name = str(config.peft_type.value)
     return METHODS.get(name, name)
-
-
-def _loading(config: Any, weights: str, place: str) -> str:
-    return f"""## Loading this adapter
-
-```python
-import peft_pblora
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained({place})
-peft_pblora.set_preference(model, {weights}, normalize=True)
-```
-
-{IMPORT.format(method=_method(config))}"""

@@ -61,7 +61,7 @@ def environment(config: str, root: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PEFT_MATRIX_CONFIG": config,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(root)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(root), str(HERE.parents[1])]),
         "HF_HUB_CACHE": str(BUILD / "hub"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

@@ -12,9 +12,9 @@ import yaml
 from accelerate.utils import is_peft_model
 from peft.utils import CONFIG_NAME
 
-from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, save_card, versions, write_card
+from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, save_card, write_card
 from peft_pblora.config import PreferenceConfig
-from trl_parm.records import plain
+from trl_parm.records import plain, versions
 
 from .data import JointPreferenceDataset, Pairs
 from .sample import make_sample
@@ -43,7 +43,7 @@ def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str,
         "tags": ["generated_from_trainer", *trainer._tag_names],
         "training": _settings(trainer),
         "run": run_yaml(trainer.args),
-        "versions": versions("trl", "datasets"),
+        "versions": [list(pair) for pair in versions().items()],
         "citations": _citations(trainer),
         **data_facts(trainer, list(sources), [name if isinstance(name, str) else None for name in names]),
         **_data_license(sources),
