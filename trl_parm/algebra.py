@@ -13,7 +13,7 @@ Nothing is divided by the sum of the weights. It knows of tensors only, neither 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ class Step:
     """
 
     scores: torch.Tensor
-    answers: Mapping[Hashable, torch.Tensor] = field(default_factory=dict)
+    answers: Mapping[Any, torch.Tensor] = field(default_factory=dict)
     tokens: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     prompt_length: int = 0

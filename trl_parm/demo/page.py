@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,6 +21,7 @@ from .simplex import rescale
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+STYLE = Path(__file__).with_name("style.css")
 VISITORS = 32
 """How many questions may wait at once; gradio refuses further ones with a message of its own."""
 
@@ -56,7 +58,7 @@ class Page:
         self.blocks.queue(max_size=VISITORS, default_concurrency_limit=VISITORS)
         _, url, _ = self.blocks.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=not block,
-            footer_links=[], ssr_mode=False, theme=theme, css=markup.STYLE,
+            footer_links=[], ssr_mode=False, theme=theme, css_paths=STYLE,
         )  # fmt: skip
         if block:
             self.blocks.block_thread()

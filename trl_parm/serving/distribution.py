@@ -50,7 +50,6 @@ def combine(
         if logits.shape != base_logits.shape:
             shapes = tuple(base_logits.shape), tuple(logits.shape)
             raise ValueError(f"The base's logits have shape {shapes[0]}, a guide's {shapes[1]}.")
-    answers: dict[Hashable, torch.Tensor] = {}
     answers = {_Guide(number): torch.log_softmax(logits.float(), -1) for number, logits in enumerate(guides)}
     return guided_logits(BASE + sum_of(zip(strengths, answers)), Step(base_logits, answers))
 
