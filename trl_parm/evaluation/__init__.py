@@ -13,9 +13,16 @@ if TYPE_CHECKING:
     from .decoding import Batch, Run
     from .evaluate import sweep
     from .fronts import Front, arrange, summarize
-    from .intervals import Interval, bootstrap
     from .measures import correlations, costs, differences, markdown, measure
-    from .metrics import hypervolume, mean_and_error, mean_inner_product, pareto_front, rank_correlations
+    from .metrics import (
+        Interval,
+        bootstrap,
+        hypervolume,
+        mean_and_error,
+        mean_inner_product,
+        pareto_front,
+        rank_correlations,
+    )
     from .plots import draw_fronts, plot_front
 
 __all__, __getattr__, __dir__ = lazy_names(
@@ -24,9 +31,11 @@ __all__, __getattr__, __dir__ = lazy_names(
         "decoding": ("Batch", "Run"),
         "evaluate": ("sweep",),
         "fronts": ("Front", "arrange", "summarize"),
-        "intervals": ("Interval", "bootstrap"),
         "measures": ("correlations", "costs", "differences", "markdown", "measure"),
-        "metrics": ("hypervolume", "mean_and_error", "mean_inner_product", "pareto_front", "rank_correlations"),
+        "metrics": (
+            "Interval", "bootstrap", "hypervolume", "mean_and_error", "mean_inner_product", "pareto_front",
+            "rank_correlations",
+        ),
         "plots": ("draw_fronts", "plot_front"),
     },
-)
+)  # fmt: skip
