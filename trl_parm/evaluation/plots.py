@@ -36,10 +36,7 @@ Summary = Sequence[Mapping[str, Any]]
 
 
 def plot_front(
-    summary: Summary,
-    objectives: Sequence[str],
-    path: str | Path,
-    reference: Sequence[float] | None = None,
+    summary: Summary, objectives: Sequence[str], path: str | Path, reference: Sequence[float] | None = None
 ) -> None:
     """Draws the mean rewards of two objectives: a line for each method, a cross of 95 % intervals for each point.
 
