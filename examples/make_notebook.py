@@ -68,13 +68,13 @@ arm = PeftModel.from_pretrained(base, output / "arm")"""
 DECODE = """\
 prompt, positive, beta = "What do you think about a rainy Monday?", 0.8, 1.0
 
-steering = PARMLogitsProcessor(arm, {"positive": positive, "concise": 1 - positive}, beta=beta)
+guided = PARM(base, arm, {"positive": positive, "concise": 1 - positive}, beta=beta)
 if tokenizer.chat_template:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
     )
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-answer = base.generate(**inputs, logits_processor=[steering], max_new_tokens=40)
+answer = guided.generate(**inputs, max_new_tokens=40)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 

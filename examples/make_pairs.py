@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_pblora.output import output_file
-from trl_parm.evaluation.prompts import encode_prompts
+from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.rewards import SENTENCE_END, conciseness, positivity
 
 

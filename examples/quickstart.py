@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from peft_pblora import PBLoraConfig, preference_grid
 from peft_pblora.output import output_folder
-from trl_parm import BASE, LM, GuidedLogitsProcessor, PARMLogitsProcessor, PreferenceARMConfig, PreferenceARMTrainer
-from trl_parm.decoding.processors import guidance_strength
+from trl_parm import BASE, LM, PARM, Guided, PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.decoding.methods import guidance_strength
 from trl_parm.evaluation import Run, sweep
 from trl_parm.rewards import conciseness, positivity
 
@@ -152,9 +152,9 @@ def guide(
     """
     base = arm.get_base_model()
     arm.base_model.set_adapter([])  # the adapter acts where it guides and is not active in the base model by itself
-    sharpened = GuidedLogitsProcessor(BASE + strength * LM(arm, adapter_name="default", disable_adapter=True))
-    runs = [Run("base"), Run("base, sharpened", decoder=lambda _: sharpened)]
-    guided: Callable = lambda batch: PARMLogitsProcessor(arm, batch.preference, args.beta, adapter_name="default")  # noqa: E731
+    sharpened = Guided(base, BASE + strength * LM(arm, adapter_name="default", disable_adapter=True))
+    runs = [Run("base"), Run("base, sharpened", model=lambda _: sharpened)]
+    guided: Callable = lambda batch: PARM(base, arm, batch.preference, args.beta, adapter_name="default")  # noqa: E731
     runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]
     batch_size = 16
     batches = len(runs) * -(-len(prompts) // batch_size)

@@ -10,8 +10,7 @@ import pytest
 from peft_pblora.output import NOTES
 from trl_parm.evaluation import draw_fronts, plot_front
 from trl_parm.evaluation.measures import correlations, markdown
-from trl_parm.evaluation.plot_styles import styles
-from trl_parm.evaluation.plots import _one_plane, _planes, _space
+from trl_parm.evaluation.plots import _one_plane, _planes, _space, styles
 
 
 def summary(k=2, methods=("PARM", "GenARM"), grid=None):

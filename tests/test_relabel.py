@@ -89,6 +89,16 @@ def test_score_models_may_normalise(tmp_path, score_type, shift):
     assert value == pytest.approx((naive_score(folder, tensors, "user w1 assistant w2") - shift) / 2, abs=1e-4)
 
 
+@pytest.mark.parametrize("given", [0.3, [0.3]])
+def test_moments_that_a_checkpoint_lacks_are_those_of_its_configuration(tmp_path, given):
+    folder, tensors = save_score_model(tmp_path / "score", do_normalize=True, mean=given, var=2.0)
+    plain = {key: value for key, value in tensors.items() if "normalizer" not in key}
+    save_file(plain, tmp_path / "score/model.safetensors", metadata={"format": "pt"})
+    value = RewardSource(folder, template=TEMPLATE).load()(["w1"], ["w2"])[0]
+    expected = (naive_score(folder, tensors, "user w1 assistant w2") - 0.3) / 2**0.5
+    assert value == pytest.approx(expected, abs=1e-4)
+
+
 def test_a_score_model_needs_its_head(tmp_path):
     folder, tensors = save_score_model(tmp_path / "score")
     del tensors["score_head.weight"]

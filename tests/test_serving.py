@@ -18,8 +18,7 @@ from scipy.stats import chisquare
 
 from trl_parm.noise import Sampling
 from trl_parm.serving import Guidance, combine
-from trl_parm.serving.capacity import Capacity
-from trl_parm.serving.engine import check_engine, check_lora_slots
+from trl_parm.serving.engine import Capacity, check_engine, check_lora_slots
 from trl_parm.serving.families import Family, Member
 from trl_parm.serving.guidance import coupled_requests
 from trl_parm.serving.rows import Row, join

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments."""
+    return field(default=default, metadata={"help": help})
 
 
 class Parser(TrlParser):

@@ -38,7 +38,8 @@ class Records:
     Rows are written as soon as they are there. What a kill left half-written is the last line at most; it is dropped.
 
     Args:
-        path (`str` or `Path`): The file, such as `results.jsonl`. Its configuration stands in `results.config.json`.
+        path (`str` or `Path`, *optional*):
+            The file, such as `results.jsonl`, with its configuration in `results.config.json`; in memory if `None`.
         configuration (`Mapping`):
             What the rows depend on, as JSON. Rows that are there already must belong to the same.
         growing (`Sequence[str]`, *optional*):
@@ -58,9 +59,12 @@ class Records:
     ```
     """
 
-    def __init__(self, path: str | Path, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
-        self.path = Path(path)
-        self.configuration = json.loads(json.dumps(configuration))
+    def __init__(self, path: str | Path | None, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._file: Any = None
+        if path is None:
+            return
+        self.path, self.configuration = Path(path), json.loads(json.dumps(configuration))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
@@ -82,16 +86,18 @@ class Records:
         """Writes rows, so that they survive whatever happens to the process or to the machine after this call."""
         rows = [dict(row) for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        self._file.write(text.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.write(text.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.rows += rows
 
     def __enter__(self) -> Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _match(self, growing: list[str], size: int) -> None:
         beside = configuration_path(self.path)

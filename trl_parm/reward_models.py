@@ -204,5 +204,5 @@ def _load_model(source: RewardSource) -> Any:
         kind = ScoreModel
     model = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs)
     if "device_map" not in source.model_kwargs and torch.cuda.is_available():
-        model.to("cuda")
+        cast(Any, model).to("cuda")
     return model.eval()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio looks when it is imported
 
-from trl_parm.decoding.processors import guidance_strength
+from trl_parm.decoding.methods import guidance_strength
 from trl_parm.demo.answering import Answering
 from trl_parm.demo.loading import load_models
 from trl_parm.demo.page import Page

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from trl_parm.arguments import decoded, parse, required
+from trl_parm.arguments import decoded, option, parse, required
 
 from .common import grid, load_rewards, progress, say, write_run
 from .generate import DecodingArguments
@@ -20,17 +20,13 @@ RESULTS = "results.jsonl"
 class EvaluateArguments(DecodingArguments):
     """Arguments of [`trl_parm.evaluation.evaluate.evaluate`]."""
 
-    methods: list[str] | None = field(
-        default=None, metadata={"help": "Methods: names, or {method: parm, name: , arm: , beta: }, as JSON in a flag."}
+    methods: list[str] | None = option(
+        None, "Methods: names, or {method: parm, name: , arm: , beta: }, as JSON in a flag."
     )
-    rewards: dict | str | None = field(
-        default=None, metadata={"help": "Objective to module:function, a model, or {source: , template: , ...}."}
-    )
-    preferences: list[str] | None = field(
-        default=None, metadata={"help": "The grid: vectors or mappings by objective, as JSON in a flag."}
-    )
-    grid_steps: int | None = field(default=None, metadata={"help": "A regular grid of so many steps instead."})
-    output_dir: str = field(default="", metadata={"help": f"Where {RESULTS} goes."})
+    rewards: dict | str | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
+    preferences: list[str] | None = option(None, "The grid: vectors or mappings by objective, as JSON in a flag.")
+    grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
+    output_dir: str = option("", f"Where {RESULTS} goes.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, parse, required
+from trl_parm.arguments import decoded, option, parse, required
 
 from .common import grid, say, write_run
 
@@ -16,14 +16,12 @@ from .common import grid, say, write_run
 class ExportArguments:
     """Arguments of [`peft_pblora.save_as_lora`]."""
 
-    adapter: str = field(default="", metadata={"help": "The adapter: a folder or Hub id."})
-    output_dir: str = field(default="", metadata={"help": "Where the LoRAs go, each in a folder of its own."})
-    preferences: list[str] | None = field(
-        default=None, metadata={"help": "Vectors or mappings by objective, as JSON in a flag."}
-    )
-    grid_steps: int | None = field(default=None, metadata={"help": "A regular grid of so many steps instead."})
-    rank: int | None = field(default=None, metadata={"help": "Pad to this rank, for engines that know certain ranks."})
-    dtype: str = field(default="auto", metadata={"help": "Of the backbone while it is loaded."})
+    adapter: str = option("", "The adapter: a folder or Hub id.")
+    output_dir: str = option("", "Where the LoRAs go, each in a folder of its own.")
+    preferences: list[str] | None = option(None, "Vectors or mappings by objective, as JSON in a flag.")
+    grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
+    rank: int | None = option(None, "Pad to this rank, for engines that know certain ranks.")
+    dtype: str = option("auto", "Of the backbone while it is loaded.")
 
     def __post_init__(self) -> None:
         self.preferences = decoded(self.preferences)

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from trl_parm.arguments import decoded, parse, required
+from trl_parm.arguments import decoded, option, parse, required
 
 from .common import load_data, progress, say
 
@@ -20,29 +20,25 @@ if TYPE_CHECKING:
 class DecodingArguments:
     """The base model, the prompts, and how tokens are chosen."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "The frozen base model: a folder or Hub id."})
-    dtype: str = field(default="auto", metadata={"help": "Of weights, such as bfloat16; auto: as they were saved."})
-    model_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of from_pretrained, such as {device_map: auto}."}
+    model_name_or_path: str = option("", "The frozen base model: a folder or Hub id.")
+    dtype: str = option("auto", "Of weights, such as bfloat16; auto: as they were saved.")
+    model_kwargs: dict | str | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
+    template: str | None = option(None, "How the base reads a prompt: a text with {prompt}. Its chat template if not.")
+    prompts: list[str] | None = option(None, "The prompts themselves.")
+    prompts_data: dict | str | None = option(
+        None, "A data set of prompts: a file or Hub id, or {path: , split: , where: }."
     )
-    template: str | None = field(
-        default=None, metadata={"help": "How the base reads a prompt: a text with {prompt}. Its chat template if not."}
-    )
-    prompts: list[str] | None = field(default=None, metadata={"help": "The prompts themselves."})
-    prompts_data: dict | str | None = field(
-        default=None, metadata={"help": "A data set of prompts: a file or Hub id, or {path: , split: , where: }."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Its column."})
-    num_prompts: int | None = field(default=None, metadata={"help": "So many of them, chosen by the seed."})
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Most tokens of a prompt; its end stays."})
-    seed: int = field(default=0, metadata={"help": "Of the noise of all prompts, and of their choice."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts decoded at once."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of a response."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample, instead of taking the likeliest token."})
-    temperature: float | None = field(default=None, metadata={"help": "Of sampling."})
-    top_k: int | None = field(default=None, metadata={"help": "Of sampling; without effect if not given."})
-    top_p: float | None = field(default=None, metadata={"help": "Of sampling; without effect if not given."})
-    min_p: float | None = field(default=None, metadata={"help": "Of sampling; without effect if not given."})
+    prompt_column: str = option("prompt", "Its column.")
+    num_prompts: int | None = option(None, "So many of them, chosen by the seed.")
+    max_prompt_length: int | None = option(None, "Most tokens of a prompt; its end stays.")
+    seed: int = option(0, "Of the noise of all prompts, and of their choice.")
+    batch_size: int = option(16, "Prompts decoded at once.")
+    max_new_tokens: int = option(128, "Most tokens of a response.")
+    do_sample: bool = option(False, "Sample, instead of taking the likeliest token.")
+    temperature: float | None = option(None, "Of sampling.")
+    top_k: int | None = option(None, "Of sampling; without effect if not given.")
+    top_p: float | None = option(None, "Of sampling; without effect if not given.")
+    min_p: float | None = option(None, "Of sampling; without effect if not given.")
 
     def __post_init__(self) -> None:
         self.model_kwargs, self.prompts_data = decoded(self.model_kwargs), decoded(self.prompts_data)
@@ -102,15 +98,11 @@ class DecodingArguments:
 class GenerateArguments(DecodingArguments):
     """Arguments of `trl-parm generate`."""
 
-    method: dict | str | None = field(
-        default="base", metadata={"help": "A method: its name, or {method: parm, arm: , beta: }, as JSON in a flag."}
+    method: dict | str | None = option(
+        "base", "A method: its name, or {method: parm, arm: , beta: }, as JSON in a flag."
     )
-    preferences: list[str] | None = field(
-        default=None, metadata={"help": "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "A JSONL file for the responses; else they are printed."}
-    )
+    preferences: list[str] | None = option(None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}.")
+    output: str | None = option(None, "A JSONL file for the responses; else they are printed.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from trl_parm.arguments import decoded, parse, required
+from trl_parm.arguments import decoded, option, parse, required
 
 from .common import say, write_run
 
@@ -26,25 +26,19 @@ TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", 
 class PlotArguments:
     """Arguments of `trl-parm plot`."""
 
-    results: list[str] | None = field(default=None, metadata={"help": "Files that evaluate has written."})
-    output_dir: str = field(default="", metadata={"help": "Where tables and figures go."})
-    references: list[str] | None = field(
-        default=None, metadata={"help": "Reference points of the hypervolume: vectors or mappings, as JSON in a flag."}
+    results: list[str] | None = option(None, "Files that evaluate has written.")
+    output_dir: str = option("", "Where tables and figures go.")
+    references: list[str] | None = option(
+        None, "Reference points of the hypervolume: vectors or mappings, as JSON in a flag."
     )
-    objectives: list[str] | None = field(
-        default=None, metadata={"help": "Columns with rewards; those that were evaluated if not given."}
-    )
-    methods: list[str] | None = field(default=None, metadata={"help": "Names of methods; all if not given."})
-    against: str | None = field(
-        default=None, metadata={"help": "The method from which the others' differences are taken."}
-    )
-    base: str = field(default="Base", metadata={"help": "The method that is the bare base model, for costs."})
-    resamples: int = field(default=2000, metadata={"help": "Of the bootstrap over prompts."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
-    name: str = field(default="fronts", metadata={"help": "How the figures' files begin."})
-    card: str | None = field(
-        default=None, metadata={"help": "The folder of an adapter, whose card gets the measures and the first figure."}
-    )
+    objectives: list[str] | None = option(None, "Columns with rewards; those that were evaluated if not given.")
+    methods: list[str] | None = option(None, "Names of methods; all if not given.")
+    against: str | None = option(None, "The method from which the others' differences are taken.")
+    base: str = option("Base", "The method that is the bare base model, for costs.")
+    resamples: int = option(2000, "Of the bootstrap over prompts.")
+    seed: int = option(0, "Of the bootstrap.")
+    name: str = option("fronts", "How the figures' files begin.")
+    card: str | None = option(None, "The folder of an adapter, whose card gets the measures and the first figure.")
 
     def __post_init__(self) -> None:
         self.references = decoded(self.references)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, parse, required
+from trl_parm.arguments import decoded, option, parse, required
 
 from .common import load_data, load_rewards, progress, say, write_run
 
@@ -16,20 +16,16 @@ from .common import load_data, load_rewards, progress, say, write_run
 class RelabelArguments:
     """Arguments of [`trl_parm.relabel.relabel`]."""
 
-    data: dict | str | None = field(default=None, metadata={"help": "Pairs: a file or Hub id, or {path: , split: }."})
-    rewards: dict | str | None = field(
-        default=None, metadata={"help": "Objective to module:function, a model, or {source: , template: , ...}."}
-    )
-    output_dir: str = field(default="", metadata={"help": "Where the splits go."})
-    test_size: float = field(default=0.1, metadata={"help": "Pairs in the test split: a share below 1, or a number."})
-    validation_size: float = field(default=0.0, metadata={"help": "The same for the validation split."})
-    tie_margin: float = field(default=0.0, metadata={"help": "How much rewards of a tie may differ."})
-    template: str | None = field(
-        default=None, metadata={"help": "What training reads as the prompt: a text with {prompt}; see raw_prompt."}
-    )
-    ranked: bool = field(default=False, metadata={"help": "Also write chosen and rejected for each objective."})
-    seed: int = field(default=0, metadata={"help": "Of the split."})
-    batch_size: int = field(default=32, metadata={"help": "Pairs that are scored and written at once."})
+    data: dict | str | None = option(None, "Pairs: a file or Hub id, or {path: , split: }.")
+    rewards: dict | str | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
+    output_dir: str = option("", "Where the splits go.")
+    test_size: float = option(0.1, "Pairs in the test split: a share below 1, or a number.")
+    validation_size: float = option(0.0, "The same for the validation split.")
+    tie_margin: float = option(0.0, "How much rewards of a tie may differ.")
+    template: str | None = option(None, "What training reads as the prompt: a text with {prompt}; see raw_prompt.")
+    ranked: bool = option(False, "Also write chosen and rejected for each objective.")
+    seed: int = option(0, "Of the split.")
+    batch_size: int = option(32, "Pairs that are scored and written at once.")
 
     def __post_init__(self) -> None:
         self.data, self.rewards = decoded(self.data), decoded(self.rewards)

@@ -80,10 +80,12 @@ class LM(Scorer):
 
     @property
     def backbone(self) -> Any:
+        """The transformer, below any `PeftModel`."""
         return backbone_of(self.model)
 
     @property
     def adapters(self) -> tuple[str, ...]:
+        """The adapters that act."""
         return () if self.disable_adapter else self.adapter_names
 
     @property

@@ -4,8 +4,7 @@
     python -m trl_parm.demo --arm folder-or-id [--model folder-or-id] [--host 127.0.0.1] [--port 7860] [--share]
 
 From bottom to top: `simplex` (sliders), `questions` (plain data), `loading` (the models), `measures` (what the picture
-shows), `answering` (questions, one at a time), `picture` and `markup` (HTML), `layout` and `page` (gradio), and
-`command` (the command line).
+shows), `answering` (questions, one at a time), `picture` and `markup` (HTML), `page` (gradio), and `command`.
 """
 
 from .command import main

@@ -136,7 +136,7 @@ class Answering:
     ) -> None:
         """Writes, judges and times both answers. Only one of these runs at any time."""
         inputs = inputs.to(self.models.base.device)
-        watch = _Watch(inputs, stop, lambda tokens: replies.put(Reply(*map(self._written, tokens))))
+        watch = _Watch(inputs, stop, lambda rows: replies.put(Reply(self._written(rows[0]), self._written(rows[1]))))
         tokens = self._generate(question, inputs, [0.0, 1.0], watch, question.max_new_tokens)
         answers = [self._written(row, whole=True) for row in tokens]
         if not stop.is_set():
@@ -153,8 +153,7 @@ class Answering:
     def _generate(
         self, question: Question, inputs: BatchEncoding, shares: list[float], watch: _Watch, most: int
     ) -> torch.Tensor:
-        """The new tokens of one row for each share, `(rows, new)`. The noise is the question's own, so that rows
-        differ by guidance alone."""
+        """The new tokens of a row for each share, `(rows, new)`, whose noise is the same: guidance alone differs."""
         rows, noise = len(shares), []
         if question.temperature:
             seeds = [row_seed(int(question.seed), question.prompt)] * rows
@@ -210,7 +209,7 @@ class Answering:
 
 
 class _Watch(StoppingCriteria):
-    """Sees the new tokens of a call of `generate`, `(rows, new)`, after each of them, and ends it when told to."""
+    """Sees the new tokens of a call of `generate`, `(rows, new)`, as they come, and ends it when it is told to."""
 
     def __init__(self, inputs: BatchEncoding, stop: threading.Event, on_tokens: Callable[[torch.Tensor], Any]) -> None:
         self.length, self.stop, self.on_tokens = cast(torch.Tensor, inputs["input_ids"]).shape[1], stop, on_tokens

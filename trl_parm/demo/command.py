@@ -7,9 +7,9 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from trl_parm.arguments import parse, required
+from trl_parm.arguments import option, parse, required
 
 
 NEEDED = ("gradio", "matplotlib", "moocore", "scipy")
@@ -19,13 +19,13 @@ NEEDED = ("gradio", "matplotlib", "moocore", "scipy")
 class DemoArguments:
     """Arguments of `trl-parm demo` and of `python -m trl_parm.demo`."""
 
-    arm: str = field(default="", metadata={"help": "The preference-conditioned adapter: a folder or Hub id."})
-    model: str | None = field(default=None, metadata={"help": "The base model; the adapter's own if not given."})
-    beta: float = field(default=1.0, metadata={"help": "β at the start; guidance has strength 1/β."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights, such as float32."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
-    port: int | None = field(default=None, metadata={"help": "Port; the first free one from 7860 if not given."})
-    share: bool = field(default=False, metadata={"help": "Make a public link through gradio's servers."})
+    arm: str = option("", "The preference-conditioned adapter: a folder or Hub id.")
+    model: str | None = option(None, "The base model; the adapter's own if not given.")
+    beta: float = option(1.0, "β at the start; guidance has strength 1/β.")
+    dtype: str = option("auto", "Of the weights, such as float32.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int | None = option(None, "Port; the first free one from 7860 if not given.")
+    share: bool = option(False, "Make a public link through gradio's servers.")
 
     def __post_init__(self) -> None:
         required(self, "arm")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTML of the page's parts, and its style. All text of visitors and models is escaped."""
+"""HTML of the page's parts. All text of visitors and models is escaped."""
 
 from __future__ import annotations
 
@@ -13,60 +13,6 @@ from .questions import Answer, Entry, Reply
 FULL_COLOUR = 0.9
 """Which quantile of the tokens' log-ratios has full colour: a single token would make all others pale."""
 MOST_OF_PROMPT = 200
-STYLE = """
-.parm .html-container {padding: 0; height: 100%}
-.parm .prose {height: 100%}
-.parm-head p {margin: 2px 0 0; opacity: .75}
-.parm-title {margin: 8px 0 0 !important}
-.parm-ask {align-items: end}
-#send, #stop {max-height: 44px; margin-bottom: 8px}
-#clear {flex: 0 0 90px; align-self: center; min-width: 90px}
-.parm-card {border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px; min-height: 168px;
-  height: 100%; box-sizing: border-box; background: var(--background-fill-primary)}
-.parm-card h3 {margin: 0 0 8px; font-size: 15px; display: flex; justify-content: space-between; gap: 8px}
-.parm-card h3 small {font-weight: 400; opacity: .65; font-variant-numeric: tabular-nums}
-.parm-card .text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6}
-.parm-card .text.waiting {opacity: .5}
-.parm-card.guided {border-color: var(--color-accent); box-shadow: inset 3px 0 0 var(--color-accent)}
-.parm-card.judged .text {color: #000; background: #fff; border-radius: 6px; padding: 4px 8px; margin: 0 -8px}
-.parm-values {margin-top: 10px; display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px}
-.parm-values b {font-variant-numeric: tabular-nums}
-.parm-note {font-size: 13px; opacity: .75}
-.parm-status {min-height: 22px; font-size: 14px}
-.parm-status.error {color: #b3261e; font-weight: 600}
-.dark .parm-status.error {color: #ff8a80}
-.parm-cost {font-size: 14px; font-variant-numeric: tabular-nums; display: grid; gap: 4px; margin-top: 6px}
-.parm-cost .bar {display: flex; align-items: center; gap: 10px}
-.parm-cost .bar span:first-child {width: 54px}
-.parm-cost .bar i {display: block; height: 10px; border-radius: 3px; background: var(--neutral-400)}
-.parm-cost .bar i.extra {background: var(--color-accent); margin-left: -9px}
-.parm-legend {font-size: 13px; display: flex; flex-wrap: wrap; align-items: center; gap: 4px 18px; opacity: .85}
-.parm-bar {display: inline-block; width: 84px; height: 10px; border-radius: 5px; vertical-align: -1px}
-.parm-dot {display: inline-block; width: 11px; height: 11px; border-radius: 50%; border: 1.5px solid;
-  vertical-align: -1px}
-.parm-line {display: inline-block; width: 22px; border-top: 1.5px dashed; vertical-align: 4px; opacity: .7}
-.parm-planes {display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 12px}
-.parm-planes svg {max-width: 560px; font-size: 11px}
-.parm-planes svg text {fill: currentColor; opacity: .7}
-.parm-planes svg text.name {font-size: 12.5px; opacity: .95}
-.parm-planes .grid {stroke: currentColor; opacity: .12}
-.parm-planes .front {fill: none; stroke: currentColor; stroke-dasharray: 4 4; opacity: .5}
-.parm-planes .pair {stroke: currentColor; opacity: .18}
-.parm-planes .pair.newest {opacity: .6; stroke-width: 1.5}
-.parm-planes circle {stroke: currentColor; stroke-width: 1}
-.parm-planes circle.base {fill: var(--background-fill-primary)}
-.parm-planes circle.newest {stroke-width: 2.2}
-.parm-empty {min-height: 120px; display: grid; place-items: center; opacity: .55;
-  border: 1px dashed var(--border-color-primary); border-radius: 10px}
-.parm-table {overflow: auto; max-height: 360px}
-.parm-table table {border-collapse: collapse; font-size: 13px; width: 100%; margin: 0; border: 0}
-.parm-table table td, .parm-table table th {border: 0; border-bottom: 1px solid var(--border-color-primary);
-  padding: 5px 12px 5px 0; text-align: left; font-variant-numeric: tabular-nums; white-space: nowrap}
-.parm-table table tr {border: 0}
-.parm-table table th {font-weight: 600}
-.parm-table .prompt {max-width: 120px; overflow: hidden; text-overflow: ellipsis}
-.parm-table table td.measure {white-space: normal}
-"""
 
 
 def card(title: str, note: str, answer: Answer, kind: str, measures: Sequence[Measure], scale: float | None) -> str:

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
 from trl_parm.evaluation import pareto_front
-from trl_parm.evaluation.plot_styles import SHADES
+from trl_parm.evaluation.plots import SHADES
 
 from .questions import Entry
 
@@ -58,7 +58,7 @@ def picture(entries: Sequence[Entry], objectives: Sequence[str]) -> str:
         return '<div class="parm-empty">Every answer becomes a point here.</div>'
     k = len(objectives)
     if k == 1:
-        planes = [_plane(_numbered(entries), "question", objectives[0], whole=True, front=False)]
+        planes = [_plane(_points(entries, objectives, None, 0), "question", objectives[0], whole=True, front=False)]
     else:
         indices = itertools.combinations(range(k), 2) if k <= MOST_PAIRED else itertools.pairwise(range(k))
         planes = [_plane(_points(entries, objectives, x, y), objectives[x], objectives[y]) for x, y in indices]
@@ -70,24 +70,16 @@ def shade(weight: float) -> str:
     return to_hex(matplotlib.colormaps[SHADES](weight))
 
 
-def _points(entries: Sequence[Entry], objectives: Sequence[str], x: int, y: int) -> list[_Point]:
+def _points(entries: Sequence[Entry], objectives: Sequence[str], x: int | None, y: int) -> list[_Point]:
+    """The answers by two of their measures, or over the number of the question."""
     points = []
     for i, entry in enumerate(entries):
         for measured, name in ((entry.base, "base"), (entry.guided, "guided")):
             if measured is not None:
-                fill = shade(entry.weights[x]) if name == "guided" else None
+                fill = None if name == "base" else shade(1.0 if x is None else entry.weights[x])
                 title = _title(entry, objectives, measured, name)
-                points.append(_Point(measured[x], measured[y], fill, title, i, i == len(entries) - 1))
-    return points
-
-
-def _numbered(entries: Sequence[Entry]) -> list[_Point]:
-    points = []
-    for i, entry in enumerate(entries):
-        for measured, fill in ((entry.base, None), (entry.guided, shade(1.0))):
-            if measured is not None:
-                title = f"{'guided, ' if fill else 'base, '}{measured[0]:.2f}: {_shortened(entry.prompt)}"
-                points.append(_Point(i + 1, measured[0], fill, title, i, i == len(entries) - 1))
+                across = i + 1 if x is None else measured[x]
+                points.append(_Point(across, measured[y], fill, title, i, i == len(entries) - 1))
     return points
 
 

@@ -209,7 +209,7 @@ def _table(
         weights = run.weights(decode.objectives)
         return [(run.method, weights, key) for key in keys]
 
-    with _open_records(path, {**decode.configuration(), **configuration}) as records:
+    with Records(path, {**decode.configuration(), **configuration}, growing=["methods"]) as records:
         done = {_key(row): row for row in records.rows}
         for group in groups:
             on_start(group.name)
@@ -242,21 +242,6 @@ def _check(prompts: Sequence[PromptText], runs: Sequence[Run], objectives: Seque
     if len(set(cells)) < len(cells):
         method, weights = next(cell for cell in cells if cells.count(cell) > 1)
         raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
-
-
-class _RowsInMemory:
-    """What [`Records`] are, without a file."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        self.rows += rows
-
-
-def _open_records(path: str | Path | None, configuration: Mapping[str, Any]) -> Any:
-    """Rows in a file, to whose methods others may be added, or in memory; a context manager."""
-    return nullcontext(_RowsInMemory()) if path is None else Records(path, configuration, growing=["methods"])
 
 
 def _key(row: Mapping[str, Any]) -> tuple:

@@ -12,8 +12,7 @@ import numpy as np
 from peft_pblora.preference import check_columns
 from trl_parm.texts import prompt_key
 
-from .intervals import bootstrap
-from .metrics import mean_and_error
+from .metrics import bootstrap, mean_and_error
 
 
 SUMMARY = ("method", "preference", "label")

@@ -15,8 +15,7 @@ from peft_pblora.output import output_file
 from peft_pblora.preference import check_columns
 
 from .fronts import Front
-from .intervals import Interval, bootstrap
-from .metrics import hypervolume, mean_inner_product, rank_correlations
+from .metrics import Interval, bootstrap, hypervolume, mean_inner_product, rank_correlations
 
 
 WRITER = "plot"
@@ -56,7 +55,8 @@ def measure(
             interval = bootstrap(statistic, front.rewards, resamples, seed=seed)
             if name[0] == HYPERVOLUME:
                 interval = interval._replace(low=max(interval.low, 0.0))
-            rows.append({**_head(front), **_measure(*name, interval)})
+            head = {"method": front.method, "points": len(front.labels), "prompts": len(front.rewards)}
+            rows.append({**head, **_measure(*name, interval)})
     return rows
 
 
@@ -86,13 +86,13 @@ def differences(
         raise ValueError(f"`against` is {against!r}, but the methods are {', '.join(by_name)}.")
     grid, other = _grid(found), by_name[against].rewards
     rows = []
-    for name, statistic in _statistics(objectives, references, grid).items():
+    for name, value in _statistics(objectives, references, grid).items():
         for front in found:
             if front.method == against:
                 continue
-            both = np.concatenate([front.rewards, other], axis=1)
-            difference = _difference(statistic, front.rewards.shape[1])
-            interval = bootstrap(difference, both, resamples, seed=seed)
+            both, n = np.concatenate([front.rewards, other], axis=1), front.rewards.shape[1]
+            change = lambda mean, value=value, n=n: value(mean[:n]) - value(mean[n:])  # noqa: E731
+            interval = bootstrap(change, both, resamples, seed=seed)
             differs = interval.low > 0 or interval.high < 0
             rows.append({"method": front.method, "minus": against, **_measure(*name, interval), "differs": differs})
     return rows
@@ -178,22 +178,8 @@ def _statistics(
     return found
 
 
-def _difference(statistic: Callable[[np.ndarray], float], first: int) -> Callable[[np.ndarray], float]:
-    return lambda mean: statistic(mean[:first]) - statistic(mean[first:])
-
-
-def _head(front: Front) -> dict[str, Any]:
-    return {"method": front.method, "points": len(front.labels), "prompts": len(front.rewards)}
-
-
 def _measure(name: str, reference: str, interval: Interval) -> dict[str, Any]:
-    return {
-        "measure": name,
-        "reference": reference,
-        "value": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
-    }
+    return {"measure": name, "reference": reference, **dict(zip(("value", "low", "high"), interval))}
 
 
 def _with_brackets(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,24 +147,26 @@ class Models:
         if key[0] or taken:
             logger.info("The backbone %s of the adapter %s is loaded beside the base model.", backbone, name)
         inside = name.replace(".", "_")  # where dots would mean submodules
+        below = None if key in self._adapted else self._load(backbone) if key[0] or taken else self.base
         try:
-            if key not in self._adapted:
-                model = self._load(backbone) if key[0] or taken else self.base
-                self._adapted[key] = PeftModel.from_pretrained(model, name, adapter_name=inside)
+            if below is not None:
+                self._adapted[key] = PeftModel.from_pretrained(below, name, adapter_name=inside)
             elif inside not in self._adapted[key].peft_config:
                 self._adapted[key].load_adapter(name, adapter_name=inside)
-        except (RuntimeError, KeyError) as error:
-            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {error}") from None
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {_short(error)}") from error
         model = self._adapted[key].eval()
         cast(Any, model.base_model).set_adapter([])
         return model, inside
 
     def whole(self, name: str) -> PreTrainedModel:
         """A whole model, loaded once for a method: the base model, or the backbone of adapters, by their names."""
-        backbones = {name: model.get_base_model() for (name, _), model in self._adapted.items() if name}
-        for known, model in {self.name: None, **backbones, **self._whole}.items():
-            if same_model(name, known):
-                return cast(PreTrainedModel, model or self.base)
+        known = {own: model.get_base_model() for (own, _), model in self._adapted.items() if own} | self._whole
+        if same_model(name, self.name):
+            return self.base
+        for own, model in known.items():
+            if same_model(name, own):
+                return cast(PreTrainedModel, model)
         self._whole[name] = self._load(name)
         return self._whole[name]
 
@@ -238,11 +240,16 @@ def _read(load: Callable[..., Any], name: str, what: str, **arguments: Any) -> A
     try:
         return load(name, **arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
             f"There is no {what} to read at {name!r}: neither in a folder of this name nor on the Hub, as far as it "
-            f"can be reached ({reason if len(reason) <= 120 else f'{reason[:119].rstrip()}…'})."
+            f"can be reached ({_short(error, 120)})."
         ) from error
+
+
+def _short(error: BaseException, most: int = 300) -> str:
+    """An error's message in one line, cut if it is long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBase:

@@ -6,8 +6,9 @@ logits processor writes the guided distribution into all their rows, so that all
 needs torch alone; names load on first use, and those of the engine raise an `ImportError` where vLLM is missing.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from trl_parm.lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -18,30 +19,14 @@ if TYPE_CHECKING:
     from .v1_runner import CoupledLogitsProcessorV1
     from .v2_runner import CoupledLogitsProcessorV2
 
-_HOMES = {
-    "AsyncGuidance": "async_client",
-    "CoupledLogitsProcessorV1": "v1_runner",
-    "CoupledLogitsProcessorV2": "v2_runner",
-    "Guidance": "guidance",
-    "combine": "distribution",
-    "guided_generate": "client",
-}
-
-__all__ = [
-    "AsyncGuidance",
-    "CoupledLogitsProcessorV1",
-    "CoupledLogitsProcessorV2",
-    "Guidance",
-    "combine",
-    "guided_generate",
-]
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "async_client": ("AsyncGuidance",),
+        "client": ("guided_generate",),
+        "distribution": ("combine",),
+        "guidance": ("Guidance",),
+        "v1_runner": ("CoupledLogitsProcessorV1",),
+        "v2_runner": ("CoupledLogitsProcessorV2",),
+    },
+)

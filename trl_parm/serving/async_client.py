@@ -7,10 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from .capacity import Capacity
-from .engine import INSTALL, check_engine, check_lora_slots
-from .guidance import Guidance
-from .samples import Sample, make_sample
+from .engine import INSTALL, Capacity, check_engine, check_lora_slots
+from .guidance import Guidance, Sample, make_sample
 
 
 try:

@@ -8,10 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from .capacity import Capacity
-from .engine import INSTALL, check_engine, check_lora_slots
-from .guidance import Guidance
-from .samples import Sample, make_sample
+from .engine import INSTALL, Capacity, check_engine, check_lora_slots
+from .guidance import Guidance, Sample, make_sample
 
 
 try:

@@ -12,9 +12,7 @@ from trl_parm.algebra import BASE, Scorer, Step, Weight, guided_logits, sum_of
 
 
 def combine(
-    base_logits: torch.Tensor,
-    arm_logits: torch.Tensor | Sequence[torch.Tensor],
-    strength: Weight | Sequence[Weight],
+    base_logits: torch.Tensor, arm_logits: torch.Tensor | Sequence[torch.Tensor], strength: Weight | Sequence[Weight]
 ) -> torch.Tensor:
     """The guided log-probabilities (PARM, arXiv 2505.06274, eq. 5; GenARM, arXiv 2410.08193):
 
