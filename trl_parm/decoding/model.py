@@ -259,6 +259,16 @@ class Guided(GenerationMixin, nn.Module):
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OURS}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        state = cache_in(model_kwargs)
+        caches = [part.cache for part in state.parts] if isinstance(state, GuidedCache) else [state]
+        if not all(cache is not None and cache.is_compileable for cache in caches):
+            caches = [None]
+        others = {name: value for name, value in model_kwargs.items() if name not in NAMES}
+        return self.backbone._valid_auto_compile_criteria(
+            {**others, **cache_argument(self.backbone, caches[0])}, generation_config
+        )
+
     def _supports_logits_to_keep(self) -> bool:
         return True
 
