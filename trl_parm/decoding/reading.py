@@ -177,6 +177,8 @@ class Part:
                 "would mix. Use a guided model such as `PARM(model, arm, ...)` with `use_cache=False`."
             )
         logits = output.logits if last == 0 else output.logits[:, -last:]
+        if compiled is not None:
+            logits = logits.clone()  # the next graph that runs may write over it
         if places is not None:
             order = torch.cat(places[1]).to(logits.device)
             cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, order))
