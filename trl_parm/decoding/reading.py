@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -68,7 +68,7 @@ class New:
         if term.vocabulary is not None:
             ids, known = term.vocabulary.to_guide(ids)
             seen = seen * known
-        if self.own is not None and self.start == 0:
+        if self.own is not None and former is None:
             check_rows(len(self.own[0]), len(ids))
             repeats = len(ids) // len(self.own[0])
             prompt, prompt_mask = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
@@ -245,7 +245,7 @@ class Part:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
         """For rows that repeat, as for beams, several sequences or a sweep over preferences: of each term the rows to
         read, and the place of every row among all that are read. `None` if no row repeats."""
-        if rows == 1 or new.ids.shape[1] == 0 or any(isinstance(x, torch.Tensor) and x.ndim for x in inputs.values()):
+        if rows == 1 or new.ids.shape[1] == 0 or any(map(holds_tensors, inputs.values())):
             return None
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
@@ -416,6 +416,15 @@ def parts_of(
         cache = new_cache(group[0], len(group))
         found.append(Part(ordered, adapters[id(group[0].backbone)], is_base, cache, guides))
     return found
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether an input of a forward is made of tensors, such as an image, or what an encoder made of it."""
+    if isinstance(value, Mapping):
+        return any(map(holds_tensors, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_tensors, value))
+    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:
