@@ -322,7 +322,10 @@ def test_images_that_a_guide_can_not_see_are_refused(on_base, door):
     layers = r".*language_model.*(q|v)_proj"
     arm = tiny_arm(base if on_base else tiny_llava(), target_modules=layers)
     formula = parm(arm, [0.3, 0.7])
-    with pytest.raises(ValueError, match="is given (mm_encoder_outputs|pixel_values), which LM|has image tokens, but a processor gets no"):
+    with pytest.raises(
+        ValueError,
+        match="is given (mm_encoder_outputs|pixel_values), which LM|has image tokens, but a processor gets no",
+    ):
         decode(door, base, formula, IMAGE)
     twin = tiny_arm(tiny_llava(), target_modules=layers)
     text = {"input_ids": torch.tensor([[5, 7, 8]])}

@@ -154,7 +154,8 @@ class Part:
         given = {
             "input_ids": new.ids, "attention_mask": new.mask, "position_ids": self._positions(new), **inputs
         }  # fmt: skip
-        arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, last)
+        beside = inputs if _takes_any(type(self.model)) else {}
+        arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, beside, last)
         forward = self.model if compiled is None else self.model.get_compiled_call(compiled)
         if self.together:
             tokens = inputs.get("inputs_embeds", new.ids).shape[1]
@@ -181,6 +182,11 @@ class Part:
             order = torch.cat(places[1]).to(logits.device)
             cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, order))
             logits = logits[order]
+        if self.is_base and stacked is not None:
+            own = slice(rows) if places is None else places[1][0]
+            for name in ("hidden_states", "attentions"):
+                if output.get(name) is not None:
+                    output[name] = tuple(value[own] for value in output[name])
         return dict(zip(self.terms, logits.split(rows))), output
 
     @property
@@ -270,10 +276,10 @@ class Part:
             return new.positions
         return (new.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.ids.shape[1] :]
 
-    def _arguments(self, given: dict[str, Any], last: int) -> dict[str, Any]:
-        """The arguments of the model's forward, those that it takes."""
+    def _arguments(self, given: dict[str, Any], beside: Mapping[str, Any], last: int) -> dict[str, Any]:
+        """The arguments of the model's forward, those that it names, and those `beside` that it takes without."""
         taken = _parameters(type(self.model))
-        arguments = {name: value for name, value in given.items() if value is not None and name in taken}
+        arguments = {n: value for n, value in given.items() if value is not None and (n in taken or n in beside)}
         if "logits_to_keep" in taken:
             arguments["logits_to_keep"] = last
         arguments["use_cache"] = self.cache is not None
@@ -462,3 +468,9 @@ def _tensors_on_modules(model: Any, rows: int) -> dict[tuple[int, str], torch.Te
 @lru_cache(maxsize=64)
 def _parameters(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+@lru_cache(maxsize=64)
+def _takes_any(kind: type) -> bool:
+    """Whether a model's forward takes arguments that it does not name, such as `output_hidden_states`."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind.forward).parameters.values())
