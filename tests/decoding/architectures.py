@@ -70,7 +70,7 @@ PROMPTS = torch.tensor(
 MASK = (PROMPTS != 0).long()
 MODES = {
     "greedy": {},
-    "several sequences": {"do_sample": True, "num_return_sequences": 2},
+    "several sequences": {"do_sample": True, "num_return_sequences": 2, "top_k": 0},
     "beam search": {"num_beams": 2},
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "static cache": {"cache_implementation": "static", "disable_compile": True},

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from conftest import tiny_arm, tiny_llama
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForSequenceClassification, LogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    LlamaForSequenceClassification,
+    LogitsProcessor,
+    MistralConfig,
+    MistralForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from peft_pblora import set_preference
 from peft_pblora.switch import backbone_of
@@ -46,6 +52,17 @@ def lora_model(*names: str, **changes):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
+
+
+def tiny_mistral(seed: int = 1):
+    """A random model whose attention has a window of four tokens."""
+    torch.manual_seed(seed)
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, sliding_window=4, pad_token_id=0, bos_token_id=None,
+        eos_token_id=1,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
 
 
 def log_probs(model, ids, preference=None, mask=None, **inputs):

@@ -17,7 +17,7 @@ from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
-from .reading import GuidedCache, New, parts_of
+from .reading import GuidedCache, New, holds_tensors, parts_of
 from .terms import LM, check_evaluates
 
 
@@ -325,7 +325,7 @@ class Guided(GenerationMixin, nn.Module):
 
     def _check_inputs(self, state: GuidedCache, inputs: Mapping[str, Any], own_prompt: bool) -> None:
         """Raises `ValueError` for what the base model sees and a guide does not."""
-        others = [n for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.ndim and n not in SEEN]
+        others = [name for name, value in inputs.items() if name not in SEEN and holds_tensors(value)]
         if self.config.is_encoder_decoder:
             others = ["an encoder's input"]
         blind = [

@@ -169,7 +169,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
             check_aside(term, layer)
         with self._lock, torch.no_grad():
             if self._prefix is None or not self._prefix.serves(terms):
-                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id)
+                reads = bool(terms) or any(scorer.reads_text for scorer in self.formula.scorers())
+                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, reads)
             answers = self._prefix.read(input_ids)
             found = {term: term.log_probs(logits, scores.shape[-1]) for term, logits in answers.items()}
             found = {term: values.to(scores.device) for term, values in found.items()}
@@ -264,8 +265,8 @@ class _Prefix:
         prompt_length (`int`): Columns that the call began with.
     """
 
-    def __init__(self, terms: list[LM], prompt: Prompt | None, pad_token_id: int | None) -> None:
-        self.terms, self.prompt, self.pad_token_id = terms, prompt, pad_token_id
+    def __init__(self, terms: list[LM], prompt: Prompt | None, pad_token_id: int | None, reads: bool) -> None:
+        self.terms, self.prompt, self.pad_token_id, self._reads = terms, prompt, pad_token_id, reads
         self.prompt_length = 0
         self.tokens = torch.empty(0, 0, dtype=torch.long)
         self._parameters = [parameter for term in terms for parameter in term.model.parameters()]
@@ -315,8 +316,8 @@ class _Prefix:
         if self.prompt is not None and (given is not None or own is not None):
             start = cast(int, self.prompt.length)
         mask = torch.ones_like(tokens) if given is None else given
-        if own is None:
-            mask = self._told_by_pad_token(tokens) if given is None else given
+        if given is None and own is None and self._reads:
+            mask = self._told_by_pad_token(tokens)
         if self.terms and own is None and not mask.any():
             raise ValueError(
                 "The guides have nothing to read: with `inputs_embeds`, or an encoder-decoder base model, they can't "

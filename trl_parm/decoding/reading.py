@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -68,7 +68,7 @@ class New:
         if term.vocabulary is not None:
             ids, known = term.vocabulary.to_guide(ids)
             seen = seen * known
-        if self.own is not None and self.start == 0:
+        if self.own is not None and former is None:
             check_rows(len(self.own[0]), len(ids))
             repeats = len(ids) // len(self.own[0])
             prompt, prompt_mask = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
@@ -154,7 +154,8 @@ class Part:
         given = {
             "input_ids": new.ids, "attention_mask": new.mask, "position_ids": self._positions(new), **inputs
         }  # fmt: skip
-        arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, last)
+        beside = inputs if _takes_any(type(self.model)) else {}
+        arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, beside, last)
         forward = self.model if compiled is None else self.model.get_compiled_call(compiled)
         if self.together:
             tokens = inputs.get("inputs_embeds", new.ids).shape[1]
@@ -183,6 +184,11 @@ class Part:
             order = torch.cat(places[1]).to(logits.device)
             cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, order))
             logits = logits[order]
+        if self.is_base and stacked is not None:
+            own = slice(rows) if places is None else places[1][0]
+            for name in ("hidden_states", "attentions"):
+                if output.get(name) is not None:
+                    output[name] = tuple(value[own] for value in output[name])
         return dict(zip(self.terms, logits.split(rows))), output
 
     @property
@@ -247,7 +253,7 @@ class Part:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
         """For rows that repeat, as for beams, several sequences or a sweep over preferences: of each term the rows to
         read, and the place of every row among all that are read. `None` if no row repeats."""
-        if rows == 1 or new.ids.shape[1] == 0 or any(isinstance(x, torch.Tensor) and x.ndim for x in inputs.values()):
+        if rows == 1 or new.ids.shape[1] == 0 or any(map(holds_tensors, inputs.values())):
             return None
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
@@ -272,10 +278,10 @@ class Part:
             return new.positions
         return (new.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.ids.shape[1] :]
 
-    def _arguments(self, given: dict[str, Any], last: int) -> dict[str, Any]:
-        """The arguments of the model's forward, those that it takes."""
+    def _arguments(self, given: dict[str, Any], beside: Mapping[str, Any], last: int) -> dict[str, Any]:
+        """The arguments of the model's forward, those that it names, and those `beside` that it takes without."""
         taken = _parameters(type(self.model))
-        arguments = {name: value for name, value in given.items() if value is not None and name in taken}
+        arguments = {n: value for n, value in given.items() if value is not None and (n in taken or n in beside)}
         if "logits_to_keep" in taken:
             arguments["logits_to_keep"] = last
         arguments["use_cache"] = self.cache is not None
@@ -431,6 +437,15 @@ def parts_of(
     return found
 
 
+def holds_tensors(value: Any) -> bool:
+    """Whether an input of a forward is made of tensors, such as an image, or what an encoder made of it."""
+    if isinstance(value, Mapping):
+        return any(map(holds_tensors, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(holds_tensors, value))
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
 def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:
     """Rows of what a forward gets for each row of the batch."""
     if rows is None or not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
@@ -466,3 +481,9 @@ def _tensors_on_modules(model: Any, rows: int) -> dict[tuple[int, str], torch.Te
 @lru_cache(maxsize=64)
 def _parameters(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+@lru_cache(maxsize=64)
+def _takes_any(kind: type) -> bool:
+    """Whether a model's forward takes arguments that it does not name, such as `output_hidden_states`."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind.forward).parameters.values())

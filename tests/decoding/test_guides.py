@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guides that read another text or another vocabulary than the base model, and bases of other kinds, by both doors."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
+from decoding.tables import DOORS, MASK, PROMPTS, ROWS, log_probs, lora_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from tokenizers import pre_tokenizers
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from peft_pblora import PBLoraConfig, get_preference, set_preference
+from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, Prompt, Vocabulary
+from trl_parm.decoding import mod_w2s, parm
+
+
+every_door = pytest.mark.parametrize("door", DOORS)
+MODES = [
+    {},
+    {"num_beams": 3},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"num_beams": 2, "num_return_sequences": 2},
+]
+every_mode = pytest.mark.parametrize("mode", MODES, ids=str)
+
+
+def decode(door, base, formula, inputs, prompt=None, **settings):
+    """What is written by a door, or by a function of ids and scores in the place of a formula."""
+    settings = {"max_new_tokens": 8, **settings}
+    torch.manual_seed(0)
+    if door == "model":
+        own = {} if prompt is None else prompt.arguments
+        return Guided(base, formula).generate(**inputs, **own, **settings)
+    processor = formula if door == "naive" else GuidedLogitsProcessor(formula, prompt)
+    return base.generate(**inputs, **settings, logits_processor=[processor])
+
+
+INPUTS = {"input_ids": PROMPTS, "attention_mask": MASK}
+
+
+def test_the_peft_model_itself_may_generate():
+    arm = tiny_arm(tiny_llama(0))
+    expected = Guided(tiny_llama(0), parm(copy.deepcopy(arm), [0.3, 0.7])).generate(**INPUTS, max_new_tokens=8)
+    assert torch.equal(Guided(arm, parm(arm, [0.3, 0.7])).generate(**INPUTS, max_new_tokens=8), expected)
+    processor = GuidedLogitsProcessor(parm(arm, [0.3, 0.7]))
+    assert torch.equal(arm.generate(**INPUTS, max_new_tokens=8, logits_processor=[processor]), expected)
+
+
+@every_door
+def test_an_adapter_of_the_base_model_stays_on(door):
+    """A base model that is itself an adapted one: only the adapter that guides is switched off in its forward."""
+    model = lora_model("tuned", "arm")
+    tuned, arm = copy.deepcopy(model), copy.deepcopy(model)
+    tuned.set_adapter("tuned")
+    arm.set_adapter("arm")
+    expected = decode("processor", tuned.merge_and_unload(), parm(arm), INPUTS)
+    for active in (["tuned"], ["tuned", "arm"]):
+        model.base_model.set_adapter(active)
+        formula = parm(model, adapter_name="arm")
+        assert torch.equal(decode(door, model.get_base_model(), formula, INPUTS), expected)
+
+
+@every_door
+@pytest.mark.parametrize("active", ["helpful", "harmless"])
+def test_a_guide_of_weight_zero_stays_out_of_the_base_model(active, door):
+    """At a vertex of the simplex the other adapter is not asked, but the base model still runs without it."""
+    for formula in (
+        lambda model: BASE + 0.0 * LM(model) + 0.0 * LM(model, adapter_name="harmless"),
+        lambda model: BASE + LM(model, adapter_name="helpful") + 0.0 * LM(model, adapter_name="harmless"),
+    ):
+        model = lora_model("helpful", "harmless")
+        model.set_adapter(active)
+        expected = decode("processor", tiny_llama(0), formula(copy.deepcopy(model)), INPUTS)
+        assert torch.equal(decode(door, model.get_base_model(), formula(model), INPUTS), expected)
+
+
+@every_door
+def test_the_untrained_model_below_adapters_is_a_reference(door):
+    model = lora_model("helpful")
+    helpful = copy.deepcopy(model)
+    expected = decode("processor", tiny_llama(0), mod_w2s({"helpful": helpful}, tiny_llama(0), [1.0]), INPUTS)
+    off = LM(model, disable_adapter=True)
+    formula = mod_w2s({"helpful": "helpful"}, off, [1.0], adapters_of=model)
+    assert torch.equal(decode(door, model.get_base_model(), formula, INPUTS), expected)
+    control = decode("processor", tiny_llama(0), BASE + LM(tiny_llama(0)), INPUTS)
+    assert torch.equal(decode(door, model.get_base_model(), BASE + off, INPUTS), control)
+
+
+def test_equal_guides_merge():
+    arm, small = tiny_arm(), tiny_llama(2)
+    formula = BASE + LM(small) + LM(arm, [0.3, 0.7]) + LM(small) + LM(arm, [0.3, 0.7]) - LM(arm, [0.7, 0.3])
+    assert [(w, type(s).__name__) for w, s in formula.terms()] == [
+        (1.0, "_Base"), (2.0, "LM"), (2.0, "LM"), (-1.0, "LM"),
+    ]  # fmt: skip
+    assert LM(arm, [0.3, 0.7]) != LM(arm)
+    assert LM(small) != LM(tiny_llama(2))
+
+
+def test_a_term_says_what_was_given_and_nothing_that_changes_afterwards():
+    """Its preference is its own copy, and adapters that are made active later are no part of it."""
+    model, α = tiny_arm(), torch.tensor([0.3, 0.7])
+    term = LM(model, α)
+    α[:] = torch.tensor([1.0, 0.0])
+    model.add_adapter("other", PBLoraConfig(objectives=["a"], target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert term.preference.tolist() == pytest.approx([0.3, 0.7])
+    assert term.adapter_names == ("default",)
+    with pytest.raises(AttributeError):
+        term.adapter_name = "other"
+
+
+# Vocabularies and prompts that differ.
+
+
+def extended_tokenizer(*extra: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(extra))
+    return tokenizer
+
+
+@every_door
+@pytest.mark.parametrize(("base_size", "guide_size"), [(65, 64), (64, 66), (72, 65), (65, 80)])
+@pytest.mark.parametrize("mode", MODES[:3], ids=str)
+def test_vocabularies_of_other_sizes(base_size, guide_size, mode, door):
+    """One model knows a token more, or has padded embeddings: aligned by token, unknown ones without probability."""
+    base_tokenizer = extended_tokenizer("<image>") if base_size >= 65 else tiny_tokenizer()
+    guide_tokenizer = extended_tokenizer("<pad_arm>") if guide_size >= 65 else tiny_tokenizer()
+    base, arm = tiny_llama(0, vocab_size=base_size), tiny_arm(tiny_llama(1, vocab_size=guide_size))
+    twin = copy.deepcopy(arm)
+
+    def naive(ids, scores):
+        mask = torch.ones_like(ids)
+        mask[:, :5] = MASK.repeat_interleave(len(ids) // 3, 0)
+        known = torch.full((len(ids), base_size), -torch.inf, dtype=torch.float64)
+        known[:, :64] = log_probs(twin, ids, [0.3, 0.7], mask)[:, :64]
+        return torch.log_softmax(torch.log_softmax(scores.double(), -1) + known, -1).float()
+
+    formula = parm(arm, [0.3, 0.7], vocabulary=Vocabulary(base_tokenizer, guide_tokenizer))
+    text = decode(door, base, formula, INPUTS, **mode)
+    assert torch.equal(text, decode("naive", base, naive, INPUTS, **mode))
+    assert (text < 64).all()
+
+
+@every_door
+def test_another_vocabulary_is_refused_before_the_first_token(door):
+    with pytest.raises(ValueError, match="vocabulary of 80, but the base model one of 64"):
+        decode(door, tiny_llama(0), parm(tiny_arm(tiny_llama(1, vocab_size=80)), [0.5, 0.5]), INPUTS)
+
+
+def test_tokens_at_other_ids_are_found():
+    """The same added tokens in another order: a blind cut would take one for the other."""
+    vocabulary = Vocabulary(extended_tokenizer("<a>", "<b>"), extended_tokenizer("<b>", "<c>", "<a>"))
+    ids, known = vocabulary.to_guide(torch.tensor([[7, 64, 65]]))
+    assert ids.tolist() == [[7, 66, 64]]
+    assert known.all()
+    log_probs = torch.arange(67.0)[None]
+    assert vocabulary.to_base(log_probs, 68)[0, 62:].tolist() == [62, 63, 66, 64, -torch.inf, -torch.inf]
+
+
+@every_door
+def test_a_token_that_the_guide_does_not_know_is_not_read(door):
+    base, guide = tiny_llama(0, vocab_size=65), tiny_gpt2(1)
+    formula = BASE + LM(guide, vocabulary=Vocabulary(extended_tokenizer("<image>"), tiny_tokenizer()))
+    ids = torch.tensor([[7, 64, 9]])
+    settings = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    found = decode(door, base, formula, {"input_ids": ids}, **settings).scores[0]
+    expected = log_probs(base, ids)[:, :64] + log_probs(guide, torch.tensor([[7, 9]]))
+    torch.testing.assert_close(found[:, :64].double(), torch.log_softmax(expected, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_tokenizers_that_do_not_fit():
+    other = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tiny_tokenizer().backend_tokenizer))
+    other.backend_tokenizer.model = type(other.backend_tokenizer.model)({"x": 0, "<unk>": 1}, unk_token="<unk>")
+    with pytest.raises(ValueError, match="of different families: .* known to one of them only, such as"):
+        Vocabulary(tiny_tokenizer(), other)
+    split = tiny_tokenizer()
+    split.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    with pytest.raises(ValueError, match="cut text differently"):
+        Vocabulary(tiny_tokenizer(), split)
+    ends = tiny_tokenizer()
+    ends.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(ValueError, match="does not know the base model's end token '<end>'"):
+        Vocabulary(ends, tiny_tokenizer())
+
+
+OWN = {"input_ids": torch.tensor([[0, 11, 12], [13, 14, 15], [0, 0, 16]])}
+OWN["attention_mask"] = (OWN["input_ids"] != 0).long()
+
+
+def of_own_prompt(guide, columns: int):
+    """base · guide in float64, where the guide reads its own prompt in the place of so many columns."""
+
+    def naive(ids, scores):
+        repeats = len(ids) // 3
+        read = torch.cat([OWN["input_ids"].repeat_interleave(repeats, 0), ids[:, columns:]], 1)
+        mask = torch.ones_like(read)
+        mask[:, :3] = OWN["attention_mask"].repeat_interleave(repeats, 0)
+        guided = torch.log_softmax(scores.double(), -1) + log_probs(guide, read, mask=mask)
+        return torch.log_softmax(guided, -1).float()
+
+    return naive
+
+
+@every_door
+@every_mode
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_a_prompt_of_the_guide_s_own(make, mode, door):
+    base, guide = tiny_llama(0), make(1)
+    text = decode(door, base, BASE + LM(guide), INPUTS, Prompt(INPUTS, guide=OWN), **mode)
+    assert torch.equal(text, decode("naive", base, of_own_prompt(guide, 5), INPUTS, **mode))
+
+
+@every_door
+def test_a_prompt_of_its_own_for_an_adapter_on_the_base(door):
+    arm = tiny_arm(tiny_llama(0))
+    twin = copy.deepcopy(arm)
+    set_preference(twin, [0.3, 0.7])
+    expected = decode("naive", tiny_llama(0), of_own_prompt(twin, 5), INPUTS)
+    formula = parm(arm, [0.3, 0.7])
+    text = decode(door, arm.get_base_model(), formula, INPUTS, Prompt(INPUTS, guide=OWN))
+    assert torch.equal(text, expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"guide_input_ids": OWN["input_ids"][:, :0]},
+        {"guide_input_ids": OWN["input_ids"].flip(1), "guide_attention_mask": OWN["attention_mask"].flip(1)},
+        {"guide_input_ids": OWN["input_ids"], "guide_attention_mask": OWN["attention_mask"][:, :2]},
+    ],
+    ids=["empty", "padded on the right", "another mask"],
+)
+def test_prompts_that_a_guide_can_not_read(given):
+    with pytest.raises(
+        ValueError, match="not empty and padded on the left, and `guide_attention_mask` the same shape"
+    ):
+        Guided(tiny_llama(0), BASE + LM(tiny_llama(1))).generate(**INPUTS, **given, max_new_tokens=2)
+
+
+@every_door
+@every_mode
+def test_embeddings_as_the_base_model_s_prompt(mode, door):
+    """`generate` hands over no prompt tokens; the guide's own prompt stands in their place."""
+    base, guide = tiny_llama(0), tiny_llama(1)
+    inputs = {"inputs_embeds": base.get_input_embeddings()(PROMPTS).detach(), "attention_mask": MASK}
+    text = decode(door, base, BASE + LM(guide), inputs, Prompt(inputs, guide=INPUTS), **mode)
+    assert torch.equal(text, decode(door, base, BASE + LM(guide), INPUTS, **mode)[:, 5:])
+    with pytest.raises(ValueError, match="can't see the prompt|which LM.* can't see"):
+        decode(door, base, BASE + LM(guide), inputs)
+
+
+def test_an_adapter_on_the_base_sees_embeddings_too():
+    arm = tiny_arm(tiny_llama(0))
+    inputs = {"inputs_embeds": arm.get_input_embeddings()(PROMPTS).detach(), "attention_mask": MASK}
+    formula = parm(arm, [0.3, 0.7])
+    text = decode("model", arm.get_base_model(), formula, inputs)
+    assert torch.equal(text, decode("model", arm.get_base_model(), formula, INPUTS)[:, 5:])
+
+
+def tiny_bart():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, init_std=0.2, pad_token_id=0,
+        bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+@every_door
+@every_mode
+def test_an_encoder_decoder_base_model(mode, door):
+    """Its decoder's tokens are no prompt, so the guide gets a prompt of its own."""
+    base, guide = tiny_bart(), tiny_llama(1)
+    text = decode(door, base, BASE + LM(guide), INPUTS, Prompt(guide=OWN, length=1), **mode)
+    assert torch.equal(text, decode("naive", base, of_own_prompt(guide, 1), INPUTS, **mode))
+
+
+def test_a_guide_without_a_prompt_of_its_own_is_blind_beside_an_encoder():
+    with pytest.raises(ValueError, match="is given an encoder's input, which LM.* can't see"):
+        decode("model", tiny_bart(), BASE + LM(tiny_llama(1)), INPUTS)
+
+
+def tiny_llava():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=16)
+    text = LlamaConfig(
+        **{**sizes, "num_hidden_layers": 2}, vocab_size=64, pad_token_id=0, eos_token_id=None, bos_token_id=None,
+        initializer_range=0.2,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=63, vision_feature_layer=-1,
+        image_seq_length=4,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config).eval()
+
+
+IMAGE = {
+    "input_ids": torch.tensor([[5, 63, 63, 63, 63, 7, 8]]), "attention_mask": torch.ones(1, 7, dtype=torch.long),
+    "pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 3,
+}  # fmt: skip
+
+
+@every_door
+@pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
+def test_images_that_a_guide_can_not_see_are_refused(on_base, door):
+    """Unless it gets a prompt of its own, or there is no image in the prompt."""
+    base = tiny_llava()
+    layers = r".*language_model.*(q|v)_proj"
+    arm = tiny_arm(base if on_base else tiny_llava(), target_modules=layers)
+    formula = parm(arm, [0.3, 0.7])
+    with pytest.raises(
+        ValueError,
+        match="is given (mm_encoder_outputs|pixel_values), which LM|has image tokens, but a processor gets no",
+    ):
+        decode(door, base, formula, IMAGE)
+    twin = tiny_arm(tiny_llava(), target_modules=layers)
+    text = {"input_ids": torch.tensor([[5, 7, 8]])}
+
+    def naive(ids, scores):
+        read = torch.cat([text["input_ids"], ids[:, 7:]], 1)
+        guided = torch.log_softmax(scores.double(), -1) + log_probs(twin, read, [0.3, 0.7])
+        return torch.log_softmax(guided, -1).float()
+
+    expected = decode("naive", tiny_llava(), naive, IMAGE)
+    assert torch.equal(decode(door, base, formula, IMAGE, Prompt(IMAGE, guide=text)), expected)
+    assert decode(door, base, formula, text).shape == (1, 11)
+
+
+def test_position_ids_that_a_user_gives_reach_the_guides():
+    base, guide = tiny_gpt2(0), tiny_gpt2(1)
+    positions = torch.tensor([[0, 1, 2, 7, 8], [3, 4, 5, 6, 7], [0, 2, 4, 6, 8]])
+    given = {**INPUTS, "position_ids": positions}
+    with torch.no_grad():
+        found = Guided(base, BASE + LM(guide))(**given, use_cache=False).logits
+        own = [torch.log_softmax(m(**given).logits, -1) for m in (base, guide)]
+    torch.testing.assert_close(found, torch.log_softmax(own[0] + own[1], -1), atol=1e-4, rtol=1e-4)
+    text = Guided(base, BASE + LM(guide)).generate(**given, max_new_tokens=1)
+    assert torch.equal(text[:, -1], (own[0] + own[1])[:, -1].argmax(-1))
+
+
+@every_door
+def test_an_adapter_loaded_by_transformers_guides_its_own_model(door, tmp_path):
+    arm = tiny_arm(tiny_llama(0))
+    arm.save_pretrained(tmp_path)
+    model = tiny_llama(0)
+    model.load_adapter(str(tmp_path), adapter_name="arm")
+    expected = decode("processor", tiny_llama(0), parm(arm, ROWS), INPUTS)
+    assert torch.equal(decode(door, model, parm(model, ROWS, adapter_name="arm"), INPUTS), expected)
+    assert get_preference(model).tolist() == [0.5, 0.5]
+    assert not isinstance(model, PeftModel)
+
+
+def no_adapter_active():
+    arm = tiny_arm()
+    model = arm.get_base_model()
+    arm.base_model.set_adapter([])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LM(tiny_bart()), "encoder-decoder model. Only causal"),
+        (lambda: LM(tiny_llama().model), "must be a causal language model"),
+        (lambda: LM(MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1))), "no key-value"),
+        (lambda: LM(tiny_arm(), adapter_name="other"), r"no adapter 'other'. It has \['default'\]"),
+        (lambda: LM(tiny_llama(), disable_adapter=True), "needs a model with an adapter"),
+        (lambda: LM(lora_model("one"), [0.5, 0.5]), "has no preference-conditioned adapter"),
+        (lambda: LM(no_adapter_active()), "but none is active. Name one with `adapter_name`"),
+        (
+            lambda: LM(get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))),
+            "tuned by prompt learning",
+        ),
+    ],
+)
+def test_bad_guides(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
