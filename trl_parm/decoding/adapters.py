@@ -239,12 +239,13 @@ def check_aside(term: LM, layer: Any) -> None:
 def resting(layers: Sequence[Any]) -> list[str]:
     """The adapters that act in a model by itself, as far as these of its layers tell."""
     found: dict[str, None] = {}
-    for layer in layers:
-        for name in () if layer._disable_adapters else layer.active_adapters:
-            if name in _adapters_of(layer) and not (
-                isinstance(layer, PreferenceLinear) and layer.adapter(name).condition.aside
-            ):
-                found[name] = None
+    with _switching:  # another thread's forward may have switched them
+        for layer in layers:
+            for name in () if layer._disable_adapters else layer.active_adapters:
+                if name in _adapters_of(layer) and not (
+                    isinstance(layer, PreferenceLinear) and layer.adapter(name).condition.aside
+                ):
+                    found[name] = None
     return list(found)
 
 

@@ -336,11 +336,13 @@ class _Prefix:
         """Makes the caches hold a prefix of the tokens, their rows in the tokens' order; `False` if they can't."""
         length = tokens.shape[1]
         rows, shared = follow(self.tokens, tokens, self._alike(len(tokens)))
+        if rows is None and shared == length and length in self.answers:
+            return True  # of a draft that is verified, more may have been read
         if rows is not None:
             self.state.reorder_cache(rows)
             self.tokens, self.answers = self.tokens[rows], {}
         self.answers = {n: answer for n, answer in self.answers.items() if n <= shared}
-        kept = shared if length in self.answers else min(shared, length - 1)
+        kept = min(shared, length - 1)
         if kept < self.state.length:
             if kept < 1 or not can_take_back(self.state):
                 return False
