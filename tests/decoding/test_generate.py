@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from conftest import tiny_arm, tiny_gpt2, tiny_llama
+from decoding.architectures import ARCHITECTURES, Cell
 from decoding.tables import (
     DECODERS,
     DOORS,
@@ -177,6 +178,25 @@ def test_a_cache_that_was_returned_goes_on_with_the_next_turn(static, on_base):
     assert all(a.keys.data_ptr() != b.keys.data_ptr() for a, b in zip(cache.layers, copied.layers))
 
 
+@pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Falcon-H1", "Bamba", "Mamba"])
+@pytest.mark.parametrize("mode", ["the next turn", "chunks"])
+def test_texts_of_models_with_linear_attention_go_on_or_are_refused(name, mode):
+    """Some forget their state where several tokens follow at once, which is found out."""
+    cell = Cell.make(name, "PBLoRA", "attention", ARCHITECTURES[name].guide is None)
+    guided = Guided(cell.base, cell.formula)
+    settings = {"max_new_tokens": 4, "eos_token_id": -1}
+    first = guided.generate(PROMPTS, attention_mask=MASK, return_dict_in_generate=True, **settings)
+    ids = torch.cat([first.sequences, torch.full((3, 3), 9)], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.cat([MASK, torch.ones(3, 7, dtype=torch.long)], 1)}
+    further = {"past_key_values": first.past_key_values} if mode == "the next turn" else {"prefill_chunk_size": 5}
+    if name in ("Bamba", "Mamba"):
+        with pytest.raises(ValueError, match="forgets what it has read where several tokens follow"):
+            guided.generate(**inputs, **settings, **further)
+        return
+    expected = guided.generate(**inputs, **settings)
+    assert torch.equal(guided.generate(**inputs, **settings, **further), expected)
+
+
 def test_a_cache_of_other_formulas_models_or_kinds_is_refused():
     guided, ids = parm_model(), PROMPTS
     ids, mask, first = two_turns(guided)
@@ -234,6 +254,7 @@ def test_a_cache_is_reset_cropped_and_selected_as_any(on_base):
         assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow  # quanto compiles its kernels
 def test_a_quantised_cache():
     pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
     sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from peft_pblora.adapter import check_rows, expand_rows
@@ -25,6 +27,10 @@ from peft_pblora.rows import Entry
 
 from .adapters import Adapters
 from .terms import LM
+
+
+_goes_on: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Whether several tokens may follow what a model with linear attention has read, as far as it was found out."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,8 @@ class Part:
         else:
             acting = self.adapters.alone(self.terms[0].adapters)
         empty = self.cache is not None and not _holds(self.cache)
+        if self.cache is not None and not empty and new.ids.shape[1] > 1:
+            self.check_goes_on()
         before = _tensors_on_modules(self.model, total) if empty else {}
         with acting as plan:
             output = forward(**arguments)
@@ -190,6 +198,26 @@ class Part:
                 if output.get(name) is not None:
                     output[name] = tuple(value[own] for value in output[name])
         return dict(zip(self.terms, logits.split(rows))), output
+
+    def check_goes_on(self) -> None:
+        """Raises `ValueError` for a model with linear attention that forgets its state where several tokens follow, as
+        some do: a text that is read in two parts must be that text. What was found of a model is remembered."""
+        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
+        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        if linear and self.model not in _goes_on:
+            ids = torch.arange(8, device=self.model.device)[None] % self.model.get_input_embeddings().num_embeddings
+            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            with torch.no_grad(), self.adapters.acting([], 1, ids.shape[1], None, None):
+                whole = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
+                for part in (ids[:, :5], ids[:, 5:]):
+                    later = self.model(input_ids=part, use_cache=True, **cache_argument(self.model, cache)).logits
+            error = (later[:, -1].float() - whole).norm() / whole.norm()
+            _goes_on[self.model] = bool(error < torch.finfo(self.model.dtype).eps ** 0.5)
+        if linear and not _goes_on[self.model]:
+            raise ValueError(
+                f"A {type(self.model).__name__} forgets what it has read where several tokens follow at once, so that "
+                "texts can't go on, be read in chunks or be drafted. Pass whole texts without a cache of them."
+            )
 
     @property
     def first(self) -> bool:

@@ -87,6 +87,7 @@ class _Text:
                 f"{self.part.terms[0]!r} has sliding-window or linear attention, with which the rows of a batch can't "
                 f"grow at their own pace. Decode the {rows} rows one at a time, or leave `custom_generate` out."
             )
+        self.part.check_goes_on()
 
     def _keep(self, texts: torch.Tensor, lengths: torch.Tensor, last: int) -> torch.Tensor:
         """Takes back what the texts don't begin with, and returns how many tokens of each are left, `(rows,)`."""

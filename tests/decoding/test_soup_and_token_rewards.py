@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from decoding.tables import lora_model
 from peft import get_peft_model_state_dict
-from test_guides import lora_model
 
 from peft_pblora import get_preference, set_preference
 from trl_parm import rewarded_soup, token_rewards

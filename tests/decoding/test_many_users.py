@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Users in one batch, each with a prompt, a preference and a β of their own, who come and go between calls.
+
+Whoever is in the batch, and whoever leaves or joins it, nobody's text changes.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama
+from decoding.tables import DOORS, lora_model
+
+from peft_pblora import preference_grid
+from trl_parm.decoding import PARM, GenARM, GenARMLogitsProcessor, PARMLogitsProcessor
+
+
+TURN = 4
+# A processor takes a pad token in a prompt for padding, so nobody writes one.
+SETTINGS = {"eos_token_id": -1, "pad_token_id": 0, "suppress_tokens": [0]}
+
+
+@dataclass
+class User:
+    """A prompt of its own length, α and β, and the tokens written so far."""
+
+    prompt: list[int]
+    preference: torch.Tensor
+    beta: float
+    written: list[int] = field(default_factory=list)
+
+    @property
+    def text(self) -> list[int]:
+        return self.prompt + self.written
+
+
+def users(count: int = 6) -> list[User]:
+    generator = torch.Generator().manual_seed(3)
+    grid = preference_grid(["helpful", "harmless"], count - 1)
+    prompts = [torch.randint(2, 64, (2 + 3 * i % 7,), generator=generator).tolist() for i in range(count)]
+    return [User(prompt, grid[i], 0.5 + i / 2) for i, prompt in enumerate(prompts)]
+
+
+MEMBERSHIP = [[0, 1, 2], [0, 1, 2, 3], [3, 1], [4, 1, 5, 3], [5], [5, 4, 0, 2]]
+"""Who is in the batch in each call: rows leave, join, come back and change their places."""
+
+
+def padded(texts: list[list[int]]) -> dict[str, torch.Tensor]:
+    length = max(map(len, texts))
+    ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (length - len(text)) + [1] * len(text) for text in texts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def take_turn(base, arm, members: list[User], guide=None) -> None:
+    """One call of `generate` for some users, at their preferences: each writes a few tokens more.
+
+    By a processor if there is one, else by a guided model of this call's own.
+    """
+    inputs = padded([user.text for user in members])
+    preferences, betas = torch.stack([user.preference for user in members]), [user.beta for user in members]
+    model, processors = base, [guide]
+    if guide is None:
+        model, processors = PARM(base, arm, preferences, betas), []
+    else:
+        guide.set(preferences, betas)
+    output = model.generate(**inputs, max_new_tokens=TURN, **SETTINGS, logits_processor=processors)
+    for user, row in zip(members, output[:, inputs["input_ids"].shape[1] :]):
+        user.written += row.tolist()
+
+
+def alone(base, arm, user: User) -> list[int]:
+    """What the user gets in one call without anybody else."""
+    output = PARM(base, arm, user.preference, user.beta).generate(
+        torch.tensor([user.prompt]), max_new_tokens=len(user.written), **SETTINGS
+    )
+    return output[0, len(user.prompt) :].tolist()
+
+
+@pytest.mark.parametrize("same_prompt", [False, True], ids=["prompts of their own", "the same prompt"])
+@pytest.mark.parametrize("shared", [True, False], ids=["on the base", "apart"])
+@pytest.mark.parametrize("door", DOORS)
+def test_nobodys_text_depends_on_who_else_is_in_the_batch(door, shared, same_prompt):
+    """Batches of one to four rows, of six users; one processor serves all calls. With the same prompt in all rows
+    nothing but α and β can tell them apart."""
+    arm, everyone = tiny_arm(tiny_llama(0)), users()
+    base = arm.get_base_model() if shared else tiny_llama(2)
+    for user in everyone if same_prompt else ():
+        user.prompt = [7, 8, 20]
+    guide = PARMLogitsProcessor(arm, everyone[0].preference) if door == "processor" else None
+    for members in MEMBERSHIP:
+        take_turn(base, arm, [everyone[i] for i in members], guide)
+    assert sorted(len(user.written) // TURN for user in everyone) == [2, 3, 3, 3, 3, 4]
+    for user in everyone:
+        assert user.written == alone(base, arm, user)
+    assert len({tuple(user.written) for user in everyone}) >= 4
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_users_of_several_reward_models(door):
+    """GenARM with two adapters on the base, both with some weight: α and β of a row weigh their answers."""
+    model, everyone = lora_model("helpful", "harmless"), users()[1:5]
+    base, arms = model.get_base_model(), {"helpful": "helpful", "harmless": "harmless"}
+
+    def decode(members):
+        preferences, betas = torch.stack([u.preference for u in members]), [u.beta for u in members]
+        inputs = padded([user.prompt for user in members])
+        if door == "model":
+            guided, processors = GenARM(base, arms, preferences, betas, adapters_of=model), []
+        else:
+            guided, processors = base, [GenARMLogitsProcessor(arms, preferences, betas, adapters_of=model)]
+        output = guided.generate(**inputs, max_new_tokens=8, **SETTINGS, logits_processor=processors)
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+    together = decode(everyone)
+    assert together == [decode([user])[0] for user in everyone]
