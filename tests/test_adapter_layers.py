@@ -7,9 +7,9 @@ import sys
 import peft
 import pytest
 import torch
+from adapter_table import TABLE, every_adapter, make_model
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
 from peft import get_peft_model
-from test_cores import TABLE, every_adapter, make_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, FalconConfig, Llama4TextConfig, PhimoeConfig

@@ -9,11 +9,11 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload
+from adapter_table import TABLE, every_adapter, make_model
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
 from distributed_worker import gradients, loss_of
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.functional import delete_adapter
-from test_cores import TABLE, every_adapter, make_model
 
 from peft_pblora import (
     PBLoraConfig,

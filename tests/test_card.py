@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from adapter_table import every_adapter, make_model
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from pair_data import pairs
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_cores import every_adapter, make_model
 from training_runs import LORA, trainer, two_sets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

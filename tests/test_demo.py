@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from conftest import tiny_arm, tiny_llama
+from demo_folder import OBJECTIVES, save, spaced_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tokenizers import decoders
 
 from peft_pblora import set_preference
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor
@@ -33,23 +33,7 @@ from trl_parm.rewards import brevity, positivity
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 Page = importlib.import_module("trl_parm.demo.page").Page
 
-OBJECTIVES = ["helpful", "brief"]
 QUESTION = Question("w3 w9", (0.3, 0.7), beta=0.5, max_new_tokens=12, temperature=0.8, seed=4)
-
-
-def spaced_tokenizer():
-    """The tiny tokenizer, but words that it decodes have spaces between them, so that a text gives its tokens back."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    return tokenizer
-
-
-def save(folder, base, arm, base_name="base", arm_name="arm"):
-    """Folders as training leaves them."""
-    base.save_pretrained(folder / base_name)
-    spaced_tokenizer().save_pretrained(folder / base_name)
-    arm.peft_config["default"].base_model_name_or_path = str(folder / base_name)
-    arm.save_pretrained(folder / arm_name)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_arm, tiny_llama
-from test_demo import OBJECTIVES, save
+from demo_folder import OBJECTIVES, save
 
 
 pytestmark = pytest.mark.slow

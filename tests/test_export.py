@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from adapter_table import every_adapter, make_model
 from conftest import OBJECTIVES, needs_add_adapter, tiny_arm, tiny_gpt2, tiny_llama
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from test_cores import every_adapter, make_model
 
 from peft_pblora import (
     PBLoraConfig,

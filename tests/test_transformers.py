@@ -4,9 +4,9 @@
 import peft
 import pytest
 import torch
+from adapter_table import TABLE, every_adapter, make_model
 from conftest import OBJECTIVES, needs_add_adapter, tiny_llama
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from test_cores import TABLE, every_adapter, make_model
 from transformers import AutoModelForCausalLM
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference, write_card
