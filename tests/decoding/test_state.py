@@ -201,7 +201,7 @@ def test_a_call_leaves_the_model_as_it_was_however_it_ends(end, door, adapter):
 
 
 @every_adapter
-def test_a_guided_model_leaves_adapters_active_and_a_processor_takes_them_out_of_the_base(adapter):
+def test_a_guided_model_leaves_adapters_active_and_a_processor_says_what_it_did(adapter):
     arm = FORMULAS[adapter][0]()
     before = state(arm)
     guided = Guided(arm.get_base_model(), FORMULAS[adapter][1](arm))
@@ -209,9 +209,9 @@ def test_a_guided_model_leaves_adapters_active_and_a_processor_takes_them_out_of
     processor = GuidedLogitsProcessor(guided.formula)
     with torch.no_grad(), arm.disable_adapter():
         plain = arm(IDS).logits
-    assert torch.equal(arm.get_base_model()(IDS).logits, plain)
+    assert torch.equal(arm(IDS).logits, plain)
     arm.set_adapter(processor._guides()[0].adapter_names[0])
-    with pytest.raises(ValueError, match="was made active"):
+    with pytest.raises(ValueError, match="was made active after the processor was made"):
         text(arm.get_base_model().generate, logits_processor=[processor])
 
 
@@ -319,10 +319,7 @@ def deleted(arm, names):
         (deleted, "is no longer in the model"),
         (lambda arm, names: arm.unload(), "is no longer in the model"),
         (lambda arm, names: arm.merge_adapter(names), "merged into the weights"),
-        (
-            lambda arm, names: arm.merge_and_unload(adapter_names=names),
-            "is no longer in the model|is merged into the weights",
-        ),
+        (lambda arm, names: arm.merge_and_unload(adapter_names=names), "is no longer in the model"),
     ],
     ids=["deleted", "unloaded", "merged", "merged and unloaded"],
 )
