@@ -79,8 +79,9 @@ def output_folder(path: str | Path, writer: str = "output", needed_bytes: int = 
     ```
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"The output folder {path} is a file. Name another folder.")
+    with contextlib.suppress(OSError):  # asked once: another process may move a folder away meanwhile
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise ValueError(f"The output folder {path} is a file. Name another folder.")
     _check(path, needed_bytes)
     check_output(path, writer)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}-", dir=path.parent))
