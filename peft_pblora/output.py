@@ -215,7 +215,9 @@ def _check(path: Path, needed_bytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"The output {path} can't be made: {error}. Name another place.") from None
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    with _alone(path.parent):
+        writable = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+    if not writable:
         raise ValueError(f"There is no permission to write the output {path}. Name another place.")
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
