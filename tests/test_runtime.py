@@ -122,13 +122,20 @@ def test_checkpointing_refuses_a_preference_that_changed_before_backward(reentra
 
 
 def test_checkpointed_steps_at_many_preferences_train():
-    arm = tiny_arm().train()
-    arm.gradient_checkpointing_enable({"use_reentrant": False})
-    arm.enable_input_require_grads()
-    for preference in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]):
-        set_preference(arm, preference)
-        (loss_of(arm, IDS) + loss_of(arm, IDS.flip(1))).backward()
-        loss_of(arm, IDS).backward()
+    """Several forwards before a backward, and a preference after the other: the gradients of steps without it."""
+    results = []
+    for checkpointing in (False, True):
+        arm = tiny_arm().train()
+        if checkpointing:
+            arm.gradient_checkpointing_enable({"use_reentrant": False})
+            arm.enable_input_require_grads()
+        for preference in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.5]):
+            set_preference(arm, preference)
+            (loss_of(arm, IDS) + loss_of(arm, IDS.flip(1))).backward()
+            loss_of(arm, IDS).backward()
+        results.append(gradients(arm))
+    torch.testing.assert_close(results[0], results[1])
+    assert all(gradient.abs().max() > 0 for gradient in results[0].values())
 
 
 def assert_rows_equal_rows_alone(arm, settings):
