@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -19,18 +18,11 @@ from peft_pblora.layer import PreferenceLinear
 from peft_pblora.rows import Entry, RowPlan, acting, current_plan
 from peft_pblora.switch import AdapterSwitch
 
-
-if TYPE_CHECKING:
-    from .terms import LM
+from .terms import LM
 
 
 _switching = threading.RLock()
 """Held while adapters of PEFT's are switched, which all threads see."""
-_in_order: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Layers that were found to get rows and tokens in their order."""
-
-PROBE = 16
-"""Tokens of the texts with which that is found out."""
 
 
 class Adapters:
@@ -163,39 +155,6 @@ class Adapters:
         """For the time of a forward these adapters act on all rows, and no others do."""
         with _switching, self.switch.only(names):
             yield
-
-    @torch.no_grad()
-    def check_order(self, model: Any) -> None:
-        """Finds out whether layers whose inputs are reshaped get rows and tokens in their order: two texts that change
-        places must change places in every layer's input. What was found of a layer is remembered.
-
-        Raises:
-            ValueError: a layer to which tokens come in another order, such as an expert's of a mixture.
-        """
-        layers = [layer for layer in (*self.ours, *self.loras) if layer not in _in_order]
-        if not layers:
-            return
-        vocabulary = model.get_input_embeddings().num_embeddings
-        texts = torch.randint(vocabulary, (2, PROBE), generator=torch.Generator().manual_seed(0)).to(model.device)
-        inputs: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in layers}
-        with ExitStack() as stack:
-            for layer in layers:
-                hook = layer.register_forward_pre_hook(lambda layer, args: inputs[layer].append(args[0]))
-                stack.callback(hook.remove)
-            for ids in (texts, texts.flip(0)):
-                with self.acting([], 2, PROBE, None, None):
-                    model(input_ids=ids, use_cache=False)
-        for layer, found in inputs.items():
-            same = len(found) == 2 and found[0].shape == found[1].shape and found[0].numel() % 2 == 0
-            if not same or not torch.allclose(
-                found[0].reshape(2, -1), found[1].reshape(2, -1).flip(0), atol=1e-2 * float(found[0].abs().max())
-            ):
-                raise ValueError(
-                    f"A {type(layer).__name__} of this {type(model).__name__} gets tokens of several rows in an order "
-                    "of its own, as experts of a mixture do, so that an adapter can't act on some rows. Adapt other "
-                    "layers, or give the guide weights of its own."
-                )
-            _in_order.add(layer)
 
 
 def step_aside(term: LM) -> nn.Module | None:

@@ -17,7 +17,8 @@ from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
-from .reading import GuidedCache, New, holds_tensors, parts_of
+from .cache import GuidedCache
+from .reading import New, holds_tensors, parts_of
 from .terms import LM, check_evaluates
 
 

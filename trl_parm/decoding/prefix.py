@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the tokens that are asked for next go on from those that were read."""
+"""What caches hold, and how the tokens that are asked for next go on from those that were read."""
 
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
@@ -46,6 +46,21 @@ def rewindable_cache(model) -> DynamicCache:
     cache = DynamicCache(config=model.config.get_text_config())
     cache.layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers]
     return cache
+
+
+def holds(cache: Any) -> bool:
+    """Whether a cache has read anything."""
+    return any(
+        getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
+        for layer in layers_of(cache)
+    )
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers of a cache, of an encoder-decoder model's too."""
+    if isinstance(cache, EncoderDecoderCache):
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+    return cache.layers
 
 
 class Prefix:

@@ -19,9 +19,10 @@ from peft_pblora.preference import Preference
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
+from .cache import GuidedCache
 from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
-from .reading import GuidedCache, New, parts_of
+from .reading import New, parts_of
 from .terms import LM, check_evaluates
 
 

@@ -6,18 +6,15 @@ All state of guidance is here, in the cache that `generate` carries.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from peft_pblora.adapter import check_rows, expand_rows
@@ -26,11 +23,9 @@ from peft_pblora.kv_cache import cache_argument
 from peft_pblora.rows import Entry
 
 from .adapters import Adapters
+from .prefix import holds
+from .probes import check_order, goes_on, tensors_on_modules
 from .terms import LM
-
-
-_goes_on: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-"""Whether several tokens may follow what a model with linear attention has read, as far as it was found out."""
 
 
 @dataclass(frozen=True)
@@ -89,33 +84,28 @@ class Part:
     Their rows stand below each other in one forward, [term 1 | term 2 | ...], each with its own adapter.
 
     Args:
-        terms (`Sequence[LM]`): The terms. Several only if their adapters can act on rows.
+        terms (`list[LM]`): The terms; one, unless they act on rows.
+        guides (`list[LM]`): Those of them that guide.
         adapters ([`Adapters`]): Those of the weights.
+        on_rows (`bool`): Whether the terms' adapters can act on rows.
         is_base (`bool`): Whether the model that generates is among them, and so its inputs are theirs.
         cache (`Cache`, *optional*): An empty cache; without one whole texts are read at every call.
-        guides (`Sequence[LM]`, *optional*): Those of the terms that guide; all if not given.
     """
 
     def __init__(
-        self,
-        terms: Sequence[LM],
-        adapters: Adapters,
-        is_base: bool,
-        cache: Cache | None = None,
-        guides: Sequence[LM] | None = None,
+        self, terms: list[LM], guides: list[LM], adapters: Adapters, on_rows: bool, is_base: bool, cache: Cache | None
     ) -> None:
-        self.guides = list(terms if guides is None else guides)
-        self.terms, self.adapters, self.is_base, self.cache = list(terms), adapters, is_base, cache
-        self.model = terms[0].backbone
-        self.together = len(terms) > 1 or adapters.act_on_rows(terms[0].adapters)
+        self.terms, self.guides, self.adapters, self.on_rows = terms, guides, adapters, on_rows
+        self.is_base, self.cache, self.model = is_base, cache, terms[0].backbone
         self.mask: torch.Tensor | None = None
         self._stamp = adapters.stamp(terms)
         self._planned: tuple[int, list[Entry]] | None = None
+        self._goes_on = self._keeps_order = False  # until it was found out
 
     @property
     def is_current(self) -> bool:
         """Whether its adapters, and preferences that are set in the model, are still those it began with."""
-        return self.cache is None or not _holds(self.cache) or self.adapters.stamp(self.terms) == self._stamp
+        return self.cache is None or not holds(self.cache) or self.adapters.stamp(self.terms) == self._stamp
 
     def read(
         self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
@@ -150,7 +140,8 @@ class Part:
         for term in self.terms:
             self.adapters.check(term)
             check_rows(term.rows, rows)
-        places = self._places(new, inputs, rows) if self.first else None
+        empty = self.cache is not None and not holds(self.cache)
+        places = self._places(new, inputs, rows) if empty and type(self.cache) is DynamicCache else None
         chosen = None if places is None else places[0]
         copies = len(self.terms)
         stacked = None
@@ -163,7 +154,7 @@ class Part:
         beside = inputs if _takes_any(type(self.model)) else {}
         arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, beside, last)
         forward = self.model if compiled is None else self.model.get_compiled_call(compiled)
-        if self.together:
+        if self.on_rows:
             tokens = inputs.get("inputs_embeds", new.ids).shape[1]
             ahead = None
             if compiled is not None:
@@ -172,15 +163,15 @@ class Part:
             acting = self.adapters.acting(self._entries(rows, chosen), total, tokens, groups, ahead)
         else:
             acting = self.adapters.alone(self.terms[0].adapters)
-        empty = self.cache is not None and not _holds(self.cache)
         if self.cache is not None and not empty and new.ids.shape[1] > 1:
             self.check_goes_on()
-        before = _tensors_on_modules(self.model, total) if empty else {}
+        before = tensors_on_modules(self.model, total) if empty else {}
         with acting as plan:
             output = forward(**arguments)
-        if plan is not None and plan.reshaped:
-            self.adapters.check_order(self.model)
-        if empty and any(before.get(key) is not x for key, x in _tensors_on_modules(self.model, total).items()):
+        if plan is not None and plan.reshaped and not self._keeps_order:
+            check_order(self.model, self.adapters)
+            self._keeps_order = True
+        if empty and any(before.get(key) is not x for key, x in tensors_on_modules(self.model, total).items()):
             raise ValueError(
                 f"A {type(self.model).__name__} keeps its state on its modules, not in its cache, so that two texts "
                 "would mix. Use a guided model such as `PARM(model, arm, ...)` with `use_cache=False`."
@@ -200,29 +191,14 @@ class Part:
         return dict(zip(self.terms, logits.split(rows))), output
 
     def check_goes_on(self) -> None:
-        """Raises `ValueError` for a model with linear attention that forgets its state where several tokens follow, as
-        some do: a text that is read in two parts must be that text. What was found of a model is remembered."""
-        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
-        linear = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-        if linear and self.model not in _goes_on:
-            ids = torch.arange(8, device=self.model.device)[None] % self.model.get_input_embeddings().num_embeddings
-            cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-            with torch.no_grad(), self.adapters.acting([], 1, ids.shape[1], None, None):
-                whole = self.model(input_ids=ids, use_cache=False).logits[:, -1].float()
-                for part in (ids[:, :5], ids[:, 5:]):
-                    later = self.model(input_ids=part, use_cache=True, **cache_argument(self.model, cache)).logits
-            error = (later[:, -1].float() - whole).norm() / whole.norm()
-            _goes_on[self.model] = bool(error < torch.finfo(self.model.dtype).eps ** 0.5)
-        if linear and not _goes_on[self.model]:
+        """Raises `ValueError` for a model that forgets where several tokens follow: a text that is read in two parts
+        must be that text."""
+        self._goes_on = self._goes_on or goes_on(self.model, self.adapters)
+        if not self._goes_on:
             raise ValueError(
                 f"A {type(self.model).__name__} forgets what it has read where several tokens follow at once, so that "
                 "texts can't go on, be read in chunks or be drafted. Pass whole texts without a cache of them."
             )
-
-    @property
-    def first(self) -> bool:
-        """Whether it will read its first tokens into a cache whose rows may be repeated afterwards."""
-        return type(self.cache) is DynamicCache and not _holds(self.cache)
 
     def reorder(self, rows: torch.Tensor, batch: int) -> None:
         """Takes these rows of the batch, of each term."""
@@ -333,107 +309,6 @@ class Part:
         )
 
 
-class GuidedCache(Cache):
-    """The cache of a guided model: one part for each set of weights, each of R · k rows, where `generate` has R.
-
-    Whatever `generate` does with its rows (beams, taking back a rejected draft) happens to those of all terms.
-
-    Args:
-        parts (`Sequence[Part]`): The parts, the base model's first.
-
-    Attributes:
-        length (`int`): Columns of the text that were read.
-        rows (`int`): R.
-        text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.
-        memory (`dict`): See [`Step`].
-    """
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
-        self.text: torch.Tensor | None = None
-        self.memory: dict[Any, Any] = {}
-
-    def is_of(self, base: Any, terms: Sequence[LM]) -> bool:
-        """Whether it was made for this base model and these terms, and their adapters are as they were."""
-        guides = {term for part in self.parts for term in part.guides}
-        own = all(part.model is base for part in self.parts if part.is_base)
-        return own and guides == set(terms) and all(part.is_current for part in self.parts)
-
-    def note(self, columns: int, rows: int) -> None:
-        """Notes that so many columns more were read, of so many rows."""
-        self.length, self.rows = self.length + columns, rows
-
-    def write(self, ids: torch.Tensor) -> torch.Tensor:
-        """Keeps what is read, `(rows, new)`, and returns all of it, `(rows, length)`."""
-        self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
-        return self.text
-
-    @property
-    def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return [layer for part in self.parts for layer in _layers(part.cache)]
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("This cache belongs to a guided model. Call that model, or give this one a cache of its own.")
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    @property
-    def is_compileable(self) -> bool:
-        """Never to `generate`, which would make masks for it; see [`Part`]."""
-        return False
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return cast(Cache, self.parts[0].cache).is_linear
-
-    @property
-    def is_croppable(self) -> bool:
-        return all(cast(Cache, part.cache).is_croppable for part in self.parts)
-
-    def activate_past_recording(self) -> None:
-        for part in self.parts:
-            cast(Cache, part.cache).activate_past_recording()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        for part in self.parts:
-            part.reorder(beam_idx, self.rows)
-        if self.text is not None:
-            self.text = self.text[beam_idx.to(self.text.device)]
-        self.rows = len(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.reorder_cache(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        for part in self.parts:
-            part.crop(abs(tokens_to_remove))
-        self.length -= abs(tokens_to_remove)
-        if self.text is not None:
-            self.text = self.text[:, : self.length]
-
-    def reset(self) -> None:
-        for part in self.parts:
-            cast(Cache, part.cache).reset()
-            part.mask = None
-        self.length, self.text = 0, None
-        self.memory.clear()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> GuidedCache:
-        """Copies keys and values, but not the models."""
-        parts = []
-        for part in self.parts:
-            new = copy.copy(part)
-            new.cache, new.mask = copy.deepcopy(part.cache, memo), copy.deepcopy(part.mask, memo)
-            parts.append(new)
-        other = GuidedCache(parts)
-        other.length, other.rows, other.text = self.length, self.rows, self.text
-        return other
-
-
 def parts_of(
     base: LM | None, terms: Sequence[LM], own_prompt: bool, new_cache: Callable[[LM, int], Cache | None]
 ) -> list[Part]:
@@ -455,13 +330,12 @@ def parts_of(
         alone = None if adapters[weights].act_on_rows(term.adapters) else term
         groups.setdefault((weights, text, id(term.vocabulary), alone), []).append(term)
     found = []
-    for group in groups.values():
+    for (weights, _, _, alone), group in groups.items():
         # Rows of one adapter stand together.
         ordered = sorted(group, key=lambda term: (term is not base, term.adapters))
-        is_base = ordered[0] is base
-        guides = [t for t in ordered if t is not base or (t in terms and not own_prompt)]
+        guides = [term for term in ordered if term is not base or (term in terms and not own_prompt)]
         cache = new_cache(group[0], len(group))
-        found.append(Part(ordered, adapters[id(group[0].backbone)], is_base, cache, guides))
+        found.append(Part(ordered, guides, adapters[weights], alone is None, ordered[0] is base, cache))
     return found
 
 
@@ -479,31 +353,6 @@ def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:
     if rows is None or not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != batch:
         return value
     return value[rows.to(value.device)]
-
-
-def _holds(cache: Any) -> bool:
-    """Whether a cache has read anything."""
-    return any(
-        getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
-        for layer in _layers(cache)
-    )
-
-
-def _layers(cache: Any) -> list[Any]:
-    """The layers of a cache, of an encoder-decoder model's too."""
-    if isinstance(cache, EncoderDecoderCache):
-        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
-    return cache.layers
-
-
-def _tensors_on_modules(model: Any, rows: int) -> dict[tuple[int, str], torch.Tensor]:
-    """Attributes of a model's modules, beside parameters and buffers, that have so many rows."""
-    return {
-        (id(module), name): value
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
-    }
 
 
 @lru_cache(maxsize=64)
