@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of a guided model, which is all the state that guidance has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import Cache
+
+from .prefix import layers_of
+from .reading import Part
+from .terms import LM
+
+
+class GuidedCache(Cache):
+    """The cache of a guided model: one part for each set of weights, each of R · k rows, where `generate` has R.
+
+    Whatever `generate` does with its rows (beams, taking back a rejected draft) happens to those of all terms.
+
+    Args:
+        parts (`Sequence[Part]`): The parts, the base model's first.
+
+    Attributes:
+        length (`int`): Columns of the text that were read.
+        rows (`int`): R.
+        text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.
+        memory (`dict`): See [`Step`].
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
+        self.text: torch.Tensor | None = None
+        self.memory: dict[Any, Any] = {}
+
+    def is_of(self, base: Any, terms: Sequence[LM]) -> bool:
+        """Whether it was made for this base model and these terms, and their adapters are as they were."""
+        guides = {term for part in self.parts for term in part.guides}
+        own = all(part.model is base for part in self.parts if part.is_base)
+        return own and guides == set(terms) and all(part.is_current for part in self.parts)
+
+    def note(self, columns: int, rows: int) -> None:
+        """Notes that so many columns more were read, of so many rows."""
+        self.length, self.rows = self.length + columns, rows
+
+    def write(self, ids: torch.Tensor) -> torch.Tensor:
+        """Keeps what is read, `(rows, new)`, and returns all of it, `(rows, length)`."""
+        self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
+        return self.text
+
+    @property
+    def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return [layer for part in self.parts for layer in layers_of(part.cache)]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("This cache belongs to a guided model. Call that model, or give this one a cache of its own.")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    @property
+    def is_compileable(self) -> bool:
+        """Never to `generate`, which would make masks for it; see [`Part`]."""
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return cast(Cache, self.parts[0].cache).is_linear
+
+    @property
+    def is_croppable(self) -> bool:
+        return all(cast(Cache, part.cache).is_croppable for part in self.parts)
+
+    def activate_past_recording(self) -> None:
+        for part in self.parts:
+            cast(Cache, part.cache).activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for part in self.parts:
+            part.reorder(beam_idx, self.rows)
+        if self.text is not None:
+            self.text = self.text[beam_idx.to(self.text.device)]
+        self.rows = len(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for part in self.parts:
+            part.crop(abs(tokens_to_remove))
+        self.length -= abs(tokens_to_remove)
+        if self.text is not None:
+            self.text = self.text[:, : self.length]
+
+    def reset(self) -> None:
+        for part in self.parts:
+            cast(Cache, part.cache).reset()
+            part.mask = None
+        self.length, self.text = 0, None
+        self.memory.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidedCache:
+        """Copies keys and values, but not the models."""
+        parts = []
+        for part in self.parts:
+            new = copy.copy(part)
+            new.cache, new.mask = copy.deepcopy(part.cache, memo), copy.deepcopy(part.mask, memo)
+            parts.append(new)
+        other = GuidedCache(parts)
+        other.length, other.rows, other.text = self.length, self.rows, self.text
+        return other
