@@ -11,8 +11,8 @@ from .processor import (
     MODLogitsProcessor,
     MODWeakToStrongLogitsProcessor,
     PARMLogitsProcessor,
-    Prompt,
 )
+from .prompt import Prompt
 from .search import (
     ARGS,
     ARGSLogitsProcessor,

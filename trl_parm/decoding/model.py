@@ -18,8 +18,9 @@ from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
 from .cache import GuidedCache
+from .prompt import own_prompt
 from .reading import New, holds_tensors, parts_of
-from .terms import LM, check_evaluates
+from .terms import LM, check_evaluates, check_formula, language_models
 
 
 OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length")
@@ -74,13 +75,10 @@ class Guided(GenerationMixin, nn.Module):
 
     def __init__(self, base: Any, formula: Scorer) -> None:
         super().__init__()
-        if not isinstance(formula, Scorer):
-            raise TypeError(
-                f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm)."
-            )
+        check_formula(formula)
         self.base, self.formula, self.training = base, formula, False
-        scorers = list(dict.fromkeys(formula.scorers()))
-        self.terms = [scorer for scorer in scorers if isinstance(scorer, LM)]
+        scorers = set(formula.scorers())
+        self.terms = language_models(formula)
         self._reads_base = len(self.terms) < len(scorers) or not scorers
         self._reads_text = any(scorer.reads_text for scorer in scorers)
         self._check_modes()
@@ -313,10 +311,8 @@ class Guided(GenerationMixin, nn.Module):
 
     def own_term(self) -> LM:
         """The base model as a term: with its active adapters, but without those that guide."""
-        silent = (scorer for scorer in self.formula.silent() if isinstance(scorer, LM))
-        guiding = {
-            name for term in (*self.terms, *silent) if term.backbone is self.backbone for name in term.adapter_names
-        }
+        guides = language_models(self.formula, silent=True)
+        guiding = {name for term in guides if term.backbone is self.backbone for name in term.adapter_names}
         own = resting(AdapterSwitch.of(self.backbone).layers)
         return LM.of_base(self.base, [name for name in own if name not in guiding])
 
@@ -340,19 +336,6 @@ class Guided(GenerationMixin, nn.Module):
                 f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of "
                 "their own with `guide_input_ids`."
             )
-
-
-def own_prompt(ids: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A guide's own prompt. Raises `ValueError` unless it has tokens and is padded on the left."""
-    if ids is None:
-        return None
-    mask = torch.ones_like(ids) if mask is None else mask
-    if ids.ndim != 2 or ids.numel() == 0 or mask.shape != ids.shape or not mask[:, -1].all():
-        raise ValueError(
-            f"`guide_input_ids` has shape {tuple(ids.shape)}, but it needs (rows, columns), not empty and padded on "
-            "the left, and `guide_attention_mask` the same shape."
-        )
-    return ids, mask
 
 
 def _default_cache(term: LM, copies: int) -> Cache:

@@ -9,11 +9,10 @@ those, and feeds the difference. What it returns is a function of the tokens alo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor
 
 from peft_pblora.preference import Preference
 from trl_parm.algebra import Scorer, Step, guided_logits
@@ -22,91 +21,13 @@ from .adapters import check_aside, step_aside
 from .cache import GuidedCache
 from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
+from .prompt import Prompt
 from .reading import New, parts_of
-from .terms import LM, check_evaluates
+from .terms import LM, check_evaluates, check_formula, language_models
 
 
 WINDOW = 32
 """How many positions of a single text are remembered: a draft asks for them, and its verification once more."""
-
-
-class Prompt:
-    """What a guide reads in the place of the base model's prompts, or the mask of these, for the prompts of one batch.
-
-    Args:
-        inputs (`Mapping`, *optional*):
-            What `generate` gets: `input_ids` or `inputs_embeds`, and `attention_mask`.
-        guide (`Mapping`, `str` or `list[str]`, *optional*):
-            The guide's own prompts, one for each prompt of the batch: encoded (`input_ids`, `attention_mask`, padded
-            on the left) or as texts, which need `tokenizer`. Most of all where it was trained with another template.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The guide's tokenizer, for texts.
-        length (`int`, *optional*):
-            How many leading columns of `generate`'s `input_ids` the guide's prompts stand for: those of `inputs` if
-            not given, 0 for `inputs_embeds`. It is 1 for an encoder-decoder base model, whose decoder starts with one
-            token.
-
-    Raises:
-        ValueError: nothing to read, texts without tokenizer, or batches that differ.
-
-    Example:
-
-    ```python
-    prompt = Prompt(inputs, guide=["BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:"], tokenizer=arm_tokenizer)
-    model.generate(**inputs, logits_processor=[PARMLogitsProcessor(arm, preference, prompt=prompt)])
-    PARM(model, arm, preference).generate(**inputs, **prompt.arguments)
-    ```
-    """
-
-    def __init__(
-        self,
-        inputs: Mapping[str, Any] | None = None,
-        guide: Mapping[str, Any] | str | Sequence[str] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        length: int | None = None,
-    ) -> None:
-        inputs = inputs or {}
-        self.attention_mask: torch.Tensor | None = inputs.get("attention_mask")
-        self.length = length
-        if length is None and inputs.get("input_ids") is not None:
-            self.length = inputs["input_ids"].shape[1]
-        elif length is None and inputs.get("inputs_embeds") is not None:
-            self.length = 0
-        elif length is None and self.attention_mask is not None:
-            self.length = self.attention_mask.shape[1]
-        if self.length is None:
-            raise ValueError("`Prompt` needs `inputs` with `input_ids` or `inputs_embeds`, or a `length`.")
-        self.own = None if guide is None else _encode(guide, tokenizer)
-        rows = [len(t) for t in (self.attention_mask, self.own and self.own[0]) if t is not None]
-        if len(set(rows)) > 1:
-            raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[1]}. Give the guide one for each.")
-
-    @property
-    def arguments(self) -> dict[str, torch.Tensor]:
-        """The guide's own prompts as arguments of a guided model's `generate`."""
-        return {} if self.own is None else {"guide_input_ids": self.own[0], "guide_attention_mask": self.own[1]}
-
-    def mask(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """The mask of all tokens so far, of their shape `(rows, columns)`; `None` if it is not known.
-
-        Raises:
-            ValueError: the batch is not the one that the prompt belongs to.
-        """
-        rows = len(self.own[0]) if self.own is not None else None
-        if self.attention_mask is not None and self.length:
-            rows = len(self.attention_mask)
-        if rows is None:
-            return None
-        length = cast(int, self.length)
-        if len(tokens) % rows or length > tokens.shape[1]:
-            raise ValueError(
-                f"The prompt has {rows} rows of {length} tokens, which does not fit input ids of shape "
-                f"{tuple(tokens.shape)}. Make one `Prompt`, and one processor, for each batch of prompts."
-            )
-        if self.attention_mask is None or not self.length:
-            return None
-        mask = torch.ones_like(tokens)
-        mask[:, :length] = self.attention_mask.to(mask).repeat_interleave(len(tokens) // rows, dim=0)
-        return mask
 
 
 class GuidedLogitsProcessor(LogitsProcessor):
@@ -143,14 +64,11 @@ class GuidedLogitsProcessor(LogitsProcessor):
     """To `PeftModel.generate`: the model below is to be read without the adapters that guide it."""
 
     def __init__(self, formula: Scorer, prompt: Prompt | None = None, pad_token_id: int | None = None) -> None:
-        if not isinstance(formula, Scorer):
-            raise TypeError(
-                f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm)."
-            )
+        check_formula(formula)
         pads = [scorer.pad_token_id for scorer in formula.scorers() if hasattr(scorer, "pad_token_id")]
         self.formula, self.prompt = formula, prompt
         self.pad_token_id = next((pad for pad in [pad_token_id, *pads] if pad is not None), None)
-        self._aside = [(term, step_aside(term)) for term in self._guides()]
+        self._aside = [(term, step_aside(term)) for term in language_models(formula, silent=True)]
         self.reset()
 
     def reset(self) -> None:
@@ -164,7 +82,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 f"Guidance needs all tokens of every row, of shape (rows, length), but got {tuple(input_ids.shape)}: "
                 "continuous batching passes the last ones alone. Use `generate`."
             )
-        terms = [scorer for scorer in dict.fromkeys(self.formula.scorers()) if isinstance(scorer, LM)]
+        terms = language_models(self.formula)
         for term, layer in self._aside:
             check_evaluates(term.model)
             check_aside(term, layer)
@@ -178,11 +96,6 @@ class GuidedLogitsProcessor(LogitsProcessor):
             prefix = self._prefix
             step = Step(scores, found, input_ids, prefix.mask, prefix.prompt_length, prefix.state.memory)
             return guided_logits(self.formula, step)
-
-    def _guides(self) -> list[LM]:
-        """The language models of the formula, those of weight 0 too."""
-        scorers = dict.fromkeys((*self.formula.scorers(), *self.formula.silent()))
-        return [scorer for scorer in scorers if isinstance(scorer, LM)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_prefix")}
@@ -231,7 +144,7 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         given = {"preference": preference, "beta": beta}
         arguments = self._arguments | {name: value for name, value in given.items() if value is not None}
         self.formula, self._arguments = parm(**arguments), arguments
-        self._aside = [(term, layer) for term in self._guides() for _, layer in self._aside]
+        self._aside = [(t, layer) for t in language_models(self.formula, silent=True) for _, layer in self._aside]
 
 
 class GenARMLogitsProcessor(GuidedLogitsProcessor):
@@ -399,21 +312,3 @@ def _check_text(term: LM, tokens: torch.Tensor) -> None:
                 f"The prompt has {kind} tokens, but a processor gets no {kind}, so that {term!r} can't see it. Give "
                 "the guides a prompt of their own with `prompt=Prompt(inputs, guide=...)`."
             )
-
-
-def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(guide, str):
-        guide = [guide]
-    if not isinstance(guide, Mapping):
-        if tokenizer is None:
-            raise ValueError("`guide` has texts, which need `tokenizer`, the guiding model's tokenizer.")
-        guide = tokenizer(list(guide), return_tensors="pt", padding=len(guide) > 1, padding_side="left")
-    ids = guide["input_ids"]
-    mask = guide.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
-    if ids.ndim != 2 or ids.numel() == 0 or not mask[:, -1].all():
-        raise ValueError(
-            f"`guide` has input ids of shape {tuple(ids.shape)}, but it needs (batch, prompt), not empty and padded "
-            "on the left."
-        )
-    return ids, mask

@@ -192,6 +192,18 @@ def check_guide(model: Any, backbone: PreTrainedModel) -> None:
         )
 
 
+def language_models(formula: Scorer, silent: bool = False) -> list[LM]:
+    """The language models of a formula, each once; those of weight 0 only if the `silent` are wanted."""
+    scorers = [*formula.scorers(), *(formula.silent() if silent else ())]
+    return [scorer for scorer in dict.fromkeys(scorers) if isinstance(scorer, LM)]
+
+
+def check_formula(formula: Any) -> None:
+    """Raises `TypeError` unless it is a scorer."""
+    if not isinstance(formula, Scorer):
+        raise TypeError(f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm).")
+
+
 def check_evaluates(model: Any) -> None:
     """Raises `ValueError` for a model in training mode: its dropout would act."""
     if model.training:

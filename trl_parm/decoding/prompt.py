@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What guides read in the place of the base model's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+OwnPrompt = tuple[torch.Tensor, torch.Tensor]
+"""Ids and mask of the guides' own prompts, both of shape `(rows, columns)`."""
+
+
+class Prompt:
+    """What a guide reads in the place of the base model's prompts, or the mask of these, for the prompts of one batch.
+
+    Args:
+        inputs (`Mapping`, *optional*):
+            What `generate` gets: `input_ids` or `inputs_embeds`, and `attention_mask`.
+        guide (`Mapping`, `str` or `list[str]`, *optional*):
+            The guide's own prompts, one for each prompt of the batch: encoded (`input_ids`, `attention_mask`, padded
+            on the left) or as texts, which need `tokenizer`. Most of all where it was trained with another template.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The guide's tokenizer, for texts.
+        length (`int`, *optional*):
+            How many leading columns of `generate`'s `input_ids` the guide's prompts stand for: those of `inputs` if
+            not given, 0 for `inputs_embeds`. It is 1 for an encoder-decoder base model, whose decoder starts with one
+            token.
+
+    Raises:
+        ValueError: nothing to read, texts without tokenizer, or batches that differ.
+
+    Example:
+
+    ```python
+    prompt = Prompt(inputs, guide=["BEGINNING OF CONVERSATION: USER: Hi ASSISTANT:"], tokenizer=arm_tokenizer)
+    model.generate(**inputs, logits_processor=[PARMLogitsProcessor(arm, preference, prompt=prompt)])
+    PARM(model, arm, preference).generate(**inputs, **prompt.arguments)
+    ```
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        guide: Mapping[str, Any] | str | Sequence[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        length: int | None = None,
+    ) -> None:
+        inputs = inputs or {}
+        self.attention_mask: torch.Tensor | None = inputs.get("attention_mask")
+        self.length = length
+        if length is None and inputs.get("input_ids") is not None:
+            self.length = inputs["input_ids"].shape[1]
+        elif length is None and inputs.get("inputs_embeds") is not None:
+            self.length = 0
+        elif length is None and self.attention_mask is not None:
+            self.length = self.attention_mask.shape[1]
+        if self.length is None:
+            raise ValueError("`Prompt` needs `inputs` with `input_ids` or `inputs_embeds`, or a `length`.")
+        self.own = None if guide is None else _encode(guide, tokenizer)
+        rows = [len(t) for t in (self.attention_mask, self.own and self.own[0]) if t is not None]
+        if len(set(rows)) > 1:
+            raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[1]}. Give the guide one for each.")
+
+    @property
+    def arguments(self) -> dict[str, torch.Tensor]:
+        """The guide's own prompts as arguments of a guided model's `generate`."""
+        return {} if self.own is None else {"guide_input_ids": self.own[0], "guide_attention_mask": self.own[1]}
+
+    def mask(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The mask of all tokens so far, of their shape `(rows, columns)`; `None` if it is not known.
+
+        Raises:
+            ValueError: the batch is not the one that the prompt belongs to.
+        """
+        rows = len(self.own[0]) if self.own is not None else None
+        if self.attention_mask is not None and self.length:
+            rows = len(self.attention_mask)
+        if rows is None:
+            return None
+        length = cast(int, self.length)
+        if len(tokens) % rows or length > tokens.shape[1]:
+            raise ValueError(
+                f"The prompt has {rows} rows of {length} tokens, which does not fit input ids of shape "
+                f"{tuple(tokens.shape)}. Make one `Prompt`, and one processor, for each batch of prompts."
+            )
+        if self.attention_mask is None or not self.length:
+            return None
+        mask = torch.ones_like(tokens)
+        mask[:, :length] = self.attention_mask.to(mask).repeat_interleave(len(tokens) // rows, dim=0)
+        return mask
+
+
+def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> OwnPrompt:
+    if isinstance(guide, str):
+        guide = [guide]
+    if not isinstance(guide, Mapping):
+        if tokenizer is None:
+            raise ValueError("`guide` has texts, which need `tokenizer`, the guiding model's tokenizer.")
+        guide = tokenizer(list(guide), return_tensors="pt", padding=len(guide) > 1, padding_side="left")
+    return cast(OwnPrompt, own_prompt(guide["input_ids"], guide.get("attention_mask"), "guide"))
+
+
+def own_prompt(
+    ids: torch.Tensor | None, mask: torch.Tensor | None, argument: str = "guide_input_ids"
+) -> OwnPrompt | None:
+    """Prompts with their mask, if any are given. Raises `ValueError` unless they have tokens and are padded on the
+    left."""
+    if ids is None:
+        return None
+    mask = torch.ones_like(ids) if mask is None else mask
+    if ids.ndim != 2 or ids.numel() == 0 or mask.shape != ids.shape or not mask[:, -1].all():
+        raise ValueError(
+            f"`{argument}` has input ids of shape {tuple(ids.shape)}, but it needs (rows, columns), not empty and "
+            "padded on the left, and an attention mask of the same shape."
+        )
+    return ids, mask
