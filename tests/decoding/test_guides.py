@@ -243,9 +243,7 @@ def test_a_prompt_of_its_own_for_an_adapter_on_the_base(door):
     ids=["empty", "padded on the right", "another mask"],
 )
 def test_prompts_that_a_guide_can_not_read(given):
-    with pytest.raises(
-        ValueError, match="not empty and padded on the left, and an attention mask of the same shape"
-    ):
+    with pytest.raises(ValueError, match="not empty and padded on the left, and an attention mask of the same shape"):
         Guided(tiny_llama(0), BASE + LM(tiny_llama(1))).generate(**INPUTS, **given, max_new_tokens=2)
 
 

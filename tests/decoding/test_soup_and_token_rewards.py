@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from decoding.tables import lora_model
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 
-from peft_pblora import get_preference, set_preference
+from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, get_preference, save_as_lora, set_preference
 from trl_parm import rewarded_soup, token_rewards
 
 
@@ -38,6 +39,121 @@ def test_a_soup_of_loras_is_the_exact_average_of_their_products():
     alone.set_adapter("helpful")
     torch.testing.assert_close(again(IDS).logits, alone(IDS).logits, atol=1e-6, rtol=1e-5)
     assert any("lora_A" in key for key in get_peft_model_state_dict(again, adapter_name="soup"))
+
+
+SUMS = {
+    "plain": ({}, {"r": 8}),
+    "rsLoRA": ({"use_rslora": True}, {"r": 8, "use_rslora": True}),
+    "rsLoRA and plain": ({"use_rslora": True}, {"r": 8}),
+    "biases": ({"lora_bias": True}, {"lora_bias": True}),
+    "a bias in one": ({"lora_bias": True, "use_rslora": True}, {}),
+    "patterns": (
+        {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+        {"r": 8, "alpha_pattern": {"layers.0.self_attn.q_proj": 64}},
+    ),
+    "layers of one": ({"layers_to_transform": [0]}, {}),
+    "layers of the other": ({}, {"layers_to_transform": [1]}),
+    "layers without overlap": ({"layers_to_transform": [0]}, {"layers_to_transform": [1]}),
+    "other modules": ({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj", "up_proj"]}),
+    "excluded": ({"exclude_modules": r".*layers\.0.*"}, {}),
+    "embeddings": ({"target_modules": ["embed_tokens", "q_proj"]}, {}),
+    "a pattern of modules": (
+        {"target_modules": r".*layers\.1\.self_attn\.(q|k)_proj"},
+        {"target_modules": ["o_proj"]},
+    ),
+}
+
+
+def two_loras(first: dict, second: dict, **sizes):
+    """A model with two random LoRAs, `a` and `b`."""
+    base = tiny_llama(attention_bias=True, mlp_bias=True, num_hidden_layers=2, **sizes)
+    model = None
+    for name, settings in (("a", first), ("b", second)):
+        torch.manual_seed(ord(name))
+        settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]} | settings
+        config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+        if model is None:
+            model = get_peft_model(base, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            parameter.data.normal_()
+    return model.eval()
+
+
+def dense_soup(model, weights: dict[str, float]):
+    """The base model with Σ α_i ΔW_i and Σ α_i Δb_i in its weights, in float64."""
+    model = copy.deepcopy(model).double()
+    for _, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        base = layer.get_base_layer()
+        for name, weight in weights.items():
+            if name in layer.lora_A or name in layer.lora_embedding_A:
+                base.weight.data += weight * layer.get_delta_weight(name)
+            if name in layer.lora_B and layer.lora_B[name].bias is not None:
+                base.bias.data += weight * layer.scaling[name] * layer.lora_B[name].bias
+    return model.unload()
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.3, "b": 0.7}, {"a": 0.0, "b": 1.0}])
+@pytest.mark.parametrize("kind", SUMS)
+def test_a_soup_is_exact_for_all_that_a_lora_may_have(kind, weights, tmp_path):
+    model = two_loras(*SUMS[kind])
+    expected = dense_soup(model, weights)(IDS).logits
+    base = dense_soup(model, {})
+    assert (base(IDS).logits - expected).abs().max() > 1e-2
+    soup = rewarded_soup({"x": "a", "y": "b"}, list(weights.values()), adapters_of=model)
+    torch.testing.assert_close(soup(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+    soup.save_pretrained(str(tmp_path), selected_adapters=["soup"])
+    loaded = PeftModel.from_pretrained(base.float(), str(tmp_path / "soup"))
+    torch.testing.assert_close(loaded(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "is a LoRA with DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save`"),
+        ({"bias": "lora_only"}, "`bias`"),
+        ({"trainable_token_indices": [3]}, "`trainable_token_indices`"),
+    ],
+)
+def test_a_lora_that_is_no_sum_has_no_soup(settings, message):
+    model = two_loras({}, settings)
+    before = list(model.peft_config)
+    with pytest.raises(ValueError, match=message):
+        rewarded_soup({"x": "a", "y": "b"}, [0.5, 0.5], adapters_of=model)
+    assert list(model.peft_config) == before
+    # Of weight 0 it is no part of the soup.
+    rewarded_soup({"x": "a", "y": "b"}, [1.0, 0.0], adapters_of=model)
+
+
+def test_a_merged_lora_has_no_soup():
+    model = two_loras({}, {})
+    model.merge_adapter(["a"])
+    with pytest.raises(ValueError, match="is merged into the weights"):
+        rewarded_soup({"x": "a", "y": "b"}, [0.5, 0.5], adapters_of=model)
+
+
+@pytest.mark.parametrize("kind", [PBLoraConfig, SVDLoraConfig, MoSLoraConfig])
+def test_a_soup_of_our_exports_is_their_exact_average(kind, tmp_path):
+    torch.manual_seed(6)
+    config = kind(objectives=["a", "b"], target_modules=["q_proj", "v_proj"], init_weights=False)
+    arm = get_peft_model(tiny_llama(attention_bias=True), config).eval()
+    for name, parameter in arm.named_parameters():
+        if "core" in name:
+            parameter.data.normal_()
+    folders = save_as_lora(arm, tmp_path, torch.eye(2))
+    model = PeftModel.from_pretrained(tiny_llama(attention_bias=True), folders[0], adapter_name="a")
+    model.load_adapter(folders[1], "b")
+    expected = dense_soup(model, {"a": 0.4, "b": 0.6})(IDS).logits
+    soup = rewarded_soup({"x": "a", "y": "b"}, [0.4, 0.6], adapters_of=model)
+    torch.testing.assert_close(soup(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+    vertex = rewarded_soup({"x": "a", "y": "b"}, [0.0, 1.0], adapters_of=model)
+    set_preference(arm, [0.0, 1.0])
+    torch.testing.assert_close(vertex(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from peft_pblora.preference import Preference
@@ -25,8 +28,9 @@ def rewarded_soup(
 ) -> PreTrainedModel | PeftModel:
     """The model with weights θ(α) = Σ_i α_i θ_i (Rewarded Soups, NeurIPS 2023, arXiv 2306.04488).
 
-    LoRAs are averaged exactly: Σ_i α_i B_i A_i is a LoRA of rank Σ_i r_i, with factors put side by side. Averaging A
-    and B on their own would add products of one policy's A with another's B.
+    LoRAs are averaged exactly: Σ_i α_i s_i B_i A_i is a LoRA of rank Σ_i r_i, with factors put side by side, in every
+    layer that a policy has, at the policy's own scale s_i there, biases included. Averaging A and B on their own would
+    add products of one policy's A with another's B.
 
     Args:
         policies (`Mapping[str, PreTrainedModel]`):
@@ -41,8 +45,8 @@ def rewarded_soup(
         added and active.
 
     Raises:
-        ValueError: no policy, an invalid preference, models that differ in shape, adapters that are not there or are
-            no LoRA.
+        ValueError: no policy, an invalid preference, models that differ in shape, adapters that are not there, are no
+            LoRA, or one whose change is no sum (DoRA and other variants, `modules_to_save`, trained biases).
 
     Example:
 
@@ -60,23 +64,107 @@ def rewarded_soup(
     return _soup_of_models(chosen)
 
 
+@torch.no_grad()
 def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter_name: str) -> PeftModel:
     names = [name for _, name in chosen]
     for name in names:
-        if not isinstance(name, str) or not isinstance(model.peft_config.get(name), LoraConfig):
+        config = model.peft_config.get(name) if isinstance(name, str) else None
+        if config is None or config.peft_type != PeftType.LORA:
             raise ValueError(f"`adapters_of` has no LoRA {name!r}. Its adapters are {list(model.peft_config)}.")
     if adapter_name in names:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which is a policy. Choose another name.")
+    tuner: Any = model.base_model
+    layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
+    for name in names:
+        _check_is_sum(name, cast(LoraConfig, model.peft_config[name]), layers)
     if adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
-    tuner: Any = model.base_model
-    tuner.add_weighted_adapter(names, [weight for weight, _ in chosen], adapter_name, combination_type="cat")
+    # Of each layer, (weight, A, B, bias) of every policy that has it: weights and scales go to B.
+    factors = {
+        name: [(w * layer.scaling[policy], *_factors(layer, policy)) for w, policy in chosen if _has(layer, policy)]
+        for name, layer in layers.items()
+    }
+    factors = {name: found for name, found in factors.items() if found}
+    ranks = {name: sum(len(a) for _, a, _, _ in found) for name, found in factors.items()}
+    # Anchored, so that no pattern is another layer's too; a scale of 1 for every rank.
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != max(ranks.values())}
+    config = replace(
+        cast(LoraConfig, model.peft_config[names[0]]),
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=sorted(factors),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        use_rslora=False,
+        lora_bias=any(bias is not None for found in factors.values() for *_, bias in found),
+        init_lora_weights=True,
+    )
+    model.add_adapter(adapter_name, config)
+    for name, layer in layers.items():
+        if _has(layer, adapter_name) != (name in factors):
+            model.delete_adapter(adapter_name)
+            raise ValueError(
+                f"PEFT can't put the soup's adapter into the same layers as the policies', such as {name}."
+            )
+        if name in factors:
+            down, up, shift = _factors(layer, adapter_name)
+            down.copy_(torch.cat([a.to(down) for _, a, _, _ in factors[name]]))
+            up.copy_(torch.cat([weight * b.to(up) for weight, _, b, _ in factors[name]], 1))
+            for weight, _, _, bias in factors[name]:
+                if bias is not None:
+                    cast(torch.Tensor, shift).add_(bias.to(up), alpha=weight)
     model.set_adapter(adapter_name)
     # PEFT makes the dropout of a new adapter in training mode, whatever the model's mode is.
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_dropout:
-            module.lora_dropout[adapter_name].train(module.training)
+    for layer in layers.values():
+        if adapter_name in layer.lora_dropout:
+            layer.lora_dropout[adapter_name].train(layer.training)
     return model
+
+
+def _check_is_sum(name: str, config: LoraConfig, layers: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a LoRA whose change of the model is not s · B A of linear layers and embeddings, and so
+    not a sum with others'."""
+    variants = [layer.lora_variant[name] for layer in layers.values() if name in layer.lora_variant]
+    unlike = {
+        "DoRA": config.use_dora,
+        type(variants[0]).__name__ if variants else "a variant": bool(variants),
+        "`modules_to_save`": bool(config.modules_to_save),
+        "`bias`": config.bias != "none",
+        "`trainable_token_indices`": bool(config.trainable_token_indices),
+        "`target_parameters`": bool(config.target_parameters),
+        "`layer_replication`": bool(config.layer_replication),
+        "layers that are neither linear nor embeddings": any(
+            _has(layer, name) and _factors(layer, name) is None for layer in layers.values()
+        ),
+    }
+    for what, is_it in unlike.items():
+        if is_it:
+            raise ValueError(
+                f"The policy {name!r} is a LoRA with {what}, whose average with others is not a LoRA. Merge each "
+                "policy into a model of its own, `merge_and_unload()`, and pass the models."
+            )
+    if any(name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The policy {name!r} is merged into the weights. Call `unmerge_adapter()` first.")
+
+
+def _has(layer: Any, name: str) -> bool:
+    return name in layer.lora_A or name in layer.lora_embedding_A
+
+
+def _factors(layer: Any, name: str) -> Any:
+    """A, B and the bias of a LoRA, or `None` where it has another form."""
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name], None
+    if (
+        name in layer.lora_A
+        and isinstance(layer.lora_A[name], nn.Linear)
+        and isinstance(layer.lora_B[name], nn.Linear)
+    ):
+        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias
+    return None
 
 
 @torch.no_grad()
