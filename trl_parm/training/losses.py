@@ -155,8 +155,7 @@ class ARMLoss:
         """One number from the losses of pairs.
 
         Args:
-            losses (`torch.Tensor` of shape `(pairs, k)`): From `of_pairs`.
-            labels (`torch.Tensor` of shape `(pairs, k)`): Their labels.
+            losses, labels (`torch.Tensor` of shape `(pairs, k)`): From `of_pairs`, and what it was given.
             preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
             counts (`torch.Tensor` of shape `(k + 1,)`): From [`count_labels`], of the whole optimisation step.
             whole (`Callable`, *optional*):

@@ -37,7 +37,6 @@ class TrainMetrics:
         """Adds a batch of pairs.
 
         Args:
-            objectives (`Sequence[str]`): The k objectives.
             preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
             first, second (`torch.Tensor` of shape `(pairs,)`): log π of the two responses.
             losses, labels (`torch.Tensor` of shape `(pairs, k)`): l of each pair, and its labels.
@@ -68,15 +67,10 @@ class TrainMetrics:
 
 
 class EvalMetrics:
-    """Loss, accuracy and margin of every objective at every evaluation preference, pair by pair.
+    """Loss, accuracy and margin of every objective at every evaluation preference, pair by pair."""
 
-    Args:
-        objectives (`Sequence[str]`): The k objectives.
-        preferences (`Mapping[str, torch.Tensor]`): Name → evaluation preference of shape `(k,)`.
-    """
-
-    def __init__(self, objectives: Sequence[str], preferences: Mapping[str, torch.Tensor]) -> None:
-        self.objectives, self.preferences = objectives, preferences
+    def __init__(self, objectives: Sequence[str]) -> None:
+        self.objectives = objectives
         self._values: dict[str, list[float]] = defaultdict(list)
 
     def add(self, preference: str, known: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +15,15 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import get_config_model_id
 
 from peft_pblora import PreferenceConfig, set_preference
 from peft_pblora.card import save_card
 
 from . import checkpoints
-from .card import adapter_config, first_facts, hand_over, rewrite, subfolder_of
-from .compat import BaseTrainer, get_act_offloading_ctx_manager, get_config_model_id
+from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
 from .config import PreferenceARMConfig
 from .data import (
     JointPreferenceDataset,
@@ -48,7 +51,7 @@ from .model import (
 from .preferences import PreferenceSampler, name_preferences
 
 
-class PreferenceARMTrainer(BaseTrainer):
+class PreferenceARMTrainer(_BaseTrainer):
     """Trains an autoregressive reward model (ARM) on preference pairs for each objective.
 
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
@@ -117,6 +120,7 @@ class PreferenceARMTrainer(BaseTrainer):
             disable_dropout(model)
         self.adapter = trained_adapter(model)
         adapter = model.peft_config[self.adapter] if self.adapter else None
+        self.adapter_config = adapter if is_peft_model(model) else None
         self.preference_conditioned = isinstance(adapter, PreferenceConfig)
         if isinstance(adapter, PreferenceConfig):
             self.objectives = list(adapter.objectives)
@@ -133,11 +137,12 @@ class PreferenceARMTrainer(BaseTrainer):
         joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args)
         if isinstance(joined, JointPreferenceStream):
             cast(Any, args.accelerator_config).dispatch_batches = False
+        pad_token_id = cast(int, tokenizer.pad_token_id)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator
-            or PreferenceCollator(cast(int, tokenizer.pad_token_id), args.pad_to_multiple_of, args.share_prompt),
+            or PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.share_prompt),
             train_dataset=joined,
             eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args),
             processing_class=tokenizer,
@@ -145,14 +150,14 @@ class PreferenceARMTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._signature_columns = ["pairs"]
         self._distances_ahead: torch.Tensor | None = None
-        self._offloading: Any = nullcontext()
         self._saves_checkpoint = self._claimed = self._noise_checked = self._rows_checked = False
-        self._inputs: dict[str, Any] | None = None
-        if args.activation_offloading:
-            self._offloading = get_act_offloading_ctx_manager(model)
+        self._offloading = get_act_offloading_ctx_manager(model) if args.activation_offloading else nullcontext()
         model.add_model_tags(self._tag_names)
-        self.own_card: dict[str, Any] = dict(getattr(adapter_config(self), "card", None) or {})
+        # What the adapter's own card says goes before what a run knows, apart from the former sample.
+        self.own_card: dict[str, Any] = dict(getattr(self.adapter_config, "card", None) or {})
+        self.own_card.pop("sample", None)
         self.card = first_facts(self, train_dataset, sources)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -199,9 +204,11 @@ class PreferenceARMTrainer(BaseTrainer):
             finally:
                 self._claimed = outer
 
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        return checkpoints.describe_inputs(self.model, self.adapter, cast(Any, self.train_dataset))
+
     def _describe_run(self) -> dict[str, Any]:
-        if self._inputs is None:
-            self._inputs = checkpoints.describe_inputs(self.model, self.adapter, cast(Any, self.train_dataset))
         return {**self._inputs, **checkpoints.describe_settings(self.args, self.objectives)}
 
     def get_batch_samples(self, *args, **kwargs):
@@ -240,9 +247,21 @@ class PreferenceARMTrainer(BaseTrainer):
         )
         return (loss, {"margins": margins}) if return_outputs else loss
 
-    def _log_probs(self, model, inputs, preference: torch.Tensor) -> torch.Tensor:
-        """The forward of training and evaluation: log π of both responses of each pair, shape `(2, pairs)`."""
-        self._check_shared_prompts(model, inputs)
+    def _log_probs(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
+        """The forward of training and evaluation: log π of both responses of each pair, shape `(2, pairs)`.
+
+        Without a preference it is that of the untrained model, without its adapter.
+        """
+        if self.args.share_prompt and not self._rows_checked:
+            if self.preference_conditioned:
+                k = len(self.objectives)
+                set_preference(model, torch.full((k,), 1 / k), self.adapter)  # one for any number of rows
+            self.responses.check_shared_prompts(model, inputs)
+            self._rows_checked = True
+        if preference is None:
+            model = cast(PeftModel, self.accelerator.unwrap_model(model))
+            with model.disable_adapter():
+                return self.responses.log_probs(model, inputs)
         if self.preference_conditioned:
             # Left until the next forward: gradient checkpointing runs this one again, and must see the same.
             rows = self.responses.rows_per_pair
@@ -250,23 +269,9 @@ class PreferenceARMTrainer(BaseTrainer):
             set_preference(model, preference, self.adapter)
         return self.responses.log_probs(model, inputs)
 
-    def _untrained_margins(self, model, inputs) -> torch.Tensor | None:
-        self._check_shared_prompts(model, inputs)
-        model = self.accelerator.unwrap_model(model)
-        if not is_peft_model(model):
-            return None
-        with model.disable_adapter():
-            first, second = self.responses.log_probs(model, inputs)
+    def _margins(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
+        first, second = self._log_probs(model, inputs, preference)
         return first - second
-
-    def _check_shared_prompts(self, model, inputs) -> None:
-        if self._rows_checked or not self.args.share_prompt:
-            return
-        if self.preference_conditioned:
-            k = len(self.objectives)
-            set_preference(model, torch.full((k,), 1 / k), self.adapter)  # one for any number of rows
-        self.responses.check_shared_prompts(model, inputs)
-        self._rows_checked = True
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluates one batch at every preference of `eval_preferences`."""
@@ -274,11 +279,11 @@ class PreferenceARMTrainer(BaseTrainer):
         labels = inputs["pair_labels"]
         found = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            untrained = self._untrained_margins(model, inputs)
+            relative = is_peft_model(self.accelerator.unwrap_model(model))
+            untrained = self._margins(model, inputs, None) if relative else None
             known = self._gather_pairs(labels) != 0
             for name, preference in self.eval_preferences.items():
-                first, second = self._log_probs(model, inputs, preference)
-                margins = first - second
+                margins = self._margins(model, inputs, preference)
                 values = {
                     "loss": self.arm_loss.of_pairs(margins, labels),
                     "accuracy": accuracies(margins, labels),
@@ -304,7 +309,7 @@ class PreferenceARMTrainer(BaseTrainer):
         The loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and
         is the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
         """
-        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences)
+        self._eval_metrics = EvalMetrics(self.objectives)
         self._pairs_of_a_row = len(dataloader.dataset.datasets)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         assert output.metrics is not None
@@ -317,9 +322,8 @@ class PreferenceARMTrainer(BaseTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
         """In the order of the data, also where training groups rows by length."""
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training metrics since the last log."""
@@ -350,13 +354,13 @@ class PreferenceARMTrainer(BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As transformers', with our card. The arguments stand in it as YAML, so that no pickle need hold them."""
         folder = Path(cast(str, output_dir or self.args.output_dir))
-        facts = hand_over(self, sample=not self._saves_checkpoint)
+        facts = facts_with(self, None if self._saves_checkpoint else new_sample(self))
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self._saves_checkpoint:
                 checkpoints.write_record(folder, self._describe_run())
-            save_card(folder, adapter_config(self), facts, subfolder_of(self))
+            save_card(folder, self.adapter_config, facts, subfolder_of(self))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saves_checkpoint = True
@@ -385,8 +389,8 @@ class PreferenceARMTrainer(BaseTrainer):
         inputs = self._prepare_inputs(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
             preference = self.preference_sampler.for_step(self.state.global_step)
-            first, second = self._log_probs(self.model_wrapped, inputs, preference)
-            losses = self.arm_loss.of_pairs(first - second, inputs["pair_labels"])
+            margins = self._margins(self.model_wrapped, inputs, preference)
+            losses = self.arm_loss.of_pairs(margins, inputs["pair_labels"])
             return self.arm_loss.distances(losses, inputs["pair_labels"], counts)
 
     def _distances_of_step(self, distances: torch.Tensor) -> torch.Tensor:
@@ -401,10 +405,6 @@ class PreferenceARMTrainer(BaseTrainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SimilarLengths(data.lengths(), batch, seed, lambda: int(self.state.epoch or 0))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["pairs"]
 
     def _gather_pairs(self, values: torch.Tensor) -> torch.Tensor:
         """Gathers `(pairs, k)` values of all ranks without the rows that fill up the last batch."""
