@@ -30,13 +30,7 @@ NOT_OF_THE_MODEL = {
 
 
 def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str, Pairs]) -> CardFacts:
-    """What is known before training: data, settings, versions, and the papers whose methods are used.
-
-    Args:
-        trainer ([`PreferenceARMTrainer`]): The trainer.
-        given (`PairSources`): Its `train_dataset`, in which a text is a file or an id on the Hub.
-        sources (`Mapping[str, Pairs]`): The same, loaded, from [`name_sources`].
-    """
+    """What is known before training, of a `train_dataset` as it was `given`, with names of files, and as loaded."""
     names = given.values() if isinstance(given, Mapping) else [given]
     licences = dict.fromkeys(data.info.license for data in sources.values() if data.info.license)
     papers = ["parm" if trainer.preference_conditioned else "genarm"]
@@ -56,13 +50,7 @@ def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str,
 
 
 def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequence[str | None]) -> CardFacts:
-    """The data sets with what they are for and how many pairs they have.
-
-    Args:
-        trainer ([`PreferenceARMTrainer`]): The trainer, with its prepared data.
-        keys (`Sequence[str]`): The data sets' objectives, or other keys where a data set has labels for all.
-        names (`Sequence[str | None]`): The file or the id on the Hub of each; `None` if it is not known.
-    """
+    """The training data sets by their `keys`, with objectives, files or ids on the Hub if known, and sizes."""
     data: Any = trainer.train_dataset
     known = isinstance(data, JointPreferenceDataset)
     counts = [f"{len(part):,}" for part in data.datasets] if known else ["a stream"] * len(keys)
@@ -134,16 +122,16 @@ def _public(value: Any) -> Any:
 def _settings(trainer: PreferenceARMTrainer) -> list[list[str]]:
     args = trainer.args
     betas = zip(trainer.objectives, trainer.arm_loss.beta.tolist(), strict=True)
-    rows = {
-        "β of each objective": ", ".join(f"{objective} {beta:g}" for objective, beta in betas),
-        "loss": args.loss_type + (", mean log-probabilities" if args.length_normalized else ""),
-        "aggregation": args.aggregation + (f", global term × {args.global_weight:g}" if args.global_weight else ""),
-    }
+    weight = f", global term × {args.global_weight:g}" if args.global_weight else ""
+    rows = [
+        ["β of each objective", ", ".join(f"{objective} {beta:g}" for objective, beta in betas)],
+        ["loss", args.loss_type + (", mean log-probabilities" if args.length_normalized else "")],
+        ["aggregation", args.aggregation + weight],
+    ]
     if trainer.preference_conditioned:
         drawn = "a fixed set" if args.train_preferences else f"Dirichlet({args.concentration:g})"
-        rows["preferences in training"] = f"{drawn}, one for each {args.preference_per}"
-    rows |= {"learning rate": f"{args.learning_rate:g}", "seed": str(args.seed)}
-    return [list(row) for row in rows.items()]
+        rows.append(["preferences in training", f"{drawn}, one for each {args.preference_per}"])
+    return [*rows, ["learning rate", f"{args.learning_rate:g}"], ["seed", str(args.seed)]]
 
 
 def _accuracies(trainer: PreferenceARMTrainer) -> list[list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.utils import pad
 
 from .config import FILE_KINDS, PairData, PreferenceARMConfig
@@ -59,7 +59,7 @@ def name_sources(argument: str, given: PairSources | None, split: str) -> dict[s
 
 def only_objective(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
     """The one objective of a model without a preference-conditioned adapter. Raises `ValueError` for several."""
-    names = {name for name, data in sources.items() if not is_labelled(columns_of(data))}
+    names = {name for name, data in sources.items() if not has_labels(data)}
     if len(names) < len(sources):
         names |= set(label_columns or {})
     if len(names) > 1:
@@ -84,21 +84,19 @@ def join_sources(
     args: PreferenceARMConfig,
     once: bool = False,
 ) -> JointPreferenceDataset | JointPreferenceStream:
-    """Tokenizes the data sets of [`name_sources`] and zips them. With `once`, for evaluation, streams are read into
-    memory, and every pair counts once.
+    """The data sets of [`name_sources`], tokenized and zipped. With `once`, streams are read into memory.
 
     Raises:
         ValueError: the objectives of the data are not those of the adapter, or a data set has no usable pair.
     """
     if ALONE in sources:
-        data = sources[ALONE]
-        labelled = is_labelled(columns_of(data))
+        labelled = has_labels(sources[ALONE])
         if len(objectives) > 1 and not labelled:
             raise ValueError(
                 f"`{argument}` is one data set with `chosen` and `rejected`, but the adapter was made for "
                 f"{objectives}. Give a mapping with one data set for each objective, or one with labels for all."
             )
-        sources = {"pairs" if labelled else objectives[0]: data}
+        sources = {"pairs" if labelled else objectives[0]: sources[ALONE]}
     label_columns = cast(dict, args.label_columns) or {objective: objective for objective in objectives}
     cut_prompt = args.truncation_mode == "cut_prompt"
     readers = [
@@ -133,7 +131,7 @@ def join_evaluation(
     several = isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values())
     if not several:
         given = name_sources("eval_dataset", given, "test")
-        ranked = not any(is_labelled(columns_of(data)) for data in given.values())
+        ranked = not any(has_labels(data) for data in given.values())
         several = ranked and len(objectives) == 1 and not {ALONE, objectives[0]} & set(given)
     if several:
         return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in given.items()}
@@ -145,17 +143,17 @@ def columns_of(data: Pairs) -> list[str]:
     return data.column_names or list(next(iter(data), {}))
 
 
+def has_labels(data: Pairs) -> bool:
+    """Whether a data set has labels for each objective, rather than a chosen response."""
+    return is_labelled(columns_of(data))
+
+
 class JointPreferenceDataset(torch.utils.data.Dataset):
     """Zips data sets of pairs, so that every optimisation step sees every one of them.
 
     Row `i` is a list with one pair of each data set. The length is that of the longest; shorter ones start over, so an
-    epoch visits every pair of the longest once and loses none of the others.
-
-    Args:
-        datasets (`Sequence[Dataset]`): Prepared data sets.
-        once (`bool`, *optional*, defaults to `False`):
-            For evaluation: a pair that comes again, since its data set is shorter, loses its labels. So every pair
-            counts once.
+    epoch visits every pair of the longest once and loses none of the others. With `once`, for evaluation, a pair that
+    comes again loses its labels, so that every pair counts once.
     """
 
     def __init__(self, datasets: Sequence[Dataset], once: bool = False) -> None:
@@ -181,7 +179,7 @@ class JointPreferenceDataset(torch.utils.data.Dataset):
         return {"pairs": pairs}
 
 
-class SimilarLengths(torch.utils.data.Sampler[int]):
+class SimilarLengths(LengthGroupedSampler):
     """Puts rows of similar lengths together, in another order each epoch, as a pure function of seed and epoch.
 
     The sampler of transformers draws from the global generator, which is elsewhere when a run resumes; and a resumed
@@ -189,14 +187,12 @@ class SimilarLengths(torch.utils.data.Sampler[int]):
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch()))
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        self.generator = torch.Generator().manual_seed(mix(self.seed, self.epoch()))
+        return super().__iter__()
 
 
 class JointPreferenceStream(torch.utils.data.IterableDataset):
@@ -204,9 +200,6 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
 
     An epoch ends when every stream has ended once; those that end earlier start over. What was left out or cut is
     reported when a stream ends for the first time.
-
-    Args:
-        sources (`list[tuple[PairReader, Dataset | IterableDataset]]`): Each data set, unread, with its reader.
     """
 
     def __init__(self, sources: list[tuple[PairReader, Pairs]]) -> None:

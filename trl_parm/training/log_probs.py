@@ -204,16 +204,10 @@ class ResponseLogProbs:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log_softmax(hidden @ weight.T + bias) at the targets.
+    """log_softmax(hidden @ weight.T + bias) at the targets, shape `(tokens,)`, float32.
 
-    Args:
-        hidden (`torch.Tensor` of shape `(tokens, size)`): Last hidden states; the only input that gets a gradient.
-        weight (`torch.Tensor` of shape `(vocab, size)`): The output head's weight.
-        bias (`torch.Tensor` of shape `(vocab,)` or `None`): Its bias.
-        targets (`torch.Tensor` of shape `(tokens,)`): Token ids.
-
-    Returns:
-        `torch.Tensor` of shape `(tokens,)`, float32.
+    Its arguments are hidden states `(tokens, size)`, the only ones that get a gradient, weight `(vocab, size)`, bias
+    `(vocab,)` or `None`, and targets `(tokens,)`.
     """
 
     @staticmethod

@@ -147,10 +147,11 @@ def without_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> 
     Raises:
         ValueError: its results scatter from seed to seed by more than they do at one.
     """
-    states = _random_states(device)
-    result, found = forward(), []
-    if states == _random_states(device):
+    before = _random_states(device)
+    result = forward()
+    if all(map(torch.equal, before, _random_states(device))):
         return result
+    found = []
     for seed in (0, 0, 1):
         with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(seed)
@@ -164,8 +165,6 @@ def without_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> 
     return result
 
 
-def _random_states(device: torch.device) -> list[bytes]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return [state.cpu().numpy().tobytes() for state in states]
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]

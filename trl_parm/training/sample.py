@@ -26,16 +26,9 @@ LEAST_TOKENS = 8
 
 
 def make_sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Any]:
-    """The fact `sample` of a card. Whatever goes wrong, saving goes on, and the card says what it was.
+    """The fact `sample` of a card, see [`peft_pblora.card.CardFacts`], from a preference-conditioned adapter.
 
-    Args:
-        model (`PeftModel`): A language model whose active adapter is preference-conditioned.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompt (`str`): The prompt, put into the chat template if there is one.
-
-    Returns:
-        `dict` with `prompt`, `beta`, `chat`, whether a chat template was used, and either `answers`, pairs of a
-        preference's name and an answer, or `missing`, the reason for which there are none.
+    Whatever goes wrong, saving goes on, and the card says what it was.
     """
     chat = getattr(tokenizer, "chat_template", None) is not None
     found: dict[str, Any] = {"prompt": prompt, "beta": 1.0, "chat": chat}

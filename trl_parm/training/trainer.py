@@ -37,7 +37,7 @@ from .data import (
     only_objective,
 )
 from .log_probs import Responses
-from .losses import accuracies, count_labels
+from .losses import count_labels
 from .metrics import EvalMetrics, TrainMetrics
 from .model import (
     adapt_model,
@@ -57,28 +57,23 @@ class PreferenceARMTrainer(_BaseTrainer):
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
     (PARM, arXiv 2505.06274). With one objective and a plain LoRA it is GenARM's trainer (arXiv 2410.08193).
 
-    The data is a mapping from objective to a data set with `prompt`, `chosen` and `rejected`; or one data set with
-    `prompt`, `response_0`, `response_1` and a column of labels for each objective; or a mapping that mixes both.
-    Texts, conversations and token ids are taken, see [`tokenization.PairReader`]. A batch of size B holds B pairs of
-    every data set; an epoch visits every pair of the longest one once, shorter ones start over.
+    Arguments that are not listed are those of `transformers.Trainer`.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
             The ARM's backbone, or a ready adapter on it; of several the active one is trained.
-        args ([`PreferenceARMConfig`], *optional*): Training arguments.
         data_collator (`Callable`, *optional*): Defaults to [`PreferenceCollator`].
         train_dataset (`Mapping[str, Dataset]`, `Dataset`, `IterableDataset` or `str`):
-            The pairs, as said above. A string is a JSON, CSV or Parquet file, or an id on the Hub, of which the split
-            `train` is taken.
+            A data set with `chosen` and `rejected` for each objective, or one with a column of labels for each, or a
+            mapping that mixes both, see [`tokenization.PairReader`]. A string is a JSON, CSV or Parquet file, or an id
+            on the Hub, of which the split `train` is taken. A batch of size B holds B pairs of every data set.
         eval_dataset (*optional*):
             The same for evaluation, of a string the split `test`; or a mapping from a name to such mappings, for
             several evaluations, with one objective also from a name to data sets. A stream is read into memory.
         processing_class (`PreTrainedTokenizerBase`, *optional*): Tokenizer; loaded by the model's id if not given.
         compute_metrics (`Callable`, *optional*):
-            As in `transformers.Trainer`; predictions are log π(y1|x) − log π(y2|x), of shape
-            `(rows, data sets, evaluation preferences)`, and labels of shape `(rows, data sets, k)`.
-        callbacks (`list[TrainerCallback]`, *optional*): As in `transformers.Trainer`.
-        optimizers (`tuple`, *optional*): As in `transformers.Trainer`.
+            Of predictions log π(y1|x) − log π(y2|x), shape `(rows, data sets, evaluation preferences)`, and labels
+            of shape `(rows, data sets, k)`.
         quantization_config (*optional*): For a model given by id.
         peft_config (`PeftConfig`, *optional*): Such as [`peft_pblora.PBLoraConfig`]; wraps `model`.
 
@@ -128,21 +123,19 @@ class PreferenceARMTrainer(_BaseTrainer):
             self.objectives = only_objective(sources, cast(dict, args.label_columns))
         self.arm_loss = args.arm_loss(self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
-        choices = name_preferences(args.train_preferences, self.objectives) if args.train_preferences else {}
-        self.preference_sampler = PreferenceSampler(
-            args.seed, self.objectives, args.concentration, list(choices.values())
-        )
+        fixed = list(name_preferences(args.train_preferences or [], self.objectives).values())
+        self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
-        self.train_metrics = TrainMetrics()
+        self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
         joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args)
         if isinstance(joined, JointPreferenceStream):
             cast(Any, args.accelerator_config).dispatch_batches = False
         pad_token_id = cast(int, tokenizer.pad_token_id)
+        collator = PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.share_prompt)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator
-            or PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.share_prompt),
+            data_collator=data_collator or collator,
             train_dataset=joined,
             eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args),
             processing_class=tokenizer,
@@ -163,8 +156,7 @@ class PreferenceARMTrainer(_BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end.
 
-        Raises:
-            ValueError: as [`claim_output`] does.
+        Raises `ValueError` as [`claim_output`] does.
         """
         with self.claim_output(resume_from_checkpoint) as checkpoint:
             return super().train(checkpoint, **kwargs)
@@ -173,11 +165,7 @@ class PreferenceARMTrainer(_BaseTrainer):
     def claim_output(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[str | None]:
         """Keeps other processes from training into the output folder for the time of a `with` block.
 
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): As for `train`.
-
-        Yields:
-            `str`, the checkpoint's folder, or `None`.
+        It gives the folder of the checkpoint to resume from, as `train` is asked to; `None` for none.
 
         Raises:
             ValueError: another process trains into the folder, there is no complete checkpoint, or it is of another
@@ -231,20 +219,19 @@ class PreferenceARMTrainer(_BaseTrainer):
         whole = None if num_items_in_batch is None else self._distances_of_step
         counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
         if self.args.disable_dropout and model.training and not self._noise_checked:
-            first, second = without_noise(lambda: self._log_probs(model, inputs, preference), labels.device)
+            log_probs = without_noise(lambda: self._log_probs(model, inputs, preference), labels.device)
             self._noise_checked = True
         else:
-            first, second = self._log_probs(model, inputs, preference)
-        margins = first - second
+            log_probs = self._log_probs(model, inputs, preference)
+        margins = log_probs[0] - log_probs[1]
         loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The loss is {loss.item()} at step {step}; log-probabilities of the responses: {first.tolist()} and "
-                f"{second.tolist()}. Lower the learning rate, or use bf16 instead of fp16."
+                f"The loss is {loss.item()} at step {step}; log-probabilities of the responses: "
+                f"{log_probs[0].tolist()} and {log_probs[1].tolist()}. Lower the learning rate, or use bf16 instead "
+                "of fp16."
             )
-        self.train_metrics.add_pairs(
-            self.objectives, preference.to(first), first, second, losses, labels, self.arm_loss.beta.to(first)
-        )
+        self.train_metrics.add(preference.to(margins), log_probs, losses, labels)
         return (loss, {"margins": margins}) if return_outputs else loss
 
     def _log_probs(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
@@ -276,25 +263,16 @@ class PreferenceARMTrainer(_BaseTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Evaluates one batch at every preference of `eval_preferences`."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["pair_labels"]
-        found = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            relative = is_peft_model(self.accelerator.unwrap_model(model))
-            untrained = self._margins(model, inputs, None) if relative else None
-            known = self._gather_pairs(labels) != 0
-            for name, preference in self.eval_preferences.items():
-                margins = self._margins(model, inputs, preference)
-                values = {
-                    "loss": self.arm_loss.of_pairs(margins, labels),
-                    "accuracy": accuracies(margins, labels),
-                    "margin": margins[:, None] * labels,
-                }
-                if untrained is not None:
-                    values["ratio_accuracy"] = accuracies(margins - untrained, labels)
-                self._eval_metrics.add(name, known, {kind: self._gather_pairs(v) for kind, v in values.items()})
-                found.append(margins)
-        margins, sets = torch.stack(found, -1), self._pairs_of_a_row
-        return margins.new_zeros(()), margins.unflatten(0, (-1, sets)), labels.unflatten(0, (-1, sets))
+            has_adapter = is_peft_model(self.accelerator.unwrap_model(model))
+            untrained = [self._margins(model, inputs, None)] if has_adapter else []
+            margins = [self._margins(model, inputs, preference) for preference in self.eval_preferences.values()]
+        values = [inputs["pair_labels"], torch.stack(margins, -1), *untrained]
+        rows = [pairs.unflatten(0, (-1, self._pairs_of_a_row)) for pairs in values]
+        # It leaves out the rows that fill up the last batch of several processes.
+        gathered = self.accelerator.gather_for_metrics(rows)
+        self._eval_metrics.add(*(pairs.flatten(0, 1) for pairs in cast(list, gathered)))
+        return rows[1].new_zeros(()), rows[1], rows[0]
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
@@ -304,22 +282,12 @@ class PreferenceARMTrainer(_BaseTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
-        """Adds the metrics of every objective at every evaluation preference to the loop's own.
-
-        The loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and
-        is the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
-        """
-        self._eval_metrics = EvalMetrics(self.objectives)
+        """Adds the metrics of every objective at every evaluation preference to the loop's own."""
+        self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences, self.arm_loss)
         self._pairs_of_a_row = len(dataloader.dataset.datasets)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        assert output.metrics is not None
-        one = torch.ones(1, len(self.objectives) + 1)
-        losses = [
-            self.arm_loss.aggregate(self._eval_metrics.losses_at(name)[None], one[:, :-1], preference, one[0])
-            for name, preference in self.eval_preferences.items()
-        ]
-        means = {**self._eval_metrics.means(), "loss": torch.stack(losses).mean().item()}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        means = self._eval_metrics.means()
+        cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
@@ -334,13 +302,7 @@ class PreferenceARMTrainer(_BaseTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Writes the card of the reward model to the output folder, see [`peft_pblora.card.render`].
-
-        Args:
-            model_name (`str`, *optional*): The card's title.
-            dataset_name (`str`, *optional*): Of the training data, as on the Hub.
-            tags (`str` or `list[str]`, *optional*): Further tags.
-        """
+        """As TRL's: a card with this title, data set on the Hub and further tags; see [`peft_pblora.card.render`]."""
         if not self.is_world_process_zero():
             return
         given = [tags] if isinstance(tags, str) else list(tags or [])
@@ -405,8 +367,3 @@ class PreferenceARMTrainer(_BaseTrainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SimilarLengths(data.lengths(), batch, seed, lambda: int(self.state.epoch or 0))
-
-    def _gather_pairs(self, values: torch.Tensor) -> torch.Tensor:
-        """Gathers `(pairs, k)` values of all ranks without the rows that fill up the last batch."""
-        rows = values.unflatten(0, (-1, self._pairs_of_a_row))
-        return self.accelerator.gather_for_metrics(rows).flatten(0, 1)
