@@ -94,8 +94,7 @@ def describe_inputs(
 def describe_settings(args: PreferenceARMConfig, objectives: list[str]) -> dict[str, Any]:
     """What the loss and the optimizer of a run are, as JSON."""
     by_name = {name: args.by_objective(name, objectives) for name in ("beta", "ideal_losses")}
-    found = {name: dict(zip(objectives, values, strict=True)) for name, values in by_name.items()}
-    return {"objectives": objectives, **found, **{name: plain(getattr(args, name)) for name in SETTINGS}}
+    return {"objectives": objectives, **by_name, **{name: plain(getattr(args, name)) for name in SETTINGS}}
 
 
 def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, get_quantization_config
 from trl.trainer.base_config import _BaseConfig
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig
@@ -149,21 +150,20 @@ class PreferenceARMConfig(_BaseConfig):
                 "preference for all pairs of a step. Use `preference_per='step'`."
             )
 
-    def by_objective(self, name: str, objectives: list[str]) -> list[float]:
+    def by_objective(self, name: str, objectives: list[str]) -> dict[str, float]:
         """The `beta` or `ideal_losses` of each objective. Raises `ValueError` for a mapping that names others."""
         value: Any = getattr(self, name)
         if not isinstance(value, dict):
-            return [float(value or 0)] * len(objectives)
+            return dict.fromkeys(objectives, float(value or 0))
         if set(value) != set(objectives):
             raise ValueError(f"`{name}` names the objectives {sorted(value)}, but they are {sorted(objectives)}.")
-        return [float(value[objective]) for objective in objectives]
+        return {objective: float(value[objective]) for objective in objectives}
 
     def arm_loss(self, objectives: list[str]) -> ARMLoss:
         """The loss that these arguments ask for. Raises `ValueError` as [`by_objective`] does."""
-        beta, ideal = (torch.tensor(self.by_objective(name, objectives)) for name in ("beta", "ideal_losses"))
         return ARMLoss(
-            beta,
-            ideal,
+            torch.tensor(list(self.by_objective("beta", objectives).values())),
+            torch.tensor(list(self.by_objective("ideal_losses", objectives).values())),
             self.target_margin,
             self.label_smoothing,
             hinge=self.loss_type == "hinge",
@@ -263,13 +263,8 @@ class ARMArguments:
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """For a backbone in 4 bits (NF4, double quantization, computing in bfloat16)."""
-        if not self.load_in_4bit:
-            return None
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+        return get_quantization_config(
+            ModelConfig(load_in_4bit=self.load_in_4bit, use_bnb_nested_quant=True, dtype="bfloat16")
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import distributed
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize
 
 from peft_pblora import name_preference, use_preference
@@ -49,21 +49,6 @@ def make_sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: st
         return {**found, "missing": " ".join(str(error).split())[:300] or type(error).__name__}
 
 
-class _Guide(LogitsProcessor):
-    """log π_base + 1/β · log π_ARM(α) in all rows but the first, reading the whole text anew at every token."""
-
-    def __init__(self, model: PeftModel, switch: AdapterSwitch, preferences: torch.Tensor, beta: float) -> None:
-        self.model, self.switch, self.preferences, self.beta = model, switch, preferences, beta
-        self.name = cast(str, model.active_adapter)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        with self.switch.only([self.name]), use_preference(self.model, self.preferences, self.name):
-            logits = self.model.get_base_model()(input_ids=input_ids[1:], use_cache=False).logits[:, -1]
-        scores = cast(torch.FloatTensor, scores.float().log_softmax(-1))
-        scores[1:] += logits.float().log_softmax(-1) / self.beta
-        return scores
-
-
 def guided_answers(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,13 +77,21 @@ def guided_answers(
     ends = [token for token in ends if token is not None]
     if not ends:
         raise ValueError("the tokenizer has no end token")
-    switch, start = AdapterSwitch.of(base), time.monotonic()
-    guide = _Guide(model, switch, preferences, beta)
+    switch, name, start = AdapterSwitch.of(base), cast(str, model.active_adapter), time.monotonic()
+
+    def guide(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Guides all rows but the first, reading the whole text anew at every token."""
+        with switch.only([name]), use_preference(model, preferences, name):
+            logits = base(input_ids=input_ids[1:], use_cache=False).logits[:, -1]
+        scores = scores.float().log_softmax(-1)
+        scores[1:] += logits.float().log_softmax(-1) / beta
+        return scores
+
     with switch.only([]):
         output = base.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            logits_processor=LogitsProcessorList([guide]),
+            logits_processor=[guide],
             do_sample=False,
             max_new_tokens=max_new_tokens,
             max_time=SECONDS,
