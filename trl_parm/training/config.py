@@ -61,8 +61,7 @@ class PreferenceARMConfig(_BaseConfig):
             Dirichlet parameter of the preferences in training (PARM's safety task: 0.5).
         preference_per (`str`, *optional*, defaults to `"step"`):
             One preference for a whole optimisation step, as the papers do, or one for each `"pair"`: the same expected
-            gradient at the same cost. Which of them scatters less depends on the data; see
-            `benchmarks/gradient_variance.py`.
+            gradient at the same cost.
         train_preferences (`list`, *optional*):
             A fixed set to draw from instead, each by name or as a vector; one entry trains at a fixed preference.
         eval_preferences (`list`, *optional*):

@@ -118,7 +118,7 @@ class PairReader:
     def read(self, dataset: Dataset, num_proc: int | None = None) -> Dataset:
         """The pairs of a whole data set that are not left out. Raises `ValueError` if there is none."""
         if len(dataset) == 0:
-            self.report(Counter())
+            self.report(Counter())  # which refuses it; there would be no column of outcomes
         pairs = dataset.map(
             self,
             remove_columns=dataset.column_names,

@@ -186,11 +186,9 @@ class PreferenceARMTrainer(_BaseTrainer):
             checkpoint, error = broadcast_object_list([checkpoint, error])
             if error:
                 raise ValueError(error)
-            outer, self._claimed = self._claimed, True
-            try:
-                yield checkpoint
-            finally:
-                self._claimed = outer
+            stack.callback(setattr, self, "_claimed", self._claimed)
+            self._claimed = True  # so that a call within this one takes no second lock
+            yield checkpoint
 
     @cached_property
     def _inputs(self) -> dict[str, Any]:
@@ -291,7 +289,8 @@ class PreferenceARMTrainer(_BaseTrainer):
         return output
 
     def _get_eval_sampler(self, eval_dataset: Any) -> None:
-        """In the order of the data, also where training groups rows by length."""
+        """None, which is the order of the data, also where training groups rows by length."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the training metrics since the last log."""
