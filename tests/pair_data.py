@@ -6,7 +6,7 @@ import copy
 import torch
 from datasets import Dataset
 
-from trl_parm.training.tokenization import PairPreparer, PairReader
+from trl_parm.training.tokenization import PairReader
 
 
 OBJECTIVES = ["helpful", "harmless"]
@@ -49,8 +49,7 @@ def split_by_objective(data: Dataset) -> dict[str, Dataset]:
 def prepared(data: Dataset, name: str, tokenizer, max_length=None, cut_prompt=False, label_columns=None) -> Dataset:
     """The data set as the trainer prepares it."""
     columns = label_columns or {objective: objective for objective in OBJECTIVES}
-    reader = PairReader(name, data.column_names, OBJECTIVES, columns, tokenizer)
-    return PairPreparer(reader, max_length, cut_prompt).all(data)
+    return PairReader(name, data.column_names, OBJECTIVES, columns, tokenizer, max_length, cut_prompt).read(data)
 
 
 def naive_log_probs(model, prompt: list[int], response: list[int]) -> float:

@@ -10,7 +10,7 @@ from pair_data import OBJECTIVES, ROLES, labelled, pairs, prepared
 
 from trl_parm.training import tokenization
 from trl_parm.training.data import JointPreferenceDataset, JointPreferenceStream, PreferenceCollator, pair_id
-from trl_parm.training.tokenization import PairPreparer, PairReader
+from trl_parm.training.tokenization import PairReader
 
 
 @pytest.fixture
@@ -172,14 +172,14 @@ def stream(n: int, offset: int = 0) -> IterableDataset:
     return pairs(n, offset).to_iterable_dataset()
 
 
-def preparers(tokenizer, max_length=None):
+def readers(tokenizer, max_length=None):
     columns = ["prompt", "chosen", "rejected"]
-    return [PairPreparer(PairReader(name, columns, OBJECTIVES, {}, tokenizer), max_length) for name in OBJECTIVES]
+    return [PairReader(name, columns, OBJECTIVES, {}, tokenizer, max_length) for name in OBJECTIVES]
 
 
 @pytest.mark.parametrize("second", [stream(2, 9), pairs(2, 9)])
 def test_streams_are_zipped_like_data_sets(tokenizer, second):
-    sources = list(zip(preparers(tokenizer), (stream(5), second), strict=True))
+    sources = list(zip(readers(tokenizer), (stream(5), second), strict=True))
     joint = JointPreferenceDataset(
         [prepared(pairs(5), "helpful", tokenizer), prepared(pairs(2, 9), "harmless", tokenizer)]
     )
@@ -188,7 +188,7 @@ def test_streams_are_zipped_like_data_sets(tokenizer, second):
 
 
 def test_a_stream_reports_what_it_left_out_once(tokenizer, lines):
-    joint = JointPreferenceStream(list(zip(preparers(tokenizer, 5), (stream(9), stream(3)), strict=True)))
+    joint = JointPreferenceStream(list(zip(readers(tokenizer, 5), (stream(9), stream(3)), strict=True)))
     assert len(list(islice(iter(joint), 20))) == 6
     assert sorted(lines) == [
         "harmless: of 3 pairs 1 were left out, being longer than 5 tokens.",
@@ -199,12 +199,12 @@ def test_a_stream_reports_what_it_left_out_once(tokenizer, lines):
 def test_an_empty_stream_is_refused(tokenizer):
     empty = pairs(1).to_iterable_dataset().filter(lambda row: False)
     with pytest.raises(ValueError, match="'harmless' is empty"):
-        next(iter(JointPreferenceStream(list(zip(preparers(tokenizer), (stream(3), empty), strict=True)))))
+        next(iter(JointPreferenceStream(list(zip(readers(tokenizer), (stream(3), empty), strict=True)))))
 
 
 def test_a_stream_shuffles_anew_each_epoch(tokenizer):
     shuffled = pairs(20).to_iterable_dataset().shuffle(seed=0, buffer_size=20)
-    joint = JointPreferenceStream(list(zip(preparers(tokenizer), (shuffled, shuffled), strict=True)))
+    joint = JointPreferenceStream(list(zip(readers(tokenizer), (shuffled, shuffled), strict=True)))
     orders = []
     for epoch in (0, 0, 1):
         joint.set_epoch(epoch)

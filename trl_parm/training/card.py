@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import yaml
-from accelerate.utils import is_peft_model
 from peft.utils import CONFIG_NAME
 
 from peft_pblora.card import ADAPTER_PAPERS, CardFacts, hub_id, save_card, write_card
@@ -31,33 +30,27 @@ NOT_OF_THE_MODEL = {
 
 
 def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str, Pairs]) -> CardFacts:
-    """What is known before training: data, settings, versions, citations.
-
-    Args:
-        trainer ([`PreferenceARMTrainer`]): The trainer.
-        given (`PairSources`): Its `train_dataset`, in which a text is a file or an id on the Hub.
-        sources (`Mapping[str, Pairs]`): The same, loaded, from [`name_sources`].
-    """
+    """What is known before training, of a `train_dataset` as it was `given`, with names of files, and as loaded."""
     names = given.values() if isinstance(given, Mapping) else [given]
-    return {
+    licences = dict.fromkeys(data.info.license for data in sources.values() if data.info.license)
+    papers = ["parm" if trainer.preference_conditioned else "genarm"]
+    if isinstance(trainer.adapter_config, PreferenceConfig):
+        papers.append(ADAPTER_PAPERS.get(cast(Any, trainer.adapter_config.peft_type).value, "parm"))
+    papers += ["panacea"] if trainer.args.aggregation == "tchebycheff" else []
+    papers += ["uniarm"] if trainer.args.global_weight else []
+    facts: CardFacts = {
         "tags": ["generated_from_trainer", *trainer._tag_names],
         "training": _settings(trainer),
         "run": run_yaml(trainer.args),
         "versions": [list(pair) for pair in versions().items()],
-        "citations": _citations(trainer),
+        "citations": list(dict.fromkeys(papers)),
         **data_facts(trainer, list(sources), [name if isinstance(name, str) else None for name in names]),
-        **_data_license(sources),
     }
+    return {**facts, "data_license": ", ".join(licences)} if licences else facts
 
 
 def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequence[str | None]) -> CardFacts:
-    """The data sets with what they are for and how many pairs they have.
-
-    Args:
-        trainer ([`PreferenceARMTrainer`]): The trainer, with its prepared data.
-        keys (`Sequence[str]`): The data sets' objectives, or other keys where a data set has labels for all.
-        names (`Sequence[str | None]`): The file or the id on the Hub of each; `None` if it is not known.
-    """
+    """The training data sets by their `keys`, with objectives, files or ids on the Hub if known, and sizes."""
     data: Any = trainer.train_dataset
     known = isinstance(data, JointPreferenceDataset)
     counts = [f"{len(part):,}" for part in data.datasets] if known else ["a stream"] * len(keys)
@@ -69,56 +62,39 @@ def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequen
     return {"data": [["objective", "data", "pairs"], *rows], "datasets": list(dict.fromkeys(hub))}
 
 
-def hand_over(trainer: PreferenceARMTrainer, sample: bool = True) -> CardFacts:
-    """What is known now. It goes into the adapter's configuration, which is saved with the weights.
+def new_sample(trainer: PreferenceARMTrainer) -> dict[str, Any] | None:
+    """What the model answers at a few preferences; `None` if nothing is asked, or it has no preference."""
+    if not (trainer.args.card_prompt and isinstance(trainer.adapter_config, PreferenceConfig)):
+        return None
+    model = cast(Any, trainer.accelerator.unwrap_model(trainer.model))
+    return make_sample(model, cast(Any, trainer.processing_class), trainer.args.card_prompt)
 
-    Args:
-        trainer ([`PreferenceARMTrainer`]): The trainer.
-        sample (`bool`, *optional*, defaults to `True`): Whether to generate the sample anew; else there is none.
-    """
-    config, prompt = adapter_config(trainer), trainer.args.card_prompt
+
+def facts_with(trainer: PreferenceARMTrainer, sample: dict[str, Any] | None) -> CardFacts:
+    """What is known now. It goes into the adapter's configuration, which is saved with the weights."""
     accuracies = _accuracies(trainer)
     if accuracies:
         trainer.card["accuracies"] = accuracies
-    facts = cast(CardFacts, {**trainer.card, **trainer.own_card})
-    facts.pop("sample", None)
-    if isinstance(config, PreferenceConfig):
-        if sample and prompt:
-            facts["sample"] = make_sample(_unwrapped(trainer), cast(Any, trainer.processing_class), prompt)
-        config.card = dict(facts)
-    return facts
+    facts = {**trainer.card, **trainer.own_card, **({"sample": sample} if sample else {})}
+    if isinstance(trainer.adapter_config, PreferenceConfig):
+        trainer.adapter_config.card = dict(facts)
+    return cast(CardFacts, facts)
 
 
 def rewrite(trainer: PreferenceARMTrainer, folder: str | Path) -> None:
-    """Writes the card once more, with what has become known since the model was saved."""
-    config = adapter_config(trainer)
+    """Writes the card once more, with what has become known since the model was saved, and the sample of then."""
+    config, subfolder = trainer.adapter_config, subfolder_of(trainer)
     former = (getattr(config, "card", None) or {}).get("sample")
-    facts = hand_over(trainer, sample=former is None)
-    if former is not None:
-        facts["sample"] = former
-    subfolder = subfolder_of(trainer)
-    if isinstance(config, PreferenceConfig):
-        config.card = dict(facts)
-        if Path(folder, subfolder, CONFIG_NAME).is_file():
-            write_card(folder, subfolder, **facts)
-            return
-    save_card(folder, config, facts, subfolder)
+    facts = facts_with(trainer, former or new_sample(trainer))
+    if isinstance(config, PreferenceConfig) and Path(folder, subfolder, CONFIG_NAME).is_file():
+        write_card(folder, subfolder, **facts)
+    else:
+        save_card(folder, config, facts, subfolder)
 
 
 def subfolder_of(trainer: PreferenceARMTrainer) -> str:
     """Where below its folder PEFT saves the adapter."""
-    model = _unwrapped(trainer)
-    return "" if not is_peft_model(model) or model.active_adapter == "default" else model.active_adapter
-
-
-def adapter_config(trainer: PreferenceARMTrainer) -> Any:
-    """The configuration of the adapter that is trained; `None` for a whole model."""
-    model = _unwrapped(trainer)
-    return model.peft_config[model.active_adapter] if is_peft_model(model) else None
-
-
-def _unwrapped(trainer: PreferenceARMTrainer) -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model)
+    return "" if trainer.adapter_config is None or trainer.adapter == "default" else str(trainer.adapter)
 
 
 def run_yaml(*configurations: Any) -> str:
@@ -128,7 +104,7 @@ def run_yaml(*configurations: Any) -> str:
         values = configuration.to_dict() if hasattr(configuration, "to_dict") else dataclasses.asdict(configuration)
         for field in dataclasses.fields(configuration):
             value, default = values.get(field.name), field.default
-            if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            if field.default_factory is not dataclasses.MISSING:
                 default = field.default_factory()
             if field.name not in NOT_OF_THE_MODEL and value not in (None, [], {}) and value != plain(default):
                 found[field.name] = value
@@ -143,55 +119,34 @@ def _public(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _data_license(sources: Mapping[str, Pairs]) -> CardFacts:
-    stated = [getattr(getattr(data, "info", None), "license", None) for data in sources.values()]
-    found = list(dict.fromkeys(licence for licence in stated if licence))
-    return {"data_license": ", ".join(found)} if found else {}
-
-
 def _settings(trainer: PreferenceARMTrainer) -> list[list[str]]:
     args = trainer.args
     betas = zip(trainer.objectives, trainer.arm_loss.beta.tolist(), strict=True)
-    rows = {
-        "β of each objective": ", ".join(f"{objective} {beta:g}" for objective, beta in betas),
-        "loss": args.loss_type + (", mean log-probabilities" if args.length_normalized else ""),
-        "aggregation": args.aggregation + (f", global term × {args.global_weight:g}" if args.global_weight else ""),
-    }
+    weight = f", global term × {args.global_weight:g}" if args.global_weight else ""
+    rows = [
+        ["β of each objective", ", ".join(f"{objective} {beta:g}" for objective, beta in betas)],
+        ["loss", args.loss_type + (", mean log-probabilities" if args.length_normalized else "")],
+        ["aggregation", args.aggregation + weight],
+    ]
     if trainer.preference_conditioned:
         drawn = "a fixed set" if args.train_preferences else f"Dirichlet({args.concentration:g})"
-        rows["preferences in training"] = f"{drawn}, one for each {args.preference_per}"
-    rows |= {"learning rate": f"{args.learning_rate:g}", "seed": str(args.seed)}
-    return [list(row) for row in rows.items()]
+        rows.append(["preferences in training", f"{drawn}, one for each {args.preference_per}"])
+    return [*rows, ["learning rate", f"{args.learning_rate:g}"], ["seed", str(args.seed)]]
 
 
 def _accuracies(trainer: PreferenceARMTrainer) -> list[list[str]]:
     """The last evaluation: accuracy of each objective at each preference; nothing if there was none."""
     names = list(trainer.eval_preferences)
+
+    def cell(entry: Mapping[str, float], objective: str, preference: str) -> str:
+        accuracy = entry.get(f"eval_{objective}_accuracy@{preference}")
+        relative = entry.get(f"eval_{objective}_ratio_accuracy@{preference}")
+        if accuracy is None:
+            return "-"
+        return f"{accuracy:.3f}" + ("" if relative is None else f" ({relative:.3f})")
+
     for entry in reversed(trainer.state.log_history):
-        rows = [
-            [objective, *(_accuracy(entry, objective, name) for name in names)] for objective in trainer.objectives
-        ]
-        if any(cell != "-" for row in rows for cell in row[1:]):
+        rows = [[objective, *(cell(entry, objective, name) for name in names)] for objective in trainer.objectives]
+        if any(text != "-" for row in rows for text in row[1:]):
             return [["objective", *(f"at {name}" for name in names)], *rows]
     return []
-
-
-def _accuracy(entry: Mapping[str, float], objective: str, preference: str) -> str:
-    plain_one = entry.get(f"eval_{objective}_accuracy@{preference}")
-    relative = entry.get(f"eval_{objective}_ratio_accuracy@{preference}")
-    if plain_one is None:
-        return "-"
-    return f"{plain_one:.3f}" + ("" if relative is None else f" ({relative:.3f})")
-
-
-def _citations(trainer: PreferenceARMTrainer) -> list[str]:
-    """The papers whose methods were used: the ARM's, the adapter's, the loss's."""
-    found = ["parm" if trainer.preference_conditioned else "genarm"]
-    config = adapter_config(trainer)
-    own = ADAPTER_PAPERS.get(cast(Any, config.peft_type).value) if isinstance(config, PreferenceConfig) else None
-    found += [own] if own else []
-    if trainer.args.aggregation == "tchebycheff":
-        found.append("panacea")
-    if trainer.args.global_weight:
-        found.append("uniarm")
-    return list(dict.fromkeys(found))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream
-from .tokenization import COLUMNS, FEATURES
+from .tokenization import COLUMNS, FEATURES, PairReader
 
 
 logger = logging.get_logger(__name__)
@@ -60,45 +60,41 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     Raises:
         ValueError: there is none.
     """
-    found = [
-        path
-        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.split("-")[-1].isdigit() and _read(path / TRAINER_STATE_NAME) is not None
-    ]
+    steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = {
+        int(step): str(path) for path, step in steps.items() if step.isdigit() and _read(path / TRAINER_STATE_NAME)
+    }
     if not found:
         raise ValueError(
             f"There is no complete checkpoint in {str(folder)!r} to resume from. Train without "
             "`resume_from_checkpoint`, or name a checkpoint's folder."
         )
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1])))
+    return found[max(found)]
 
 
 def describe_inputs(
     model: Any, adapter: str | None, data: JointPreferenceDataset | JointPreferenceStream
 ) -> dict[str, Any]:
-    """What a run begins with, as JSON: configurations, and short hashes of weights that don't train and of tokens.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, before it is wrapped for distribution.
-        adapter (`str`, *optional*): The adapter that is trained; the whole model if not given.
-        data ([`JointPreferenceDataset`] or [`JointPreferenceStream`]): The prepared training data.
-    """
+    """What a run begins with, as JSON: configurations, and short hashes of weights that don't train and of tokens."""
+    config = model.config.to_dict()
     name = str(model.config._name_or_path).rstrip("/").split("/")[-1]
-    frozen = (_sample(p) for p in model.parameters() if not p.requires_grad)
-    config = model.peft_config[adapter].to_dict() if adapter else {}
-    parts = data.datasets if isinstance(data, JointPreferenceDataset) else data.sources
+    frozen = _hash(_sample(p) for p in model.parameters() if not p.requires_grad)
+    own = model.peft_config[adapter].to_dict() if adapter else {}
+    if isinstance(data, JointPreferenceDataset):
+        described = [f"{len(pairs)} pairs, {_hash_pairs(pairs)}" for pairs in data.datasets]
+    else:
+        described = [f"a stream, {_hash_pairs(_beginning(*source))}" for source in data.sources]
     return {
-        "base": plain({"name": name, "frozen weights": _hash(*frozen), **model.config.to_dict()}),
-        "adapter": plain({"name": adapter, **config}),
-        "data": [_describe_data(part) for part in parts],
+        "base": plain({"name": name, "frozen weights": frozen, **config}),
+        "adapter": plain({"name": adapter, **own}),
+        "data": described,
     }
 
 
 def describe_settings(args: PreferenceARMConfig, objectives: list[str]) -> dict[str, Any]:
     """What the loss and the optimizer of a run are, as JSON."""
     by_name = {name: args.by_objective(name, objectives) for name in ("beta", "ideal_losses")}
-    found = {name: dict(zip(objectives, values, strict=True)) for name, values in by_name.items()}
-    return {"objectives": objectives, **found, **{name: plain(getattr(args, name)) for name in SETTINGS}}
+    return {"objectives": objectives, **by_name, **{name: plain(getattr(args, name)) for name in SETTINGS}}
 
 
 def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:
@@ -135,12 +131,8 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield before + key, value
 
 
-def _describe_data(entry: Any) -> str:
-    if isinstance(entry, Dataset):
-        return f"{len(entry)} pairs, {_hash_pairs(entry)}"
-    preparer, rows = entry
-    first = [preparer(row) for row in islice(rows, 8)]
-    return f"a stream, {_hash_pairs(Dataset.from_list(first, features=FEATURES))}"
+def _beginning(reader: PairReader, rows: Iterable[Any]) -> Dataset:
+    return Dataset.from_list([reader(row) for row in islice(rows, 8)], features=FEATURES)
 
 
 def _hash_pairs(data: Dataset) -> str:
@@ -150,7 +142,7 @@ def _hash_pairs(data: Dataset) -> str:
                 yield pc.list_value_length(table[column]).to_numpy()
                 yield pc.list_flatten(table[column]).to_numpy()
 
-    return _hash(*parts())
+    return _hash(parts())
 
 
 def _sample(parameter: nn.Parameter) -> Any:
@@ -159,7 +151,7 @@ def _sample(parameter: nn.Parameter) -> Any:
     return values[:: max(1, len(values) // 16)].float().contiguous().cpu().numpy()
 
 
-def _hash(*parts: Any) -> str:
+def _hash(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -15,16 +15,17 @@ from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, get_quantization_config
+from trl.trainer.base_config import _BaseConfig
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig
 from peft_pblora.card import PROMPT
 
-from .compat import BaseConfig
 from .losses import ARMLoss
 
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-ADAPTERS = ("pblora", "svdlora", "moslora", "lora")
+ADAPTERS = {"pblora": PBLoraConfig, "svdlora": SVDLoraConfig, "moslora": MoSLoraConfig, "lora": LoraConfig}
 CHOICES = {
     "loss_type": ("sigmoid", "hinge"),
     "aggregation": ("sum", "tchebycheff"),
@@ -34,7 +35,7 @@ CHOICES = {
 
 
 @dataclass
-class PreferenceARMConfig(BaseConfig):
+class PreferenceARMConfig(_BaseConfig):
     """Training arguments of an autoregressive reward model, beside all of `transformers.TrainingArguments`.
 
     Where a default differs from `TrainingArguments` it is the one of TRL's trainers (`logging_steps=10`,
@@ -60,8 +61,7 @@ class PreferenceARMConfig(BaseConfig):
             Dirichlet parameter of the preferences in training (PARM's safety task: 0.5).
         preference_per (`str`, *optional*, defaults to `"step"`):
             One preference for a whole optimisation step, as the papers do, or one for each `"pair"`: the same expected
-            gradient at the same cost. Which of them scatters less depends on the data; see
-            `benchmarks/gradient_variance.py`.
+            gradient at the same cost.
         train_preferences (`list`, *optional*):
             A fixed set to draw from instead, each by name or as a vector; one entry trains at a fixed preference.
         eval_preferences (`list`, *optional*):
@@ -91,96 +91,78 @@ class PreferenceARMConfig(BaseConfig):
         learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
     """
 
-    _VALID_DICT_FIELDS = BaseConfig._VALID_DICT_FIELDS + [
-        "model_init_kwargs",
-        "label_columns",
-        "ideal_losses",
-    ]
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "label_columns", "ideal_losses"]
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of AdamW."})
+    learning_rate: float = 5e-4
     # The order of the types makes HfArgumentParser read a string, which is JSON here.
-    beta: dict | str | float | None = field(
-        default=0.01, metadata={"help": "β_i of the pair loss: a number, or a mapping by objective."}
-    )
-    loss_type: str = field(default="sigmoid", metadata={"help": "'sigmoid' or 'hinge'."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong."})
-    target_margin: float = field(default=0.0, metadata={"help": "Subtracted from the argument of the loss."})
-    length_normalized: bool = field(default=False, metadata={"help": "Compare mean log-probabilities."})
-    aggregation: str = field(default="sum", metadata={"help": "'sum' or 'tchebycheff'."})
-    ideal_losses: dict | str | None = field(default=None, metadata={"help": "z* by objective, for 'tchebycheff'."})
-    global_weight: float = field(default=0.0, metadata={"help": "Weight of UniARM's global term."})
-    concentration: float = field(default=0.5, metadata={"help": "Dirichlet parameter of the sampled preferences."})
-    preference_per: str = field(default="step", metadata={"help": "One preference for each 'step' or each 'pair'."})
-    train_preferences: list[str] | None = field(
-        default=None, metadata={"help": "A fixed set of preferences to train at, each as JSON."}
-    )
-    eval_preferences: list[str] | None = field(
-        default=None, metadata={"help": "Preferences to evaluate at, each as JSON; vertices and uniform if not given."}
-    )
-    label_columns: dict | str | None = field(
-        default=None, metadata={"help": "Objective to label column of a labelled data set."}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "Most tokens of prompt and response."})
-    truncation_mode: str = field(default="filter", metadata={"help": "'filter' or 'cut_prompt'."})
-    share_prompt: bool = field(default=False, metadata={"help": "Prompt and both responses in one row."})
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round batch lengths up."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout to 0."})
-    activation_offloading: bool = field(default=False, metadata={"help": "Keep activations in CPU memory."})
-    model_init_kwargs: dict | str | None = field(default=None, metadata={"help": "For from_pretrained."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Passed on to from_pretrained."})
-    hub_strategy: HubStrategy | str = field(default="end", metadata={"help": "When to push; see the documentation."})
-    card_prompt: str | None = field(default=PROMPT, metadata={"help": "What the model card's sample answers."})
+    beta: dict | str | float | None = 0.01
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    target_margin: float = 0.0
+    length_normalized: bool = False
+    aggregation: str = "sum"
+    ideal_losses: dict | str | None = None
+    global_weight: float = 0.0
+    concentration: float = 0.5
+    preference_per: str = "step"
+    train_preferences: list[str] | None = None
+    eval_preferences: list[str] | None = None
+    label_columns: dict | str | None = None
+    max_length: int | None = 1024
+    truncation_mode: str = "filter"
+    share_prompt: bool = False
+    pad_to_multiple_of: int | None = None
+    dataset_num_proc: int | None = None
+    disable_dropout: bool = True
+    activation_offloading: bool = False
+    model_init_kwargs: dict | str | None = None
+    trust_remote_code: bool = False
+    hub_strategy: HubStrategy | str = "end"
+    card_prompt: str | None = PROMPT
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
             # TRL's default of True is an error on a machine without a bf16 device.
             self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
         super().__post_init__()
-        self.beta = json.loads(self.beta) if isinstance(self.beta, str) else self.beta
-        self.train_preferences = _from_json(self.train_preferences)
-        self.eval_preferences = _from_json(self.eval_preferences)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but it must be one of {', '.join(allowed)}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"`label_smoothing` is {self.label_smoothing}, but it must lie in [0, 0.5).")
-        if not (math.isfinite(self.global_weight) and self.global_weight >= 0):
-            raise ValueError(f"`global_weight` is {self.global_weight}, but it must be 0 or larger.")
-        if not (math.isfinite(self.concentration) and self.concentration > 0):
-            raise ValueError(f"`concentration` is {self.concentration}, but it must be positive.")
+        self.beta = _from_json(self.beta)
+        for name in ("train_preferences", "eval_preferences"):
+            values = getattr(self, name)
+            setattr(self, name, values and [_from_json(value) for value in values])
+        betas = self.beta.values() if isinstance(self.beta, dict) else [self.beta]
+        conditions = [
+            (name, getattr(self, name) in allowed, f"it must be one of {', '.join(allowed)}")
+            for name, allowed in CHOICES.items()
+        ]
+        conditions += [
+            ("beta", all(isinstance(b, int | float) and 0 < b < math.inf for b in betas), "every β must be positive"),
+            ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
+            ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
+            ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
+        ]
+        for name, holds, demand in conditions:
+            if not holds:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {demand}.")
         if self.aggregation == "tchebycheff" and self.preference_per == "pair":
             raise ValueError(
                 "`aggregation='tchebycheff'` takes the largest of the objectives' weighted losses, which needs one "
                 "preference for all pairs of a step. Use `preference_per='step'`."
             )
-        betas = self.beta.values() if isinstance(self.beta, dict) else [self.beta]
-        if not all(isinstance(beta, int | float) and math.isfinite(beta) and beta > 0 for beta in betas):
-            raise ValueError(f"`beta` is {self.beta}, but every β must be positive.")
 
-    def by_objective(self, name: str, objectives: list[str]) -> list[float]:
-        """A field's value for each objective, in their order.
-
-        Args:
-            name (`str`): `"beta"` or `"ideal_losses"`: a number, or a mapping by objective.
-            objectives (`list[str]`): The objectives.
-
-        Raises:
-            ValueError: a mapping does not name exactly these objectives.
-        """
+    def by_objective(self, name: str, objectives: list[str]) -> dict[str, float]:
+        """The `beta` or `ideal_losses` of each objective. Raises `ValueError` for a mapping that names others."""
         value: Any = getattr(self, name)
         if not isinstance(value, dict):
-            return [float(value or 0)] * len(objectives)
+            return dict.fromkeys(objectives, float(value or 0))
         if set(value) != set(objectives):
             raise ValueError(f"`{name}` names the objectives {sorted(value)}, but they are {sorted(objectives)}.")
-        return [float(value[objective]) for objective in objectives]
+        return {objective: float(value[objective]) for objective in objectives}
 
     def arm_loss(self, objectives: list[str]) -> ARMLoss:
         """The loss that these arguments ask for. Raises `ValueError` as [`by_objective`] does."""
-        beta, ideal = (torch.tensor(self.by_objective(name, objectives)) for name in ("beta", "ideal_losses"))
         return ARMLoss(
-            beta,
-            ideal,
+            torch.tensor(list(self.by_objective("beta", objectives).values())),
+            torch.tensor(list(self.by_objective("ideal_losses", objectives).values())),
             self.target_margin,
             self.label_smoothing,
             hinge=self.loss_type == "hinge",
@@ -246,19 +228,18 @@ class ARMArguments:
         resume (`bool`, *optional*, defaults to `False`): Go on from the last complete checkpoint.
     """
 
-    model_name_or_path: str = field(metadata={"help": "The ARM's backbone."})
-    train_data: list[PairData] = field(default_factory=list, metadata={"help": "Data sets, given in YAML."})
-    eval_data: list[PairData] = field(default_factory=list, metadata={"help": "Data sets for evaluation."})
-    objectives: list[str] | None = field(default=None, metadata={"help": "Names and order of the objectives."})
-    adapter: str = field(default="pblora", metadata={"help": "pblora, svdlora, moslora or lora."})
-    adapter_kwargs: dict | str | None = field(default=None, metadata={"help": "Of the adapter's configuration."})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "The modules to adapt."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the backbone (QLoRA)."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint."})
+    model_name_or_path: str
+    train_data: list[PairData] = field(default_factory=list)
+    eval_data: list[PairData] = field(default_factory=list)
+    objectives: list[str] | None = None
+    adapter: str = "pblora"
+    adapter_kwargs: dict | str | None = None
+    target_modules: list[str] | None = None
+    load_in_4bit: bool = False
+    resume: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.adapter_kwargs, str):
-            self.adapter_kwargs = cast(dict, json.loads(self.adapter_kwargs))
+        self.adapter_kwargs = _from_json(self.adapter_kwargs)
         self.train_data = [_as_pair_data(entry) for entry in self.train_data]
         self.eval_data = [_as_pair_data(entry) for entry in self.eval_data]
         if self.adapter not in ADAPTERS:
@@ -273,38 +254,30 @@ class ARMArguments:
 
     def peft_config(self, label_columns: dict[str, str] | None) -> PeftConfig:
         """The adapter's configuration, for the objectives given, or those of the data."""
-        settings = {"target_modules": self.target_modules, "task_type": "CAUSAL_LM"}
-        settings |= cast(dict, self.adapter_kwargs or {})
-        if self.adapter == "lora":
-            return LoraConfig(**settings)
-        named = [entry.objective for entry in self.train_data if entry.objective]
-        objectives = self.objectives or list(dict.fromkeys([*(label_columns or {}), *named]))
-        config = {"pblora": PBLoraConfig, "svdlora": SVDLoraConfig, "moslora": MoSLoraConfig}[self.adapter]
-        return config(objectives=objectives, **settings)
+        settings: dict[str, Any] = {"target_modules": self.target_modules, "task_type": "CAUSAL_LM"}
+        if self.adapter != "lora":
+            named = [entry.objective for entry in self.train_data if entry.objective]
+            settings["objectives"] = self.objectives or list(dict.fromkeys([*(label_columns or {}), *named]))
+        return ADAPTERS[self.adapter](**{**settings, **cast(dict, self.adapter_kwargs or {})})
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """For a backbone in 4 bits (NF4, double quantization, computing in bfloat16)."""
-        if not self.load_in_4bit:
-            return None
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+        return get_quantization_config(
+            ModelConfig(load_in_4bit=self.load_in_4bit, use_bnb_nested_quant=True, dtype="bfloat16")
         )
 
 
-def _from_json(values: list | None) -> list | None:
-    return None if values is None else [json.loads(v) if isinstance(v, str) else v for v in values]
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def _as_pair_data(entry: PairData | dict[str, Any]) -> PairData:
     if isinstance(entry, PairData):
         return entry
-    unknown = sorted(set(entry) - set(PairData.__dataclass_fields__))
-    if unknown or "path" not in entry:
+    try:
+        return PairData(**entry)
+    except TypeError:
+        others = [name for name in PairData.__dataclass_fields__ if name != "path"]
         raise ValueError(
-            f"A data set is given as {entry}, but it needs `path`, and may have "
-            f"{', '.join(f for f in PairData.__dataclass_fields__ if f != 'path')}."
-        )
-    return PairData(**entry)
+            f"A data set is given as {entry}, but it needs `path`, and may have {', '.join(others)}."
+        ) from None

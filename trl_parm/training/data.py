@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.trainer.utils import pad
 
-from .compat import pad
 from .config import FILE_KINDS, PairData, PreferenceARMConfig
 from .preferences import mix
-from .tokenization import COLUMNS, PairPreparer, PairReader, is_labelled
+from .tokenization import COLUMNS, KEPT, PairReader, is_labelled
 
 
 Pairs = Dataset | IterableDataset
@@ -27,16 +27,11 @@ PairSources = Mapping[str, Pairs | str] | Pairs | str
 ALONE = ""
 """The name of a data set that was given without one."""
 PROMPT, FIRST, SECOND, PADDING = 0, 1, 2, -1
-"""What a token belongs to: the prompt, one of the responses, or nothing."""
+"""What a token belongs to: one of the first three `COLUMNS`, or nothing."""
 
 
 def name_sources(argument: str, given: PairSources | None, split: str) -> dict[str, Pairs]:
-    """The data sets by name, loaded where they are named by a file or an id.
-
-    Args:
-        argument (`str`): `"train_dataset"` or `"eval_dataset"`, for messages.
-        given (`PairSources`): What the user gave.
-        split (`str`): The split to load.
+    """The data sets by name, loaded where they are named by a file or, of the `split`, by an id.
 
     Raises:
         ValueError: nothing was given, or the splits of one data set in the place of data sets by objective.
@@ -49,26 +44,36 @@ def name_sources(argument: str, given: PairSources | None, split: str) -> dict[s
             f"`{argument}` has the splits {sorted(given)} of one data set. Give one of them, or a mapping from "
             "objective name to data set."
         )
-    named = given if isinstance(given, Mapping) else {ALONE: given}
-    return {str(name): _load(argument, data, split) for name, data in named.items()}
+    sources = {}
+    for name, data in (given if isinstance(given, Mapping) else {ALONE: given}).items():
+        if isinstance(data, str):
+            data = PairData(data, split="train" if Path(data).suffix in FILE_KINDS else split).load()
+        if not isinstance(data, Dataset | IterableDataset):
+            raise TypeError(
+                f"`{argument}` has a {type(data).__name__}. Give a mapping such as {{'helpful': dataset, ...}} with "
+                "one preference data set for each objective, or one data set with labels for every objective."
+            )
+        sources[str(name)] = data
+    return sources
 
 
 def only_objective(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
     """The one objective of a model without a preference-conditioned adapter. Raises `ValueError` for several."""
-    labelled = [is_labelled(columns_of(data)) for data in sources.values()]
-    names = [name for name, has_labels in zip(sources, labelled, strict=True) if not has_labels]
-    names += list(label_columns or {}) if any(labelled) else []
-    if len(set(names)) > 1:
+    names = {name for name, data in sources.items() if not has_labels(data)}
+    if len(names) < len(sources):
+        names |= set(label_columns or {})
+    if len(names) > 1:
         raise ValueError(
             f"The model has no preference-conditioned adapter, but there are {len(names)} objectives "
-            f"({', '.join(names)}). Pass `peft_config=PBLoraConfig(objectives=[...])`, or train on one objective."
+            f"({', '.join(sorted(names))}). Pass `peft_config=PBLoraConfig(objectives=[...])`, or train on one "
+            "objective."
         )
     if not names:
         raise ValueError(
             "The labelled data does not say which column belongs to the objective. Pass for example "
             "`label_columns={'helpful': 'better_response_id'}`."
         )
-    return [names[0] or "reward"]
+    return [names.pop() or "reward"]
 
 
 def join_sources(
@@ -79,39 +84,41 @@ def join_sources(
     args: PreferenceARMConfig,
     once: bool = False,
 ) -> JointPreferenceDataset | JointPreferenceStream:
-    """Tokenizes the data sets and zips them.
-
-    Args:
-        argument (`str`): `"train_dataset"` or `"eval_dataset"`, for messages.
-        sources (`Mapping[str, Pairs]`): From [`name_sources`].
-        objectives (`list[str]`): All objectives.
-        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
-        args ([`PreferenceARMConfig`]): Lengths and label columns.
-        once (`bool`, *optional*, defaults to `False`): For evaluation; a stream is then read into memory.
+    """The data sets of [`name_sources`], tokenized and zipped. With `once`, streams are read into memory.
 
     Raises:
         ValueError: the objectives of the data are not those of the adapter, or a data set has no usable pair.
     """
-    sources = _with_names(argument, sources, objectives)
+    if ALONE in sources:
+        labelled = has_labels(sources[ALONE])
+        if len(objectives) > 1 and not labelled:
+            raise ValueError(
+                f"`{argument}` is one data set with `chosen` and `rejected`, but the adapter was made for "
+                f"{objectives}. Give a mapping with one data set for each objective, or one with labels for all."
+            )
+        sources = {"pairs" if labelled else objectives[0]: sources[ALONE]}
     label_columns = cast(dict, args.label_columns) or {objective: objective for objective in objectives}
-    preparers = {
-        name: PairPreparer(
-            PairReader(name, columns_of(data), objectives, label_columns, tokenizer),
-            args.max_length,
-            args.truncation_mode == "cut_prompt",
-        )
+    cut_prompt = args.truncation_mode == "cut_prompt"
+    readers = [
+        PairReader(name, columns_of(data), objectives, label_columns, tokenizer, args.max_length, cut_prompt)
         for name, data in sources.items()
-    }
-    found = {objective for preparer in preparers.values() for objective in preparer.reader.own_objectives}
+    ]
+    found = {objective for reader in readers for objective in reader.own_objectives}
     if found != set(objectives):
-        raise ValueError(_differing_objectives(argument, found, objectives))
-    if once:
-        sources = {name: Dataset.from_list(list(d)) if _is_stream(d) else d for name, d in sources.items()}
-    if any(_is_stream(data) for data in sources.values()):
-        return JointPreferenceStream([(preparers[name], data) for name, data in sources.items()])
+        raise ValueError(
+            f"`{argument}` has the objectives {sorted(found)}, but the adapter was made for {objectives}. Give "
+            "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
+        )
+    data_sets = [
+        Dataset.from_list(list(data)) if once and isinstance(data, IterableDataset) else data
+        for data in sources.values()
+    ]
+    pairs = list(zip(readers, data_sets, strict=True))
+    if any(isinstance(data, IterableDataset) for data in data_sets):
+        return JointPreferenceStream(pairs)
     with args.main_process_first(desc="tokenizing"):
         return JointPreferenceDataset(
-            [preparers[name].all(cast(Dataset, data), args.dataset_num_proc) for name, data in sources.items()], once
+            [reader.read(cast(Dataset, data), args.dataset_num_proc) for reader, data in pairs], once
         )
 
 
@@ -121,13 +128,14 @@ def join_evaluation(
     """What evaluation iterates over: [`join_sources`] of the pairs, or of each of several evaluations by its name."""
     if given is None:
         return None
-    if isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values()):
+    several = isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values())
+    if not several:
+        given = name_sources("eval_dataset", given, "test")
+        ranked = not any(has_labels(data) for data in given.values())
+        several = ranked and len(objectives) == 1 and not {ALONE, objectives[0]} & set(given)
+    if several:
         return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in given.items()}
-    sources = name_sources("eval_dataset", given, "test")
-    ranked = not any(is_labelled(columns_of(data)) for data in sources.values())
-    if ranked and ALONE not in sources and len(objectives) == 1 and objectives[0] not in sources:
-        return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in sources.items()}
-    return join_sources("eval_dataset", sources, objectives, tokenizer, args, once=True)
+    return join_sources("eval_dataset", given, objectives, tokenizer, args, once=True)
 
 
 def columns_of(data: Pairs) -> list[str]:
@@ -135,17 +143,17 @@ def columns_of(data: Pairs) -> list[str]:
     return data.column_names or list(next(iter(data), {}))
 
 
+def has_labels(data: Pairs) -> bool:
+    """Whether a data set has labels for each objective, rather than a chosen response."""
+    return is_labelled(columns_of(data))
+
+
 class JointPreferenceDataset(torch.utils.data.Dataset):
     """Zips data sets of pairs, so that every optimisation step sees every one of them.
 
     Row `i` is a list with one pair of each data set. The length is that of the longest; shorter ones start over, so an
-    epoch visits every pair of the longest once and loses none of the others.
-
-    Args:
-        datasets (`Sequence[Dataset]`): Prepared data sets.
-        once (`bool`, *optional*, defaults to `False`):
-            For evaluation: a pair that comes again, since its data set is shorter, loses its labels. So every pair
-            counts once.
+    epoch visits every pair of the longest once and loses none of the others. With `once`, for evaluation, a pair that
+    comes again loses its labels, so that every pair counts once.
     """
 
     def __init__(self, datasets: Sequence[Dataset], once: bool = False) -> None:
@@ -171,28 +179,20 @@ class JointPreferenceDataset(torch.utils.data.Dataset):
         return {"pairs": pairs}
 
 
-class SimilarLengths(torch.utils.data.Sampler[int]):
+class SimilarLengths(LengthGroupedSampler):
     """Puts rows of similar lengths together, in another order each epoch, as a pure function of seed and epoch.
 
     The sampler of transformers draws from the global generator, which is elsewhere when a run resumes; and a resumed
-    run of several processes does not tell a sampler its epoch. So this one asks for it.
-
-    Args:
-        lengths (`Sequence[int]`): Of the rows.
-        batch_size (`int`): Rows that should be alike.
-        seed (`int`): The run's seed.
-        epoch (`Callable[[], int]`): Gives the epoch that begins, or goes on.
+    run of several processes does not tell a sampler its epoch. So this one asks `epoch` for it.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch()))
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        self.generator = torch.Generator().manual_seed(mix(self.seed, self.epoch()))
+        return super().__iter__()
 
 
 class JointPreferenceStream(torch.utils.data.IterableDataset):
@@ -200,18 +200,13 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
 
     An epoch ends when every stream has ended once; those that end earlier start over. What was left out or cut is
     reported when a stream ends for the first time.
-
-    Args:
-        sources (`Sequence[tuple[PairPreparer, Dataset | IterableDataset]]`): Each with its preparer, unprepared.
     """
 
-    def __init__(self, sources: Sequence[tuple[PairPreparer, Dataset | IterableDataset]]) -> None:
-        self.sources = list(sources)
-        self.epoch = 0
+    def __init__(self, sources: list[tuple[PairReader, Pairs]]) -> None:
+        self.sources = sources
 
     def set_epoch(self, epoch: int) -> None:
         """Reshuffles streams that shuffle."""
-        self.epoch = epoch
         for _, dataset in self.sources:
             if isinstance(dataset, IterableDataset):
                 dataset.set_epoch(epoch)
@@ -227,19 +222,17 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
             yield {"pairs": pairs}
 
     def _pairs(self, number: int, ended: list[bool]) -> Iterator[dict[str, Any]]:
-        preparer, dataset = self.sources[number]
+        reader, dataset = self.sources[number]
         while True:
             outcomes: Counter[str] = Counter()
             for row in dataset:
-                pair = preparer(cast(dict, row))
+                pair = reader(cast(dict, row))
                 outcome = pair.pop("outcome")
+                if outcome in KEPT:
+                    yield {**pair, "pair_id": pair_id(number, sum(outcomes[kept] for kept in KEPT))}
                 outcomes[outcome] += 1
-                if outcome in ("", "cut"):
-                    yield {**pair, "pair_id": pair_id(number, outcomes[""] + outcomes["cut"] - 1)}
-            if not outcomes:
-                raise ValueError(f"The data set {preparer.reader.name!r} is empty. Give it at least one pair.")
-            if not ended[number]:
-                preparer.report(outcomes)
+            if not ended[number] or not outcomes:
+                reader.report(outcomes)
             ended[number] = True
 
 
@@ -271,65 +264,17 @@ class PreferenceCollator:
 
     def __call__(self, examples: Sequence[dict[str, list]]) -> dict[str, torch.Tensor]:
         pairs = [pair for example in examples for pair in example["pairs"]]
-        if self.share_prompt:
-            rows = [_row(pair, FIRST, SECOND) for pair in pairs]
-        else:
-            rows = [_row(pair, response) for response in (FIRST, SECOND) for pair in pairs]
+        kinds = [(PROMPT, FIRST, SECOND)] if self.share_prompt else [(PROMPT, FIRST), (PROMPT, SECOND)]
+        rows = [[(part, pair[COLUMNS[part]]) for part in parts] for parts in kinds for pair in pairs]
+        ids = [[token for _, tokens in row for token in tokens] for row in rows]
+        segments = [[part for part, tokens in row for _ in tokens] for row in rows]
         return {
-            "input_ids": self._pad([ids for ids, _ in rows], self.pad_token_id),
-            "segments": self._pad([segments for _, segments in rows], PADDING),
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "segments": self._pad(segments, PADDING),
             "pair_labels": torch.tensor([pair["labels"] for pair in pairs], dtype=torch.float32),
             "pair_ids": torch.tensor([pair["pair_id"] for pair in pairs]),
         }
 
-    def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad(rows, padding_value=value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
-
-
-def _row(pair: dict[str, Any], *responses: int) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = [(PROMPT, pair["prompt_ids"])]
-    parts += [(response, pair["first_ids" if response == FIRST else "second_ids"]) for response in responses]
-    ids = [token for _, tokens in parts for token in tokens]
-    segments = [segment for segment, tokens in parts for _ in tokens]
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(segments, dtype=torch.long)
-
-
-def _is_stream(data: Pairs) -> bool:
-    return isinstance(data, IterableDataset)
-
-
-def _load(argument: str, data: Any, split: str) -> Pairs:
-    if isinstance(data, str):
-        return PairData(data, split="train" if Path(data).suffix in FILE_KINDS else split).load()
-    if not isinstance(data, Dataset | IterableDataset):
-        raise TypeError(
-            f"`{argument}` has a {type(data).__name__}. Give a mapping such as {{'helpful': dataset, ...}} with one "
-            "preference data set for each objective, or one data set with labels for every objective."
-        )
-    return data
-
-
-def _with_names(argument: str, sources: Mapping[str, Pairs], objectives: list[str]) -> dict[str, Pairs]:
-    if ALONE not in sources:
-        wrong = [
-            name for name, data in sources.items() if name not in objectives and not is_labelled(columns_of(data))
-        ]
-        if wrong:
-            raise ValueError(_differing_objectives(argument, set(sources), objectives))
-        return dict(sources)
-    data = sources[ALONE]
-    if is_labelled(columns_of(data)):
-        return {"pairs": data}
-    if len(objectives) > 1:
-        raise ValueError(
-            f"`{argument}` is one data set with `chosen` and `rejected`, but the adapter was made for {objectives}. "
-            "Give a mapping with one data set for each objective, or one with labels for all."
-        )
-    return {objectives[0]: data}
-
-
-def _differing_objectives(argument: str, found: set[str], objectives: list[str]) -> str:
-    return (
-        f"`{argument}` has the objectives {sorted(found)}, but the adapter was made for {objectives}. Give "
-        "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
-    )
+    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return pad(tensors, padding_value=value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import PreferenceARMConfig
 from .data import FIRST, PADDING, PROMPT, SECOND, PreferenceCollator
+from .model import in_evaluation
 
 
 LOGITS_AT_ONCE = {"cpu": 2**22}
@@ -25,11 +26,7 @@ LOGITS_AT_ONCE = {"cpu": 2**22}
 
 
 class Responses:
-    """log π of the two responses of each pair.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`): The model, before it is wrapped for distribution.
-        args ([`PreferenceARMConfig`]): Says whether prompts are shared and log-probabilities normalised.
+    """log π of the two responses of each pair under a model, which is given before it is wrapped for distribution.
 
     Raises:
         ValueError: `share_prompt` with a kind of attention that takes no mask, or with a window.
@@ -46,11 +43,7 @@ class Responses:
             self._longest = min((n for n in (args.max_length, positions) if n), default=None)
 
     def log_probs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """log π of the first and of the second response of each pair, summed, or the mean of a token.
-
-        Args:
-            model (`nn.Module`): The model, wrapped or not.
-            batch (`dict`): From [`PreferenceCollator`].
+        """log π of both responses of each pair of a [`PreferenceCollator`]'s batch, summed, or the mean of a token.
 
         Returns:
             `torch.Tensor` of shape `(2, pairs)`, float32.
@@ -74,13 +67,17 @@ class Responses:
         drawn = torch.randint(len(ids), (3, length), generator=torch.Generator().manual_seed(0)).to(ids.device)
         pair = dict(zip(("prompt_ids", "first_ids", "second_ids"), ids[drawn].tolist(), strict=True))
         example = {"pairs": [{**pair, "labels": [], "pair_id": 0}]}
-        training = model.training
-        model.eval()
-        try:
+        with in_evaluation(model), torch.no_grad():
             separate = self._of_tokens(model, example, False, ids.device)
-            shared = self._of_tokens(model, example, True, ids.device)
-        finally:
-            model.train(training)
+            try:
+                shared = self._of_tokens(model, example, True, ids.device)
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    "`share_prompt=True` feeds a mask for each pair of tokens, which the model can't take: "
+                    f"{type(error).__name__}: {error}. Use `share_prompt=False`."
+                ) from error
         error = (shared - separate).abs().max().item()
         exact = self._in_float32 and ids.device.type == "cpu"
         if not error < (1e-3 if exact else 0.5):
@@ -89,20 +86,11 @@ class Responses:
                 "with a row for each response: it does not follow mask and positions. Use `share_prompt=False`."
             )
 
-    @torch.no_grad()
     def _of_tokens(self, model: nn.Module, example: dict[str, list], shared: bool, device: Any) -> torch.Tensor:
         batch = PreferenceCollator(0, share_prompt=shared)([example])
         inputs, predictions = self._layout({name: tensor.to(device) for name, tensor in batch.items()}, shared)
         tokens = torch.arange(len(predictions.targets), device=device)
-        try:
-            return self._sums(model, inputs, replace(predictions, groups=tokens, count=len(tokens)))
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            if not shared or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise ValueError(
-                "`share_prompt=True` feeds a mask for each pair of tokens, which the model can't take: "
-                f"{type(error).__name__}: {error}. Use `share_prompt=False`."
-            ) from error
+        return self._sums(model, inputs, replace(predictions, groups=tokens, count=len(tokens)))
 
     def _layout(self, batch: dict[str, torch.Tensor], shared: bool) -> tuple[dict[str, torch.Tensor], Predictions]:
         return shared_prompts(batch, self._mask_dtype) if shared else separate_rows(batch)
@@ -111,11 +99,12 @@ class Responses:
 def separate_rows(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Predictions]:
     """What the model is fed, and what it predicts, where each response has a row of its own.
 
-    The responses are numbered by row: first ones, then second ones.
+    The responses are numbered by row: first ones, then second ones. A first token that nothing precedes is left out.
     """
     ids, segments = batch["input_ids"], batch["segments"]
     inputs = {"input_ids": ids, "attention_mask": (segments != PADDING).long()}
-    return inputs, Predictions.of_rows(ids, segments > PROMPT)
+    rows, positions = (segments[:, 1:] > PROMPT).nonzero(as_tuple=True)
+    return inputs, Predictions(rows, positions, ids[rows, positions + 1], rows, len(ids))
 
 
 def shared_prompts(
@@ -123,12 +112,8 @@ def shared_prompts(
 ) -> tuple[dict[str, torch.Tensor], Predictions]:
     """As [`separate_rows`] where one row holds `[prompt | first | second]`.
 
-    Both responses start at the position after the prompt, and neither sees the other.
-
-    Args:
-        batch (`dict`): From a collator with `share_prompt=True`.
-        dtype (`torch.dtype`, *optional*): Of an additive attention mask, as eager attention wants it; boolean if not
-            given, as scaled dot product attention takes it.
+    Both responses start at the position after the prompt, and neither sees the other. The attention mask is additive
+    and of a `dtype`, as eager attention wants it, or boolean, as scaled dot product attention takes it.
     """
     ids, segments = batch["input_ids"], batch["segments"]
     prompts = (segments == PROMPT).sum(1)
@@ -169,12 +154,6 @@ class Predictions:
     groups: torch.Tensor
     count: int
 
-    @classmethod
-    def of_rows(cls, input_ids: torch.Tensor, completion_mask: torch.Tensor) -> Predictions:
-        """One response in each row, marked in `completion_mask`; a first token that nothing precedes is left out."""
-        rows, columns = completion_mask[:, 1:].nonzero(as_tuple=True)
-        return cls(rows, columns, input_ids[rows, columns + 1], rows, len(input_ids))
-
     def sum(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Sums `(tokens,)` values by response, to shape `(count,)`."""
         return log_probs.new_zeros(self.count).index_add(0, self.groups.to(log_probs.device), log_probs)
@@ -190,11 +169,7 @@ class ResponseLogProbs:
     Where the model's output head is a frozen linear layer and nothing follows it, hooks take its input and give back
     the sums, so that logits exist for a chunk of response tokens at a time. The model is called as it is, so that
     whatever wraps it (adapters, DDP, FSDP) works. Otherwise the model returns the logits of the response positions
-    and their log-softmax is taken, and repeated in backward, chunk by chunk.
-
-    Args:
-        model (`nn.Module`): A causal language model, with or without adapters, before it is wrapped for distribution.
-        chunked (`bool`, *optional*, defaults to `True`): Whether the hooks may be used.
+    and their log-softmax is taken, and repeated in backward, chunk by chunk; `chunked=False` always does so.
     """
 
     def __init__(self, model: nn.Module, chunked: bool = True) -> None:
@@ -202,16 +177,7 @@ class ResponseLogProbs:
         self._checked = False
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any], predictions: Predictions) -> torch.Tensor:
-        """Sums log π of each response.
-
-        Args:
-            model (`nn.Module`): The model, wrapped or not.
-            inputs (`dict`): `input_ids`, `attention_mask` and whatever else its forward takes.
-            predictions ([`Predictions`]): The tokens.
-
-        Returns:
-            `torch.Tensor` of shape `(predictions.count,)`, float32.
-        """
+        """log π of each response under the model, wrapped or not, shape `(predictions.count,)`, float32."""
         if self.head is not None:
             with _answering_head(self.head, predictions) as answers:
                 sums = model(**inputs, use_cache=False).logits[:, 0, 0].float()
@@ -237,24 +203,13 @@ class ResponseLogProbs:
         return predictions.sum(torch.cat(cast(list[torch.Tensor], chunks)))
 
 
-def token_log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
-) -> torch.Tensor:
-    """log_softmax(hidden @ weight.T + bias) at the targets.
-
-    Args:
-        hidden (`torch.Tensor` of shape `(tokens, size)`): Last hidden states; the only input that gets a gradient.
-        weight (`torch.Tensor` of shape `(vocab, size)`): The output head's weight.
-        bias (`torch.Tensor` of shape `(vocab,)`, *optional*): Its bias.
-        targets (`torch.Tensor` of shape `(tokens,)`): Token ids.
-
-    Returns:
-        `torch.Tensor` of shape `(tokens,)`, float32.
-    """
-    return _TokenLogProbs.apply(hidden, weight, bias, targets)  # pyright: ignore[reportReturnType]
-
-
 class _TokenLogProbs(torch.autograd.Function):
+    """log_softmax(hidden @ weight.T + bias) at the targets, shape `(tokens,)`, float32.
+
+    Its arguments are hidden states `(tokens, size)`, the only ones that get a gradient, weight `(vocab, size)`, bias
+    `(vocab,)` or `None`, and targets `(tokens,)`.
+    """
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         dtype = hidden.dtype
@@ -281,6 +236,9 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx, *outputs):
         (gradients,) = ctx.saved_tensors
         return gradients * outputs[0][:, None].to(gradients.dtype), None, None, None
+
+
+token_log_probs: Any = _TokenLogProbs.apply
 
 
 def _mask_dtype(model: Any) -> torch.dtype | None:

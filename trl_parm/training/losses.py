@@ -118,13 +118,13 @@ def _penalty(u: torch.Tensor, hinge: bool) -> torch.Tensor:
 
 @dataclass
 class ARMLoss:
-    """The loss of a batch of pairs: Σ_i α_i l_i, or another aggregation, and UniARM's global term.
+    """The loss of a batch of pairs: Σ_i α_i l_i, or [`tchebycheff`], and λ times [`global_loss`].
 
     Args:
         beta, ideal (`torch.Tensor` of shape `(k,)`): β_i and z*_i.
         target_margin, label_smoothing, hinge: As for [`pair_losses`].
         by_maximum (`bool`, *optional*, defaults to `False`): [`tchebycheff`] in the place of the sum.
-        global_weight (`float`, *optional*, defaults to 0.0): λ of [`global_loss`].
+        global_weight (`float`, *optional*, defaults to 0.0): λ.
     """
 
     beta: torch.Tensor
@@ -155,8 +155,7 @@ class ARMLoss:
         """One number from the losses of pairs.
 
         Args:
-            losses (`torch.Tensor` of shape `(pairs, k)`): From `of_pairs`.
-            labels (`torch.Tensor` of shape `(pairs, k)`): Their labels.
+            losses, labels (`torch.Tensor` of shape `(pairs, k)`): From `of_pairs`, and what it was given.
             preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
             counts (`torch.Tensor` of shape `(k + 1,)`): From [`count_labels`], of the whole optimisation step.
             whole (`Callable`, *optional*):

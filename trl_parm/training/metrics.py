@@ -9,53 +9,47 @@ from typing import Any
 
 import torch
 
-from .losses import accuracies
+from .losses import ARMLoss, accuracies
 
 
 class TrainMetrics:
     """Sums of metrics since the last log, kept on the device: a mean is taken, over all processes, only in a log."""
 
-    def __init__(self) -> None:
+    def __init__(self, objectives: Sequence[str], beta: torch.Tensor) -> None:
+        self.objectives, self.beta = objectives, beta.tolist()
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, values: torch.Tensor, known: torch.Tensor | None = None) -> None:
-        """Adds the values, or those of them that are `known`, to the mean of this name."""
-        known = torch.ones_like(values) if known is None else known.to(values)
-        pair = torch.stack([torch.where(known > 0, values, 0.0).sum(), known.sum()]).detach()
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def add_pairs(
-        self,
-        objectives: Sequence[str],
-        preference: torch.Tensor,
-        first: torch.Tensor,
-        second: torch.Tensor,
-        losses: torch.Tensor,
-        labels: torch.Tensor,
-        beta: torch.Tensor,
+    def add(
+        self, preference: torch.Tensor, log_probs: torch.Tensor, losses: torch.Tensor, labels: torch.Tensor
     ) -> None:
         """Adds a batch of pairs.
 
         Args:
-            objectives (`Sequence[str]`): The k objectives.
             preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
-            first, second (`torch.Tensor` of shape `(pairs,)`): log π of the two responses.
+            log_probs (`torch.Tensor` of shape `(2, pairs)`): log π of the two responses.
             losses, labels (`torch.Tensor` of shape `(pairs, k)`): l of each pair, and its labels.
-            beta (`torch.Tensor` of shape `(k,)`): β_i.
         """
+        first, second = log_probs
         correct = accuracies(first - second, labels)
-        for i, name in enumerate(objectives):
+        for i, (name, beta) in enumerate(zip(self.objectives, self.beta, strict=True)):
             label, known = labels[:, i], labels[:, i] != 0
             chosen = torch.where(label > 0, first, second)
             rejected = torch.where(label > 0, second, first)
-            self.add(f"preference/{name}", preference[..., i])
-            self.add(f"loss/{name}", losses[:, i], known)
-            self.add(f"logps/chosen/{name}", chosen, known)
-            self.add(f"logps/rejected/{name}", rejected, known)
-            self.add(f"rewards/chosen/{name}", beta[i] * chosen, known)
-            self.add(f"rewards/rejected/{name}", beta[i] * rejected, known)
-            self.add(f"rewards/margins/{name}", beta[i] * (chosen - rejected), known)
-            self.add(f"rewards/accuracies/{name}", correct[:, i], known)
+            weight = preference[..., i]
+            self._add(f"preference/{name}", weight, torch.ones_like(weight))
+            self._add(f"loss/{name}", losses[:, i], known)
+            self._add(f"logps/chosen/{name}", chosen, known)
+            self._add(f"logps/rejected/{name}", rejected, known)
+            self._add(f"rewards/chosen/{name}", beta * chosen, known)
+            self._add(f"rewards/rejected/{name}", beta * rejected, known)
+            self._add(f"rewards/margins/{name}", beta * (chosen - rejected), known)
+            self._add(f"rewards/accuracies/{name}", correct[:, i], known)
+
+    def _add(self, name: str, values: torch.Tensor, known: torch.Tensor) -> None:
+        """Adds those of the values that are `known` to the mean of this name."""
+        known = known.to(values)
+        pair = torch.stack([torch.where(known > 0, values, 0.0).sum(), known.sum()]).detach()
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def pop_means(self, accelerator: Any) -> dict[str, float]:
         """The mean of each name over all processes since the last call; a name without any value is left out."""
@@ -68,28 +62,47 @@ class TrainMetrics:
 
 
 class EvalMetrics:
-    """Loss, accuracy and margin of every objective at every evaluation preference, pair by pair.
+    """Loss, accuracy and margin of every objective at every evaluation preference, and the loss of them all.
+
+    That loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and is
+    the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
 
     Args:
         objectives (`Sequence[str]`): The k objectives.
         preferences (`Mapping[str, torch.Tensor]`): Name → evaluation preference of shape `(k,)`.
+        arm_loss ([`ARMLoss`]): The loss of training.
     """
 
-    def __init__(self, objectives: Sequence[str], preferences: Mapping[str, torch.Tensor]) -> None:
-        self.objectives, self.preferences = objectives, preferences
+    def __init__(self, objectives: Sequence[str], preferences: Mapping[str, torch.Tensor], arm_loss: ARMLoss) -> None:
+        self.objectives, self.preferences, self.arm_loss = objectives, preferences, arm_loss
         self._values: dict[str, list[float]] = defaultdict(list)
 
-    def add(self, preference: str, known: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
-        """Adds kinds of values of shape `(pairs, k)`, where `known` says which pairs have a label."""
-        for kind, value in values.items():
-            for i, objective in enumerate(self.objectives):
-                self._values[f"{objective}_{kind}@{preference}"] += value[:, i][known[:, i]].tolist()
+    def add(self, labels: torch.Tensor, margins: torch.Tensor, untrained: torch.Tensor | None = None) -> None:
+        """Adds a batch of pairs.
+
+        Args:
+            labels (`torch.Tensor` of shape `(pairs, k)`): Their labels.
+            margins (`torch.Tensor` of shape `(pairs, preferences)`): log π(y1|x) − log π(y2|x) at each preference.
+            untrained (`torch.Tensor` of shape `(pairs,)`, *optional*): The same without the adapter.
+        """
+        for name, margin in zip(self.preferences, margins.unbind(-1), strict=True):
+            values = {
+                "loss": self.arm_loss.of_pairs(margin, labels),
+                "accuracy": accuracies(margin, labels),
+                "margin": margin[:, None] * labels,
+            }
+            if untrained is not None:
+                values["ratio_accuracy"] = accuracies(margin - untrained, labels)
+            for kind, value in values.items():
+                for i, objective in enumerate(self.objectives):
+                    self._values[f"{objective}_{kind}@{name}"] += value[labels[:, i] != 0, i].tolist()
 
     def means(self) -> dict[str, float]:
-        """The mean over all pairs of each `<objective>_<kind>@<preference>`; those without any pair are left out."""
-        return {name: sum(values) / len(values) for name, values in self._values.items() if values}
-
-    def losses_at(self, preference: str) -> torch.Tensor:
-        """l_i of each objective at an evaluation preference, shape `(k,)`; 0 where no pair has a label."""
-        means = self.means()
-        return torch.tensor([means.get(f"{objective}_loss@{preference}", 0.0) for objective in self.objectives])
+        """`loss`, and the mean of each `<objective>_<kind>@<preference>` that has any pair with a label."""
+        means = {name: sum(values) / len(values) for name, values in self._values.items() if values}
+        one = torch.ones(1, len(self.objectives) + 1)
+        losses = []
+        for name, preference in self.preferences.items():
+            known = torch.tensor([[means.get(f"{objective}_loss@{name}", 0.0) for objective in self.objectives]])
+            losses.append(self.arm_loss.aggregate(known, one[:, :-1], preference, one[0]))
+        return {**means, "loss": torch.stack(losses).mean().item()}

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from .compat import create_model_from_path, disable_dropout_in_model, get_config_model_id
 from .config import PreferenceARMConfig
 
 
@@ -31,7 +33,7 @@ def check_device(args: PreferenceARMConfig) -> None:
         raise ValueError("`activation_offloading=True` moves activations to the CPU, where this run computes already.")
 
 
-def load_model(model, args: PreferenceARMConfig, quantization_config):
+def load_model(model: Any, args: PreferenceARMConfig, quantization_config: Any) -> Any:
     """Loads a model given by id as TRL does; a loaded one is returned as it is."""
     if not isinstance(model, str):
         if quantization_config is not None:
@@ -39,24 +41,19 @@ def load_model(model, args: PreferenceARMConfig, quantization_config):
         if args.model_init_kwargs:
             logger.warning("`model_init_kwargs` is not used, since the model is loaded already.")
         return model
-    kwargs: dict[str, Any] = dict(cast(dict, args.model_init_kwargs or {}))
+    kwargs: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, **cast(dict, args.model_init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if cast(PartialState, args.distributed_state).distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model_from_path(model, **kwargs)
 
 
 def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with a pad token that tokenizer and model agree on."""
     if tokenizer is None:
-        kwargs = cast(dict, args.model_init_kwargs or {})
-        tokenizer = AutoTokenizer.from_pretrained(
-            get_config_model_id(model.config),
-            revision=kwargs.get("revision"),
-            trust_remote_code=args.trust_remote_code,
-        )
+        name, revision = get_config_model_id(model.config), cast(dict, args.model_init_kwargs or {}).get("revision")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     if tokenizer.eos_token is None:
         raise ValueError(
             "The tokenizer has no end token, which every response must end in. Set `tokenizer.eos_token`."
@@ -107,18 +104,30 @@ def trained_adapter(model) -> str | None:
         raise ValueError(
             f"The adapters {active} are active, but one trains at a time. Call `set_adapter` with its name."
         )
-    weights = [p for name, p in model.named_parameters() if not active or active[0] in name.split(".")]
-    if not any(p.requires_grad for p in weights):
-        raise ValueError(
-            f"No weight of the active adapter {active[0]!r} trains. Load it with `PeftModel.from_pretrained(..., "
-            "is_trainable=True)`."
-            if active
-            else "No weight of the model trains. Call `model.requires_grad_()`, or give a `peft_config`."
-        )
-    return active[0] if active else None
+    name = active[0] if active else None
+    if any(p.requires_grad for path, p in model.named_parameters() if name is None or name in path.split(".")):
+        return name
+    if name is None:
+        raise ValueError("No weight of the model trains. Call `model.requires_grad_()`, or give a `peft_config`.")
+    raise ValueError(
+        f"No weight of the active adapter {name!r} trains. Load it with `PeftModel.from_pretrained(..., "
+        "is_trainable=True)`."
+    )
 
 
-def disable_dropout(model) -> None:
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradient checkpointing; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def disable_dropout(model: nn.Module) -> None:
     """Sets all dropout to 0: of modules, and the probabilities that modules and configurations keep for functions.
 
     The name of such a probability has "drop" in it, in the models of transformers; [`without_noise`] finds others.
@@ -138,10 +147,11 @@ def without_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> 
     Raises:
         ValueError: its results scatter from seed to seed by more than they do at one.
     """
-    states = _random_states(device)
-    result, found = forward(), []
-    if states == _random_states(device):
+    before = _random_states(device)
+    result = forward()
+    if all(map(torch.equal, before, _random_states(device))):
         return result
+    found = []
     for seed in (0, 0, 1):
         with torch.no_grad(), torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             torch.manual_seed(seed)
@@ -155,8 +165,6 @@ def without_noise(forward: Callable[[], torch.Tensor], device: torch.device) -> 
     return result
 
 
-def _random_states(device: torch.device) -> list[bytes]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return [state.cpu().numpy().tobytes() for state in states]
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    on_device = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *on_device]

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from torch import distributed
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import _tokenize
 
 from peft_pblora import name_preference, use_preference
 from peft_pblora.switch import AdapterSwitch
+
+from .model import in_evaluation
 
 
 NEW_TOKENS = 32
@@ -25,48 +26,27 @@ LEAST_TOKENS = 8
 
 
 def make_sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Any]:
-    """The fact `sample` of a card. Whatever goes wrong, saving goes on, and the card says what it was.
+    """The fact `sample` of a card, see [`peft_pblora.card.CardFacts`], from a preference-conditioned adapter.
 
-    Args:
-        model (`PeftModel`): A language model whose active adapter is preference-conditioned.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompt (`str`): The prompt, put into the chat template if there is one.
-
-    Returns:
-        `dict` with `prompt`, `beta`, `chat`, whether a chat template was used, and either `answers`, pairs of a
-        preference's name and an answer, or `missing`, the reason for which there are none.
+    Whatever goes wrong, saving goes on, and the card says what it was.
     """
-    found: dict[str, Any] = {
-        "prompt": prompt,
-        "beta": 1.0,
-        "chat": getattr(tokenizer, "chat_template", None) is not None,
-    }
+    chat = getattr(tokenizer, "chat_template", None) is not None
+    found: dict[str, Any] = {"prompt": prompt, "beta": 1.0, "chat": chat}
     try:
-        _check(model)
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # A forward of one process alone would wait for the others forever.
+            raise ValueError("it was saved by one of several processes; save it again in a single one")
+        if AdapterSwitch.of(model).merged:  # a forward without adapters would take them out of the weights
+            raise ValueError("an adapter is merged into the base model")
         objectives = cast(Any, model.active_peft_config).objectives
         corners = torch.eye(len(objectives))
         preferences = torch.stack([corners[0], corners.mean(0), corners[-1]]) if len(objectives) > 1 else corners
-        with _in_evaluation(model), torch.no_grad():
+        with in_evaluation(model), torch.no_grad():
             answers = guided_answers(model, tokenizer, prompt, preferences)
         names = ["(the base model alone)", *(name_preference(row, objectives) for row in preferences)]
         return {**found, "answers": [list(pair) for pair in zip(names, answers, strict=True)]}
     except Exception as error:  # a card is never worth a lost adapter
         return {**found, "missing": " ".join(str(error).split())[:300] or type(error).__name__}
-
-
-class _Guide(LogitsProcessor):
-    """log π_base + 1/β · log π_ARM(α) in all rows but the first, reading the whole text anew at every token."""
-
-    def __init__(self, model: PeftModel, switch: AdapterSwitch, preferences: torch.Tensor, beta: float) -> None:
-        self.model, self.switch, self.preferences, self.beta = model, switch, preferences, beta
-        self.name = cast(str, model.active_adapter)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        with self.switch.only([self.name]), use_preference(self.model, self.preferences, self.name):
-            logits = self.model.get_base_model()(input_ids=input_ids[1:], use_cache=False).logits[:, -1]
-        scores = cast(torch.FloatTensor, scores.float().log_softmax(-1))
-        scores[1:] += logits.float().log_softmax(-1) / self.beta
-        return scores
 
 
 def guided_answers(
@@ -80,37 +60,38 @@ def guided_answers(
     """Greedy answers of π_base alone, and of π_base · π_ARM(α)^(1/β) at each preference (arXiv 2505.06274, eq. 5).
 
     The plain form of what `trl_parm.PARMLogitsProcessor` does, for an adapter on the base itself and a short prompt.
+    An ellipsis marks an answer that did not end, for want of tokens or after `SECONDS`.
 
     Args:
-        model (`PeftModel`): The base model with the active adapter.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompt (`str`): The prompt, put into the chat template if there is one.
-        preferences (`torch.Tensor` of shape `(n, k)`): α of each answer.
-        beta (`float`, *optional*, defaults to 1.0): β; guidance has strength 1/β.
-        max_new_tokens (`int`, *optional*, defaults to 32): Most tokens of an answer.
-
-    Returns:
-        `list[str]` of n + 1 answers, the base model's own first; an ellipsis marks one that did not end, for want of
-        tokens or after half a minute.
+        preferences (`torch.Tensor` of shape `(n, k)`): α of each answer but the first.
 
     Raises:
-        TimeoutError: there are less than eight tokens after half a minute.
+        TimeoutError: there are less than `LEAST_TOKENS` by then.
     """
     base: Any = model.get_base_model()
-    tokens = _encode(tokenizer, prompt).to(base.get_input_embeddings().weight.device).repeat(len(preferences) + 1, 1)
+    text = prompt if tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
+    ids = _tokenize(tokenizer, text, add_generation_prompt=True)["input_ids"]
+    tokens = torch.tensor([ids] * (len(preferences) + 1), device=base.get_input_embeddings().weight.device)
     ends = base.generation_config.eos_token_id
-    ends = [
-        token for token in [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id] if token is not None
-    ]
+    ends = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    ends = [token for token in ends if token is not None]
     if not ends:
         raise ValueError("the tokenizer has no end token")
-    switch, start = AdapterSwitch.of(base), time.monotonic()
-    guide = _Guide(model, switch, preferences, beta)
+    switch, name, start = AdapterSwitch.of(base), cast(str, model.active_adapter), time.monotonic()
+
+    def guide(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Guides all rows but the first, reading the whole text anew at every token."""
+        with switch.only([name]), use_preference(model, preferences, name):
+            logits = base(input_ids=input_ids[1:], use_cache=False).logits[:, -1]
+        scores = scores.float().log_softmax(-1)
+        scores[1:] += logits.float().log_softmax(-1) / beta
+        return scores
+
     with switch.only([]):
         output = base.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            logits_processor=LogitsProcessorList([guide]),
+            logits_processor=[guide],
             do_sample=False,
             max_new_tokens=max_new_tokens,
             max_time=SECONDS,
@@ -123,32 +104,3 @@ def guided_answers(
         raise TimeoutError(f"it took longer than {SECONDS:.0f} seconds")
     answers = cast(list[str], tokenizer.batch_decode(new, skip_special_tokens=True))
     return [answer.strip() + ("" if end else " …") for answer, end in zip(answers, ended, strict=True)]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    if tokenizer.chat_template is None:
-        return cast(torch.Tensor, tokenizer(prompt, return_tensors="pt")["input_ids"])
-    chat = [{"role": "user", "content": prompt}]
-    found: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return found["input_ids"]
-
-
-def _check(model: PeftModel) -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        # A forward of one process alone would wait for the others forever.
-        raise ValueError("it was saved by one of several processes; save it again in a single one")
-    if AdapterSwitch.of(model).merged:  # a forward without adapters would take them out of the weights
-        raise ValueError("an adapter is merged into the base model")
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradient checkpointing; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
