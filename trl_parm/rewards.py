@@ -36,6 +36,11 @@ def conciseness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
     return [-len(r.split()) / max(1, len(SENTENCE_END.findall(r))) for r in responses]
 
 
+def readable(reward: Reward, prompts: Sequence[PromptText]) -> list[Any]:
+    """Prompts as a reward reads them, see [`Reward`]."""
+    return list(prompts) if getattr(reward, "reads_messages", False) else [as_text(prompt) for prompt in prompts]
+
+
 def score(
     name: str,
     reward: Reward,
@@ -58,8 +63,7 @@ def score(
     Raises:
         ValueError: it returned something else; the message names the reward and the row.
     """
-    read = list(prompts) if getattr(reward, "reads_messages", False) else [as_text(prompt) for prompt in prompts]
-    values = [float(value) for value in reward(read, responses)]
+    values = [float(value) for value in reward(readable(reward, prompts), responses)]
     if len(values) != len(responses):
         raise ValueError(f"The reward {name!r} returned {len(values)} numbers for {len(responses)} responses.")
     for i, value in enumerate(values):
