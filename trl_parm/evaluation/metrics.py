@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import moocore
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import spearmanr
+from scipy.stats import ConstantInputWarning, spearmanr
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
@@ -65,9 +65,7 @@ def mean_inner_product(preferences: ArrayLike, rewards: ArrayLike) -> float:
     Raises:
         ValueError: shapes that differ, or NaN.
     """
-    preferences, rewards = _finite(preferences, "preferences", 2), _finite(rewards, "rewards", 2)
-    if preferences.shape != rewards.shape:
-        raise ValueError(f"`preferences` have shape {preferences.shape}, but `rewards` {rewards.shape}.")
+    preferences, rewards = _pairs(preferences, rewards)
     return float((preferences * rewards).sum(-1).mean())
 
 
@@ -99,10 +97,10 @@ def rank_correlations(preferences: ArrayLike, rewards: ArrayLike) -> np.ndarray:
     Raises:
         ValueError: shapes that differ, or NaN.
     """
-    preferences, rewards = _finite(preferences, "preferences", 2), _finite(rewards, "rewards", 2)
-    if preferences.shape != rewards.shape:
-        raise ValueError(f"`preferences` have shape {preferences.shape}, but `rewards` {rewards.shape}.")
-    return np.array([_rank_correlation(a, r) for a, r in zip(preferences.T, rewards.T, strict=True)])
+    preferences, rewards = _pairs(preferences, rewards)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        return np.array([cast(Any, spearmanr(a, r)).statistic for a, r in zip(preferences.T, rewards.T, strict=True)])
 
 
 class Interval(NamedTuple):
@@ -169,10 +167,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(error)
 
 
-def _rank_correlation(weights: np.ndarray, rewards: np.ndarray) -> float:
-    if len(set(weights)) < 2 or len(set(rewards)) < 2:
-        return float("nan")
-    return float(cast(Any, spearmanr(weights, rewards)).statistic)
+def _pairs(preferences: ArrayLike, rewards: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    preferences, rewards = _finite(preferences, "preferences", 2), _finite(rewards, "rewards", 2)
+    if preferences.shape != rewards.shape:
+        raise ValueError(f"`preferences` have shape {preferences.shape}, but `rewards` {rewards.shape}.")
+    return preferences, rewards
 
 
 def _finite(values: ArrayLike, name: str, ndim: int) -> np.ndarray:
