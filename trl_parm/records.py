@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -73,9 +74,10 @@ class Records:
         try:
             lock(self._file, self.path)
             self._file.seek(0)
-            self.rows, whole, size = parse_lines(self._file.read(), self.path)
-            self._match(list(growing), size)
-            if whole < size:  # only now that the file is known to be one of ours
+            data = self._file.read()
+            self.rows, whole = _parse(data, self.path)
+            self._match(list(growing), empty=not data)
+            if whole < len(data):  # only now that the file is known to be one of ours
                 logger.warning("The last line of %s was not written to its end. It is dropped and redone.", self.path)
                 self._file.truncate(whole)
         except BaseException:
@@ -99,12 +101,12 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _match(self, growing: list[str], size: int) -> None:
-        beside = configuration_path(self.path)
-        known = _configuration(beside)
-        if size and known is None:
+    def _match(self, growing: list[str], empty: bool) -> None:
+        path = configuration_path(self.path)
+        known = _configuration(path)
+        if not empty and known is None:
             raise ValueError(
-                f"{self.path} is not empty, but {beside.name}, which says of what configuration its rows are, is not "
+                f"{self.path} is not empty, but {path.name}, which says of what configuration its rows are, is not "
                 "beside it. Name another output, or move that file away."
             )
         if self.rows and known is not None:
@@ -118,11 +120,11 @@ class Records:
                 self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
         elif known is not None and set(known) != set(self.configuration):
             raise ValueError(
-                f"{beside} was there before {self.path} and is no configuration of such rows. Name another output, or "
+                f"{path} was there before {self.path} and is no configuration of such rows. Name another output, or "
                 "move that file away."
             )
         if known != self.configuration:
-            with output_file(beside) as file:
+            with output_file(path) as file:
                 json.dump(self.configuration, file, indent=2, ensure_ascii=False)
                 file.write("\n")
 
@@ -136,20 +138,22 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There are no results at {path}. Name a JSONL file that `evaluate` has written.")
-    rows, whole, size = parse_lines(path.read_bytes(), path)
-    if whole < size:
+    data = path.read_bytes()
+    rows, whole = _parse(data, path)
+    if whole < len(data):
         logger.warning("The last line of %s was not written to its end. It is passed over.", path)
     if not rows:
         raise ValueError(f"{path} has no complete row. Let the run that writes it go on.")
     return rows
 
 
-def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """The rows, how many bytes they take, and how many bytes there are. Raises `ValueError` for what is no row."""
+def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many bytes they take. Raises `ValueError` for what is neither a row nor the beginning of one."""
     whole = data.rfind(b"\n") + 1
-    rows, torn = [], data[whole:].strip(b"\0")
-    others = [torn] if torn and not torn.startswith(b"{") else []  # no run begins a row like this
-    for number, line in enumerate([*data[:whole].splitlines(), *others], 1):
+    torn = data[whole:].strip(b"\0")
+    lines = data[:whole].splitlines() + ([torn] if torn and not torn.startswith(b"{") else [])
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -160,7 +164,7 @@ def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int
                 "incomplete, so something else has changed the file. Take that line out, or name another output."
             )
         rows.append(row)
-    return rows, whole, len(data)
+    return rows, whole
 
 
 def configuration_path(path: str | Path) -> Path:
@@ -191,8 +195,8 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
     found = []
     for key in sorted(set(known) | set(given)):
         if key in growing:
-            entries = set(known.get(key, {})) & set(given.get(key, {}))
-            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in sorted(entries)}
+            both = sorted(set(known.get(key, {})) & set(given.get(key, {})))
+            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in both}
         else:
             pairs = {key: (known.get(key), given.get(key))}
         found += [f"{name} was {old}, but is {new}" for name, (old, new) in pairs.items() if old != new]
@@ -200,31 +204,25 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
 
 
 def lock(file: IO, path: Path) -> None:
-    """Keeps other processes from writing what an open file stands for, until it is closed or the process ends.
-
-    Raises:
-        ValueError: another process has the lock.
-    """
-    try:
+    """Keeps other processes from writing what an open file stands for, until it is closed or the process ends, as far
+    as the system can. Raises `ValueError` if another process does so."""
+    with contextlib.suppress(ImportError):  # not a Unix
         import fcntl
-    except ImportError:  # not a Unix
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None
-    except OSError:  # a file system without locks
-        return
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None
+        except OSError:  # a file system without locks
+            return
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, where they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
