@@ -148,7 +148,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many bytes they take. Raises `ValueError` for what is neither a row nor the beginning of one."""
+    """The rows, and how many bytes they take. Raises `ValueError` for what no run can have written."""
     whole = data.rfind(b"\n") + 1
     torn = data[whole:].strip(b"\0")
     lines = data[:whole].splitlines() + ([torn] if torn and not torn.startswith(b"{") else [])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -19,10 +20,6 @@ from .records import fingerprint
 from .rewards import Reward
 from .score_model import ScoreModel
 from .texts import PromptText, as_messages, fill
-
-
-SCORE_MODEL = "ForScore"
-"""How the architectures of Safe-RLHF's score models end, such as `LlamaForScore`."""
 
 
 @dataclass
@@ -66,22 +63,24 @@ class RewardSource:
             raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
         if self.template is not None and self.chat_template is not None:
             raise ValueError("A reward has a `template` and a `chat_template`. Give one of them.")
-        self._reward: Reward | None = None
 
     @property
     def is_model(self) -> bool:
         """Whether it is a model, rather than a function."""
         return ":" not in self.source or Path(self.source).exists()
 
+    @functools.cached_property
+    def reward(self) -> Reward:
+        """The reward, which is loaded when it is first asked for, and stays."""
+        return self.load()
+
     @property
     def reads_messages(self) -> bool:
         """Whether it gets prompts as they are given; see [`Reward`]."""
-        return self.is_model
+        return getattr(self.reward, "reads_messages", False)
 
     def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Sequence[float]:
-        """The rewards. What is asked for the first time is loaded, and stays."""
-        self._reward = self._reward or self.load()
-        return self._reward(prompts, responses)
+        return self.reward(prompts, responses)
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | RewardSource) -> RewardSource:
@@ -117,7 +116,7 @@ class RewardSource:
             except OSError as error:
                 raise ValueError(f"The reward model {self.source!r} can't be loaded: {error}") from error
         function = load_function(self.source)
-        return (lambda prompts, responses: [-v for v in function(prompts, responses)]) if self.negate else function
+        return _negated(function) if self.negate else function
 
 
 class ModelReward:
@@ -140,7 +139,12 @@ class ModelReward:
                 f"The tokenizer of the reward model {source.source!r} has no chat template. Give a `template` with "
                 "{prompt} and {response}, as the model was trained with."
             )
-        self.model = _load_model(source)
+        config = AutoConfig.from_pretrained(source.source)
+        of_safe_rlhf = any(name.endswith("ForScore") for name in config.architectures or ())  # as `LlamaForScore`
+        kind = ScoreModel if of_safe_rlhf else AutoModelForSequenceClassification
+        self.model: Any = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs).eval()
+        if "device_map" not in source.model_kwargs and torch.cuda.is_available():
+            self.model.to("cuda")
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         outputs = self.model.config.num_labels
         if not 0 <= source.label < outputs:
@@ -148,18 +152,14 @@ class ModelReward:
                 f"`label` is {source.label}, but the reward model {source.source!r} has {outputs} outputs."
             )
 
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
         size, values = self.source.batch_size, []
         for start in range(0, len(responses), size):
-            values += self._batch(prompts[start : start + size], responses[start : start + size])
-        return values
-
-    @torch.no_grad()
-    def _batch(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
-        encoded = self._encode(prompts, responses).to(self.model.device)
-        scores = self.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        values = scores[:, self.source.label].float()
-        return (-values if self.source.negate else values).tolist()
+            texts = self._encode(prompts[start : start + size], responses[start : start + size]).to(self.model.device)
+            scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
+            values += scores[:, self.source.label].float().tolist()
+        return [-value for value in values] if self.source.negate else values
 
     def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Any:
         limit = self.source.max_length or self.tokenizer.model_max_length
@@ -171,10 +171,11 @@ class ModelReward:
         if template is None:
             chats = [as_messages(p, "user") + as_messages(r, "assistant") for p, r in zip(prompts, responses)]
             return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
-        parts = [
-            {"response": r, **({"prompt": p} if "{prompt}" in template else {})} for p, r in zip(prompts, responses)
-        ]
-        return self.tokenizer([fill(template, **part) for part in parts], **options)
+        if "{prompt}" in template:
+            texts = [fill(template, prompt=p, response=r) for p, r in zip(prompts, responses)]
+        else:
+            texts = [fill(template, response=r) for r in responses]
+        return self.tokenizer(texts, **options)
 
 
 def load_function(path: str) -> Callable:
@@ -197,12 +198,9 @@ def load_function(path: str) -> Callable:
     return found
 
 
-def _load_model(source: RewardSource) -> Any:
-    config = AutoConfig.from_pretrained(source.source)
-    kind = AutoModelForSequenceClassification
-    if any(name.endswith(SCORE_MODEL) for name in config.architectures or ()):
-        kind = ScoreModel
-    model = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs)
-    if "device_map" not in source.model_kwargs and torch.cuda.is_available():
-        cast(Any, model).to("cuda")
-    return model.eval()
+def _negated(function: Callable) -> Reward:
+    @functools.wraps(function)  # and so what it reads
+    def cost(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [-value for value in function(prompts, responses)]
+
+    return cost

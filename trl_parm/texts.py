@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,6 @@ def fill(template: str, **parts: PromptText) -> str:
         ValueError: a template that lacks a part, or a conversation of several messages, for which a text template has
             no place.
     """
-    text = template
     for name, part in parts.items():
         if f"{{{name}}}" not in template:
             raise ValueError(f"The template {template!r} has no {{{name}}}, where the {name} belongs.")
@@ -58,8 +58,4 @@ def fill(template: str, **parts: PromptText) -> str:
                 f"A {name} has {len(part)} messages, which a text template can't tell apart. Use a tokenizer with a "
                 "chat template."
             )
-    pieces = {f"{{{name}}}": as_text(part) for name, part in parts.items()}
-    for place in sorted(pieces, key=template.index, reverse=True):
-        start = template.index(place)
-        text = text[:start] + pieces[place] + text[start + len(place) :]
-    return text
+    return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda place: as_text(parts[place[1]]), template)

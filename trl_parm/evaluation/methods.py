@@ -228,8 +228,9 @@ def _search(
         reward = source.load()
         if isinstance(reward, ModelReward):
             models.keep(reward.model)
-        elif cached:
-            raise ValueError(f"`cached` is for classifiers, but the reward {source.source!r} is a function.")
+        if cached and (source.negate or not isinstance(reward, ModelReward)):
+            kind = "a cost, minus its output" if source.negate else "a function"
+            raise ValueError(f"`cached` is for classifiers, but the reward {source.source!r} is {kind}.")
         judges[objective] = ClassifierReward(reward.model, source.label) if cached else reward
 
     def model_at(batch: Batch) -> Guided:
