@@ -41,8 +41,7 @@ class Records:
     Args:
         path (`str` or `Path`, *optional*):
             The file, such as `results.jsonl`, with its configuration in `results.config.json`; in memory if `None`.
-        configuration (`Mapping`):
-            What the rows depend on, as JSON. Rows that are there already must belong to the same.
+        configuration (`Mapping`): What the rows depend on, as JSON. Rows that are there already must belong to it.
         growing (`Sequence[str]`, *optional*):
             Keys of the configuration that are mappings to which entries may be added, such as methods by name. An
             entry that is there already must stay as it is.
@@ -50,14 +49,6 @@ class Records:
     Raises:
         ValueError: rows of another configuration, or without one; anything else in one of the two files; a path that
             can't be written to; another process that writes this file.
-
-    Example:
-
-    ```python
-    with Records("runs/results.jsonl", {"seed": 0}) as records:
-        done = {row["prompt"] for row in records.rows}
-        records.append([{"prompt": "Hi", "response": "Hello"}])
-    ```
     """
 
     def __init__(self, path: str | Path | None, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
@@ -227,13 +218,9 @@ def versions() -> dict[str, str]:
 
 
 def write_run(path: str | Path, verb: str, arguments: Mapping[str, Any]) -> None:
-    """Writes a run's resolved arguments, seeds included, and versions as YAML, complete or not at all.
+    """Writes a run's resolved arguments, defaults and seeds included, and versions as YAML.
 
-    Args:
-        path (`str` or `Path`):
-            The file, such as `run.yaml`. Where that is of another verb, or a user's own, it is `run.<verb>.yaml`.
-        verb (`str`): What ran.
-        arguments (`Mapping`): All arguments, defaults included.
+    Where `path` is of another verb, or a user's own, the file is `run.<verb>.yaml` in the place of `run.yaml`.
 
     Raises:
         ValueError: there is a file of somebody else under both names.

@@ -51,20 +51,17 @@ def relabel(
     as they are not empty. Pairs of one prompt come into one split.
 
     Args:
-        pairs (`Dataset`):
-            `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and `rejected`, as in
-            TRL: texts or messages. Messages may have their prompt in both responses instead.
+        pairs (`Dataset`): `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and
+            `rejected`, as in TRL: texts or messages. Messages may have their prompt in both responses instead.
         rewards (`Mapping`): Objective → [`RewardSource`], or a function of prompts and responses; higher is better.
         folder (`str` or `Path`): Where to write.
         test_size, validation_size (`float`, *optional*): Pairs in these splits: a share below 1, or a number.
         tie_margin (`float`, *optional*, defaults to 0.0): How much rewards of a tie may differ, 0 or larger.
-        template (`str`, *optional*):
-            A text with `{prompt}` in it, for models without chat template: what training reads as the prompt. The
-            prompt itself then is the column `raw_prompt`, which rewards and evaluation read.
-        ranked (`bool`, *optional*, defaults to `False`):
-            Also write the training pairs of each objective as `ranked/<objective>.jsonl` (see
-            [`peft_pblora.output.file_name`]), with `prompt`, `chosen` and `rejected` and without ties, as trainers of
-            policies such as TRL's DPO take them.
+        template (`str`, *optional*): A text with `{prompt}` in it, for models without chat template: what training
+            reads as the prompt. The prompt itself then is the column `raw_prompt`, for rewards and evaluation.
+        ranked (`bool`, *optional*, defaults to `False`): Also write the training pairs of each objective as
+            `ranked/<objective>.jsonl` (see [`peft_pblora.output.file_name`]), with `prompt`, `chosen` and `rejected`
+            and without ties, as trainers of policies such as TRL's DPO take them.
         seed (`int`, *optional*, defaults to 0): Of the split.
         batch_size (`int`, *optional*, defaults to 32): Pairs that are scored and written at once.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
@@ -76,8 +73,8 @@ def relabel(
 
     Raises:
         ValueError: no pairs, missing columns, an objective that is called like a column, splits that are too large, a
-            reward that is not finite (the message names it and the row), scores of another configuration, or a file
-            in the place of a split that was not written here.
+            reward that is not finite, scores of another configuration, or a file in the place of a split that was not
+            written here.
     """
     rows = [as_pair(cast(dict, row)) for row in pairs]
     if not rows or not rewards:
@@ -118,11 +115,7 @@ def relabel(
 
 
 def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in one of the known formats as `prompt`, `response_0` and `response_1`.
-
-    Raises:
-        ValueError: missing columns.
-    """
+    """A row in one of the known formats as `prompt`, `response_0` and `response_1`. Raises `ValueError` for others."""
     names = RESPONSES if RESPONSES[0] in row else ("chosen", "rejected")
     found: dict[str, Any] = {name: row[name] for name in ("prompt", *names) if row.get(name) is not None}
     if set(found) == {"chosen", "rejected"} and is_conversational(found):

@@ -48,20 +48,10 @@ def score(
     responses: Sequence[str],
     numbers: Sequence[int] | None = None,
 ) -> list[float]:
-    """Asks a reward, and makes sure of its answer.
-
-    Args:
-        name (`str`): The reward's, for messages.
-        reward (`Reward`): The reward.
-        prompts (`Sequence[PromptText]`): Texts or messages, one for each response.
-        responses (`Sequence[str]`): The responses.
-        numbers (`Sequence[int]`, *optional*): The responses' rows in their data, for messages.
-
-    Returns:
-        `list[float]`: One finite number for each response.
+    """Asks a reward for one number for each response. `name` and the `numbers` of rows are for messages.
 
     Raises:
-        ValueError: it returned something else; the message names the reward and the row.
+        ValueError: the reward returned something else, or a number that is not finite.
     """
     values = [float(value) for value in reward(readable(reward, prompts), responses)]
     if len(values) != len(responses):

@@ -15,17 +15,7 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 def as_text(messages: PromptText) -> str:
-    """Messages as plain text: a single one is its content, more become paragraphs that name their speakers.
-
-    Example:
-
-    ```python
-    >>> from trl_parm.texts import as_text
-    >>> as_text([{"role": "user", "content": "Hi"}])
-    'Hi'
-
-    ```
-    """
+    """Messages as plain text: a single one is its content, more become paragraphs that name their speakers."""
     if isinstance(messages, str):
         return messages
     if len(messages) == 1:
@@ -47,8 +37,7 @@ def fill(template: str, **parts: PromptText) -> str:
     """Puts texts in the places that a template names. Braces of other names stay as they are.
 
     Raises:
-        ValueError: a template that lacks a part, or a conversation of several messages, for which a text template has
-            no place.
+        ValueError: a template that lacks a part, or a conversation of several messages, which have no place in it.
     """
     for name, part in parts.items():
         if f"{{{name}}}" not in template:

@@ -80,10 +80,7 @@ class RowSampling(LogitsProcessor):
     Args:
         seeds (`Sequence[int]`): A seed for each row, from [`row_seed`].
         prompt_length (`int`): Columns of `input_ids` that are the prompt.
-        **settings: `temperature`, `top_k`, `top_p` and `min_p`, each without effect if not given.
-
-    Raises:
-        ValueError: a setting out of its range; at a call, a batch of another size.
+        **settings: Of [`Sampling`].
     """
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, **settings: Any) -> None:
@@ -106,8 +103,7 @@ def encode_prompts(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         prompts (`Sequence[PromptText]`): Texts or conversations.
-        template (`str`, *optional*):
-            A text with `{prompt}` in it, such as `"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"`. If not
+        template (`str`, *optional*): A text with `{prompt}` in it, such as `"USER: {prompt} ASSISTANT:"`; if not
             given, the tokenizer's chat template, and without one the prompt as it is.
         max_length (`int`, *optional*): Most tokens; of a longer prompt the end is kept.
 

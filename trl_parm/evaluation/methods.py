@@ -42,13 +42,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method of a configuration: `{method: parm, name: PARM, arm: runs/arm, beta: 1.0}`.
-
-    Attributes:
-        name (`str`): Its name in the table.
-        method ([`Method`]): Its row of [`METHODS`].
-        settings (`dict`): Its settings.
-    """
+    """A method of a configuration, such as `{method: parm, name: PARM, arm: runs/arm, beta: 1.0}`."""
 
     name: str
     method: Method

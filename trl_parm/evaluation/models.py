@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -43,9 +44,8 @@ class Guide:
         adapter_name (`str` or `None`): Which of its adapters is meant.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         vocabulary ([`Vocabulary`] or `None`): Where its vocabulary is not the base model's.
-        template (`str` or `None`):
-            Where it reads prompts otherwise than the base model: a text with `{prompt}`, or `"chat"` for the chat
-            template of its own tokenizer.
+        template (`str` or `None`): Where it reads prompts otherwise than the base model: a text with `{prompt}`, or
+            `"chat"` for the chat template of its own tokenizer.
     """
 
     model: Any
@@ -63,11 +63,8 @@ class Guide:
 
 
 def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
-    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`.
-
-    Raises:
-        ValueError: guides that would read different tokens.
-    """
+    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`. Raises
+    `ValueError` for guides that would read different tokens."""
     found = [
         encode_prompts(guide.tokenizer, batch.prompts, None if guide.template == CHAT else guide.template)
         for guide in guides
@@ -149,7 +146,8 @@ class Models:
             elif inside not in self._adapted[key].peft_config:
                 self._adapted[key].load_adapter(name, adapter_name=inside)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {_short(error)}") from error
+            reason = shorten(str(error), 300, placeholder="…")
+            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {reason}") from error
         model = self._adapted[key].eval()
         cast(Any, model.base_model).set_adapter([])
         return model, inside
@@ -183,10 +181,10 @@ class Models:
         return sum(p.numel() for p in found.values()), sum(p.numel() * p.element_size() for p in found.values())
 
     @contextmanager
-    def borrowed(self) -> Iterator[Models]:
+    def borrowed(self) -> Iterator[None]:
         """For the time of one method: afterwards what it loaded is gone, and the base model as it was."""
         try:
-            yield self
+            yield
         finally:
             for model in self._adapted.values():
                 cast(Any, model).unload()
@@ -235,14 +233,8 @@ def _read(load: Callable[..., Any], name: str, what: str, **arguments: Any) -> A
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"There is no {what} to read at {name!r}: neither in a folder of this name nor on the Hub, as far as it "
-            f"can be reached ({_short(error, 120)})."
+            f"can be reached ({shorten(str(error), 120, placeholder='…')})."
         ) from error
-
-
-def _short(error: BaseException, most: int = 300) -> str:
-    """An error's message in one line, cut if it is long."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBase:

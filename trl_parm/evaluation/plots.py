@@ -156,7 +156,7 @@ def _plane(
     """Draws two of the objectives, and returns what a colour bar can be made of."""
     x, y = objectives[pair[0]], objectives[pair[1]]
     shades = None
-    for (_, rows), (colour, marker, line) in zip(by_method(summary).items(), styles(summary)):
+    for rows, (colour, marker, line) in zip(by_method(summary).values(), styles(summary)):
         xs, ys = _column(rows, x), _column(rows, y)
         right, up = _reach(rows, x), _reach(rows, y)
         axes.errorbar(xs, ys, up, right, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45, zorder=1)
@@ -184,7 +184,7 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     figure = Figure(figsize=(7.4, 5.8), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
     shades = None
-    for (_, rows), (colour, marker, _) in zip(by_method(summary).items(), styles(summary)):
+    for rows, (colour, marker, _) in zip(by_method(summary).values(), styles(summary)):
         points = [_column(rows, name) for name in objectives]
         if rows[0]["preference"] is None:
             axes.scatter(*points, marker=marker, s=100, facecolor="white", edgecolor=colour, linewidth=1.4)
