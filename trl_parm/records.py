@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -84,6 +84,14 @@ class Records:
             self._file.flush()
             os.fsync(self._file.fileno())
         self.rows += rows
+
+    def missing(self, cells: Sequence[Any], cell_of: Callable, batch_size: int) -> Iterator[tuple[int, list[int]]]:
+        """The size of each batch of cells, and the numbers of those in it that no row is of. Batches are cut as if
+        nothing was there, so that they are those of one run."""
+        done = set(map(cell_of, self.rows))
+        for start in range(0, len(cells), batch_size):
+            batch = range(start, min(start + batch_size, len(cells)))
+            yield len(batch), [number for number in batch if cells[number] not in done]
 
     def __enter__(self) -> Records:
         return self
@@ -195,8 +203,8 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
 
 
 def lock(file: IO, path: Path) -> None:
-    """Keeps other processes from writing what an open file stands for, until it is closed or the process ends, as far
-    as the system can. Raises `ValueError` if another process does so."""
+    """Keeps other processes from writing what an open file stands for, until it is closed, as far as the system can.
+    Raises `ValueError` if another process has the lock."""
     with contextlib.suppress(ImportError):  # not a Unix
         import fcntl
 
@@ -235,10 +243,8 @@ def write_run(path: str | Path, verb: str, arguments: Mapping[str, Any]) -> None
 
 
 def fingerprint(name: str) -> str | None:
-    """A hash of the weights and configurations in a local folder; `None` for a name on the Hub.
-
-    Two trainings into the same folder have different ones, so their results are not taken for each other's.
-    """
+    """A hash of the weights and configurations in a local folder, other than that of another training into it; `None`
+    for a name on the Hub."""
     if not os.path.isdir(name):  # unlike `Path.is_dir`, it takes any text
         return None
     digest = hashlib.sha256()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,8 +98,14 @@ def relabel(
     with Records(folder / SCORES, configuration, growing=["rewards"]) as records:
         for objective, source in rewards.items():
             on_start(objective)
-            _score_missing(records, objective, source, rows, batch_size, on_batch)
-        scores = {(row["objective"], row["row"]): row["scores"] for row in records.rows}
+            # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.
+            reward = replace(source) if isinstance(source, RewardSource) else source
+            cells = [(objective, number) for number in range(len(rows))]
+            for size, todo in records.missing(cells, _cell, batch_size):
+                if todo:
+                    records.append(_scored(objective, reward, rows, todo))
+                on_batch(size)
+        scores = {_cell(row): row["scores"] for row in records.rows}
     for number, row in enumerate(rows):
         for objective in rewards:
             first, second = scores[objective, number]
@@ -156,29 +163,18 @@ def agreement(data: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> l
     return rows
 
 
-def _score_missing(
-    records: Records,
-    objective: str,
-    source: RewardSource | Reward,
-    rows: list[dict[str, Any]],
-    batch_size: int,
-    on_batch: Callable[[int], Any],
-) -> None:
-    """Scores what the records lack. A reward model of which nothing is missing is not loaded."""
-    done = {row["row"] for row in records.rows if row["objective"] == objective}
-    reward: Reward | None = None if isinstance(source, RewardSource) else source
-    for start in range(0, len(rows), batch_size):
-        batch = range(start, min(start + batch_size, len(rows)))
-        todo = [number for number in batch if number not in done]
-        if todo:
-            reward = reward or cast(RewardSource, source).load()
-            asked = [(number, name) for number in todo for name in RESPONSES]
-            prompts = [rows[number]["prompt"] for number, _ in asked]
-            responses = [as_text(rows[number][name]) for number, name in asked]
-            values = score(objective, reward, prompts, responses, [number for number, _ in asked])
-            pairs = zip(todo, values[::2], values[1::2], strict=True)
-            records.append({"objective": objective, "row": n, "scores": [one, two]} for n, one, two in pairs)
-        on_batch(len(batch))
+def _cell(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["objective"], row["row"]
+
+
+def _scored(objective: str, reward: Reward, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
+    """Rows of scores for the pairs of these numbers."""
+    asked = [(number, name) for number in numbers for name in RESPONSES]
+    prompts = [rows[number]["prompt"] for number, _ in asked]
+    responses = [as_text(rows[number][name]) for number, name in asked]
+    values = score(objective, reward, prompts, responses, [number for number, _ in asked])
+    pairs = zip(numbers, values[::2], values[1::2], strict=True)
+    return [{"objective": objective, "row": number, "scores": [one, two]} for number, one, two in pairs]
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -41,15 +41,12 @@ class RewardSource:
     """Where a reward comes from, as a YAML file says it: a mapping, or just its `source`. It is that [`Reward`] too.
 
     Args:
-        source (`str`):
-            `module:function` for a function of prompts and responses, else a folder or an id on the Hub with a
-            sequence classifier or a score model of Safe-RLHF.
-        template (`str`, *optional*):
-            The text that a model reads, with `{response}` and, unless it judges responses alone, `{prompt}`; the chat
-            template of its tokenizer if not given.
-        chat_template (`str`, *optional*):
-            A template in Jinja for its tokenizer, where conversations have several messages and the model was trained
-            with a format that its tokenizer does not know.
+        source (`str`): `module:function` for a function of prompts and responses, else a folder or an id on the Hub
+            with a sequence classifier or a score model of Safe-RLHF.
+        template (`str`, *optional*): The text that a model reads, with `{response}` and, unless it judges responses
+            alone, `{prompt}`; the chat template of its tokenizer if not given.
+        chat_template (`str`, *optional*): A template in Jinja in the place of its tokenizer's, for conversations of
+            several messages.
         label (`int`, *optional*, defaults to 0): Which of a model's outputs is the reward.
         negate (`bool`, *optional*, defaults to `False`): Whether it is a cost: the reward is minus the output.
         batch_size (`int`, *optional*, defaults to 8): Texts that a model reads at once.
@@ -134,11 +131,7 @@ class RewardSource:
 
 
 class ModelReward:
-    """A model that reads prompt and response as one text: its output at the label.
-
-    Args:
-        source ([`RewardSource`]): The model, its template and label.
-    """
+    """A model that reads prompt and response as one text: its output at the label."""
 
     reads_messages = True
 
@@ -200,9 +193,6 @@ class ScoreModel(PreTrainedModel):
     Their checkpoints hold the transformer as a causal language model's would, `score_head.weight` and perhaps
     `score_head.bias`, and perhaps running moments `normalizer.mean` and `normalizer.var`; their configuration has the
     keys `score_dim`, `score_type` and `do_normalize`. Beaver's reward is higher for better texts, its cost for worse.
-
-    Args:
-        config (`PreTrainedConfig`): Of the transformer, with those keys.
     """
 
     _supports_sdpa = _supports_flash_attn = True
@@ -231,11 +221,7 @@ class ScoreModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str, **kwargs: Any) -> ScoreModel:
-        """Loads a checkpoint from a folder or the Hub.
-
-        Raises:
-            ValueError: a checkpoint without `score_head.weight`.
-        """
+        """Loads a checkpoint from a folder or the Hub. Raises `ValueError` if it has no `score_head.weight`."""
         config: Any = AutoConfig.from_pretrained(name)
         found = super().from_pretrained(name, config=config, output_loading_info=True, **kwargs)
         model, missing = cast(Any, found)[0], cast(Any, found)[1]["missing_keys"]
@@ -259,11 +245,8 @@ class ScoreModel(PreTrainedModel):
 
 
 def load_function(path: str) -> Callable:
-    """A function by its import path `module:function`; modules of the working directory are found too.
-
-    Raises:
-        ValueError: no such module, or nothing callable in it.
-    """
+    """A function by its import path `module:function`; modules of the working directory are found too. Raises
+    `ValueError` if there is no such module, or nothing callable in it."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -64,19 +64,16 @@ def sweep(
         rewards (`Mapping[str, Reward]`): Objective name → reward, higher is better.
         batch_size (`int`, *optional*, defaults to 16): Prompts decoded at once.
         seed (`int`, *optional*, defaults to 0): Of the noise of all prompts.
-        path (`str` or `Path`, *optional*):
-            A JSONL file for the rows, from which a run that was killed goes on. Runs, preferences and prompts may be
-            added to it later.
-        configuration (`Mapping`, *optional*):
-            What else the rows depend on, such as the names of the models. A file of another configuration is refused.
-            Entries of its key `methods`, by method, may be added.
+        path (`str` or `Path`, *optional*): A JSONL file for the rows, from which a run that was killed goes on. Runs,
+            preferences and prompts may be added to it later.
+        configuration (`Mapping`, *optional*): What else the rows depend on, such as the names of the models. A file of
+            another one is refused; only entries of its key `methods`, by method, may be added.
         template (`str`, *optional*): How the base model reads a prompt; see [`encode_prompts`].
         max_prompt_length (`int`, *optional*): Most tokens of a prompt, whose end is kept.
         on_batch (`Callable`, *optional*): Called after each batch, for progress bars.
         **generation: For `generate`, such as `max_new_tokens`. Decoding is greedy, or with `do_sample=True` sampled
-            with `temperature`, `top_k`, `top_p` and `min_p`, which have no effect if not given. What the base model's
-            generation config says beside that, such as a repetition penalty, acts on the log-probabilities of every
-            method, and is in the file.
+            with the settings of [`Sampling`]. What the base model's generation config says beside that, such as a
+            repetition penalty, acts on the log-probabilities of every method.
 
     Returns:
         `datasets.Dataset` with one row for each run and prompt, in their order: `method`, `preference` (weights or
@@ -91,7 +88,7 @@ def sweep(
         tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
         on_batch, **generation,
     )  # fmt: skip
-    with Records(path, {**table.configuration(), **(configuration or {})}, growing=["methods"]) as records:
+    with Records(path, {**table.configuration, **(configuration or {})}, growing=["methods"]) as records:
         table.fill(records, runs, lambda: (model, runs))
         return table.data(records)
 
@@ -136,7 +133,7 @@ def evaluate(
     every = [run for of_method in runs.values() for run in of_method]
     table = _Table(models.tokenizer, models.generation_config, every, prompts, rewards, **options)
     whole = {
-        **table.configuration(),
+        **table.configuration,
         "base": with_fingerprints(models.name),
         "loading": plain({key: value for key, value in models.kwargs.items() if key != "device_map"}),
         **(configuration or {}),
@@ -158,7 +155,8 @@ def _load(models: Models, entry: Entry, runs: Sequence[Run]) -> tuple[PreTrained
 
 
 class _Table:
-    """A row for each run and prompt. The arguments are those of [`sweep`], and the base model's generation config."""
+    """A row for each run and prompt. The arguments are those of [`sweep`], and the base model's generation config.
+    `configuration` is what the rows depend on beside the models, as JSON."""
 
     def __init__(
         self,
@@ -180,26 +178,23 @@ class _Table:
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
         self.sampling, self.generation = split_settings(generation)
+        self.configuration = {
+            "objectives": self.objectives,
+            "seed": seed,
+            "sampling": self.sampling,
+            "generation": self.generation,
+            "generation_config": acting_settings(base_config),
+            "template": template,
+            "max_prompt_length": max_prompt_length,
+        }
         if not prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
-        for key in _repeated(self.keys):
-            raise ValueError(f"The prompt {key[:80]!r} is given twice. Give each prompt once.")
+        for prompt in _repeated(self.keys):
+            raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
         check_columns(self.objectives, COLUMNS)
         check_columns(self.objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
         for method, weights in _repeated((run.method, run.weights(self.objectives)) for run in runs):
             raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
-
-    def configuration(self) -> dict[str, Any]:
-        """What the rows depend on beside the models, as JSON."""
-        return {
-            "objectives": self.objectives,
-            "seed": self.seed,
-            "sampling": self.sampling,
-            "generation": self.generation,
-            "generation_config": acting_settings(self.base_config),
-            "template": self.template,
-            "max_prompt_length": self.max_prompt_length,
-        }
 
     def data(self, records: Records) -> Dataset:
         """The rows of all runs, which are there."""
@@ -209,19 +204,14 @@ class _Table:
     def fill(
         self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]
     ) -> None:
-        """Decodes what the records lack of some runs, and only then loads the base model and theirs.
-
-        Batches are cut as if nothing was there, so that they are those of one run.
-        """
-        done = {_cell(row) for row in records.rows}
-        whole = done.issuperset(cell for run in runs for cell in self._cells(run))
-        base, runs = (cast(Any, None), runs) if whole else load()
-        for run in runs:
-            cells = list(zip(self._cells(run), self.prompts))
-            for start in range(0, len(cells), self.batch_size):
-                todo = [prompt for cell, prompt in cells[start : start + self.batch_size] if cell not in done]
+        """Decodes what the records lack of some runs, and only then loads the base model and theirs."""
+        batches = [list(records.missing(self._cells(run), _cell, self.batch_size)) for run in runs]
+        lacking = any(todo for of_run in batches for _, todo in of_run)
+        base, runs = load() if lacking else (cast(Any, None), runs)
+        for run, of_run in zip(runs, batches):
+            for _, todo in of_run:
                 if todo:
-                    records.append(self._rows(run, base, todo))
+                    records.append(self._rows(run, base, [self.prompts[i] for i in todo]))
                 self.on_batch(run)
 
     def _cells(self, run: Run) -> list[tuple]:

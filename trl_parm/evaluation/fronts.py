@@ -53,7 +53,7 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
     """Arranges a table by method. All must have the same prompts, and the same preferences if any.
 
     Args:
-        table (`Dataset` or rows): From [`sweep`], or its JSONL file.
+        table (`Iterable[Mapping]`): The rows of [`sweep`], or of its JSONL file.
         objectives (`Sequence[str]`): The columns with rewards.
 
     Returns:

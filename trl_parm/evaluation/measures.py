@@ -30,16 +30,13 @@ def measure(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Hypervolume at each reference point and mean inner product of each method, with 95 % bootstrap intervals.
-
-    A control without preference is one point; its mean inner product is that of giving this point at every preference
-    of the others.
+    """Hypervolume at each reference point and mean inner product of each method, with 95 % bootstrap intervals. A
+    control counts as its one point at every preference of the others.
 
     Args:
         found (`Sequence[Front]`): From [`arrange`].
         objectives (`Sequence[str]`): Their objectives.
-        references (`Sequence[Sequence[float]]`): Reference points, each of length k. The order of methods may differ
-            between them.
+        references (`Sequence[Sequence[float]]`): Reference points, each of length k.
         resamples, seed (`int`, *optional*): Of the [`bootstrap`].
 
     Returns:

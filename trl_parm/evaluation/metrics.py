@@ -84,8 +84,7 @@ def pareto_front(points: ArrayLike) -> np.ndarray:
 def rank_correlations(preferences: ArrayLike, rewards: ArrayLike) -> np.ndarray:
     """Spearman's rank correlation of α_i with reward i, for each objective: how evenly the preference moves rewards.
 
-    1 means that more weight always brings more of its reward. Objectives of three or more may trade among
-    themselves, so that less than 1 need not be a fault.
+    1 means that more weight always brings more of its reward; three or more objectives may trade among themselves.
 
     Args:
         preferences (`ArrayLike` of shape `(n, k)`): The preferences.
@@ -126,9 +125,7 @@ def bootstrap(
         t ± q,   t = statistic(mean), q the quantile of |t* − t| over resampled prompts
 
     All preferences and methods in `rewards` are resampled together, prompt by prompt, so what they share cancels. The
-    hypervolume of noisy means is too large, and that of resampled means even more so: of percentile intervals, which
-    lie too high, only two thirds hold the true value of a simulated front with 24 prompts, of these 96 %
-    (`tests/test_measures.py`). Where no point lies above the reference point, they still tell how near one comes.
+    hypervolume of noisy means is too large, that of resampled means even more so: percentile intervals lie too high.
 
     Args:
         statistic (`Callable`): Maps mean rewards, of the shape of `rewards` without its first axis, to a number.
