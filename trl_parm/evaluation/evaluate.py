@@ -89,7 +89,7 @@ def sweep(
         on_batch, **generation,
     )  # fmt: skip
     with Records(path, {**table.configuration, **(configuration or {})}, growing=["methods"]) as records:
-        table.fill(records, runs, lambda: (model, runs))
+        table.fill(records, table.runs, lambda: (model, table.runs))
         return table.data(records)
 
 
@@ -173,7 +173,7 @@ class _Table:
         **generation: Any,
     ) -> None:
         self.tokenizer, self.base_config = tokenizer, base_config
-        self.runs, self.prompts, self.keys = runs, prompts, list(map(prompt_key, prompts))
+        self.runs, self.prompts, self.keys = list(runs), list(prompts), list(map(prompt_key, prompts))
         self.rewards, self.objectives = rewards, list(rewards)
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
@@ -187,13 +187,13 @@ class _Table:
             "template": template,
             "max_prompt_length": max_prompt_length,
         }
-        if not prompts:
+        if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
         check_columns(self.objectives, COLUMNS)
         check_columns(self.objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
-        for method, weights in _repeated((run.method, run.weights(self.objectives)) for run in runs):
+        for method, weights in _repeated((run.method, run.weights(self.objectives)) for run in self.runs):
             raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
 
     def data(self, records: Records) -> Dataset:
