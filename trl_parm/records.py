@@ -12,7 +12,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
 
@@ -101,14 +101,23 @@ class Records:
             self._file.close()
 
     def _match(self, growing: list[str], empty: bool) -> None:
-        path = configuration_path(self.path)
-        known = _configuration(path)
-        if not empty and known is None:
-            raise ValueError(
+        """Refuses rows of another configuration, and files that are none of ours; then writes the configuration."""
+        path, known, fault = configuration_path(self.path), cast(Any, None), None
+        if os.path.lexists(path):
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                fault = f"{path} is not the configuration of any rows"
+            elif not self.rows and set(known) != set(self.configuration):
+                fault = f"{path} was there before {self.path} and is no configuration of such rows"
+        elif not empty:
+            fault = (
                 f"{self.path} is not empty, but {path.name}, which says of what configuration its rows are, is not "
-                "beside it. Name another output, or move that file away."
+                "beside it"
             )
-        if self.rows and known is not None:
+        if fault is not None:
+            raise ValueError(f"{fault}. Name another output, or move that file away.")
+        if self.rows:
             differing = differences(known, self.configuration, growing)
             if differing:
                 raise ValueError(
@@ -117,11 +126,6 @@ class Records:
                 )
             for key in growing:
                 self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
-        elif known is not None and set(known) != set(self.configuration):
-            raise ValueError(
-                f"{path} was there before {self.path} and is no configuration of such rows. Name another output, or "
-                "move that file away."
-            )
         if known != self.configuration:
             with output_file(path) as file:
                 json.dump(self.configuration, file, indent=2, ensure_ascii=False)
@@ -129,11 +133,8 @@ class Records:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. A last line without its end, which a killed run leaves, is passed over.
-
-    Raises:
-        ValueError: no such file, no rows, or a line that is no JSON.
-    """
+    """The rows of a JSONL file. A last line without its end, which a killed run leaves, is passed over. Raises
+    `ValueError` if there is no such file, no row, or a line that is no JSON."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There are no results at {path}. Name a JSONL file that `evaluate` has written.")
@@ -175,18 +176,6 @@ def beside(path: str | Path, ending: str) -> Path:
     """A file that belongs to one file of rows: `results.config.json` to `results.jsonl`."""
     path = Path(path)
     return path.with_name(f"{path.stem if path.suffix == '.jsonl' else f'{path.name}.rows'}.{ending}")
-
-
-def _configuration(path: Path) -> dict[str, Any] | None:
-    if not os.path.lexists(path):
-        return None
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} is not the configuration of any rows. Name another output, or move that file away.")
-    return known
 
 
 def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Iterable[str] = ()) -> list[str]:
