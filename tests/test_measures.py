@@ -229,6 +229,17 @@ def test_paired_differences_cancel_what_prompts_share():
         differences(found, OBJECTIVES, [], "none")
 
 
+def test_the_order_of_preferences_in_a_table_does_not_matter():
+    """Such as that of a method that was evaluated after a preference was added."""
+    rows = table({"PARM": PARM})
+    turned = [{**row, "method": "turned"} for row in reversed(rows)]
+    found = arrange(rows + turned, OBJECTIVES)
+    assert found[1].preferences.tolist() == found[0].preferences.tolist() == WEIGHTS
+    assert found[1].labels == found[0].labels
+    for row in differences(found, OBJECTIVES, REFERENCES, "PARM", resamples=20):
+        assert row["value"] == row["high"] == 0, row
+
+
 def test_costs_are_relative_to_the_base(tmp_path):
     found = arrange(table({"base": [(0.0, 0.0)], "PARM": PARM, "GenARM": GENARM}), OBJECTIVES)
     rows = costs(found, "base")

@@ -335,6 +335,16 @@ def test_guides_of_one_method_share_their_prompt(folder, tmp_path):
             "need one backbone",
         ),
         ([{"method": "args", "rewards": TEXTS, "cached": True}], "`cached` is for classifiers"),
+        (
+            [
+                {
+                    "method": "args",
+                    "rewards": {**JUDGES, "helpful": {"source": "judge", "negate": True}},
+                    "cached": True,
+                }
+            ],
+            "is a cost, minus its output",
+        ),
     ],
 )
 def test_bad_methods(folder, tmp_path, methods, message):

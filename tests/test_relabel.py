@@ -147,6 +147,17 @@ def test_functions_by_import_path(tmp_path, monkeypatch):
     assert seen == ["Human: w1\n\nAssistant: w2\n\nHuman: w3"]
 
 
+@pytest.mark.parametrize("negate", [False, True])
+def test_a_function_by_its_path_reads_messages_if_it_asks_for_them(tmp_path, monkeypatch, negate):
+    (tmp_path / "turns.py").write_text(
+        "def turns(prompts, responses):\n    return [float(len(p)) for p in prompts]\nturns.reads_messages = True\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    source = RewardSource("turns:turns", negate=negate)
+    for reward in (source, source.load()):
+        assert score("helpful", reward, [CHAT], ["w4"]) == [-3 if negate else 3]
+
+
 def test_a_trained_anew_model_is_another_one(tmp_path):
     folder = save_classifier(tmp_path / "classifier")
     first = RewardSource(folder).configuration()

@@ -25,16 +25,7 @@ class Parser(TrlParser):
 
 
 def parse(verb: str, classes: Any, argv: Sequence[str], description: str | None = None) -> Any:
-    """The arguments of a verb.
-
-    Args:
-        verb (`str`): The verb.
-        classes (`type` or `tuple`): A dataclass, or several.
-        argv (`Sequence[str]`): The words after the verb.
-        description (`str`, *optional*): For `--help`.
-
-    Returns:
-        An instance of the class, or a tuple of several.
+    """The arguments of a verb from the words after it: an instance of a dataclass, or of each of a tuple of them.
 
     Raises:
         ValueError: unknown or missing arguments, or a configuration file that is no YAML mapping.
@@ -55,8 +46,7 @@ def parse(verb: str, classes: Any, argv: Sequence[str], description: str | None 
 def decoded(value: Any) -> Any:
     """A value in which every text that is JSON, as on a command line, is what it stands for.
 
-    Raises:
-        ValueError: a text that begins like JSON but is none.
+    Raises `ValueError` for a text that begins like JSON but is none.
     """
     if isinstance(value, list | tuple):
         return [decoded(entry) for entry in value]

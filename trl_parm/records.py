@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
 
@@ -40,8 +41,7 @@ class Records:
     Args:
         path (`str` or `Path`, *optional*):
             The file, such as `results.jsonl`, with its configuration in `results.config.json`; in memory if `None`.
-        configuration (`Mapping`):
-            What the rows depend on, as JSON. Rows that are there already must belong to the same.
+        configuration (`Mapping`): What the rows depend on, as JSON. Rows that are there already must belong to it.
         growing (`Sequence[str]`, *optional*):
             Keys of the configuration that are mappings to which entries may be added, such as methods by name. An
             entry that is there already must stay as it is.
@@ -49,14 +49,6 @@ class Records:
     Raises:
         ValueError: rows of another configuration, or without one; anything else in one of the two files; a path that
             can't be written to; another process that writes this file.
-
-    Example:
-
-    ```python
-    with Records("runs/results.jsonl", {"seed": 0}) as records:
-        done = {row["prompt"] for row in records.rows}
-        records.append([{"prompt": "Hi", "response": "Hello"}])
-    ```
     """
 
     def __init__(self, path: str | Path | None, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
@@ -73,9 +65,10 @@ class Records:
         try:
             lock(self._file, self.path)
             self._file.seek(0)
-            self.rows, whole, size = parse_lines(self._file.read(), self.path)
-            self._match(list(growing), size)
-            if whole < size:  # only now that the file is known to be one of ours
+            data = self._file.read()
+            self.rows, whole = _parse(data, self.path)
+            self._match(list(growing), empty=not data)
+            if whole < len(data):  # only now that the file is known to be one of ours
                 logger.warning("The last line of %s was not written to its end. It is dropped and redone.", self.path)
                 self._file.truncate(whole)
         except BaseException:
@@ -92,6 +85,14 @@ class Records:
             os.fsync(self._file.fileno())
         self.rows += rows
 
+    def missing(self, cells: Sequence[Any], cell_of: Callable, batch_size: int) -> Iterator[tuple[int, list[int]]]:
+        """The size of each batch of cells, and the numbers of those in it that no row is of. Batches are cut as if
+        nothing was there, so that they are those of one run."""
+        done = set(map(cell_of, self.rows))
+        for start in range(0, len(cells), batch_size):
+            batch = range(start, min(start + batch_size, len(cells)))
+            yield len(batch), [number for number in batch if cells[number] not in done]
+
     def __enter__(self) -> Records:
         return self
 
@@ -99,15 +100,24 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _match(self, growing: list[str], size: int) -> None:
-        beside = configuration_path(self.path)
-        known = _configuration(beside)
-        if size and known is None:
-            raise ValueError(
-                f"{self.path} is not empty, but {beside.name}, which says of what configuration its rows are, is not "
-                "beside it. Name another output, or move that file away."
+    def _match(self, growing: list[str], empty: bool) -> None:
+        """Refuses rows of another configuration, and files that are none of ours; then writes the configuration."""
+        path, known, fault = configuration_path(self.path), cast(Any, None), None
+        if os.path.lexists(path):
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                fault = f"{path} is not the configuration of any rows"
+            elif not self.rows and set(known) != set(self.configuration):
+                fault = f"{path} was there before {self.path} and is no configuration of such rows"
+        elif not empty:
+            fault = (
+                f"{self.path} is not empty, but {path.name}, which says of what configuration its rows are, is not "
+                "beside it"
             )
-        if self.rows and known is not None:
+        if fault is not None:
+            raise ValueError(f"{fault}. Name another output, or move that file away.")
+        if self.rows:
             differing = differences(known, self.configuration, growing)
             if differing:
                 raise ValueError(
@@ -116,40 +126,34 @@ class Records:
                 )
             for key in growing:
                 self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
-        elif known is not None and set(known) != set(self.configuration):
-            raise ValueError(
-                f"{beside} was there before {self.path} and is no configuration of such rows. Name another output, or "
-                "move that file away."
-            )
         if known != self.configuration:
-            with output_file(beside) as file:
+            with output_file(path) as file:
                 json.dump(self.configuration, file, indent=2, ensure_ascii=False)
                 file.write("\n")
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. A last line without its end, which a killed run leaves, is passed over.
-
-    Raises:
-        ValueError: no such file, no rows, or a line that is no JSON.
-    """
+    """The rows of a JSONL file. A last line without its end, which a killed run leaves, is passed over. Raises
+    `ValueError` if there is no such file, no row, or a line that is no JSON."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There are no results at {path}. Name a JSONL file that `evaluate` has written.")
-    rows, whole, size = parse_lines(path.read_bytes(), path)
-    if whole < size:
+    data = path.read_bytes()
+    rows, whole = _parse(data, path)
+    if whole < len(data):
         logger.warning("The last line of %s was not written to its end. It is passed over.", path)
     if not rows:
         raise ValueError(f"{path} has no complete row. Let the run that writes it go on.")
     return rows
 
 
-def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int]:
-    """The rows, how many bytes they take, and how many bytes there are. Raises `ValueError` for what is no row."""
+def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many bytes they take. Raises `ValueError` for what no run can have written."""
     whole = data.rfind(b"\n") + 1
-    rows, torn = [], data[whole:].strip(b"\0")
-    others = [torn] if torn and not torn.startswith(b"{") else []  # no run begins a row like this
-    for number, line in enumerate([*data[:whole].splitlines(), *others], 1):
+    torn = data[whole:].strip(b"\0")
+    lines = data[:whole].splitlines() + ([torn] if torn and not torn.startswith(b"{") else [])
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -160,7 +164,7 @@ def parse_lines(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int, int
                 "incomplete, so something else has changed the file. Take that line out, or name another output."
             )
         rows.append(row)
-    return rows, whole, len(data)
+    return rows, whole
 
 
 def configuration_path(path: str | Path) -> Path:
@@ -174,25 +178,13 @@ def beside(path: str | Path, ending: str) -> Path:
     return path.with_name(f"{path.stem if path.suffix == '.jsonl' else f'{path.name}.rows'}.{ending}")
 
 
-def _configuration(path: Path) -> dict[str, Any] | None:
-    if not os.path.lexists(path):
-        return None
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
-        raise ValueError(f"{path} is not the configuration of any rows. Name another output, or move that file away.")
-    return known
-
-
 def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Iterable[str] = ()) -> list[str]:
     """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both."""
     found = []
     for key in sorted(set(known) | set(given)):
         if key in growing:
-            entries = set(known.get(key, {})) & set(given.get(key, {}))
-            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in sorted(entries)}
+            both = sorted(set(known.get(key, {})) & set(given.get(key, {})))
+            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in both}
         else:
             pairs = {key: (known.get(key), given.get(key))}
         found += [f"{name} was {old}, but is {new}" for name, (old, new) in pairs.items() if old != new]
@@ -200,42 +192,32 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
 
 
 def lock(file: IO, path: Path) -> None:
-    """Keeps other processes from writing what an open file stands for, until it is closed or the process ends.
-
-    Raises:
-        ValueError: another process has the lock.
-    """
-    try:
+    """Keeps other processes from writing what an open file stands for, until it is closed, as far as the system can.
+    Raises `ValueError` if another process has the lock."""
+    with contextlib.suppress(ImportError):  # not a Unix
         import fcntl
-    except ImportError:  # not a Unix
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None
-    except OSError:  # a file system without locks
-        return
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None
+        except OSError:  # a file system without locks
+            return
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that results depend on, where they are installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def write_run(path: str | Path, verb: str, arguments: Mapping[str, Any]) -> None:
-    """Writes a run's resolved arguments, seeds included, and versions as YAML, complete or not at all.
+    """Writes a run's resolved arguments, defaults and seeds included, and versions as YAML.
 
-    Args:
-        path (`str` or `Path`):
-            The file, such as `run.yaml`. Where that is of another verb, or a user's own, it is `run.<verb>.yaml`.
-        verb (`str`): What ran.
-        arguments (`Mapping`): All arguments, defaults included.
+    Where `path` is of another verb, or a user's own, the file is `run.<verb>.yaml` in the place of `run.yaml`.
 
     Raises:
         ValueError: there is a file of somebody else under both names.
@@ -250,10 +232,8 @@ def write_run(path: str | Path, verb: str, arguments: Mapping[str, Any]) -> None
 
 
 def fingerprint(name: str) -> str | None:
-    """A hash of the weights and configurations in a local folder; `None` for a name on the Hub.
-
-    Two trainings into the same folder have different ones, so their results are not taken for each other's.
-    """
+    """A hash of the weights and configurations in a local folder, other than that of another training into it; `None`
+    for a name on the Hub."""
     if not os.path.isdir(name):  # unlike `Path.is_dir`, it takes any text
         return None
     digest = hashlib.sha256()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,20 +52,17 @@ def relabel(
     as they are not empty. Pairs of one prompt come into one split.
 
     Args:
-        pairs (`Dataset`):
-            `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and `rejected`, as in
-            TRL: texts or messages. Messages may have their prompt in both responses instead.
+        pairs (`Dataset`): `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and
+            `rejected`, as in TRL: texts or messages. Messages may have their prompt in both responses instead.
         rewards (`Mapping`): Objective → [`RewardSource`], or a function of prompts and responses; higher is better.
         folder (`str` or `Path`): Where to write.
         test_size, validation_size (`float`, *optional*): Pairs in these splits: a share below 1, or a number.
         tie_margin (`float`, *optional*, defaults to 0.0): How much rewards of a tie may differ, 0 or larger.
-        template (`str`, *optional*):
-            A text with `{prompt}` in it, for models without chat template: what training reads as the prompt. The
-            prompt itself then is the column `raw_prompt`, which rewards and evaluation read.
-        ranked (`bool`, *optional*, defaults to `False`):
-            Also write the training pairs of each objective as `ranked/<objective>.jsonl` (see
-            [`peft_pblora.output.file_name`]), with `prompt`, `chosen` and `rejected` and without ties, as trainers of
-            policies such as TRL's DPO take them.
+        template (`str`, *optional*): A text with `{prompt}` in it, for models without chat template: what training
+            reads as the prompt. The prompt itself then is the column `raw_prompt`, for rewards and evaluation.
+        ranked (`bool`, *optional*, defaults to `False`): Also write the training pairs of each objective as
+            `ranked/<objective>.jsonl` (see [`peft_pblora.output.file_name`]), with `prompt`, `chosen` and `rejected`
+            and without ties, as trainers of policies such as TRL's DPO take them.
         seed (`int`, *optional*, defaults to 0): Of the split.
         batch_size (`int`, *optional*, defaults to 32): Pairs that are scored and written at once.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
@@ -76,11 +74,15 @@ def relabel(
 
     Raises:
         ValueError: no pairs, missing columns, an objective that is called like a column, splits that are too large, a
-            reward that is not finite (the message names it and the row), scores of another configuration, or a file
-            in the place of a split that was not written here.
+            reward that is not finite, scores of another configuration, or a file in the place of a split that was not
+            written here.
     """
     rows = [as_pair(cast(dict, row)) for row in pairs]
-    _check(rows, rewards, tie_margin)
+    if not rows or not rewards:
+        raise ValueError("There are no pairs, or no rewards. Give at least one of each.")
+    check_columns(check_objectives(rewards), ("prompt", "raw_prompt", *RESPONSES), ("{}", "{}_score_0", "{}_score_1"))
+    if tie_margin < 0:
+        raise ValueError(f"`tie_margin` is {tie_margin}, but it must be 0 or larger.")
     if template is not None:
         fill(template, prompt="")  # before anything is scored
     numbers = _split(rows, {"validation": validation_size, "test": test_size}, seed)
@@ -96,11 +98,19 @@ def relabel(
     with Records(folder / SCORES, configuration, growing=["rewards"]) as records:
         for objective, source in rewards.items():
             on_start(objective)
-            _score_missing(records, objective, source, rows, batch_size, on_batch)
-        scores = {(row["objective"], row["row"]): row for row in records.rows}
+            # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.
+            reward = replace(source) if isinstance(source, RewardSource) else source
+            cells = [(objective, number) for number in range(len(rows))]
+            for size, todo in records.missing(cells, _cell, batch_size):
+                if todo:
+                    records.append(_scored(objective, reward, rows, todo))
+                on_batch(size)
+        scores = {_cell(row): row["scores"] for row in records.rows}
     for number, row in enumerate(rows):
         for objective in rewards:
-            row |= _label(objective, scores[objective, number]["scores"], tie_margin)
+            first, second = scores[objective, number]
+            label = -1 if abs(first - second) <= tie_margin else int(second > first)
+            row |= {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
         if template is not None:
             row |= {"prompt": fill(template, prompt=row["prompt"]), "raw_prompt": row["prompt"]}
     splits = {name: [rows[i] for i in numbers[name]] for name in files}
@@ -112,14 +122,10 @@ def relabel(
 
 
 def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in one of the known formats as `prompt`, `response_0` and `response_1`.
-
-    Raises:
-        ValueError: missing columns.
-    """
+    """A row in one of the known formats as `prompt`, `response_0` and `response_1`. Raises `ValueError` for others."""
     names = RESPONSES if RESPONSES[0] in row else ("chosen", "rejected")
     found: dict[str, Any] = {name: row[name] for name in ("prompt", *names) if row.get(name) is not None}
-    if "prompt" not in found and len(found) == 2 and names[0] == "chosen" and is_conversational(found):
+    if set(found) == {"chosen", "rejected"} and is_conversational(found):
         found = extract_prompt(found)
     missing = [name for name in ("prompt", *names) if name not in found]
     if missing:
@@ -127,7 +133,7 @@ def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
             f"A pair lacks {', '.join(missing)}; it has {', '.join(row)}. Pairs need `prompt`, `response_0` and "
             "`response_1`, or `prompt`, `chosen` and `rejected`."
         )
-    return {"prompt": found["prompt"], **{new: found[old] for new, old in zip(RESPONSES, names, strict=True)}}
+    return {new: found[old] for new, old in zip(("prompt", *RESPONSES), ("prompt", *names), strict=True)}
 
 
 def as_ranked(rows: Iterable[Mapping[str, Any]], objective: str) -> list[dict[str, Any]]:
@@ -148,57 +154,32 @@ def agreement(data: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> l
     """
     labels = np.array([[row[name] for name in objectives] for row in data])
     rows = []
-    for i, name in enumerate(objectives):
-        both = [(labels[:, i] >= 0) & (labels[:, j] >= 0) for j in range(len(objectives))]
-        alike = [labels[keep, i] == labels[keep, j] for j, keep in enumerate(both)]
-        shares = {f"as {o}": float(a.mean()) if len(a) else float("nan") for o, a in zip(objectives, alike)}
-        rows.append({"objective": name, "pairs": len(labels), "ties": int((labels[:, i] < 0).sum()), **shares})
+    for name, own in zip(objectives, labels.T):
+        found: dict[str, Any] = {"objective": name, "pairs": len(labels), "ties": int((own < 0).sum())}
+        for other, others in zip(objectives, labels.T):
+            both = (own >= 0) & (others >= 0)
+            found[f"as {other}"] = float((own == others)[both].mean()) if both.any() else float("nan")
+        rows.append(found)
     return rows
 
 
-def _score_missing(
-    records: Records,
-    objective: str,
-    source: RewardSource | Reward,
-    rows: list[dict[str, Any]],
-    batch_size: int,
-    on_batch: Callable[[int], Any],
-) -> None:
-    """Scores what the records lack. A reward model of which nothing is missing is not loaded."""
-    done = {row["row"] for row in records.rows if row["objective"] == objective}
-    reward: Reward | None = None
-    for start in range(0, len(rows), batch_size):
-        whole = range(start, min(start + batch_size, len(rows)))
-        todo = [number for number in whole if number not in done]
-        if todo:
-            reward = reward or (source.load() if isinstance(source, RewardSource) else source)
-            asked = [number for number in todo for _ in RESPONSES]
-            responses = [as_text(rows[number][name]) for number in todo for name in RESPONSES]
-            values = score(objective, reward, [rows[n]["prompt"] for n in asked], responses, asked)
-            records.append(
-                {"objective": objective, "row": number, "scores": values[2 * i : 2 * i + 2]}
-                for i, number in enumerate(todo)
-            )
-        on_batch(len(whole))
+def _cell(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["objective"], row["row"]
+
+
+def _scored(objective: str, reward: Reward, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
+    """Rows of scores for the pairs of these numbers."""
+    asked = [(number, name) for number in numbers for name in RESPONSES]
+    prompts = [rows[number]["prompt"] for number, _ in asked]
+    responses = [as_text(rows[number][name]) for number, name in asked]
+    values = score(objective, reward, prompts, responses, [number for number, _ in asked])
+    pairs = zip(numbers, values[::2], values[1::2], strict=True)
+    return [{"objective": objective, "row": number, "scores": [one, two]} for number, one, two in pairs]
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with output_file(path, WRITER) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _label(objective: str, scores: Sequence[float], tie_margin: float) -> dict[str, Any]:
-    first, second = scores
-    label = -1 if abs(first - second) <= tie_margin else int(second > first)
-    return {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
-
-
-def _check(rows: list[dict[str, Any]], rewards: Mapping[str, Any], tie_margin: float) -> None:
-    if not rows or not rewards:
-        raise ValueError("There are no pairs, or no rewards. Give at least one of each.")
-    check_columns(check_objectives(rewards), ("prompt", "raw_prompt", *RESPONSES), ("{}", "{}_score_0", "{}_score_1"))
-    if tie_margin < 0:
-        raise ValueError(f"`tie_margin` is {tie_margin}, but it must be 0 or larger.")
 
 
 def _split(rows: list[dict[str, Any]], sizes: Mapping[str, float], seed: int) -> dict[str, list[int]]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards by name: Python functions, sequence classifiers, and the score models of Safe-RLHF."""
+"""Rewards by name: Python functions, sequence classifiers, and the score models of Safe-RLHF without their package."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -10,19 +11,29 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
 
 from .records import fingerprint
 from .rewards import Reward
-from .score_model import ScoreModel
 from .texts import PromptText, as_messages, fill
 
 
-SCORE_MODEL = "ForScore"
-"""How the architectures of Safe-RLHF's score models end, such as `LlamaForScore`."""
+NORMALIZED = {"reward": "affine", "cost": "scale", "critic": "identity"}
+"""What the kinds of score models do to a score where their configuration says `do_normalize`."""
+NEUTRAL = {"mean": 0.0, "var": 1.0}
 
 
 @dataclass
@@ -30,15 +41,12 @@ class RewardSource:
     """Where a reward comes from, as a YAML file says it: a mapping, or just its `source`. It is that [`Reward`] too.
 
     Args:
-        source (`str`):
-            `module:function` for a function of prompts and responses, else a folder or an id on the Hub with a
-            sequence classifier or a score model of Safe-RLHF.
-        template (`str`, *optional*):
-            The text that a model reads, with `{response}` and, unless it judges responses alone, `{prompt}`; the chat
-            template of its tokenizer if not given.
-        chat_template (`str`, *optional*):
-            A template in Jinja for its tokenizer, where conversations have several messages and the model was trained
-            with a format that its tokenizer does not know.
+        source (`str`): `module:function` for a function of prompts and responses, else a folder or an id on the Hub
+            with a sequence classifier or a score model of Safe-RLHF.
+        template (`str`, *optional*): The text that a model reads, with `{response}` and, unless it judges responses
+            alone, `{prompt}`; the chat template of its tokenizer if not given.
+        chat_template (`str`, *optional*): A template in Jinja in the place of its tokenizer's, for conversations of
+            several messages.
         label (`int`, *optional*, defaults to 0): Which of a model's outputs is the reward.
         negate (`bool`, *optional*, defaults to `False`): Whether it is a cost: the reward is minus the output.
         batch_size (`int`, *optional*, defaults to 8): Texts that a model reads at once.
@@ -66,22 +74,24 @@ class RewardSource:
             raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
         if self.template is not None and self.chat_template is not None:
             raise ValueError("A reward has a `template` and a `chat_template`. Give one of them.")
-        self._reward: Reward | None = None
 
     @property
     def is_model(self) -> bool:
         """Whether it is a model, rather than a function."""
         return ":" not in self.source or Path(self.source).exists()
 
+    @functools.cached_property
+    def reward(self) -> Reward:
+        """The reward, which is loaded when it is first asked for, and stays."""
+        return self.load()
+
     @property
     def reads_messages(self) -> bool:
         """Whether it gets prompts as they are given; see [`Reward`]."""
-        return self.is_model
+        return getattr(self.reward, "reads_messages", False)
 
     def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Sequence[float]:
-        """The rewards. What is asked for the first time is loaded, and stays."""
-        self._reward = self._reward or self.load()
-        return self._reward(prompts, responses)
+        return self.reward(prompts, responses)
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | RewardSource) -> RewardSource:
@@ -117,15 +127,11 @@ class RewardSource:
             except OSError as error:
                 raise ValueError(f"The reward model {self.source!r} can't be loaded: {error}") from error
         function = load_function(self.source)
-        return (lambda prompts, responses: [-v for v in function(prompts, responses)]) if self.negate else function
+        return _negated(function) if self.negate else function
 
 
 class ModelReward:
-    """A model that reads prompt and response as one text: its output at the label.
-
-    Args:
-        source ([`RewardSource`]): The model, its template and label.
-    """
+    """A model that reads prompt and response as one text: its output at the label."""
 
     reads_messages = True
 
@@ -140,7 +146,12 @@ class ModelReward:
                 f"The tokenizer of the reward model {source.source!r} has no chat template. Give a `template` with "
                 "{prompt} and {response}, as the model was trained with."
             )
-        self.model = _load_model(source)
+        config = AutoConfig.from_pretrained(source.source)
+        of_safe_rlhf = any(name.endswith("ForScore") for name in config.architectures or ())  # as `LlamaForScore`
+        kind = ScoreModel if of_safe_rlhf else AutoModelForSequenceClassification
+        self.model: Any = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs).eval()
+        if "device_map" not in source.model_kwargs and torch.cuda.is_available():
+            self.model.to("cuda")
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         outputs = self.model.config.num_labels
         if not 0 <= source.label < outputs:
@@ -148,18 +159,14 @@ class ModelReward:
                 f"`label` is {source.label}, but the reward model {source.source!r} has {outputs} outputs."
             )
 
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
         size, values = self.source.batch_size, []
         for start in range(0, len(responses), size):
-            values += self._batch(prompts[start : start + size], responses[start : start + size])
-        return values
-
-    @torch.no_grad()
-    def _batch(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
-        encoded = self._encode(prompts, responses).to(self.model.device)
-        scores = self.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
-        values = scores[:, self.source.label].float()
-        return (-values if self.source.negate else values).tolist()
+            texts = self._encode(prompts[start : start + size], responses[start : start + size]).to(self.model.device)
+            scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
+            values += scores[:, self.source.label].float().tolist()
+        return [-value for value in values] if self.source.negate else values
 
     def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Any:
         limit = self.source.max_length or self.tokenizer.model_max_length
@@ -171,18 +178,75 @@ class ModelReward:
         if template is None:
             chats = [as_messages(p, "user") + as_messages(r, "assistant") for p, r in zip(prompts, responses)]
             return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
-        parts = [
-            {"response": r, **({"prompt": p} if "{prompt}" in template else {})} for p, r in zip(prompts, responses)
-        ]
-        return self.tokenizer([fill(template, **part) for part in parts], **options)
+        if "{prompt}" in template:
+            texts = [fill(template, prompt=p, response=r) for p, r in zip(prompts, responses)]
+        else:
+            texts = [fill(template, response=r) for r in responses]
+        return self.tokenizer(texts, **options)
+
+
+class ScoreModel(PreTrainedModel):
+    """A score model of Safe-RLHF (arXiv 2310.12773): a transformer with a linear `score_head` at the last token.
+
+        score = W h_last + b;  with `do_normalize`: (score − mean) / std for rewards, score / std for costs
+
+    Their checkpoints hold the transformer as a causal language model's would, `score_head.weight` and perhaps
+    `score_head.bias`, and perhaps running moments `normalizer.mean` and `normalizer.var`; their configuration has the
+    keys `score_dim`, `score_type` and `do_normalize`. Beaver's reward is higher for better texts, its cost for worse.
+    """
+
+    _supports_sdpa = _supports_flash_attn = True
+    _keep_in_fp32_modules_strict = {"normalizer"}
+    _keys_to_ignore_on_load_missing = [r"score_head\.bias", r"normalizer\."]
+    _keys_to_ignore_on_load_unexpected = [r"lm_head\.", r"normalizer\.count"]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        backbone: Any = AutoModel.from_config(config)
+        self.base_model_prefix = backbone.base_model_prefix
+        setattr(self, self.base_model_prefix, backbone)
+        config.num_labels = getattr(config, "score_dim", 1)
+        self.score_head = nn.Linear(config.get_text_config().hidden_size, config.num_labels)
+        moments = {name: torch.zeros(config.num_labels) for name in NEUTRAL}
+        self.normalizer = nn.ParameterDict({name: nn.Parameter(value, False) for name, value in moments.items()})
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """What a checkpoint lacks: no bias, and the moments that the configuration has."""
+        super()._init_weights(module)
+        for name, neutral in NEUTRAL.items() if module is self.normalizer else ():
+            given = getattr(self.config, name, None)
+            init.copy_(self.normalizer[name], torch.tensor(neutral if given is None else given))
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs: Any) -> ScoreModel:
+        """Loads a checkpoint from a folder or the Hub. Raises `ValueError` if it has no `score_head.weight`."""
+        config: Any = AutoConfig.from_pretrained(name)
+        found = super().from_pretrained(name, config=config, output_loading_info=True, **kwargs)
+        model, missing = cast(Any, found)[0], cast(Any, found)[1]["missing_keys"]
+        if "score_head.weight" in missing:
+            raise ValueError(f"{name!r} is no score model of Safe-RLHF: its checkpoint has no `score_head.weight`.")
+        return model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        """Scores of shape `(rows, scores)`, as `logits` of the answer, for texts padded on either side."""
+        backbone = getattr(self, self.base_model_prefix)
+        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = (attention_mask * places).argmax(-1).to(hidden.device)
+        end = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        scores = self.score_head(end.to(self.score_head.weight)).float()
+        kind = NORMALIZED[getattr(self.config, "score_type", "reward")]
+        if getattr(self.config, "do_normalize", False) and kind != "identity":
+            shift = self.normalizer["mean"].to(scores) if kind == "affine" else 0.0
+            scores = (scores - shift) / (self.normalizer["var"].to(scores).sqrt() + 1e-8)
+        return SimpleNamespace(logits=scores)
 
 
 def load_function(path: str) -> Callable:
-    """A function by its import path `module:function`; modules of the working directory are found too.
-
-    Raises:
-        ValueError: no such module, or nothing callable in it.
-    """
+    """A function by its import path `module:function`; modules of the working directory are found too. Raises
+    `ValueError` if there is no such module, or nothing callable in it."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -197,12 +261,9 @@ def load_function(path: str) -> Callable:
     return found
 
 
-def _load_model(source: RewardSource) -> Any:
-    config = AutoConfig.from_pretrained(source.source)
-    kind = AutoModelForSequenceClassification
-    if any(name.endswith(SCORE_MODEL) for name in config.architectures or ()):
-        kind = ScoreModel
-    model = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs)
-    if "device_map" not in source.model_kwargs and torch.cuda.is_available():
-        cast(Any, model).to("cuda")
-    return model.eval()
+def _negated(function: Callable) -> Reward:
+    @functools.wraps(function)  # and so what it reads
+    def cost(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
+        return [-value for value in function(prompts, responses)]
+
+    return cost

@@ -36,6 +36,11 @@ def conciseness(prompts: Sequence[str], responses: Sequence[str]) -> list[float]
     return [-len(r.split()) / max(1, len(SENTENCE_END.findall(r))) for r in responses]
 
 
+def readable(reward: Reward, prompts: Sequence[PromptText]) -> list[Any]:
+    """Prompts as a reward reads them, see [`Reward`]."""
+    return list(prompts) if getattr(reward, "reads_messages", False) else [as_text(prompt) for prompt in prompts]
+
+
 def score(
     name: str,
     reward: Reward,
@@ -43,23 +48,12 @@ def score(
     responses: Sequence[str],
     numbers: Sequence[int] | None = None,
 ) -> list[float]:
-    """Asks a reward, and makes sure of its answer.
-
-    Args:
-        name (`str`): The reward's, for messages.
-        reward (`Reward`): The reward.
-        prompts (`Sequence[PromptText]`): Texts or messages, one for each response.
-        responses (`Sequence[str]`): The responses.
-        numbers (`Sequence[int]`, *optional*): The responses' rows in their data, for messages.
-
-    Returns:
-        `list[float]`: One finite number for each response.
+    """Asks a reward for one number for each response. `name` and the `numbers` of rows are for messages.
 
     Raises:
-        ValueError: it returned something else; the message names the reward and the row.
+        ValueError: the reward returned something else, or a number that is not finite.
     """
-    read = list(prompts) if getattr(reward, "reads_messages", False) else [as_text(prompt) for prompt in prompts]
-    values = [float(value) for value in reward(read, responses)]
+    values = [float(value) for value in reward(readable(reward, prompts), responses)]
     if len(values) != len(responses):
         raise ValueError(f"The reward {name!r} returned {len(values)} numbers for {len(responses)} responses.")
     for i, value in enumerate(values):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,17 +15,7 @@ SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
 def as_text(messages: PromptText) -> str:
-    """Messages as plain text: a single one is its content, more become paragraphs that name their speakers.
-
-    Example:
-
-    ```python
-    >>> from trl_parm.texts import as_text
-    >>> as_text([{"role": "user", "content": "Hi"}])
-    'Hi'
-
-    ```
-    """
+    """Messages as plain text: a single one is its content, more become paragraphs that name their speakers."""
     if isinstance(messages, str):
         return messages
     if len(messages) == 1:
@@ -46,10 +37,8 @@ def fill(template: str, **parts: PromptText) -> str:
     """Puts texts in the places that a template names. Braces of other names stay as they are.
 
     Raises:
-        ValueError: a template that lacks a part, or a conversation of several messages, for which a text template has
-            no place.
+        ValueError: a template that lacks a part, or a conversation of several messages, which have no place in it.
     """
-    text = template
     for name, part in parts.items():
         if f"{{{name}}}" not in template:
             raise ValueError(f"The template {template!r} has no {{{name}}}, where the {name} belongs.")
@@ -58,8 +47,4 @@ def fill(template: str, **parts: PromptText) -> str:
                 f"A {name} has {len(part)} messages, which a text template can't tell apart. Use a tokenizer with a "
                 "chat template."
             )
-    pieces = {f"{{{name}}}": as_text(part) for name, part in parts.items()}
-    for place in sorted(pieces, key=template.index, reverse=True):
-        start = template.index(place)
-        text = text[:start] + pieces[place] + text[start + len(place) :]
-    return text
+    return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda place: as_text(parts[place[1]]), template)

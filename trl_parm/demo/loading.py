@@ -10,7 +10,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora import PreferenceConfig
-from trl_parm.evaluation.models import Guide, adapter_config, is_readable, same_model
+from trl_parm.evaluation.models import Guide, adapter_config, canonical, is_readable
 from trl_parm.evaluation.models import Models as Loader
 
 
@@ -60,7 +60,7 @@ def load_models(arm_name: str, base_name: str | None = None, dtype: str = "auto"
         )
     trained_on = backbone = cast(str, config.base_model_name_or_path)
     base_name = base_name or trained_on
-    if not same_model(trained_on, base_name) and not is_readable(trained_on):
+    if canonical(trained_on) != canonical(base_name) and not is_readable(trained_on):
         logger.warning("%s was trained on %s, which is not here: it acts on %s.", arm_name, trained_on, base_name)
         backbone = base_name
     models = Loader(base_name, dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: sweeps over preferences, measures and plots. Needs the extra `eval`.
 
-Measures and plots work without PyTorch being imported.
+Names load on first use: measures of a front (`metrics`) come without PyTorch, and tables without matplotlib.
 """
 
 from typing import TYPE_CHECKING

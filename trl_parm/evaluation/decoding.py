@@ -1,33 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch of prompts, decoded by one method at one preference, and scored: rows of the table.
-
-A method is a model for each preference. All of them generate greedily from what they return, and where texts are
-sampled, that is the noise of the prompt: not of the batch, the method, or what was decoded before.
-"""
+"""What methods have in common: the batches that they decode, the settings of `generate`, and noise of each prompt."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
-from transformers import BatchEncoding, GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
-from peft_pblora import as_preference, name_preference
+from peft_pblora import as_preference
 from peft_pblora.preference import Preference
-from trl_parm.decoding import BASE, Guided
-from trl_parm.noise import Sampling, row_seed
-from trl_parm.rewards import Reward, score
+from trl_parm.noise import Sampling
 from trl_parm.texts import PromptText, as_messages, fill
 
 
-COLUMNS = (
-    "method", "preference", "label", "prompt", "response", "tokens", "seconds", "seed", "extra_parameters",
-    "extra_bytes",
-)  # fmt: skip
-"""Columns of the table beside the rewards."""
 # A model may bring settings of sampling along, whose noise would not be the prompt's own.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 SETTINGS = {setting.name: setting.default for setting in fields(Sampling)}
@@ -85,93 +73,6 @@ class Run:
         return tuple(round(weight, 6) for weight in as_preference(self.preference, objectives).tolist())
 
 
-class BatchDecoder:
-    """Decodes and scores batches of prompts.
-
-    Args:
-        tokenizer, rewards, seed, template, max_prompt_length, generation: As in [`sweep`].
-        base_config (`GenerationConfig`): The base model's, whose settings act on every method.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        rewards: Mapping[str, Reward | None],
-        seed: int,
-        template: str | None,
-        max_prompt_length: int | None,
-        generation: Mapping[str, Any],
-        base_config: GenerationConfig,
-    ) -> None:
-        self.tokenizer, self.rewards, self.seed = tokenizer, rewards, seed
-        self.objectives = list(rewards)
-        self.template, self.max_prompt_length = template, max_prompt_length
-        self.sampling, self.generation = split_settings(generation)
-        self.base_config = base_config
-
-    def configuration(self) -> dict[str, Any]:
-        """What the rows depend on beside the models, as JSON."""
-        return {
-            "objectives": self.objectives,
-            "seed": self.seed,
-            "sampling": self.sampling,
-            "generation": self.generation,
-            "generation_config": acting_settings(self.base_config),
-            "template": self.template,
-            "max_prompt_length": self.max_prompt_length,
-        }
-
-    def __call__(self, run: Run, base: PreTrainedModel, prompts: list[PromptText]) -> list[dict[str, Any]]:
-        """The rows of a run for some prompts, decoded together."""
-        objectives = self.objectives
-        α = None if run.preference is None else as_preference(run.preference, objectives)
-        inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length).to(base.device)
-        seeds = [row_seed(self.seed, prompt) for prompt in prompts]
-        named = {} if α is None else dict(zip(objectives, α.tolist(), strict=True))
-        found = run.model(Batch(α, prompts, inputs, named)) if run.model is not None else base
-        model, arguments = found if isinstance(found, tuple) else (found, {})
-        tokens, seconds = self._generate(model, arguments, inputs, seeds)
-        responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        judges = {name: reward for name, reward in self.rewards.items() if reward is not None}
-        scores = {name: score(name, reward, prompts, responses) for name, reward in judges.items()}
-        weights = run.weights(objectives)
-        return [
-            {
-                "method": run.method,
-                "preference": None if weights is None else list(weights),
-                "label": "-" if α is None else name_preference(α, objectives),
-                "prompt": prompt,
-                "response": response,
-                **{name: values[i] for name, values in scores.items()},
-                "tokens": text_length(tokens[i], self.base_config),
-                "seconds": seconds / len(prompts),
-                "seed": seeds[i],
-                "extra_parameters": run.extra_parameters,
-                "extra_bytes": run.extra_bytes,
-            }
-            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
-
-    def _generate(
-        self, model: Any, arguments: Mapping[str, Any], inputs: BatchEncoding, seeds: list[int]
-    ) -> tuple[torch.Tensor, float]:
-        """The new tokens, of shape `(rows, new)`, and the seconds that they took."""
-        # log π of every method, so that a repetition penalty and its like act on all of them alike.
-        model = model if isinstance(model, Guided) else Guided(model, BASE)
-        length = cast(torch.Tensor, inputs["input_ids"]).shape[1]
-        noise = [] if self.sampling is None else [RowSampling(seeds, length, **self.sampling)]
-        start = _now(model.device)
-        output = cast(Any, model).generate(
-            **inputs,
-            **arguments,
-            logits_processor=noise,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **GREEDY,
-            **self.generation,
-        )
-        return output[:, length:], _now(model.device) - start
-
-
 class RowSampling(LogitsProcessor):
     """Samples from the scores that it gets, with noise for each row (see [`trl_parm.noise`]): the last processor of a
     *greedy* `generate`. Methods that are compared on a prompt see the same noise, so that they differ less by chance.
@@ -179,10 +80,7 @@ class RowSampling(LogitsProcessor):
     Args:
         seeds (`Sequence[int]`): A seed for each row, from [`row_seed`].
         prompt_length (`int`): Columns of `input_ids` that are the prompt.
-        **settings: `temperature`, `top_k`, `top_p` and `min_p`, each without effect if not given.
-
-    Raises:
-        ValueError: a setting out of its range; at a call, a batch of another size.
+        **settings: Of [`Sampling`].
     """
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, **settings: Any) -> None:
@@ -205,8 +103,7 @@ def encode_prompts(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         prompts (`Sequence[PromptText]`): Texts or conversations.
-        template (`str`, *optional*):
-            A text with `{prompt}` in it, such as `"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:"`. If not
+        template (`str`, *optional*): A text with `{prompt}` in it, such as `"USER: {prompt} ASSISTANT:"`; if not
             given, the tokenizer's chat template, and without one the prompt as it is.
         max_length (`int`, *optional*): Most tokens; of a longer prompt the end is kept.
 
@@ -226,10 +123,7 @@ def encode_prompts(
 
 
 def split_settings(generation: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Takes the settings of sampling out of the arguments of `generate`.
-
-    Returns:
-        `tuple` of the settings, or `None` without `do_sample=True`, and the other arguments.
+    """Takes apart the arguments of `generate`: the settings of sampling, or `None` if it is greedy, and the others.
 
     Raises:
         ValueError: settings without `do_sample=True` or out of their range, or a mode of `generate` in which a row has
@@ -241,8 +135,8 @@ def split_settings(generation: Mapping[str, Any]) -> tuple[dict[str, Any] | None
             f"{', '.join(refused)} can't be used here, where every prompt has one response and noise of its own. "
             f"Sampling knows {', '.join(SETTINGS)}."
         )
-    others = {name: value for name, value in generation.items() if name not in (*SETTINGS, "do_sample")}
     settings = {name: generation[name] for name in SETTINGS if generation.get(name) not in (None, SETTINGS[name])}
+    others = {name: value for name, value in generation.items() if name not in (*SETTINGS, "do_sample")}
     if generation.get("do_sample"):
         Sampling(**settings)
         return settings, others
@@ -256,9 +150,12 @@ def acting_settings(config: GenerationConfig) -> dict[str, Any] | None:
     found = {
         name: value
         for name, value in config.to_diff_dict().items()
-        if value not in (None, False) and not name.startswith(("_", "output_")) and not name.endswith("_token_id")
+        if value not in (None, False)
+        and name not in WITHOUT_EFFECT
+        and not name.startswith(("_", "output_"))
+        and not name.endswith("_token_id")
     }
-    return {name: value for name, value in found.items() if name not in WITHOUT_EFFECT} or None
+    return found or None
 
 
 def text_length(tokens: torch.Tensor, config: Any) -> int:
@@ -267,9 +164,3 @@ def text_length(tokens: torch.Tensor, config: Any) -> int:
         return len(tokens)
     ends = torch.isin(tokens, torch.as_tensor(config.eos_token_id, device=tokens.device)).nonzero()
     return int(ends[0]) + 1 if len(ends) else len(tokens)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

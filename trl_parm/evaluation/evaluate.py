@@ -3,25 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_pblora import as_preference, name_preference
 from peft_pblora.preference import Preference, check_columns
-from trl_parm.records import Records, fingerprint, plain
-from trl_parm.rewards import Reward
+from trl_parm.decoding import BASE, Guided
+from trl_parm.noise import row_seed
+from trl_parm.records import Records, plain
+from trl_parm.rewards import Reward, score
 from trl_parm.texts import PromptText, prompt_key
 
-from .decoding import COLUMNS, BatchDecoder, Run
+from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length
 from .fronts import OF_OBJECTIVE, SUMMARY
-from .methods import METHODS, Method
+from .methods import Entry, with_fingerprints
 from .models import Models
+
+
+COLUMNS = (
+    "method", "preference", "label", "prompt", "response", "tokens", "seconds", "seed", "extra_parameters",
+    "extra_bytes",
+)  # fmt: skip
+"""Columns of the table beside the rewards."""
 
 
 def sweep(
@@ -52,19 +64,16 @@ def sweep(
         rewards (`Mapping[str, Reward]`): Objective name → reward, higher is better.
         batch_size (`int`, *optional*, defaults to 16): Prompts decoded at once.
         seed (`int`, *optional*, defaults to 0): Of the noise of all prompts.
-        path (`str` or `Path`, *optional*):
-            A JSONL file for the rows, from which a run that was killed goes on. Runs, preferences and prompts may be
-            added to it later.
-        configuration (`Mapping`, *optional*):
-            What else the rows depend on, such as the names of the models. A file of another configuration is refused.
-            Entries of its key `methods`, by method, may be added.
+        path (`str` or `Path`, *optional*): A JSONL file for the rows, from which a run that was killed goes on. Runs,
+            preferences and prompts may be added to it later.
+        configuration (`Mapping`, *optional*): What else the rows depend on, such as the names of the models. A file of
+            another one is refused; only entries of its key `methods`, by method, may be added.
         template (`str`, *optional*): How the base model reads a prompt; see [`encode_prompts`].
         max_prompt_length (`int`, *optional*): Most tokens of a prompt, whose end is kept.
         on_batch (`Callable`, *optional*): Called after each batch, for progress bars.
         **generation: For `generate`, such as `max_new_tokens`. Decoding is greedy, or with `do_sample=True` sampled
-            with `temperature`, `top_k`, `top_p` and `min_p`, which have no effect if not given. What the base model's
-            generation config says beside that, such as a repetition penalty, acts on the log-probabilities of every
-            method, and is in the file.
+            with the settings of [`Sampling`]. What the base model's generation config says beside that, such as a
+            repetition penalty, acts on the log-probabilities of every method.
 
     Returns:
         `datasets.Dataset` with one row for each run and prompt, in their order: `method`, `preference` (weights or
@@ -75,45 +84,13 @@ def sweep(
         ValueError: no prompts, or one twice; a run twice; a preference off the simplex; a reward that is not finite or
             of the wrong number; a file of another configuration.
     """
-    config = cast(Any, model.generation_config)
-    decode = BatchDecoder(tokenizer, rewards, seed, template, max_prompt_length, generation, config)
-    group = _Group("", list(runs), lambda: nullcontext((model, list(runs))))
-    return _table(decode, [group], prompts, path, configuration or {}, batch_size, on_batch=on_batch)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method of a configuration: `{method: parm, name: PARM, arm: runs/arm, beta: 1.0}`.
-
-    Attributes:
-        name (`str`): Its name in the table.
-        method ([`Method`]): Its row of [`METHODS`].
-        settings (`dict`): Its settings.
-    """
-
-    name: str
-    method: Method
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any] | str) -> Entry:
-        """From what stands in YAML. Raises `ValueError` for an unknown method or unknown settings."""
-        settings = {"method": given} if isinstance(given, str) else dict(given)
-        key = settings.pop("method", None)
-        if key not in METHODS:
-            raise ValueError(f"A method is {key!r}, but it must be one of {', '.join(METHODS)}.")
-        method = METHODS[key]
-        name = settings.pop("name", method.title)
-        method.check(name, settings)
-        return cls(name, method, settings)
-
-    def configuration(self) -> dict[str, Any]:
-        """What its rows depend on, with a fingerprint of every local folder among its settings."""
-        return {"make": self.method.make.__name__, **cast(dict, _with_fingerprints(self.settings))}
-
-    def runs(self, preferences: Sequence[Preference]) -> list[Run]:
-        """One run for each preference, or one for a control."""
-        return [Run(self.name)] if self.method.control else [Run(self.name, p) for p in preferences]
+    table = _Table(
+        tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
+        on_batch, **generation,
+    )  # fmt: skip
+    with Records(path, {**table.configuration, **(configuration or {})}, growing=["methods"]) as records:
+        table.fill(records, table.runs, lambda: (model, table.runs))
+        return table.data(records)
 
 
 def evaluate(
@@ -124,13 +101,8 @@ def evaluate(
     rewards: Mapping[str, Reward | None],
     path: str | Path | None,
     configuration: Mapping[str, Any] | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    template: str | None = None,
-    max_prompt_length: int | None = None,
     on_start: Callable[[str], Any] = lambda name: None,
-    on_batch: Callable[[Run], Any] = lambda run: None,
-    **generation: Any,
+    **options: Any,
 ) -> Dataset:
     """As [`sweep`], of methods by name at all preferences of a grid.
 
@@ -141,10 +113,12 @@ def evaluate(
         models ([`Models`]): The base model, and how to load others.
         methods (`Sequence`): Names of [`METHODS`], or mappings with `method`, `name` and the method's settings.
         preferences (`Sequence[Preference]`): The grid, points of the simplex of the rewards.
-        prompts, path, batch_size, seed, template, max_prompt_length, on_batch, generation: As in [`sweep`].
+        prompts, path: As in [`sweep`].
         rewards (`Mapping[str, Reward]`): Objective name → reward, or `None` where nothing is to be scored.
         configuration (`Mapping`, *optional*): What the rows depend on beside what is given here, such as the rewards'.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
+        **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `on_batch` and arguments of `generate`, as in
+            [`sweep`].
 
     Returns:
         `datasets.Dataset` as that of [`sweep`], by method, preference and prompt.
@@ -152,106 +126,159 @@ def evaluate(
     Raises:
         ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice.
     """
-    entries = {entry.name: entry for entry in map(Entry.of, methods)}
-    if len(entries) < len(methods):
+    entries = list(map(Entry.of, methods))
+    runs = {entry.name: entry.runs(preferences) for entry in entries}
+    if len(runs) < len(entries):
         raise ValueError("Two methods have the same name. Give each a `name` of its own.")
-    config = models.generation_config
-    decode = BatchDecoder(models.tokenizer, rewards, seed, template, max_prompt_length, generation, config)
-    groups = []
-    for name, entry in entries.items():
-        runs = entry.runs(preferences)
-        groups.append(_Group(name, runs, partial(_loaded, models, entry, runs)))
+    every = [run for of_method in runs.values() for run in of_method]
+    table = _Table(models.tokenizer, models.generation_config, every, prompts, rewards, **options)
     whole = {
-        "base": _with_fingerprints(models.name),
+        **table.configuration,
+        "base": with_fingerprints(models.name),
         "loading": plain({key: value for key, value in models.kwargs.items() if key != "device_map"}),
         **(configuration or {}),
-        "methods": {name: entry.configuration() for name, entry in entries.items()},
+        "methods": {entry.name: entry.configuration() for entry in entries},
     }
-    return _table(decode, groups, prompts, path, whole, batch_size, on_start, on_batch)
+    with Records(path, whole, growing=["methods"]) as records:
+        for entry in entries:
+            on_start(entry.name)
+            with models.borrowed():
+                table.fill(records, runs[entry.name], partial(_load, models, entry, runs[entry.name]))
+        return table.data(records)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Runs of which all models are in memory together: their name, and the base model and them once loaded."""
-
-    name: str
-    runs: list[Run]
-    load: Callable[[], AbstractContextManager[tuple[Any, list[Run]]]]
+def _load(models: Models, entry: Entry, runs: Sequence[Run]) -> tuple[PreTrainedModel, list[Run]]:
+    base = models.base
+    model = entry.method.make(models, **entry.settings)
+    parameters, size = models.extra()
+    return base, [replace(run, model=model, extra_parameters=parameters, extra_bytes=size) for run in runs]
 
 
-@contextmanager
-def _loaded(models: Models, entry: Entry, runs: list[Run]) -> Iterator[tuple[PreTrainedModel, list[Run]]]:
-    """The runs of a method with its models, which are gone after it."""
-    with models.borrowed():
-        base = models.base
-        model = entry.method.make(models, **entry.settings)
-        parameters, size = models.extra()
-        yield base, [replace(run, model=model, extra_parameters=parameters, extra_bytes=size) for run in runs]
+class _Table:
+    """A row for each run and prompt. The arguments are those of [`sweep`], and the base model's generation config.
+    `configuration` is what the rows depend on beside the models, as JSON."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        base_config: Any,
+        runs: Sequence[Run],
+        prompts: Sequence[PromptText],
+        rewards: Mapping[str, Reward | None],
+        batch_size: int = 16,
+        seed: int = 0,
+        template: str | None = None,
+        max_prompt_length: int | None = None,
+        on_batch: Callable[[Run], Any] = lambda run: None,
+        **generation: Any,
+    ) -> None:
+        self.tokenizer, self.base_config = tokenizer, base_config
+        self.runs, self.prompts, self.keys = list(runs), list(prompts), list(map(prompt_key, prompts))
+        self.rewards, self.objectives = rewards, list(rewards)
+        self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
+        self.template, self.max_prompt_length = template, max_prompt_length
+        self.sampling, self.generation = split_settings(generation)
+        self.configuration = {
+            "objectives": self.objectives,
+            "seed": seed,
+            "sampling": self.sampling,
+            "generation": self.generation,
+            "generation_config": acting_settings(base_config),
+            "template": template,
+            "max_prompt_length": max_prompt_length,
+        }
+        if not self.prompts:
+            raise ValueError("`prompts` is empty. Give at least one prompt.")
+        for prompt in _repeated(self.keys):
+            raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
+        check_columns(self.objectives, COLUMNS)
+        check_columns(self.objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
+        for method, weights in _repeated((run.method, run.weights(self.objectives)) for run in self.runs):
+            raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
+
+    def data(self, records: Records) -> Dataset:
+        """The rows of all runs, which are there."""
+        done = {_cell(row): row for row in records.rows}
+        return Dataset.from_list([dict(done[cell]) for run in self.runs for cell in self._cells(run)])
+
+    def fill(
+        self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]
+    ) -> None:
+        """Decodes what the records lack of some runs, and only then loads the base model and theirs."""
+        batches = [list(records.missing(self._cells(run), _cell, self.batch_size)) for run in runs]
+        lacking = any(todo for of_run in batches for _, todo in of_run)
+        base, runs = load() if lacking else (cast(Any, None), runs)
+        for run, of_run in zip(runs, batches):
+            for _, todo in of_run:
+                if todo:
+                    records.append(self._rows(run, base, [self.prompts[i] for i in todo]))
+                self.on_batch(run)
+
+    def _cells(self, run: Run) -> list[tuple]:
+        weights = run.weights(self.objectives)
+        return [(run.method, weights, key) for key in self.keys]
+
+    def _rows(self, run: Run, base: PreTrainedModel, prompts: list[PromptText]) -> list[dict[str, Any]]:
+        """The rows of a run for some prompts, decoded together."""
+        weights = run.weights(self.objectives)
+        α = None if run.preference is None else as_preference(run.preference, self.objectives)
+        named = {} if α is None else dict(zip(self.objectives, α.tolist(), strict=True))
+        inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length).to(base.device)
+        seeds = [row_seed(self.seed, prompt) for prompt in prompts]
+        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named))
+        model, arguments = found if isinstance(found, tuple) else (found, {})
+        tokens, seconds = self._generate(model, arguments, inputs, seeds)
+        responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        judges = {name: reward for name, reward in self.rewards.items() if reward is not None}
+        scores = {name: score(name, reward, prompts, responses) for name, reward in judges.items()}
+        return [
+            {
+                "method": run.method,
+                "preference": None if weights is None else list(weights),
+                "label": "-" if α is None else name_preference(α, self.objectives),
+                "prompt": prompt,
+                "response": responses[i],
+                **{name: values[i] for name, values in scores.items()},
+                "tokens": text_length(tokens[i], self.base_config),
+                "seconds": seconds / len(prompts),
+                "seed": seeds[i],
+                "extra_parameters": run.extra_parameters,
+                "extra_bytes": run.extra_bytes,
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _generate(
+        self, model: Any, arguments: Mapping[str, Any], inputs: BatchEncoding, seeds: list[int]
+    ) -> tuple[torch.Tensor, float]:
+        """The new tokens, of shape `(rows, new)`, and the seconds that they took. All methods generate greedily, and
+        where texts are sampled, that is the noise of each prompt."""
+        # log π of every method, so that a repetition penalty and its like act on all of them alike.
+        model = model if isinstance(model, Guided) else Guided(model, BASE)
+        length = cast(torch.Tensor, inputs["input_ids"]).shape[1]
+        noise = [] if self.sampling is None else [RowSampling(seeds, length, **self.sampling)]
+        start = _now(model.device)
+        output = cast(Any, model).generate(
+            **inputs,
+            **arguments,
+            logits_processor=noise,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **GREEDY,
+            **self.generation,
+        )
+        return output[:, length:], _now(model.device) - start
 
 
-def _table(
-    decode: BatchDecoder,
-    groups: Sequence[_Group],
-    prompts: Sequence[PromptText],
-    path: str | Path | None,
-    configuration: Mapping[str, Any],
-    batch_size: int,
-    on_start: Callable[[str], Any] = lambda name: None,
-    on_batch: Callable[[Run], Any] = lambda run: None,
-) -> Dataset:
-    """Decodes what the records lack. Batches are cut as if nothing was there, so that they are those of one run."""
-    every = [run for group in groups for run in group.runs]
-    _check(prompts, every, decode.objectives)
-    keys = list(map(prompt_key, prompts))
-    places = [range(start, min(start + batch_size, len(keys))) for start in range(0, len(keys), batch_size)]
-
-    def cells(run: Run) -> list[tuple]:
-        weights = run.weights(decode.objectives)
-        return [(run.method, weights, key) for key in keys]
-
-    with Records(path, {**decode.configuration(), **configuration}, growing=["methods"]) as records:
-        done = {_key(row): row for row in records.rows}
-        for group in groups:
-            on_start(group.name)
-            whole = all(cell in done for run in group.runs for cell in cells(run))
-            nothing = cast(Any, nullcontext((None, group.runs)))
-            with nothing if whole else group.load() as (base, runs):
-                for run in runs:
-                    own = cells(run)
-                    for batch in places:
-                        todo = [prompts[i] for i in batch if own[i] not in done]
-                        if todo:
-                            rows = decode(run, base, todo)
-                            records.append(rows)
-                            done |= {_key(row): row for row in rows}
-                        on_batch(run)
-        return Dataset.from_list([dict(done[cell]) for run in every for cell in cells(run)])
+def _repeated(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
-def _check(prompts: Sequence[PromptText], runs: Sequence[Run], objectives: Sequence[str]) -> None:
-    """Raises `ValueError` as [`sweep`] does, before anything is decoded."""
-    keys = [prompt_key(prompt) for prompt in prompts]
-    if not keys:
-        raise ValueError("`prompts` is empty. Give at least one prompt.")
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"The prompt {twice[:80]!r} is given twice. Give each prompt once.")
-    check_columns(objectives, COLUMNS)
-    check_columns(objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
-    cells = [(run.method, run.weights(objectives)) for run in runs]
-    if len(set(cells)) < len(cells):
-        method, weights = next(cell for cell in cells if cells.count(cell) > 1)
-        raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
-
-
-def _key(row: Mapping[str, Any]) -> tuple:
+def _cell(row: Mapping[str, Any]) -> tuple:
     weights = row["preference"]
     return row["method"], None if weights is None else tuple(weights), prompt_key(row["prompt"])
 
 
-def _with_fingerprints(value: Any) -> Any:
-    """The value, with a hash beside each name of a local folder in it."""
-    if isinstance(value, Mapping):
-        return {key: _with_fingerprints(entry) for key, entry in value.items()}
-    found = fingerprint(value) if isinstance(value, str) else None
-    return value if found is None else {"path": value, "fingerprint": found}
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

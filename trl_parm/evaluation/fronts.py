@@ -53,7 +53,7 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
     """Arranges a table by method. All must have the same prompts, and the same preferences if any.
 
     Args:
-        table (`Dataset` or rows): From [`sweep`], or its JSONL file.
+        table (`Iterable[Mapping]`): The rows of [`sweep`], or of its JSONL file.
         objectives (`Sequence[str]`): The columns with rewards.
 
     Returns:
@@ -63,26 +63,29 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
         ValueError: no rows, a missing column, or cells that are missing or there twice.
     """
     cells = _cells(table, objectives)
-    methods: dict[str, list[tuple]] = {}
-    for method, weights in cells:
-        methods.setdefault(method, []).append(weights)
-    prompts = list(next(iter(cells.values())))
+    first, prompts = next(iter(cells))[0], list(next(iter(cells.values())))
+    points: dict[str, list[tuple | None]] = {}
     for (method, weights), rows in cells.items():
+        points.setdefault(method, []).append(weights)
         missing = len(set(prompts) ^ set(rows))
         if missing:
             raise ValueError(
-                f"{method!r} at {weights or 'no preference'} and {next(iter(cells))[0]!r} differ in {missing} "
-                "prompts. Methods are compared on the same prompts: let the evaluation go on to its end."
+                f"{method!r} at {weights or 'no preference'} and {first!r} differ in {missing} prompts. Methods are "
+                "compared on the same prompts: let the evaluation go on to its end."
             )
-    grids = {method: sorted(points) for method, points in methods.items() if points != [None]}
+    grids = {method: grid for method, grid in points.items() if grid != [None]}
     for method, grid in grids.items():
-        if grid != next(iter(grids.values())):
-            first = next(iter(grids))
+        leader, shared = next(iter(grids.items()))
+        if set(grid) != set(shared):
             raise ValueError(
-                f"{method!r} has {len(grid)} preferences and {first!r} {len(grids[first])}, or others. Methods are "
+                f"{method!r} has {len(grid)} preferences and {leader!r} {len(shared)}, or others. Methods are "
                 "compared at the same preferences: evaluate all of them on one grid."
             )
-    return [_front(method, points, cells, prompts, objectives) for method, points in methods.items()]
+        points[method] = shared  # whose order is everybody's
+    return [
+        _front(method, [[cells[method, weights][prompt] for weights in grid] for prompt in prompts], objectives)
+        for method, grid in points.items()
+    ]
 
 
 def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[dict[str, Any]]:
@@ -129,15 +132,14 @@ def _cells(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> dic
     return cells
 
 
-def _front(
-    method: str, points: list, cells: dict[tuple, dict], prompts: list[str], objectives: Sequence[str]
-) -> Front:
-    rows = [[cells[method, weights][prompt] for weights in points] for prompt in prompts]
+def _front(method: str, rows: list[list[Mapping[str, Any]]], objectives: Sequence[str]) -> Front:
+    """The front of a method with rows by prompt and preference."""
     every = [row for of_prompt in rows for row in of_prompt]
     tokens = sum(row["tokens"] for row in every)
+    grid = [row["preference"] for row in rows[0]]
     return Front(
         method=method,
-        preferences=None if points == [None] else np.array(points, dtype=float),
+        preferences=None if grid == [None] else np.array(grid, dtype=float),
         labels=[row["label"] for row in rows[0]],
         rewards=np.array([[[row[name] for name in objectives] for row in of_prompt] for of_prompt in rows], float),
         seconds=sum(row["seconds"] for row in every) / max(1, tokens),

@@ -30,16 +30,13 @@ def measure(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Hypervolume at each reference point and mean inner product of each method, with 95 % bootstrap intervals.
-
-    A control without preference is one point; its mean inner product is that of giving this point at every preference
-    of the others.
+    """Hypervolume at each reference point and mean inner product of each method, with 95 % bootstrap intervals. A
+    control counts as its one point at every preference of the others.
 
     Args:
         found (`Sequence[Front]`): From [`arrange`].
         objectives (`Sequence[str]`): Their objectives.
-        references (`Sequence[Sequence[float]]`): Reference points, each of length k. The order of methods may differ
-            between them.
+        references (`Sequence[Sequence[float]]`): Reference points, each of length k.
         resamples, seed (`int`, *optional*): Of the [`bootstrap`].
 
     Returns:
@@ -48,15 +45,13 @@ def measure(
     Raises:
         ValueError: a reference point of another length.
     """
-    grid = _grid(found)
     rows = []
-    for name, statistic in _statistics(objectives, references, grid).items():
+    for (name, reference), statistic in _statistics(found, objectives, references).items():
         for front in found:
-            interval = bootstrap(statistic, front.rewards, resamples, seed=seed)
-            if name[0] == HYPERVOLUME:
-                interval = interval._replace(low=max(interval.low, 0.0))
+            value, low, high = bootstrap(statistic, front.rewards, resamples, seed=seed)
+            low = max(low, 0.0) if name == HYPERVOLUME else low
             head = {"method": front.method, "points": len(front.labels), "prompts": len(front.rewards)}
-            rows.append({**head, **_measure(*name, interval)})
+            rows.append({**head, "measure": name, "reference": reference, "value": value, "low": low, "high": high})
     return rows
 
 
@@ -81,20 +76,20 @@ def differences(
     Raises:
         ValueError: no such method.
     """
-    by_name = {front.method: front for front in found}
+    by_name = {front.method: front.rewards for front in found}
     if against not in by_name:
         raise ValueError(f"`against` is {against!r}, but the methods are {', '.join(by_name)}.")
-    grid, other = _grid(found), by_name[against].rewards
+    other = by_name.pop(against)
     rows = []
-    for name, value in _statistics(objectives, references, grid).items():
-        for front in found:
-            if front.method == against:
-                continue
-            both, n = np.concatenate([front.rewards, other], axis=1), front.rewards.shape[1]
-            change = lambda mean, value=value, n=n: value(mean[:n]) - value(mean[n:])  # noqa: E731
-            interval = bootstrap(change, both, resamples, seed=seed)
-            differs = interval.low > 0 or interval.high < 0
-            rows.append({"method": front.method, "minus": against, **_measure(*name, interval), "differs": differs})
+    for (name, reference), statistic in _statistics(found, objectives, references).items():
+        for method, rewards in by_name.items():
+            n = rewards.shape[1]
+            value, low, high = bootstrap(
+                lambda mean, n=n, of=statistic: of(mean[:n]) - of(mean[n:]),
+                np.concatenate([rewards, other], axis=1), resamples, seed=seed,
+            )  # fmt: skip
+            head = {"method": method, "minus": against, "measure": name, "reference": reference}
+            rows.append({**head, "value": value, "low": low, "high": high, "differs": low > 0 or high < 0})
     return rows
 
 
@@ -105,12 +100,11 @@ def correlations(found: Sequence[Front], objectives: Sequence[str]) -> list[dict
         ValueError: an objective that is called `method`.
     """
     check_columns(objectives, ["method"])
-    rows = []
-    for front in found:
-        if front.preferences is not None:
-            values = rank_correlations(front.preferences, front.points)
-            rows.append({"method": front.method, **dict(zip(objectives, values.tolist(), strict=True))})
-    return rows
+    return [
+        {"method": front.method, **dict(zip(objectives, rank_correlations(front.preferences, front.points).tolist()))}
+        for front in found
+        if front.preferences is not None
+    ]
 
 
 def costs(found: Sequence[Front], base: str | None = None) -> list[dict[str, Any]]:
@@ -142,10 +136,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; `low` and `high` become brackets after `value`."""
     if not rows:
         return ""
-    cells = [_with_brackets(row) for row in rows]
-    names = list(cells[0])
-    lines = ["| " + " | ".join(map(_text, names)) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(_text(row[name]) for name in names) + " |" for row in cells)])
+    cells = [dict(row) for row in rows]
+    for row in cells:
+        if "low" in row:
+            row["value"] = str(Interval(row["value"], row.pop("low"), row.pop("high")))
+    head, *body = (f"| {' | '.join(map(_text, line))} |" for line in (cells[0], *(row.values() for row in cells)))
+    return "\n".join([head, "|" + "---|" * len(cells[0]), *body])
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -156,15 +152,11 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         writer.writerows(rows)
 
 
-def _grid(found: Sequence[Front]) -> np.ndarray | None:
-    return next((front.preferences for front in found if front.preferences is not None), None)
-
-
 def _statistics(
-    objectives: Sequence[str], references: Sequence[Sequence[float]], grid: np.ndarray | None
+    found: Sequence[Front], objectives: Sequence[str], references: Sequence[Sequence[float]]
 ) -> dict[tuple[str, str], Callable[[np.ndarray], float]]:
     """Measures of mean rewards `(points, k)`, by name and reference point."""
-    found: dict[tuple[str, str], Callable[[np.ndarray], float]] = {}
+    statistics: dict[tuple[str, str], Callable[[np.ndarray], float]] = {}
     for point in references:
         if len(point) != len(objectives):
             raise ValueError(
@@ -172,21 +164,11 @@ def _statistics(
                 f"objectives ({', '.join(objectives)})."
             )
         name = ", ".join(f"{o} {value:g}" for o, value in zip(objectives, point, strict=True))
-        found[HYPERVOLUME, name] = lambda mean, point=point: hypervolume(mean, point)
+        statistics[HYPERVOLUME, name] = lambda mean, point=point: hypervolume(mean, point)
+    grid = next((front.preferences for front in found if front.preferences is not None), None)
     if grid is not None:
-        found[INNER_PRODUCT, "-"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
-    return found
-
-
-def _measure(name: str, reference: str, interval: Interval) -> dict[str, Any]:
-    return {"measure": name, "reference": reference, **dict(zip(("value", "low", "high"), interval))}
-
-
-def _with_brackets(row: Mapping[str, Any]) -> dict[str, Any]:
-    if "low" not in row:
-        return dict(row)
-    value = str(Interval(row["value"], row["low"], row["high"]))
-    return {key: value if key == "value" else cell for key, cell in row.items() if key not in ("low", "high")}
+        statistics[INNER_PRODUCT, "-"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
+    return statistics
 
 
 def _text(value: Any) -> str:

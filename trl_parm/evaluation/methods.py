@@ -8,29 +8,20 @@ model for each [`Batch`] and its preference, see [`Run`].
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
+from peft_pblora.preference import Preference
 from peft_pblora.switch import backbone_of
-from trl_parm.decoding import (
-    ARGS,
-    BASE,
-    MOD,
-    ClassifierReward,
-    GenARM,
-    Guided,
-    MODWeakToStrong,
-    TextReward,
-    TrajectoryReward,
-    TransferQ,
-    rewarded_soup,
-)
+from trl_parm import decoding as formulas
+from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
+from trl_parm.records import fingerprint
 from trl_parm.reward_models import ModelReward, RewardSource
-from trl_parm.texts import as_text
+from trl_parm.rewards import readable
 
-from .decoding import Batch, ModelAt
+from .decoding import Batch, ModelAt, Run
 from .models import Guide, Models, backbone_name, own_prompt
 
 
@@ -48,21 +39,50 @@ class Method:
     make: Callable[..., ModelAt]
     control: bool = False
 
-    def settings(self) -> dict[str, bool]:
-        """The settings it takes, and whether each is required."""
-        parameters = list(inspect.signature(self.make).parameters.values())[1:]
-        return {p.name: p.default is inspect.Parameter.empty for p in parameters}
 
-    def check(self, name: str, given: Mapping[str, Any]) -> None:
-        """Raises `ValueError` for settings that are unknown or missing."""
-        known = self.settings()
-        unknown = [key for key in given if key not in known]
-        missing = [key for key, required in known.items() if required and key not in given]
-        if unknown or missing:
-            faults = [f"has no {', '.join(missing)}"] if missing else []
-            faults += [f"has {', '.join(unknown)}"] if unknown else []
-            allowed = ", ".join(known) or "nothing"
-            raise ValueError(f"The method {name!r} {' and '.join(faults)}. Its settings are {allowed}.")
+@dataclass(frozen=True)
+class Entry:
+    """A method of a configuration, such as `{method: parm, name: PARM, arm: runs/arm, beta: 1.0}`."""
+
+    name: str
+    method: Method
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | str) -> Entry:
+        """From what stands in YAML. Raises `ValueError` for an unknown method, and unknown or missing settings."""
+        settings = {"method": given} if isinstance(given, str) else dict(given)
+        key = settings.pop("method", None)
+        if key not in METHODS:
+            raise ValueError(f"A method is {key!r}, but it must be one of {', '.join(METHODS)}.")
+        method = METHODS[key]
+        name = settings.pop("name", method.title)
+        _, *known = inspect.signature(method.make).parameters.values()
+        allowed = [setting.name for setting in known]
+        missing = [s.name for s in known if s.default is inspect.Parameter.empty and s.name not in settings]
+        unknown = [setting for setting in settings if setting not in allowed]
+        if missing or unknown:
+            faults = [f"{verb} {', '.join(names)}" for verb, names in (("has no", missing), ("has", unknown)) if names]
+            raise ValueError(
+                f"The method {name!r} {' and '.join(faults)}. Its settings are {', '.join(allowed) or 'nothing'}."
+            )
+        return cls(name, method, settings)
+
+    def configuration(self) -> dict[str, Any]:
+        """What its rows depend on, with a fingerprint of every local folder among its settings."""
+        return {"make": self.method.make.__name__, **with_fingerprints(self.settings)}
+
+    def runs(self, preferences: Sequence[Preference]) -> list[Run]:
+        """One run for each preference, or one for a control."""
+        return [Run(self.name)] if self.method.control else [Run(self.name, p) for p in preferences]
+
+
+def with_fingerprints(value: Any) -> Any:
+    """The value, with a hash beside each name of a local folder in it."""
+    if isinstance(value, Mapping):
+        return {key: with_fingerprints(entry) for key, entry in value.items()}
+    found = fingerprint(value) if isinstance(value, str) else None
+    return value if found is None else {"path": value, "fingerprint": found}
 
 
 def base_model(models: Models) -> ModelAt:
@@ -73,20 +93,19 @@ def base_model(models: Models) -> ModelAt:
 def untrained_arm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π of the ARM's backbone: the sharpening of PARM and GenARM without any preference."""
     guide, strength = models.guide(arm, template), guidance_strength(beta)
-    formula = BASE + strength * guide.lm(untrained=True)
-    return lambda batch: (Guided(models.base, formula), own_prompt([guide], batch))
+    return _guided(models, [guide], lambda batch: BASE + strength * guide.lm(untrained=True))
 
 
 def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π_ARM(α), for every preference-conditioned adapter."""
     guide, strength = models.guide(arm, template), guidance_strength(beta)
-    return lambda b: (Guided(models.base, BASE + strength * guide.lm(b.weights)), own_prompt([guide], b))
+    return _guided(models, [guide], lambda batch: BASE + strength * guide.lm(batch.weights))
 
 
 def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + Σ α_i/β · log π_i."""
-    guides = _guides(models, arms, template)
-    return lambda b: (GenARM(models.base, _lms(guides), _ordered(b, guides), beta), own_prompt(guides.values(), b))
+    guides = {objective: models.guide(name, template) for objective, name in arms.items()}
+    return _guided(models, guides.values(), lambda batch: formulas.genarm(*_weighted(guides, batch), beta))
 
 
 def mod(
@@ -97,32 +116,26 @@ def mod(
     template: str | None = None,
 ) -> ModelAt:
     """Σ α_i · log π_i, or a power mean for other divergences."""
-    guides = _guides(models, policies, template)
-
-    def model_at(batch: Batch) -> Any:
-        combined = MOD(models.base, _lms(guides), _ordered(batch, guides), divergence, order)
-        return combined, own_prompt(guides.values(), batch)
-
-    return model_at
+    guides = {objective: models.guide(name, template) for objective, name in policies.items()}
+    return _guided(models, guides.values(), lambda batch: formulas.mod(*_weighted(guides, batch), divergence, order))
 
 
 def mod_w2s(models: Models, policies: dict[str, str], reference: str, template: str | None = None) -> ModelAt:
     """log π_base + Σ α_i (log π_i − log π_ref), in our reading; the reference is mostly the policies' backbone."""
-    guides = _guides(models, policies, template)
+    guides = {objective: models.guide(name, template) for objective, name in policies.items()}
     untuned = models.guide(reference, template)
 
-    def model_at(batch: Batch) -> Any:
-        guided = MODWeakToStrong(models.base, _lms(guides), untuned.lm(), _ordered(batch, guides))
-        return guided, own_prompt([*guides.values(), untuned], batch)
+    def formula(batch: Batch) -> Scorer:
+        scorers, weights = _weighted(guides, batch)
+        return formulas.mod_w2s(scorers, untuned.lm(), weights)
 
-    return model_at
+    return _guided(models, [*guides.values(), untuned], formula)
 
 
 def args(models: Models, rewards: dict[str, Any], weight: float = 1.5, k: int = 10, cached: bool = False) -> ModelAt:
     """log π_base + w · Σ α_i R_i on the k best tokens. `cached` lets a classifier read the base model's own tokens,
     each prefix once, where it has the same tokenizer and template."""
-    judges = _judges(models, rewards, cached)
-    return lambda b: ARGS(models.base, _trajectories(models, judges, b), _ordered(b, judges), weight=weight, k=k)
+    return _search(models, rewards, weight, k, cached)
 
 
 def transfer_q(
@@ -135,34 +148,31 @@ def transfer_q(
     cached: bool = False,
 ) -> ModelAt:
     """As ARGS, of texts that the policy, a model aligned to some reward, has decoded further."""
-    judges, aligned = _judges(models, rewards, cached), models.apart(policy)
-    search = {"weight": weight, "k": k, "rollout_tokens": rollout_tokens}
-    return lambda b: TransferQ(models.base, _trajectories(models, judges, b), aligned, _ordered(b, judges), **search)
+    return _search(models, rewards, weight, k, cached, Rollout(models.apart(policy), rollout_tokens))
 
 
 def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
     """The model with weights Σ α_i θ_i: of whole models, or of LoRAs on one backbone."""
     owner: Any = None
-    named: dict[str, Any] = {}
     if any(backbone_name(policy) for policy in policies.values()):
-        found = {objective: models.adapter(policy) for objective, policy in policies.items()}
-        owner, named = next(iter(found.values()))[0], {objective: name for objective, (_, name) in found.items()}
-        if any(other is not owner for other, _ in found.values()):
+        adapters = {objective: models.adapter(policy) for objective, policy in policies.items()}
+        owners = [model for model, _ in adapters.values()]
+        owner, named = owners[0], {objective: name for objective, (_, name) in adapters.items()}
+        if any(other is not owner for other in owners):
             raise ValueError("The LoRAs of a soup need one backbone. Tune all of them from one model.")
     else:
         named = {objective: models.apart(policy) for objective, policy in policies.items()}
     made: dict[tuple, Any] = {}
 
     def model_at(batch: Batch) -> Any:
-        weights = _ordered(batch, named)
-        if tuple(weights) not in made:
+        weights = tuple(_ordered(batch, named))
+        if weights not in made:
             made.clear()  # the soup before goes first
             if owner is not None:
                 owner.base_model.set_adapter([])
-            soup: Any = rewarded_soup(named, weights, owner)
-            cast(Any, backbone_of(soup)).generation_config = models.base.generation_config
-            made[tuple(weights)] = soup
-        return made[tuple(weights)]
+            made[weights] = rewarded_soup(cast(dict, named), weights, owner)
+            cast(Any, backbone_of(made[weights])).generation_config = models.base.generation_config
+        return made[weights]
 
     return model_at
 
@@ -183,12 +193,14 @@ METHODS = {
 """All methods by the name that a configuration gives."""
 
 
-def _guides(models: Models, named: Mapping[str, str], template: str | None) -> dict[str, Guide]:
-    return {objective: models.guide(name, template) for objective, name in named.items()}
+def _guided(models: Models, guides: Iterable[Guide], formula: Callable[[Batch], Scorer]) -> ModelAt:
+    """The base model by a formula of guides, and the prompt that they read in the place of its own."""
+    return lambda batch: (Guided(models.base, formula(batch)), own_prompt(guides, batch))
 
 
-def _lms(guides: Mapping[str, Guide]) -> dict[str, Any]:
-    return {objective: guide.lm() for objective, guide in guides.items()}
+def _weighted(guides: Mapping[str, Guide], batch: Batch) -> tuple[dict[str, Scorer], list[float]]:
+    """log π of each guide, and α in their order."""
+    return {objective: guide.lm() for objective, guide in guides.items()}, _ordered(batch, guides)
 
 
 def _ordered(batch: Batch, models: Mapping[str, Any]) -> list[float]:
@@ -201,26 +213,26 @@ def _ordered(batch: Batch, models: Mapping[str, Any]) -> list[float]:
     return [batch.weights[objective] for objective in models]
 
 
-def _judges(models: Models, rewards: Mapping[str, Any], cached: bool) -> dict[str, Any]:
+def _search(
+    models: Models, rewards: Mapping[str, Any], weight: float, k: int, cached: bool, rollout: Rollout | None = None
+) -> ModelAt:
     judges: dict[str, Any] = {}
     for objective, given in rewards.items():
         source = RewardSource.of(given)
         reward = source.load()
         if isinstance(reward, ModelReward):
             models.keep(reward.model)
-        elif cached:
-            raise ValueError(f"`cached` is for classifiers, but the reward {source.source!r} is a function.")
+        if cached and (source.negate or not isinstance(reward, ModelReward)):
+            kind = "a cost, minus its output" if source.negate else "a function"
+            raise ValueError(f"`cached` is for classifiers, but the reward {source.source!r} is {kind}.")
         judges[objective] = ClassifierReward(reward.model, source.label) if cached else reward
-    return judges
 
+    def model_at(batch: Batch) -> Guided:
+        # Rewards of texts get the prompts as they are given, without the base model's template.
+        judged = {
+            objective: judge if cached else TextReward(judge, models.tokenizer, readable(judge, batch.prompts))
+            for objective, judge in judges.items()
+        }
+        return Guided(models.base, formulas.args(judged, _ordered(batch, judges), weight, k, rollout=rollout))
 
-def _trajectories(models: Models, judges: Mapping[str, Any], batch: Batch) -> dict[str, TrajectoryReward]:
-    """Rewards that read texts get the prompts as they are given, without the base model's template."""
-    found: dict[str, TrajectoryReward] = {}
-    for objective, judge in judges.items():
-        if not isinstance(judge, TrajectoryReward):
-            reads_messages = getattr(judge, "reads_messages", False)
-            prompts: list[Any] = [prompt if reads_messages else as_text(prompt) for prompt in batch.prompts]
-            judge = TextReward(judge, models.tokenizer, prompts)
-        found[objective] = judge
-    return found
+    return model_at

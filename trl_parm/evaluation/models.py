@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -32,7 +32,6 @@ from trl_parm.decoding import LM, Prompt, Vocabulary
 from .decoding import Batch, encode_prompts
 
 
-logger = logging.getLogger(__name__)
 CHAT = "chat"
 
 
@@ -45,9 +44,8 @@ class Guide:
         adapter_name (`str` or `None`): Which of its adapters is meant.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         vocabulary ([`Vocabulary`] or `None`): Where its vocabulary is not the base model's.
-        template (`str` or `None`):
-            Where it reads prompts otherwise than the base model: a text with `{prompt}`, or `"chat"` for the chat
-            template of its own tokenizer.
+        template (`str` or `None`): Where it reads prompts otherwise than the base model: a text with `{prompt}`, or
+            `"chat"` for the chat template of its own tokenizer.
     """
 
     model: Any
@@ -58,20 +56,15 @@ class Guide:
 
     def lm(self, preference: Preference | None = None, untrained: bool = False) -> LM:
         """log π of this model, or of its backbone alone."""
-        others = AdapterSwitch.of(
-            backbone_of(self.model)
-        ).names  # such as policies on the base model, which is a guide
-        alone = bool(others) and (untrained or self.adapter_name is None)
-        name = self.adapter_name or next(iter(others), None)
+        adapters = AdapterSwitch.of(backbone_of(self.model)).names  # also policies on a base model that is a guide too
+        name = self.adapter_name or next(iter(adapters), None)
+        alone = bool(adapters) and (untrained or self.adapter_name is None)
         return LM(self.model, preference, name, disable_adapter=alone, vocabulary=self.vocabulary)
 
 
 def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
-    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`.
-
-    Raises:
-        ValueError: guides that would read different tokens.
-    """
+    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`. Raises
+    `ValueError` for guides that would read different tokens."""
     found = [
         encode_prompts(guide.tokenizer, batch.prompts, None if guide.template == CHAT else guide.template)
         for guide in guides
@@ -100,8 +93,8 @@ class Models:
 
     def __init__(self, base: str, dtype: str = "auto", **kwargs: Any) -> None:
         self.name, self.kwargs = base, {"dtype": dtype, **kwargs}
-        self._adapted: dict[tuple[str, str], PeftModel] = {}
         self._whole: dict[str, PreTrainedModel] = {}
+        self._adapted: dict[tuple[str, str], PeftModel] = {}
         self._beside: list[torch.nn.Module] = []
 
     @cached_property
@@ -128,9 +121,9 @@ class Models:
         """A model that guides the base model: a whole one, or an adapter, see `adapter`."""
         backbone = backbone or backbone_name(name)
         model, adapter_name = self.adapter(name, backbone) if backbone else (self.whole(name), None)
-        vocabulary, tokenizer = None, _tokenizer(name, backbone)
-        if _vocabulary_size(model) != _vocabulary_size(self.base):
-            vocabulary = Vocabulary(self.tokenizer, tokenizer)
+        tokenizer = _tokenizer(name, backbone)
+        own, bases = (one.get_output_embeddings().weight.shape[0] for one in cast(Any, (model, self.base)))
+        vocabulary = None if own == bases else Vocabulary(self.tokenizer, tokenizer)
         return Guide(model, adapter_name, tokenizer, vocabulary, template)
 
     def adapter(self, name: str, backbone: str | None = None) -> tuple[PeftModel, str]:
@@ -142,33 +135,31 @@ class Models:
         """
         config = adapter_config(name)
         backbone = cast(str, backbone or config.base_model_name_or_path)
-        key = "" if same_model(backbone, self.name) else backbone, str(config.peft_type)
-        taken = "" in {own for own, _ in self._adapted} and key not in self._adapted
-        if key[0] or taken:
-            logger.info("The backbone %s of the adapter %s is loaded beside the base model.", backbone, name)
+        key = canonical(backbone), str(config.peft_type)
+        # A backbone takes adapters of one kind; those of another get one of their own.
+        taken = any(home == key[0] for home, _ in self._adapted)
+        below = self._load(backbone) if taken and key not in self._adapted else self.whole(backbone)
         inside = name.replace(".", "_")  # where dots would mean submodules
-        below = None if key in self._adapted else self._load(backbone) if key[0] or taken else self.base
         try:
-            if below is not None:
+            if key not in self._adapted:
                 self._adapted[key] = PeftModel.from_pretrained(below, name, adapter_name=inside)
             elif inside not in self._adapted[key].peft_config:
                 self._adapted[key].load_adapter(name, adapter_name=inside)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {_short(error)}") from error
+            reason = shorten(str(error), 300, placeholder="…")
+            raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {reason}") from error
         model = self._adapted[key].eval()
         cast(Any, model.base_model).set_adapter([])
         return model, inside
 
     def whole(self, name: str) -> PreTrainedModel:
-        """A whole model, loaded once for a method: the base model, or the backbone of adapters, by their names."""
-        known = {own: model.get_base_model() for (own, _), model in self._adapted.items() if own} | self._whole
-        if same_model(name, self.name):
+        """A whole model, loaded once for a method: the base model, or another by its name."""
+        key = canonical(name)
+        if key == canonical(self.name):
             return self.base
-        for own, model in known.items():
-            if same_model(name, own):
-                return cast(PreTrainedModel, model)
-        self._whole[name] = self._load(name)
-        return self._whole[name]
+        if key not in self._whole:
+            self._whole[key] = self._load(name)
+        return self._whole[key]
 
     def apart(self, name: str) -> PreTrainedModel:
         """A model with a backbone of its own, which decodes while the base model does; an adapter is active."""
@@ -190,10 +181,10 @@ class Models:
         return sum(p.numel() for p in found.values()), sum(p.numel() * p.element_size() for p in found.values())
 
     @contextmanager
-    def borrowed(self) -> Iterator[Models]:
+    def borrowed(self) -> Iterator[None]:
         """For the time of one method: afterwards what it loaded is gone, and the base model as it was."""
         try:
-            yield self
+            yield
         finally:
             for model in self._adapted.values():
                 cast(Any, model).unload()
@@ -222,9 +213,9 @@ def adapter_config(name: str) -> PeftConfig:
     return _read(PeftConfig.from_pretrained, name, "adapter")
 
 
-def same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: equal, or paths of one folder."""
-    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+def canonical(name: str) -> str:
+    """One name for a model that has several: of a folder its whole path."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def is_readable(name: str) -> bool:
@@ -242,14 +233,8 @@ def _read(load: Callable[..., Any], name: str, what: str, **arguments: Any) -> A
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"There is no {what} to read at {name!r}: neither in a folder of this name nor on the Hub, as far as it "
-            f"can be reached ({_short(error, 120)})."
+            f"can be reached ({shorten(str(error), 120, placeholder='…')})."
         ) from error
-
-
-def _short(error: BaseException, most: int = 300) -> str:
-    """An error's message in one line, cut if it is long."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBase:
@@ -263,8 +248,3 @@ def _tokenizer(name: str, backbone: str | None = None) -> PreTrainedTokenizerBas
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _vocabulary_size(model: Any) -> int:
-    """How many logits a model has."""
-    return model.get_output_embeddings().weight.shape[0]

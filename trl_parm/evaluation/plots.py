@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from matplotlib.tri import Triangulation
 
 from peft_pblora.output import check_output, output_file
 
+from .fronts import SUMMARY
 from .measures import WRITER, write_csv
 
 
@@ -87,13 +88,7 @@ def draw_fronts(
     paths = figure_files(objectives, folder, name)
     for path in paths:
         check_output(path, WRITER)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if len(objectives) == 2:
-        figures = [_one_plane(summary, objectives, references)]
-    else:
-        figures = [_planes(summary, objectives, references)]
-    if len(objectives) == 3:
-        figures.append(_space(summary, objectives, references))
+    figures = [draw(summary, objectives, references) for draw in _drawings(objectives).values()]
     for path, figure in zip(paths, (figure for figure in figures for _ in KINDS)):
         _save(figure, path)
     write_csv([_flat(row, objectives) for row in summary], paths[-1])
@@ -104,8 +99,15 @@ def figure_files(objectives: Sequence[str], folder: str | Path, name: str) -> li
     """The files that [`draw_fronts`] writes, the numbers last. Raises `ValueError` for a name with a path in it."""
     if not name or Path(name).name != name:
         raise ValueError(f"`name` is {name!r}, but it must be the beginning of a file's name, without any folder.")
-    stems = {2: [name], 3: [f"{name}_pairs", f"{name}_3d"]}.get(len(objectives), [f"{name}_pairs"])
-    return [Path(folder) / file for file in (*(f"{stem}.{kind}" for stem in stems for kind in KINDS), f"{name}.csv")]
+    figures = [f"{name}{ending}.{kind}" for ending in _drawings(objectives) for kind in KINDS]
+    return [Path(folder) / file for file in (*figures, f"{name}.csv")]
+
+
+def _drawings(objectives: Sequence[str]) -> dict[str, Callable[..., Figure]]:
+    """How the names of the figures end, and what draws them."""
+    if len(objectives) == 2:
+        return {"": _one_plane}
+    return {"_pairs": _planes, "_3d": _space} if len(objectives) == 3 else {"_pairs": _planes}
 
 
 def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence[Sequence[float]]) -> Figure:
@@ -113,7 +115,13 @@ def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence
     axes = figure.subplots()
     shades = _plane(axes, summary, objectives, (0, 1), references, connect=True)
     if len({row["method"] for row in summary if row["preference"] is not None}) == 1:
-        _write_weights(axes, summary, objectives)
+        for row in summary:
+            if row["preference"] is not None:
+                axes.annotate(
+                    f"{row['preference'][0]:g}", (row[objectives[0]], row[objectives[1]]), xytext=(7, 6),
+                    textcoords="offset points", fontsize=8, zorder=6,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                )  # fmt: skip
     if shades is not None:
         figure.colorbar(shades, ax=axes, label=f"α, weight of {as_text(objectives[0])}", pad=0.01)
     legend(figure, summary, len(references), connect=True)
@@ -148,7 +156,7 @@ def _plane(
     """Draws two of the objectives, and returns what a colour bar can be made of."""
     x, y = objectives[pair[0]], objectives[pair[1]]
     shades = None
-    for (_, rows), (colour, marker, line) in zip(by_method(summary).items(), styles(summary)):
+    for rows, (colour, marker, line) in zip(by_method(summary).values(), styles(summary)):
         xs, ys = _column(rows, x), _column(rows, y)
         right, up = _reach(rows, x), _reach(rows, y)
         axes.errorbar(xs, ys, up, right, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45, zorder=1)
@@ -176,7 +184,7 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     figure = Figure(figsize=(7.4, 5.8), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
     shades = None
-    for (_, rows), (colour, marker, _) in zip(by_method(summary).items(), styles(summary)):
+    for rows, (colour, marker, _) in zip(by_method(summary).values(), styles(summary)):
         points = [_column(rows, name) for name in objectives]
         if rows[0]["preference"] is None:
             axes.scatter(*points, marker=marker, s=100, facecolor="white", edgecolor=colour, linewidth=1.4)
@@ -191,8 +199,7 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
         )  # fmt: skip
     for point in references:
         axes.scatter(*([value] for value in point), marker="x", s=55, color="black", linewidth=1.6)
-    for name, label in zip(("xlabel", "ylabel", "zlabel"), objectives):
-        axes.set(**{name: as_text(label)})
+    axes.set(**dict(zip(("xlabel", "ylabel", "zlabel"), map(as_text, objectives))))
     axes.xaxis.labelpad = axes.yaxis.labelpad = 9
     axes.view_init(elev=22, azim=-52)
     axes.set_box_aspect(None, zoom=0.95)
@@ -200,16 +207,6 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
         figure.colorbar(shades, ax=axes, label=f"α, weight of {as_text(objectives[2])}", shrink=0.7, pad=0.07)
     legend(figure, summary, len(references), crosses=False)
     return figure
-
-
-def _write_weights(axes: Axes, summary: Summary, objectives: Sequence[str]) -> None:
-    for row in summary:
-        if row["preference"] is not None:
-            place = (row[objectives[0]], row[objectives[1]])
-            axes.annotate(
-                f"{row['preference'][0]:g}", place, xytext=(7, 6), textcoords="offset points", fontsize=8, zorder=6,
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            )  # fmt: skip
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
@@ -224,10 +221,10 @@ def _reach(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 
 def _flat(row: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
+    """A row with a column for the weight of each objective in the place of its preference and label."""
     weights = row["preference"] or [""] * len(objectives)
-    named = {f"α {name}": weight for name, weight in zip(objectives, weights, strict=True)}
-    rest = {key: value for key, value in row.items() if key not in ("method", "preference", "label")}
-    return {"method": row["method"], **named, **rest}
+    rest = {key: value for key, value in row.items() if key not in SUMMARY}
+    return {"method": row["method"], **{f"α {name}": α for name, α in zip(objectives, weights, strict=True)}, **rest}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -253,16 +250,10 @@ def by_method(summary: Summary) -> dict[str, list[Mapping[str, Any]]]:
 
 def styles(summary: Summary) -> list[tuple[str, str, Any]]:
     """Colour, marker and line of each method; no two of eight share a colour, of ten a marker. Controls are black."""
-    found, controls, methods = [], 0, 0
-    for rows in by_method(summary).values():
-        if rows[0]["preference"] is None:
-            found.append(("black", OPEN_MARKERS[controls % len(OPEN_MARKERS)], "none"))
-            controls += 1
-        else:
-            style = (COLOURS, MARKERS, LINES)
-            found.append(tuple(choices[methods % len(choices)] for choices in style))
-            methods += 1
-    return found
+    controls = zip(itertools.repeat("black"), itertools.cycle(OPEN_MARKERS), itertools.repeat("none"))
+    methods = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), itertools.cycle(LINES))
+    kinds = (rows[0]["preference"] is None for rows in by_method(summary).values())
+    return [next(controls if control else methods) for control in kinds]
 
 
 def legend(figure: Figure, summary: Summary, references: int, connect: bool = False, crosses: bool = True) -> None:
