@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The low-rank adapter s · B W(α) A of one linear layer, in plain PyTorch.
-
-It is never multiplied out: W(α) is folded into the smaller factor, or applied row by row in the rank dimension when
-every row of the batch has a preference of its own. It knows nothing of PEFT.
-"""
+"""The low-rank adapter s · B W(α) A of one linear layer, in plain PyTorch. It is never multiplied out."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpointing import PendingForwards
 from .condition import Condition
 from .cores import Core
 from .fold import Fold, dtype_for
@@ -24,8 +19,39 @@ Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """down `(r, n)`, up `(m, r)` and bias `(m,)` or `None` of a low-rank map: up (down x) + bias."""
 
 
+class PendingForwards:
+    """Which preferences the forwards had whose backward is still to come.
+
+    Gradient checkpointing repeats a forward in backward. With another preference it would compute other activations
+    than the loss came from, and gradients that are wrong without any error, so that is refused.
+    """
+
+    def __init__(self) -> None:
+        self.versions: set[int] = set()
+        self.repeated = False
+
+    def check(self, version: int) -> None:
+        """Notes a forward at the preference of this version, or raises `RuntimeError` for a wrong repetition."""
+        if torch._C._current_graph_task_id() == -1:
+            if self.repeated:
+                self.versions.clear()
+                self.repeated = False
+            if len(self.versions) < 2:
+                self.versions.add(version)
+        elif self.versions - {version}:
+            raise RuntimeError(
+                "The preference was changed between a forward and its backward, but gradient checkpointing repeats "
+                "the forward in backward. Set the preference before the forward and leave it until backward is "
+                "done; with several preferences in one step, run backward for each before the next forward."
+            )
+        else:
+            self.repeated = True
+
+
 class LowRankAdapter(nn.Module):
     """Adds s · B (W(α) A x + δ(α)) to the output of a frozen linear layer; most cores have no shift δ.
+
+    W(α) is folded into the smaller factor, or applied in the rank dimension where each row has its own preference.
 
     Args:
         in_features (`int`): n, size of the layer's input.
@@ -35,6 +61,8 @@ class LowRankAdapter(nn.Module):
         condition ([`Condition`]): α, which adapters of other layers may share.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
         identity (`bool`, *optional*, defaults to `True`): Start with B = 0, so that the layer is unchanged.
+
+    A and, for `identity=False`, B are drawn from kaiming_uniform(a=√5), the core as it defines.
     """
 
     def __init__(
@@ -56,21 +84,12 @@ class LowRankAdapter(nn.Module):
         self.condition = condition
         self._pending = PendingForwards()
         self._folds: dict[torch.dtype, Fold] = {}
-        self.reset_parameters(identity)
-
-    def reset_parameters(self, identity: bool = True) -> None:
-        """A from kaiming_uniform(a=√5), B zero (or small random for `identity=False`), the core as it defines."""
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         if identity:
             nn.init.zeros_(self.B.weight)
         else:
             nn.init.kaiming_uniform_(self.B.weight, a=math.sqrt(5))
-        self.core.reset_parameters()
-
-    def share(self, condition: Condition) -> None:
-        """Takes another condition, which other adapters may have too."""
-        self.condition = condition
-        condition.to(self.A.weight.device)
+        core.reset_parameters()
 
     def factors(self, preference: torch.Tensor | None = None) -> Factors:
         """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
@@ -79,8 +98,7 @@ class LowRankAdapter(nn.Module):
             preference (`torch.Tensor` of shape `(k,)`, *optional*): The preference that is set if not given.
 
         Returns:
-            `tuple` of down `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`. W(α) and s are folded into the smaller
-            factor.
+            `tuple` of down `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`.
 
         Raises:
             ValueError: a preference for each row is set.
@@ -112,8 +130,7 @@ class LowRankAdapter(nn.Module):
             preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`, *optional*): Instead of the one that is set.
             condition ([`Condition`], *optional*): In the place of the adapter's own.
             folded (`bool`, *optional*, defaults to `False`):
-                Whether [`fold_ahead`] was called since anything changed: a compiled forward then uses that fold,
-                instead of computing W(α) again for every token.
+                Whether [`fold_ahead`] was called since anything changed; a compiled forward then uses that fold.
 
         Raises:
             ValueError: the batch is not a multiple of the preference's rows.
@@ -147,19 +164,13 @@ class LowRankAdapter(nn.Module):
         return (flat if bias is None else flat + bias.to(result.dtype)).view(result.shape)
 
     def row_factors(self, preference: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """s · W(α), shape `(rows, r, r)`, and s · δ(α), shape `(rows, r)` or `None`, for preferences `(rows, k)`.
-
-        They have the dtype of `like` and are on its device.
-        """
+        """s · W(α), `(rows, r, r)`, and s · δ(α), `(rows, r)` or `None`, in the dtype and on the device of `like`."""
         matrix, shift = self.core(preference.to(like.device, self.A.weight.dtype))
         matrix = (self.scaling * matrix).to(like)
         return matrix, None if shift is None else (self.scaling * shift).to(like)
 
     def _weights_are_here(self) -> bool:
-        """Whether A and B can be read without calling them.
-
-        Offloading by accelerate, and FSDP where each of them is a unit, bring the weights when a module is called.
-        """
+        """Whether A and B can be read uncalled: accelerate's offloading and FSDP bring weights when they are called."""
         return type(self.A) is type(self.B) is nn.Linear and not self.A.weight.is_meta
 
     def _folded(self, x: torch.Tensor, condition: Condition) -> Fold | None:
@@ -184,8 +195,7 @@ class LowRankAdapter(nn.Module):
             ValueError: the batch is not a multiple of the preference's rows.
         """
         condition = self.condition if condition is None else condition
-        for dtype in [dtype for dtype, fold in self._folds.items() if not fold.fits(condition)]:
-            del self._folds[dtype]
+        self._folds = {dtype: fold for dtype, fold in self._folds.items() if fold.fits(condition)}
         self._folded(x, condition)
 
     def train(self, mode: bool = True) -> LowRankAdapter:
@@ -211,10 +221,7 @@ class LowRankAdapter(nn.Module):
 
 
 def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:
-    """Repeats each row of a `(rows, k)` preference so that there is one for each of `batch` rows.
-
-    `generate` repeats rows in the same way for beams and several sequences.
-    """
+    """Repeats each row of a `(rows, k)` preference, as `generate` repeats rows, so that there are `batch`."""
     check_rows(preference.shape[0], batch)
     return preference.repeat_interleave(batch // preference.shape[0], dim=0)
 

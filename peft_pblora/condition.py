@@ -74,6 +74,3 @@ class Condition:
                 "`peft_pblora.set_preference(model, ...)`.",
                 stacklevel=2,
             )
-
-    def __repr__(self) -> str:
-        return f"Condition({self.objectives}, {self.preference.tolist()})"

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cores: the r×r matrix W(α) that makes a LoRA preference-conditioned.
-
-Every adapter of this package is ΔW(α) = s · B W(α) A and differs only in W(α). A core is a small `nn.Module` that
-owns the parameters of W and maps a preference to the matrix. It knows nothing of layers, PEFT or models.
-"""
+"""Cores: the r×r matrix W(α) between B and A that makes a LoRA preference-conditioned. Mathematics only."""
 
 import math
 
@@ -63,9 +59,8 @@ class PBLoraCore(Core):
 
     def reset_parameters(self) -> None:
         """Draws W1 and φ from kaiming_uniform(a=√5), as the authors do."""
-        for weight in (self.W1, self.W2):
-            if weight is not None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        for weight in self.parameters():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = preference.shape[:-1]
@@ -137,7 +132,10 @@ class MoSLoraCore(Core):
     def __init__(self, objectives: int, r: int, embedding_size: int = 0) -> None:
         super().__init__()
         if r < 1 or embedding_size < 0:
-            raise ValueError(f"`r` is {r} and `embedding_size` {embedding_size}, but they must be positive and >= 0.")
+            raise ValueError(
+                f"`r` is {r} and `embedding_size` {embedding_size}, but r must be positive and `embedding_size` 0 or "
+                "larger."
+            )
         self.rank = r
         self.embeddings = nn.Parameter(torch.empty(objectives, embedding_size)) if embedding_size else None
         self.M = nn.Parameter(torch.empty(2 * r, embedding_size or objectives))

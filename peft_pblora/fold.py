@@ -18,32 +18,28 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Fold:
-    """What an adapter adds at the preference that is set.
+    """What an adapter adds at the preference of a condition, computed in a dtype from [`dtype_for`].
 
     One preference is folded into the factors; with a preference for each of several rows, W(α) of every row is kept.
-
-    Args:
-        adapter ([`LowRankAdapter`]): The adapter to fold.
-        condition ([`Condition`]): α.
-        dtype (`torch.dtype`): The dtype to compute in, see [`dtype_for`].
     """
 
     def __init__(self, adapter: LowRankAdapter, condition: Condition, dtype: torch.dtype) -> None:
         self.dtype, self.condition, self.version = dtype, condition, condition.version
         self.weights = [
-            (parameters, name, weight, weight.data_ptr(), _version(weight))
+            # Inference tensors keep no version; whoever changes one in place must set the preference again.
+            (parameters, name, weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
             for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
             for name, weight in parameters.items()
             if weight is not None
         ]
-        self.rows = self.condition.rows
+        self.rows = condition.rows
         self.matrix: torch.Tensor | None = None
         if self.rows > 1:
             down, up = adapter.A.weight, adapter.B.weight
-            matrix, bias = adapter.row_factors(self.condition.preference, down)
+            matrix, bias = adapter.row_factors(condition.preference, down)
             self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()
         else:
-            down, up, bias = adapter.factors(self.condition.preference.view(-1))
+            down, up, bias = adapter.factors(condition.preference.view(-1))
         self.bias = None if bias is None else bias.to(dtype)
         self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
 
@@ -63,18 +59,17 @@ class Fold:
         """Adds to `result`, of shape `(batch, ..., m)`, in place."""
         hidden = torch.matmul(x.to(self.dtype), self.down)
         if self.matrix is not None:
-            hidden = self._mix_rows(hidden, self.matrix)
+            rows = hidden.reshape(len(self.matrix), -1, hidden.shape[-1])  # rows that `generate` repeats stand together
+            if self.bias is None:
+                hidden = torch.bmm(rows, self.matrix).view(hidden.shape)
+            else:
+                hidden = torch.baddbmm(self.bias[:, None], rows, self.matrix).view(hidden.shape)
         # Autocast lowers the dtype of `hidden`, and in-place products do not follow it.
         if result.dtype == self.dtype == hidden.dtype and result.is_contiguous():
             result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
         else:
             result.add_(torch.matmul(hidden, self.up))
         return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
-
-    def _mix_rows(self, hidden: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        rows = hidden.reshape(len(matrix), -1, hidden.shape[-1])  # rows that `generate` repeats stand together
-        rows = torch.bmm(rows, matrix) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, matrix)
-        return rows.view(hidden.shape)
 
 
 def dtype_for(x: torch.Tensor) -> torch.dtype:
@@ -86,8 +81,3 @@ def dtype_for(x: torch.Tensor) -> torch.dtype:
     if dtype in HALF and x.is_cpu and x.numel() <= SMALL_TOKENS * x.shape[-1]:
         return torch.float32
     return dtype
-
-
-def _version(weight: torch.Tensor) -> int | None:
-    # Inference tensors keep no version; whoever changes one in place must set the preference again.
-    return None if weight.is_inference() else weight._version
