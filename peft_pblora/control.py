@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from .condition import Condition
-from .layer import PreferenceLinear, preference_layers
+from .layer import preference_layers
 from .model import PreferenceTuner
 from .preference import Preference, as_preference
 
@@ -39,7 +39,7 @@ def set_preference(
     set_preference(model, {"helpful": 0.7, "harmless": 0.3})
     ```
     """
-    found = conditions(model, adapter_name)
+    found = _conditions(model, adapter_name)
     valid = [as_preference(preference, condition.objectives, normalize) for _, condition in found]
     for name, condition in found:
         if condition.merged:
@@ -60,17 +60,12 @@ def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.T
     Raises:
         ValueError: the model has no such adapter.
     """
-    return active_condition(model, adapter_name).preference.clone()
+    return find_adapter(model, adapter_name)[1].preference.clone()
 
 
 def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """Returns the objective names of an adapter, in the order of its preference vector."""
-    return list(active_condition(model, adapter_name).objectives)
-
-
-def has_preference(model: nn.Module) -> bool:
-    """Whether the model has a preference-conditioned adapter."""
-    return any(_families(model))
+    return list(find_adapter(model, adapter_name)[1].objectives)
 
 
 @contextlib.contextmanager
@@ -86,7 +81,7 @@ def use_preference(
         model.generate(**inputs)
     ```
     """
-    former = [(one, one.preference.clone(), one.was_set) for _, one in conditions(model, adapter_name)]
+    former = [(one, one.preference.clone(), one.was_set) for _, one in _conditions(model, adapter_name)]
     set_preference(model, preference, adapter_name, normalize)
     try:
         yield
@@ -96,12 +91,22 @@ def use_preference(
             condition.was_set = was_set
 
 
-def conditions(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Condition]]:
-    """The adapters of a model, or the one of this name, with their conditions. A `PeftModel`'s layers are not visited.
+def has_preference(model: nn.Module) -> bool:
+    """Whether the model has a preference-conditioned adapter."""
+    return any(_families(model))
 
-    Raises:
-        ValueError: the model has no such adapter.
-    """
+
+def find_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, Condition]:
+    """The adapter of this name, else an active one, with its condition. Raises `ValueError` if there is none."""
+    found = _conditions(model, adapter_name)
+    active: list[str] = []
+    if len(found) > 1:
+        active = next(layer for layer in preference_layers(model) if layer.adapters).active_adapters
+    return next((pair for pair in found if pair[0] in active), found[0])
+
+
+def _conditions(model: nn.Module, adapter_name: str | None) -> list[tuple[str, Condition]]:
+    """All adapters of a model, or the one of this name, with their conditions. A `PeftModel`'s layers stay unseen."""
     families = _families(model)
     found = [pair for family in families for pair in family.items() if adapter_name in (None, pair[0])]
     if not found:
@@ -113,22 +118,6 @@ def conditions(model: nn.Module, adapter_name: str | None = None) -> list[tuple[
             "`get_peft_model(model, PBLoraConfig(objectives=[...]))`."
         )
     return found
-
-
-def active_condition(model: nn.Module, adapter_name: str | None = None) -> Condition:
-    """The condition of the adapter of the given name, else of an active one. Raises as [`conditions`]."""
-    found = conditions(model, adapter_name)
-    active: list[str] = []
-    if len(found) > 1:
-        active = next(layer for layer in preference_layers(model) if layer.adapters).active_adapters
-    return next((condition for name, condition in found if name in active), found[0][1])
-
-
-def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
-    """All pairs of an adapted layer and an adapter name in it. Raises as [`conditions`]."""
-    conditions(model, adapter_name)
-    layers = preference_layers(model)
-    return [(layer, name) for layer in layers for name in layer.adapters if adapter_name in (None, name)]
 
 
 def _families(model: nn.Module) -> list[dict[str, Condition]]:

@@ -18,6 +18,7 @@ from .config import PreferenceConfig
 
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.png", "*.txt", "*.model", "LICENSE*")
 """What an upload consists of: weights, tokenizer, card. Pickles, a trainer's `*.bin` and `*.pt`, stay behind."""
+NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 LOGS = ("trainer_state.json", "*_results.json")
 """What a trainer writes about a run, which may name folders of its machine."""
 
@@ -54,8 +55,12 @@ def push_to_hub(
         ValueError: the folder has no adapter, or has its weights as a pickle.
     """
     saved = Path(model) if isinstance(model, str | Path) else None
-    if saved is not None:
-        _check(saved)
+    lacking = [file for file in NEEDED if not (saved / file).is_file()] if saved is not None else []
+    if lacking:  # said before anything is created on the Hub
+        raise ValueError(
+            f"There is no {' and no '.join(lacking)} in {str(saved)!r}. Give the folder of an adapter that was saved "
+            "as safetensors; a pickle is not uploaded, since loading it can run code."
+        )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as name:
         folder, subfolder = Path(name), ""
@@ -64,7 +69,9 @@ def push_to_hub(
             first = next(iter(model.peft_config))
             subfolder = "" if first == "default" else first
         else:
-            _copy(saved, folder)
+            # The files of the folder itself, links among them by their content; checkpoints and other folders stay.
+            for path in (path for pattern in FILES for path in saved.glob(pattern) if path.is_file()):
+                shutil.copyfile(path, folder / path.name)
         card = folder / "README.md"
         empty = not card.is_file() or TEMPLATE in card.read_text(encoding="utf-8")
         if empty and isinstance(PeftConfig.from_pretrained(str(folder / subfolder)), PreferenceConfig):
@@ -81,21 +88,3 @@ def push_to_hub(
             allow_patterns=list(FILES),
             ignore_patterns=list(LOGS),
         )
-
-
-def _check(folder: Path) -> None:
-    """Raises `ValueError` before anything is created on the Hub."""
-    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"There is no {' and no '.join(missing)} in {str(folder)!r}. Give the folder of an adapter that was saved "
-            "as safetensors; a pickle is not uploaded, since loading it can run code."
-        )
-
-
-def _copy(source: Path, target: Path) -> None:
-    """The files of the folder itself, links among them by their content; checkpoints and other folders stay."""
-    for pattern in FILES:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, target / path.name)

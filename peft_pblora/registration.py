@@ -48,17 +48,18 @@ def register(name: str, config_cls: type[PreferenceConfig]) -> type[PreferenceTu
             f"{config_cls.__name__} of {config_cls.__module__} can't be used beside it.",
             stacklevel=2,
         )
-        return config_cls.tuner_cls
-    registries.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
-    registries.PEFT_TYPE_TO_TUNER_MAPPING[method] = config_cls.tuner_cls
-    registries.PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
+    else:
+        registries.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
+        registries.PEFT_TYPE_TO_TUNER_MAPPING[method] = config_cls.tuner_cls
+        registries.PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
     return config_cls.tuner_cls
 
 
 def _derive(base: type, config_cls: type, suffix: str, place: str, **members: Any) -> Any:
     """A subclass that pickle finds through the configuration, which has to be found anyway."""
-    name = config_cls.__name__.removesuffix("Config") + suffix
-    found = {"__module__": config_cls.__module__, "__doc__": f"{base.__doc__} Here, of [`{config_cls.__name__}`]."}
-    derived = type(base)(name, (base,), {**found, **members})
-    derived.__qualname__ = f"{config_cls.__qualname__}.{place}"
-    return derived
+    members |= {
+        "__module__": config_cls.__module__,
+        "__qualname__": f"{config_cls.__qualname__}.{place}",
+        "__doc__": f"{base.__doc__} Here, of [`{config_cls.__name__}`].",
+    }
+    return type(base)(config_cls.__name__.removesuffix("Config") + suffix, (base,), members)
