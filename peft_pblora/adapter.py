@@ -170,7 +170,7 @@ class LowRankAdapter(nn.Module):
         return matrix, None if shift is None else (self.scaling * shift).to(like)
 
     def _weights_are_here(self) -> bool:
-        """Whether A and B can be read uncalled: accelerate's offloading and FSDP bring weights when they are called."""
+        """Whether A and B can be read uncalled: accelerate's offloading and FSDP bring weights for a call."""
         return type(self.A) is type(self.B) is nn.Linear and not self.A.weight.is_meta
 
     def _folded(self, x: torch.Tensor, condition: Condition) -> Fold | None:

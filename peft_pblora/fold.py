@@ -59,11 +59,12 @@ class Fold:
         """Adds to `result`, of shape `(batch, ..., m)`, in place."""
         hidden = torch.matmul(x.to(self.dtype), self.down)
         if self.matrix is not None:
-            rows = hidden.reshape(len(self.matrix), -1, hidden.shape[-1])  # rows that `generate` repeats stand together
+            # Rows that `generate` repeats stand together.
+            rows, shape = hidden.reshape(len(self.matrix), -1, hidden.shape[-1]), hidden.shape
             if self.bias is None:
-                hidden = torch.bmm(rows, self.matrix).view(hidden.shape)
+                hidden = torch.bmm(rows, self.matrix).view(shape)
             else:
-                hidden = torch.baddbmm(self.bias[:, None], rows, self.matrix).view(hidden.shape)
+                hidden = torch.baddbmm(self.bias[:, None], rows, self.matrix).view(shape)
         # Autocast lowers the dtype of `hidden`, and in-place products do not follow it.
         if result.dtype == self.dtype == hidden.dtype and result.is_contiguous():
             result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)

@@ -31,10 +31,9 @@ def write_card(folder: str | Path, subfolder: str = "", **facts: Any) -> None:
 
     Args:
         folder (`str` or `Path`): The folder of the adapter, where its `README.md` belongs.
-        subfolder (`str`, *optional*): Where below it the adapter is; PEFT saves adapters that are not named `default`
-            in folders of their names.
-        **facts: [`CardFacts`] such as `license="apache-2.0"`. They are added to those that the adapter was saved
-            with, and kept in its configuration.
+        subfolder (`str`, *optional*): Where below it the adapter is; PEFT saves one that is not named `default` there.
+        **facts: [`CardFacts`] such as `license="apache-2.0"`, which are kept in the adapter's configuration with
+            those that it has already.
 
     Raises:
         ValueError: no preference-conditioned adapter in the folder, or an unknown fact.
@@ -46,10 +45,9 @@ def write_card(folder: str | Path, subfolder: str = "", **facts: Any) -> None:
     write_card("runs/arm", title="Helpful or brief", license="apache-2.0")
     ```
     """
-    unknown = sorted(set(facts) - set(CardFacts.__annotations__))
-    if unknown:
-        known = ", ".join(sorted(CardFacts.__annotations__))
-        raise ValueError(f"A card has no {', '.join(unknown)}. Its facts are {known}.")
+    known = CardFacts.__annotations__
+    if unknown := sorted(set(facts) - set(known)):
+        raise ValueError(f"A card has no {', '.join(unknown)}. Its facts are {', '.join(sorted(known))}.")
     saved = Path(folder, subfolder, CONFIG_NAME)
     if not saved.is_file():
         raise ValueError(f"There is no adapter in {str(saved.parent)!r}. Give the folder that has its {CONFIG_NAME}.")
@@ -73,8 +71,8 @@ def add_results(
         measures (`Table`, *optional*):
             Rows of plain values, the head first; a hypervolume's reference point belongs into its row.
         figure (`str` or `Path`, *optional*):
-            A PNG, such as a Pareto front. It is copied into this folder and stays there:
-            an adapter that is loaded and saved elsewhere leaves it behind.
+            A PNG, such as a Pareto front. It is copied into this folder, and left behind where the adapter is loaded
+            and saved elsewhere.
         **facts: Further [`CardFacts`], such as `license="apache-2.0"`.
 
     Raises:
@@ -86,28 +84,20 @@ def add_results(
     add_results("runs/arm", [["measure", "value"], ["hypervolume above (0, -40)", 18.8]], "runs/pareto.png")
     ```
     """
-    given = facts if measures is None else {**facts, "measures": measures}
-    if figure is None:
-        write_card(folder, **given)
-        return
-    picture = Path(figure)
-    if not picture.is_file():
-        raise ValueError(f"There is no figure at {str(figure)!r}. Name a PNG file.")
-    beside = Path(folder, picture.name)
-    if beside.parent.is_dir() and picture.resolve() != beside.resolve():
-        shutil.copyfile(picture, beside)
-    write_card(folder, figure=picture.name, **given)
+    if measures is not None:
+        facts["measures"] = measures
+    if figure is not None:
+        picture = Path(figure)
+        if not picture.is_file():
+            raise ValueError(f"There is no figure at {str(figure)!r}. Name a PNG file.")
+        facts["figure"], beside = picture.name, Path(folder, picture.name)
+        if beside.parent.is_dir() and picture.resolve() != beside.resolve():
+            shutil.copyfile(picture, beside)
+    write_card(folder, **facts)
 
 
 def save_card(folder: str | Path, config: Any, facts: CardFacts, subfolder: str = "") -> None:
-    """Writes `README.md`. Words of a user's own stay; how to load the adapter is added to them if they don't say it.
-
-    Args:
-        folder (`str` or `Path`): Where.
-        config (`PeftConfig` or `None`): The adapter's; `None` for a whole model.
-        facts ([`CardFacts`]): What else is known.
-        subfolder (`str`, *optional*): Where below the folder the adapter is.
-    """
+    """Writes [`render`]'s card as `README.md`. Words of a user's own stay; if they lack it, [`usage`] is added."""
     path = Path(folder, "README.md")
     found = path.read_text(encoding="utf-8") if path.is_file() else ""
     if found and MARK not in found and TEMPLATE not in found:
@@ -149,13 +139,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("{FOLDER}")
 
 def hub_id(name: str | None) -> str | None:
     """The name if it can be an id on the Hub and is no folder of this machine; the Hub refuses a card with others."""
-    if not name or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    with suppress(HFValidationError):
+        if name and not os.path.exists(name):
+            validate_repo_id(name)
+            return name
+    return None
 
 
 def _public(folder: str | Path, config: Any, facts: CardFacts) -> CardFacts:
@@ -170,13 +158,12 @@ def _public(folder: str | Path, config: Any, facts: CardFacts) -> CardFacts:
 
 def _licence(base: str | None) -> str | None:
     """The licence of a base model, as its own card on this machine says it; `None` if there is no such card."""
-    if not base:
-        return None
-    card: Any = Path(base, "README.md")
-    if not os.path.isdir(base):
-        card = try_to_load_from_cache(base, "README.md") if hub_id(base) else None
-    if not isinstance(card, str | Path) or not os.path.isfile(card):
-        return None
-    with suppress(OSError, ValueError):
-        return ModelCard.load(card).data.license
+    card: Any = None
+    if base and os.path.isdir(base):
+        card = os.path.join(base, "README.md")
+    elif hub_id(base):
+        card = try_to_load_from_cache(str(base), "README.md")
+    if isinstance(card, str) and os.path.isfile(card):
+        with suppress(OSError, ValueError):
+            return ModelCard.load(card).data.license
     return None
