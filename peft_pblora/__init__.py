@@ -6,8 +6,8 @@ from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
 from .hub import push_to_hub
+from .model import register
 from .preference import as_preference, name_preference, preference_grid, sample_preferences
-from .registration import register
 
 
 PBLoraModel = register("PBLORA", PBLoraConfig)

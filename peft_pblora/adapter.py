@@ -10,42 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .condition import Condition
+from .condition import Condition, PendingForwards
 from .cores import Core
-from .fold import Fold, dtype_for
 
 
 Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """down `(r, n)`, up `(m, r)` and bias `(m,)` or `None` of a low-rank map: up (down x) + bias."""
-
-
-class PendingForwards:
-    """Which preferences the forwards had whose backward is still to come.
-
-    Gradient checkpointing repeats a forward in backward. With another preference it would compute other activations
-    than the loss came from, and gradients that are wrong without any error, so that is refused.
-    """
-
-    def __init__(self) -> None:
-        self.versions: set[int] = set()
-        self.repeated = False
-
-    def check(self, version: int) -> None:
-        """Notes a forward at the preference of this version, or raises `RuntimeError` for a wrong repetition."""
-        if torch._C._current_graph_task_id() == -1:
-            if self.repeated:
-                self.versions.clear()
-                self.repeated = False
-            if len(self.versions) < 2:
-                self.versions.add(version)
-        elif self.versions - {version}:
-            raise RuntimeError(
-                "The preference was changed between a forward and its backward, but gradient checkpointing repeats "
-                "the forward in backward. Set the preference before the forward and leave it until backward is "
-                "done; with several preferences in one step, run backward for each before the next forward."
-            )
-        else:
-            self.repeated = True
+SMALL_TOKENS = 16
+HALF = (torch.bfloat16, torch.float16)
 
 
 class LowRankAdapter(nn.Module):
@@ -54,15 +26,13 @@ class LowRankAdapter(nn.Module):
     W(α) is folded into the smaller factor, or applied in the rank dimension where each row has its own preference.
 
     Args:
-        in_features (`int`): n, size of the layer's input.
-        out_features (`int`): m, size of the layer's output.
+        in_features, out_features (`int`): n and m, sizes of the layer's input and output.
         core ([`Core`]): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`, and δ(α).
         scaling (`float`): s.
         condition ([`Condition`]): α, which adapters of other layers may share.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
-        identity (`bool`, *optional*, defaults to `True`): Start with B = 0, so that the layer is unchanged.
-
-    A and, for `identity=False`, B are drawn from kaiming_uniform(a=√5), the core as it defines.
+        identity (`bool`, *optional*, defaults to `True`):
+            Start with B = 0, so that the layer is unchanged, instead of drawing it as A, from kaiming_uniform(a=√5).
     """
 
     def __init__(
@@ -92,16 +62,8 @@ class LowRankAdapter(nn.Module):
         core.reset_parameters()
 
     def factors(self, preference: torch.Tensor | None = None) -> Factors:
-        """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
-
-        Args:
-            preference (`torch.Tensor` of shape `(k,)`, *optional*): The preference that is set if not given.
-
-        Returns:
-            `tuple` of down `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`.
-
-        Raises:
-            ValueError: a preference for each row is set.
+        """The adapter at one preference, of shape `(k,)`, the one that is set if not given. Raises `ValueError` for
+        a preference for each row.
         """
         preference = (self.condition.preference if preference is None else preference).to(self.A.weight)
         if preference.ndim == 2:
@@ -185,17 +147,13 @@ class LowRankAdapter(nn.Module):
         return fold
 
     def fold_ahead(self, x: torch.Tensor, condition: Condition | None = None) -> None:
-        """Folds the adapter for inputs like `x`, and forgets other folds that no longer hold.
+        """Folds the adapter for inputs of the dtype, device and shape of `x`, and forgets folds that no longer hold.
 
-        Args:
-            x (`torch.Tensor` of shape `(batch, ..., any)`): With the dtype, device and shape of an input.
-            condition ([`Condition`], *optional*): In the place of the adapter's own.
-
-        Raises:
-            ValueError: the batch is not a multiple of the preference's rows.
+        Arguments and errors are as of [`forward`].
         """
         condition = self.condition if condition is None else condition
-        self._folds = {dtype: fold for dtype, fold in self._folds.items() if fold.fits(condition)}
+        for dtype in [dtype for dtype, fold in self._folds.items() if not fold.fits(condition)]:
+            del self._folds[dtype]
         self._folded(x, condition)
 
     def train(self, mode: bool = True) -> LowRankAdapter:
@@ -218,6 +176,73 @@ class LowRankAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling}, objectives={self.condition.objectives}"
+
+
+class Fold:
+    """What an adapter adds at the preference of a condition, computed in a dtype from [`dtype_for`].
+
+    One preference is folded into the factors; with a preference for each of several rows, W(α) of every row is kept.
+    """
+
+    def __init__(self, adapter: LowRankAdapter, condition: Condition, dtype: torch.dtype) -> None:
+        self.dtype, self.condition, self.version = dtype, condition, condition.version
+        self.weights = [
+            # Inference tensors keep no version; whoever changes one in place must set the preference again.
+            (parameters, name, weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
+            for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
+            for name, weight in parameters.items()
+            if weight is not None
+        ]
+        self.rows = condition.rows
+        self.matrix: torch.Tensor | None = None
+        if self.rows > 1:
+            down, up = adapter.A.weight, adapter.B.weight
+            matrix, bias = adapter.row_factors(condition.preference, down)
+            self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()
+        else:
+            down, up, bias = adapter.factors(condition.preference.view(-1))
+        self.bias = None if bias is None else bias.to(dtype)
+        self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
+
+    def fits(self, condition: Condition) -> bool:
+        """Whether nothing that the fold depends on has changed: the preference and the weights."""
+        if self.condition is not condition or self.version != condition.version:
+            return False
+        # Asked for every layer of every token, where a generator expression would cost as much as the small products.
+        for parameters, name, weight, address, version in self.weights:
+            if parameters[name] is not weight or weight.data_ptr() != address:
+                return False
+            if version is not None and weight._version != version:
+                return False
+        return True
+
+    def add_(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Adds to `result`, of shape `(batch, ..., m)`, in place."""
+        hidden = torch.matmul(x.to(self.dtype), self.down)
+        if self.matrix is not None:
+            # Rows that `generate` repeats stand together.
+            rows, shape = hidden.reshape(len(self.matrix), -1, hidden.shape[-1]), hidden.shape
+            if self.bias is None:
+                hidden = torch.bmm(rows, self.matrix).view(shape)
+            else:
+                hidden = torch.baddbmm(self.bias[:, None], rows, self.matrix).view(shape)
+        # Autocast lowers the dtype of `hidden`, and in-place products do not follow it.
+        if result.dtype == self.dtype == hidden.dtype and result.is_contiguous():
+            result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
+        else:
+            result.add_(torch.matmul(hidden, self.up))
+        return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
+
+
+def dtype_for(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a fold is applied to `x`: its own, but float32 for a few tokens of a half type on a CPU.
+
+    There a product in bfloat16 has a fixed cost of several small products in float32.
+    """
+    dtype = x.dtype
+    if dtype in HALF and x.is_cpu and x.numel() <= SMALL_TOKENS * x.shape[-1]:
+        return torch.float32
+    return dtype
 
 
 def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:

@@ -47,26 +47,23 @@ class PreferenceConfig(PeftConfig):
             `{"helpful": 0.7, "harmless": 0.3}` works wherever it travels.
         default_preference (`list[float]`, *optional*):
             The preference a freshly built or loaded model starts with. Uniform if not given.
-        target_modules (`list[str]` or `str`, *optional*):
-            Modules to adapt: names, a regex, or `"all-linear"`. Chosen by architecture if not given.
-        exclude_modules (`list[str]` or `str`, *optional*): Modules to leave out, as names or a regex.
-        lora_dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
-        fan_in_fan_out (`bool`, *optional*, defaults to `False`): Set for layers that store `(in, out)`, like Conv1D.
-        bias (`str`, *optional*, defaults to `"none"`): `"none"`, `"all"`, or `"<method>_only"`.
-        modules_to_save (`list[str]`, *optional*): Further modules to train and save.
         init_weights (`bool`, *optional*, defaults to `True`):
             Start as the identity (B is zero). `False` draws B at random, which is only useful in tests.
-        layers_to_transform (`list[int]` or `int`, *optional*): Layer indices to adapt.
-        layers_pattern (`list[str]` or `str`, *optional*): Name of the layer list for `layers_to_transform`.
-        trainable_token_indices (*optional*): Not supported by these adapters; present because TRL reads it.
+        bias (`str`, *optional*, defaults to `"none"`): `"none"`, `"all"`, or `"<method>_only"`.
         card (`dict`, *optional*):
             What the model card says beyond this configuration, see [`card.CardFacts`]; it travels with the adapter.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, fan_in_fan_out,
+        lora_dropout (*optional*): As of [`peft.LoraConfig`].
+
+    Raises:
+        ValueError: values that contradict each other or are out of range, or `trainable_token_indices`, which TRL
+            reads and these adapters do not support.
+        RuntimeError: PEFT, or another package, has a method of this name.
     """
 
     method: ClassVar[PeftType | None] = None
-    """The method's name in PEFT, given by [`register`]."""
+    """The method's name in PEFT, given by [`register`], which also makes its tuner."""
     tuner_cls: ClassVar[Any] = None
-    """The method's tuner, made by [`register`]."""
 
     objectives: list[str] = field(default_factory=lambda: _numbered(2))
     default_preference: list[float] | None = None

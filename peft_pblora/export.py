@@ -52,8 +52,7 @@ def save_as_lora(
             its preference ([`name_preference`], as [`output.file_name`]).
         adapter_name (`str`, *optional*): The adapter to export; the active one if not given.
         rank (`int`, *optional*):
-            Pad the factors with zeros to this rank, for engines that accept certain ranks only, such as
-            [`VLLM_RANKS`]. The adapter's own rank if not given.
+            Pad the factors with zeros to this rank, for engines that accept certain ones only ([`VLLM_RANKS`]).
         normalize (`bool`, *optional*, defaults to `False`): Rescale preferences to sum 1 instead of refusing.
 
     Returns:

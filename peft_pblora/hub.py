@@ -42,14 +42,8 @@ def push_to_hub(
             The model with its adapters; or the folder of a saved adapter, with all that was added to its card, such as
             a figure. Where the card is PEFT's empty one, [`write_card`]'s stands in its place.
         repo_id (`str`): The repository, as `user/name`; it is created if it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private; the account's default if not given.
-        token (`str` or `bool`, *optional*): A token of the Hub; the stored one if not given.
-        revision (`str`, *optional*): The branch to push to; the main one if not given.
-        commit_message (`str`, *optional*, defaults to `"Upload adapter"`): Message of the commit.
-        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of pushing to the branch.
-
-    Returns:
-        `huggingface_hub.CommitInfo`: The commit.
+        private, token, revision, commit_message, create_pr (*optional*):
+            As of [`HfApi.create_repo`] and [`HfApi.upload_folder`].
 
     Raises:
         ValueError: the folder has no adapter, or has its weights as a pickle.

@@ -54,7 +54,6 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.fan_in_fan_out = config.fan_in_fan_out
-        self.kwargs = kwargs
         self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base))
         if self.in_features is None or self.out_features is None:
             raise TypeError(f"Unsupported layer type {type(base)}")
@@ -93,14 +92,10 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds ΔW(α) to the base weight, and a shift to the base bias, and remembers α.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): Refuse a merge that would write NaN or infinity.
-            adapter_names (`list[str]`, *optional*): The adapters to merge; all active ones if not given.
+        """Adds ΔW(α) of the active or named adapters to the base weight, and a shift to its bias, and remembers α.
 
         Raises:
-            ValueError: a preference for each row is set, or `safe_merge` found a broken adapter.
+            ValueError: a preference for each row is set, or `safe_merge` found NaN or infinity in what it would write.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.adapters:

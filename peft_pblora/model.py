@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuners: which modules of a model get a preference-conditioned layer."""
+"""The tuners: which modules of a model get a preference-conditioned layer, and how PEFT comes to know a method."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftType as BuiltinType
+from peft import mapping
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -27,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from .condition import Condition
-from .config import PreferenceConfig
+from .config import PeftType, PreferenceConfig
 from .layer import PreferenceLinear, preference_layers
 from .rows import through_tuner
 
@@ -74,21 +76,12 @@ class PreferenceTuner(BaseTuner):
             if name in self.conditions:
                 self.conditions[name].aside = False
 
-    def _create_and_replace(
-        self,
-        config: PreferenceConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, **_: Any) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config, self._new_condition)
             return
-        kwargs = get_quantization_kwargs(self)
-        layer = self._create_new_module(config, adapter_name, target, condition=self._new_condition, **kwargs)
+        kwargs = {"condition": self._new_condition, **get_quantization_kwargs(self)}
+        layer = self._create_new_module(config, adapter_name, target, **kwargs)
         layer.conditions = self.conditions
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -187,3 +180,54 @@ def is_linear(module: nn.Module) -> bool:
     except Exception:
         return type(weight) is not nn.Parameter or weight.dtype.itemsize < 2
     return isinstance(output, torch.Tensor) and output.shape == (1, 2, outputs)
+
+
+def register(name: str, config_cls: type[PreferenceConfig]) -> type[PreferenceTuner]:
+    """Makes a method of a configuration: `get_peft_model`, `PeftModel.from_pretrained` and the rest then know it.
+
+    All else that PEFT wants of a method, its type, a prefix for names of parameters, a layer and a tuner, is derived.
+    Calling twice is harmless. Where PEFT, or another package, already owns the name or the prefix, that one stays and
+    a warning says so; the configuration then refuses to be made. Nothing that PEFT installed is touched.
+
+    Args:
+        name (`str`): The method's name in PEFT, in capitals, such as `"PBLORA"`.
+        config_cls (`type`): Its configuration, which builds the core; it gets `method` and `tuner_cls`.
+
+    Returns:
+        `type`: The tuner, also found as `config_cls.tuner_cls`.
+
+    Raises:
+        ValueError: a name that is not in capitals.
+    """
+    if not (name.isidentifier() and name.isupper()):
+        raise ValueError(f"`name` is {name!r}, but PEFT's methods have names in capitals, such as 'PBLORA'.")
+    registries: Any = mapping  # annotated with PEFT's own enum
+    if registries.PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is config_cls:
+        return config_cls.tuner_cls
+    method, prefix = PeftType(name), f"{name.lower()}_"
+    if vars(config_cls).get("method") != method:
+        layer = _derive(PreferenceLinear, config_cls, "Linear", "tuner_cls.tuner_layer_cls", prefix=prefix)
+        tuner = _derive(PreferenceTuner, config_cls, "Model", "tuner_cls", prefix=prefix, tuner_layer_cls=layer)
+        config_cls.method, config_cls.tuner_cls = method, tuner
+    taken = name in BuiltinType.__members__ or name in registries.PEFT_TYPE_TO_CONFIG_MAPPING
+    if taken or prefix in registries.PEFT_TYPE_TO_PREFIX_MAPPING.values():
+        warnings.warn(
+            f"PEFT already has a method {name} or a parameter prefix {prefix!r}. It takes precedence; the "
+            f"{config_cls.__name__} of {config_cls.__module__} can't be used beside it.",
+            stacklevel=2,
+        )
+    else:
+        registries.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
+        registries.PEFT_TYPE_TO_TUNER_MAPPING[method] = config_cls.tuner_cls
+        registries.PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
+    return config_cls.tuner_cls
+
+
+def _derive(base: type, config_cls: type, suffix: str, place: str, **members: Any) -> Any:
+    """A subclass that pickle finds through the configuration, which has to be found anyway."""
+    members |= {
+        "__module__": config_cls.__module__,
+        "__qualname__": f"{config_cls.__qualname__}.{place}",
+        "__doc__": f"{base.__doc__} Here, of [`{config_cls.__name__}`].",
+    }
+    return type(base)(config_cls.__name__.removesuffix("Config") + suffix, (base,), members)
