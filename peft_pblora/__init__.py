@@ -15,24 +15,8 @@ SVDLoraModel = register("SVDLORA", SVDLoraConfig)
 MoSLoraModel = register("MOSLORA", MoSLoraConfig)
 
 __all__ = [
-    "MoSLoraConfig",
-    "MoSLoraModel",
-    "PBLoraConfig",
-    "PBLoraModel",
-    "PreferenceConfig",
-    "SVDLoraConfig",
-    "SVDLoraModel",
-    "add_results",
-    "as_preference",
-    "get_objectives",
-    "get_preference",
-    "name_preference",
-    "preference_grid",
-    "push_to_hub",
-    "register",
-    "sample_preferences",
-    "save_as_lora",
-    "set_preference",
-    "use_preference",
-    "write_card",
-]
+    "MoSLoraConfig", "MoSLoraModel", "PBLoraConfig", "PBLoraModel", "PreferenceConfig", "SVDLoraConfig",
+    "SVDLoraModel", "add_results", "as_preference", "get_objectives", "get_preference", "name_preference",
+    "preference_grid", "push_to_hub", "register", "sample_preferences", "save_as_lora", "set_preference",
+    "use_preference", "write_card",
+]  # fmt: skip

@@ -142,17 +142,6 @@ class PBLoraConfig(PreferenceConfig):
     order of the objectives, which they know by number only: `obj_num` and `pref_vec_init` stand for `objectives` and
     `default_preference`. Name them by setting `config.objectives` before loading, or by an entry `objectives` in their
     `adapter_config.json`. In their safety task the order is harmlessness, helpfulness.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora import PBLoraConfig
-    >>> PBLoraConfig(objectives=["helpful", "harmless"], r1=4, r2=4, lora_alpha=8).scaling
-    2.0
-    >>> PBLoraConfig(obj_num=2, objectives=["harmless", "helpful"]).objectives  # with the keys of the authors' file
-    ['harmless', 'helpful']
-
-    ```
     """
 
     r1: int = 4

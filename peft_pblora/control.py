@@ -24,20 +24,13 @@ def set_preference(
     Args:
         model (`nn.Module`): A model with preference-conditioned adapters, wrapped in a `PeftModel` or not.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
-            Weights on the simplex, by objective name or in the adapter's order; shape `(k,)`, or `(rows, k)` for one
-            preference for each row of the batch.
+            Weights on the simplex, such as `{"helpful": 0.7, "harmless": 0.3}`, see [`as_preference`]; `(rows, k)` of
+            them are one preference for each row of the batch.
         adapter_name (`str`, *optional*): The adapter to set; all preference-conditioned adapters if not given.
         normalize (`bool`, *optional*, defaults to `False`): Rescale to sum 1 instead of refusing.
 
     Raises:
-        ValueError: the model has no such adapter, the adapter is merged, or the preference is not on the simplex of
-            its objectives.
-
-    Example:
-
-    ```python
-    set_preference(model, {"helpful": 0.7, "harmless": 0.3})
-    ```
+        ValueError: the model has no such adapter, it is merged, or the preference is not one of its objectives.
     """
     found = _conditions(model, adapter_name)
     valid = [as_preference(preference, condition.objectives, normalize) for _, condition in found]
@@ -54,11 +47,7 @@ def set_preference(
 def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.Tensor:
     """Returns a copy of the preference of an adapter, the active one if `adapter_name` is not given.
 
-    Returns:
-        `torch.Tensor` of shape `(k,)` or `(rows, k)`, float32, in the order of [`get_objectives`].
-
-    Raises:
-        ValueError: the model has no such adapter.
+    It is a float32 tensor of shape `(k,)` or `(rows, k)`. Raises `ValueError` if the model has no such adapter.
     """
     return find_adapter(model, adapter_name)[1].preference.clone()
 
@@ -72,15 +61,7 @@ def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[st
 def use_preference(
     model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
 ) -> Iterator[None]:
-    """Sets a preference for the time of a `with` block and restores the former ones after it, also on an error.
-
-    Example:
-
-    ```python
-    with use_preference(model, {"helpful": 1.0, "harmless": 0.0}):
-        model.generate(**inputs)
-    ```
-    """
+    """As [`set_preference`], for the time of a `with` block: the former ones come back after it, also on an error."""
     former = [(one, one.preference.clone(), one.was_set) for _, one in _conditions(model, adapter_name)]
     set_preference(model, preference, adapter_name, normalize)
     try:

@@ -31,6 +31,9 @@ class Core(nn.Module):
         """
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={tuple(parameter.shape)}" for name, parameter in self.named_parameters())
+
 
 class PBLoraCore(Core):
     """W(α) = blockdiag(W1, reshape(α φ, r2, r2)): PBLoRA (PARM, ICML 2025, arXiv 2505.06274).
@@ -71,9 +74,6 @@ class PBLoraCore(Core):
             matrix[..., self.r1 :, self.r1 :] = (preference @ self.W2).view(*rows, self.r2, self.r2)
         return matrix, None
 
-    def extra_repr(self) -> str:
-        return f"r1={self.r1}, r2={self.r2}"
-
 
 class SVDLoraCore(Core):
     """W(α) = diag(σ_1..σ_r, c·α_1..c·α_k): SVD-LoRA (Panacea, NeurIPS 2024, arXiv 2402.02030).
@@ -107,9 +107,6 @@ class SVDLoraCore(Core):
         if self.sigma is not None:
             values = torch.cat([self.sigma.expand(*preference.shape[:-1], self.r), values], dim=-1)
         return torch.diag_embed(values), None
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}"
 
 
 class MoSLoraCore(Core):
@@ -151,6 +148,3 @@ class MoSLoraCore(Core):
         mixed = preference if self.embeddings is None else preference @ self.embeddings
         gamma, delta = (mixed @ self.M.T).chunk(2, dim=-1)
         return torch.diag_embed(1 + gamma), delta
-
-    def extra_repr(self) -> str:
-        return f"r={self.rank}"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any, ClassVar, cast
 
@@ -150,7 +149,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         if plan is not None:
             return self._act_on_rows(x, result, plan)
         if adapter_names is not None:
-            return self._mixed_batch(x, result, tuple(adapter_names))
+            return self._mixed_batch(x, result, adapter_names)
         container: Any = self._modules[self.adapter_layer_names[0]]
         adapters = container._modules
         for name in self.active_adapters:
@@ -169,12 +168,10 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, adapter_names: tuple[str, ...]) -> torch.Tensor:
+    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """Each row through its own adapter, or through none where its name is `__base__`."""
-        for name, rows in rows_of_adapters(adapter_names).items():
-            if name not in self.adapters:
-                continue
-            adapter = self.adapter(name)
+        for name in set(adapter_names) & set(self.adapters):
+            adapter, rows = self.adapter(name), [row for row, own in enumerate(adapter_names) if own == name]
             preference = adapter.condition.preference
             if preference.ndim == 2:
                 preference = expand_rows(preference, len(adapter_names))[rows]
@@ -215,15 +212,3 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 def preference_layers(model: nn.Module) -> list[PreferenceLinear]:
     """All layers of a model that have, or had, preference-conditioned adapters."""
     return [module for module in model.modules() if isinstance(module, PreferenceLinear)]
-
-
-@functools.lru_cache(maxsize=64)
-def rows_of_adapters(adapter_names: tuple[str, ...]) -> dict[str, slice | list[int]]:
-    """The rows of a mixed batch by adapter name: as a slice, which needs no copy, where they stand together."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(row)
-    return {
-        name: slice(found[0], found[-1] + 1) if found[-1] - found[0] + 1 == len(found) else found
-        for name, found in rows.items()
-    }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output files and folders that are either complete or not there, and that cost nobody anything.
+"""Outputs that are either complete or not there, and that cost nobody anything.
 
 Every writer notes what it wrote, with a hash of it, in a hidden file beside it. Only what a writer has noted, and what
 is still as it wrote it, is ever replaced or removed: whatever else stands in the way is an error.
@@ -30,16 +30,8 @@ def file_name(name: str) -> str:
     """A name from outside, such as an adapter's objective, as the name of one file or folder below an output.
 
     Short names of small Latin letters, digits and `_.,=+-` stay as they are. All others become what can be read of
-    them, `~` and a hash, so that two names never share a file, not even where upper and lower case are the same.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora.output import file_name
-    >>> [file_name(name) for name in ("helpful", "helpful=0.25,harmless=0.75", "../Helpful")]
-    ['helpful', 'helpful=0.25,harmless=0.75', 'helpful~dccecd84eda81616']
-
-    ```
+    them, `~` and a hash, as `helpful~dccecd84eda81616` for `../Helpful`, so that two names never share a file, not
+    even where upper and lower case are the same.
     """
     if re.fullmatch(r"[a-z0-9_]([a-z0-9_.,=+-]{0,98}[a-z0-9_])?", name) and name.split(".")[0] not in DEVICES:
         return name
@@ -69,13 +61,6 @@ def output_folder(path: str | Path, writer: str = "output", needed_bytes: int = 
     Raises:
         ValueError: `path` is a file, or holds anything that is not as this writer wrote it, it can't be written, or
             the disk has too little space.
-
-    Example:
-
-    ```python
-    with output_folder("runs/demo", "demo") as folder:
-        (folder / "table.md").write_text(table)
-    ```
     """
     path = Path(os.path.realpath(path))
     with contextlib.suppress(OSError):  # asked once: another process may move a folder away meanwhile

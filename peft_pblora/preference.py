@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preferences α: one non-negative weight for each objective, summing to 1. This module knows nothing of models.
-
-Users write a mapping by name, a sequence or a tensor; inside the library it is a float32 tensor in the order of
-`objectives`.
-"""
+"""Preferences α: one non-negative weight for each objective, summing to 1. This module knows nothing of models."""
 
 import difflib
 import itertools
@@ -35,15 +31,6 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
     Raises:
         ValueError: unknown or missing names, wrong length, negative or non-finite weights, or a sum other than 1.
         TypeError: anything that is not a preference, such as a string.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora.preference import as_preference
-    >>> as_preference({"harmless": 0.25, "helpful": 0.75}, ["helpful", "harmless"])
-    tensor([0.7500, 0.2500])
-
-    ```
     """
     weights, k = _to_tensor(preference, objectives), len(objectives)
     if weights.ndim not in (1, 2) or weights.numel() == 0:
@@ -74,19 +61,10 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
 
 
 def name_preference(preference: Preference, objectives: Sequence[str]) -> str:
-    """The label of one preference: the objective's name at a vertex, `uniform`, else the weights in full.
+    """The label of one preference: an objective's name at its vertex, `uniform`, or as `helpful=0.25,harmless=0.75`.
 
     Two preferences never have the same label: weights that are only nearly those of a vertex are written out, and so
-    are uniform ones where an objective is called `uniform`.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora.preference import name_preference
-    >>> [name_preference(p, ["helpful", "harmless"]) for p in ([1, 0], [0.5, 0.5], [0.25, 0.75])]
-    ['helpful', 'uniform', 'helpful=0.25,harmless=0.75']
-
-    ```
+    are uniform ones where an objective is called `uniform`. Raises `ValueError` for a preference for each row.
     """
     weights = as_preference(preference, objectives)
     if weights.ndim != 1:
@@ -148,17 +126,6 @@ def preference_grid(objectives: Sequence[str], steps: int) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(points, k)`, float32.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora import preference_grid
-    >>> preference_grid(["helpful", "harmless"], steps=2)
-    tensor([[0.0000, 1.0000],
-            [0.5000, 0.5000],
-            [1.0000, 0.0000]])
-
-    ```
     """
     if steps < 1:
         raise ValueError(f"`steps` is {steps}, but the grid needs at least one interval.")

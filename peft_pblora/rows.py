@@ -129,20 +129,11 @@ def acting(
     """In the block these adapters act on these rows and no others do, whatever is active or disabled in PEFT.
 
     It is for the forward of one model, in this thread alone; no layer is changed by it. Layers of other methods, such
-    as PEFT's LoRA, know nothing of it.
-
-    Args and errors are those of [`RowPlan`].
+    as PEFT's LoRA, know nothing of it. Arguments are as of [`RowPlan`].
 
     Raises:
-        ValueError: in the forward, an input whose rows can't be told apart, rows that are no multiple of an adapter's
-            preferences, or a merged adapter.
-
-    Example:
-
-    ```python
-    with acting([("helpful", slice(2, 4), None), ("brief", slice(4, 6), None)], rows=6):
-        logits = model(input_ids=ids.repeat(3, 1)).logits  # two rows of the base model, two of each adapter
-    ```
+        ValueError: as [`RowPlan`]; in the forward, an input whose rows can't be told apart, rows that are no multiple
+            of an adapter's preferences, or a merged adapter.
     """
     former, _running.plan = _running.plan, RowPlan(entries, rows, tokens, groups, folded)
     try:

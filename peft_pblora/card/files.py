@@ -37,13 +37,6 @@ def write_card(folder: str | Path, subfolder: str = "", **facts: Any) -> None:
 
     Raises:
         ValueError: no preference-conditioned adapter in the folder, or an unknown fact.
-
-    Example:
-
-    ```python
-    arm.save_pretrained("runs/arm")
-    write_card("runs/arm", title="Helpful or brief", license="apache-2.0")
-    ```
     """
     known = CardFacts.__annotations__
     if unknown := sorted(set(facts) - set(known)):
@@ -69,7 +62,7 @@ def add_results(
     Args:
         folder (`str` or `Path`): The adapter's folder.
         measures (`Table`, *optional*):
-            Rows of plain values, the head first; a hypervolume's reference point belongs into its row.
+            Rows of plain values, the head first: `[["measure", "value"], ["hypervolume above (0, -40)", 18.8]]`.
         figure (`str` or `Path`, *optional*):
             A PNG, such as a Pareto front. It is copied into this folder, and left behind where the adapter is loaded
             and saved elsewhere.
@@ -77,12 +70,6 @@ def add_results(
 
     Raises:
         ValueError: as [`write_card`], or no such figure.
-
-    Example:
-
-    ```python
-    add_results("runs/arm", [["measure", "value"], ["hypervolume above (0, -40)", 18.8]], "runs/pareto.png")
-    ```
     """
     if measures is not None:
         facts["measures"] = measures
