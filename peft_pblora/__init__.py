@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference-conditioned adapters as PEFT methods. Importing this package registers them with PEFT."""
 
-from .card import add_results, write_card
+from .card import add_results, push_to_hub, write_card
 from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
-from .hub import push_to_hub
 from .model import register
 from .preference import as_preference, name_preference, preference_grid, sample_preferences
 

@@ -10,14 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .condition import Condition, PendingForwards
+from .condition import Condition
 from .cores import Core
-
-
-Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""down `(r, n)`, up `(m, r)` and bias `(m,)` or `None` of a low-rank map: up (down x) + bias."""
-SMALL_TOKENS = 16
-HALF = (torch.bfloat16, torch.float16)
 
 
 class LowRankAdapter(nn.Module):
@@ -52,7 +46,6 @@ class LowRankAdapter(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = scaling
         self.condition = condition
-        self._pending = PendingForwards()
         self._folds: dict[torch.dtype, Fold] = {}
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         if identity:
@@ -61,15 +54,16 @@ class LowRankAdapter(nn.Module):
             nn.init.kaiming_uniform_(self.B.weight, a=math.sqrt(5))
         core.reset_parameters()
 
-    def factors(self, preference: torch.Tensor | None = None) -> Factors:
-        """The adapter at one preference, of shape `(k,)`, the one that is set if not given. Raises `ValueError` for
-        a preference for each row.
+    def factors(
+        self, preference: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The adapter at one preference, `(k,)`, or that which is set, as plain factors: y += up (down x) + bias.
+
+        down is `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`. A preference for each row raises `ValueError`.
         """
         preference = (self.condition.preference if preference is None else preference).to(self.A.weight)
         if preference.ndim == 2:
-            raise ValueError(
-                "A preference for each row can't be merged into one weight. Set one preference of shape (k,) first."
-            )
+            raise ValueError("A preference for each row can't be merged into one weight. Set one of shape (k,) first.")
         down, up = self.A.weight, self.B.weight
         matrix, shift = self.core(preference)
         matrix = self.scaling * matrix
@@ -108,7 +102,7 @@ class LowRankAdapter(nn.Module):
                 if fold is not None:
                     return fold.add_(x, result)
             if self.training and not compiling:
-                self._pending.check(condition.version)
+                condition.note_forward()
             preference = condition.preference
         x = self.dropout(x)
         if not self._weights_are_here():
@@ -157,7 +151,7 @@ class LowRankAdapter(nn.Module):
         self._folded(x, condition)
 
     def train(self, mode: bool = True) -> LowRankAdapter:
-        self._pending = PendingForwards()
+        self.condition.pending.clear()
         self._folds.clear()
         return super().train(mode)
 
@@ -239,10 +233,8 @@ def dtype_for(x: torch.Tensor) -> torch.dtype:
 
     There a product in bfloat16 has a fixed cost of several small products in float32.
     """
-    dtype = x.dtype
-    if dtype in HALF and x.is_cpu and x.numel() <= SMALL_TOKENS * x.shape[-1]:
-        return torch.float32
-    return dtype
+    few = x.is_cpu and x.numel() <= 16 * x.shape[-1]
+    return torch.float32 if few and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
 
 
 def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Setting and reading the preference of a model's adapters."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
@@ -36,10 +34,7 @@ def set_preference(
     valid = [as_preference(preference, condition.objectives, normalize) for _, condition in found]
     for name, condition in found:
         if condition.merged:
-            raise ValueError(
-                f"Adapter {name!r} is merged into the base weights at one preference. Call `unmerge_adapter()` "
-                "before setting another."
-            )
+            raise ValueError(f"Adapter {name!r} is merged at one preference. Call `unmerge_adapter()` to set another.")
     for (_, condition), value in zip(found, valid, strict=True):
         condition.set(value)
 
@@ -92,12 +87,9 @@ def _conditions(model: nn.Module, adapter_name: str | None) -> list[tuple[str, C
     found = [pair for family in families for pair in family.items() if adapter_name in (None, pair[0])]
     if not found:
         known = sorted({name for family in families for name in family})
-        raise ValueError(
-            f"The model has no preference-conditioned adapter {adapter_name!r}; it has {known}."
-            if known
-            else "The model has no preference-conditioned adapter. Make one with "
-            "`get_peft_model(model, PBLoraConfig(objectives=[...]))`."
-        )
+        hint = "Make one with `get_peft_model(model, PBLoraConfig(objectives=[...]))`."
+        which = f" {adapter_name!r}; it has {known}." if known else f". {hint}"
+        raise ValueError(f"The model has no preference-conditioned adapter{which}")
     return found
 
 

@@ -38,13 +38,8 @@ class Core(nn.Module):
 class PBLoraCore(Core):
     """W(α) = blockdiag(W1, reshape(α φ, r2, r2)): PBLoRA (PARM, ICML 2025, arXiv 2505.06274).
 
-    `W1` serves every preference alike, the second block is linear in α. With `r2=0` it is LoRA with a free r1×r1
-    matrix in the middle, with `r1=0` purely preference-aware; an empty block has no parameter.
-
-    Args:
-        objectives (`int`): Number of objectives k.
-        r1 (`int`): Rank of the preference-agnostic block, 0 or larger.
-        r2 (`int`): Rank of the preference-aware block, 0 or larger; `r1 + r2` must be positive.
+    With `r2=0` it is LoRA with a free r1×r1 matrix in the middle, with `r1=0` purely preference-aware; an empty block
+    has no parameter. Both ranks must be 0 or larger, and one positive; `objectives` is k.
 
     Attributes:
         W1 (`nn.Parameter` of shape `(r1, r1)` or `None`): The same for every preference.
@@ -78,9 +73,7 @@ class PBLoraCore(Core):
 class SVDLoraCore(Core):
     """W(α) = diag(σ_1..σ_r, c·α_1..c·α_k): SVD-LoRA (Panacea, NeurIPS 2024, arXiv 2402.02030).
 
-    Args:
-        objectives (`int`): Number of objectives k.
-        r (`int`): Number of preference-agnostic singular values, 0 or larger.
+    `objectives` is k, and r must be 0 or larger.
 
     Attributes:
         sigma (`nn.Parameter` of shape `(r,)` or `None`): The preference-agnostic singular values.
@@ -114,12 +107,7 @@ class MoSLoraCore(Core):
 
     This is our reading of the paper's description, not checked against its equations. A shared module extracts
     low-rank features, and a modulation conditioned on the *mixed* preference applies an affine map to them.
-
-    Args:
-        objectives (`int`): Number of objectives k.
-        r (`int`): Rank, positive.
-        embedding_size (`int`, *optional*, defaults to 0):
-            Size d of the learned table o of objective embeddings; 0 uses the preference itself (o = I, d = k).
+    `objectives` is k, r must be positive, and `embedding_size` is d; 0 uses the preference itself (o = I, d = k).
 
     Attributes:
         M (`nn.Parameter` of shape `(2r, d)`): The modulation, zero at the start.

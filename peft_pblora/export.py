@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact export of an adapter at one preference to plain LoRA, which every serving engine loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's side of a preference-conditioned linear layer: several adapters, merging, disabling, rows of a batch."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, ClassVar, cast
 
@@ -181,10 +179,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def _act_on_rows(self, x: torch.Tensor, result: torch.Tensor, plan: RowPlan) -> torch.Tensor:
         """Each adapter on its own rows, which stand together: they are views, not copies as in a mixed batch."""
         if self.merged_adapters:
-            raise ValueError(
-                f"The adapters {self.merged_adapters} are merged into the weights, so that adapters can't act on rows "
-                "of their own. Call `unmerge_adapter()` first."
-            )
+            raise ValueError(f"{self.merged_adapters} are merged and act on all rows. Call `unmerge_adapter()`.")
         adapters: Any = self.adapters._modules
         for (name, rows, condition), (_, part, _) in zip(plan.slices(x), plan.entries):
             if name not in adapters:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tuners: which modules of a model get a preference-conditioned layer, and how PEFT comes to know a method."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,12 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from peft import PeftType as BuiltinType
 from peft import mapping
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -190,14 +183,11 @@ def register(name: str, config_cls: type[PreferenceConfig]) -> type[PreferenceTu
     a warning says so; the configuration then refuses to be made. Nothing that PEFT installed is touched.
 
     Args:
-        name (`str`): The method's name in PEFT, in capitals, such as `"PBLORA"`.
+        name (`str`): The method's name in PEFT, in capitals, such as `"PBLORA"`; `ValueError` is raised for others.
         config_cls (`type`): Its configuration, which builds the core; it gets `method` and `tuner_cls`.
 
     Returns:
         `type`: The tuner, also found as `config_cls.tuner_cls`.
-
-    Raises:
-        ValueError: a name that is not in capitals.
     """
     if not (name.isidentifier() and name.isupper()):
         raise ValueError(f"`name` is {name!r}, but PEFT's methods have names in capitals, such as 'PBLORA'.")

@@ -5,8 +5,6 @@ Every writer notes what it wrote, with a hash of it, in a hidden file beside it.
 is still as it wrote it, is ever replaced or removed: whatever else stands in the way is an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -34,9 +34,7 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
     """
     weights, k = _to_tensor(preference, objectives), len(objectives)
     if weights.ndim not in (1, 2) or weights.numel() == 0:
-        raise ValueError(
-            f"`preference` has shape {tuple(weights.shape)}. Give ({k},), or (rows, {k}) for one preference a row."
-        )
+        raise ValueError(f"`preference` has shape {tuple(weights.shape)}. Give ({k},), or (rows, {k}) for one a row.")
     if weights.shape[-1] != k:
         raise ValueError(
             f"`preference` has {weights.shape[-1]} entries, but this adapter was trained for {k} objectives "
@@ -149,12 +147,9 @@ def check_objectives(objectives: Iterable[str]) -> list[str]:
 
 
 def check_columns(objectives: Iterable[str], taken: Iterable[str], made: Sequence[str] = ("{}",)) -> None:
-    """Raises `ValueError` if a column of a table that an objective makes has the name of another column.
+    """Raises `ValueError` if a column that an objective makes, as `made` with its name for `{}`, has another's name.
 
-    Args:
-        objectives (`Iterable[str]`): Names of objectives.
-        taken (`Iterable[str]`): The columns that the table has without them.
-        made (`Sequence[str]`, *optional*): The columns of each objective, with `{}` for its name.
+    `taken` are the columns that the table has without objectives.
     """
     owners = dict.fromkeys(taken, "the table itself")
     for objective in objectives:
@@ -199,7 +194,5 @@ def _by_name(preference: Any, objectives: Sequence[str]) -> list[float]:
         raise ValueError(f"`preference` names {unknown}, but the objectives are {list(objectives)}.{hint}")
     missing = [name for name in objectives if name not in preference]
     if missing:
-        raise ValueError(
-            f"`preference` has no weight for {missing}. Name all of {list(objectives)}; a weight may be 0."
-        )
+        raise ValueError(f"`preference` has no weight for {missing}. Name all of {list(objectives)}; it may be 0.")
     return [float(preference[name]) for name in objectives]

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters in one forward, each on its own rows of the batch."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

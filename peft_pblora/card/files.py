@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards as files beside an adapter: written when asked for, completed by results, never over a user's own words."""
-
-from __future__ import annotations
+"""Cards beside an adapter: written when asked for, completed by results, uploaded, never over a user's own words."""
 
 import json
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from peft_pblora.config import PreferenceConfig
 from peft_pblora.output import output_file
@@ -24,6 +23,11 @@ from .text import FOLDER, MARK, CardFacts, Table, render, usage
 
 TEMPLATE = "# Model Card for Model ID"
 """How the empty card begins that PEFT saves with every adapter."""
+FILES = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.png", "*.txt", "*.model", "LICENSE*")
+"""What an upload consists of: weights, tokenizer, card. Pickles, a trainer's `*.bin` and `*.pt`, stay behind."""
+NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+LOGS = ("trainer_state.json", "*_results.json")
+"""What a trainer writes about a run, which may name folders of its machine."""
 
 
 def write_card(folder: str | Path, subfolder: str = "", **facts: Any) -> None:
@@ -81,6 +85,67 @@ def add_results(
         if beside.parent.is_dir() and picture.resolve() != beside.resolve():
             shutil.copyfile(picture, beside)
     write_card(folder, **facts)
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Uploads an adapter with its card, in one commit: after an upload that breaks off nothing of it is there.
+
+    `model.push_to_hub` works too, but puts transformers' general card in the place of the one that shows how to load
+    the adapter.
+
+    Args:
+        model (`PeftModel`, `str` or `Path`):
+            The model with its adapters; or the folder of a saved adapter, with all that was added to its card, such as
+            a figure. Where the card is PEFT's empty one, [`write_card`]'s stands in its place.
+        repo_id (`str`): The repository, as `user/name`; it is created if it does not exist.
+        private, token, revision, commit_message, create_pr (*optional*):
+            As of [`HfApi.create_repo`] and [`HfApi.upload_folder`].
+
+    Raises:
+        ValueError: the folder has no adapter, or has its weights as a pickle.
+    """
+    saved = Path(model) if isinstance(model, str | Path) else None
+    lacking = [file for file in NEEDED if not (saved / file).is_file()] if saved is not None else []
+    if lacking:  # said before anything is created on the Hub
+        raise ValueError(
+            f"There is no {' and no '.join(lacking)} in {str(saved)!r}. Give the folder of an adapter that was saved "
+            "as safetensors; a pickle is not uploaded, since loading it can run code."
+        )
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as name:
+        folder, subfolder = Path(name), ""
+        if saved is None:
+            model.save_pretrained(name)
+            first = next(iter(model.peft_config))
+            subfolder = "" if first == "default" else first
+        else:
+            # The files of the folder itself, links among them by their content; checkpoints and other folders stay.
+            for path in (path for pattern in FILES for path in saved.glob(pattern) if path.is_file()):
+                shutil.copyfile(path, folder / path.name)
+        card = folder / "README.md"
+        empty = not card.is_file() or TEMPLATE in card.read_text(encoding="utf-8")
+        if empty and isinstance(PeftConfig.from_pretrained(str(folder / subfolder)), PreferenceConfig):
+            write_card(folder, subfolder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if card.is_file():
+            card.write_text(card.read_text(encoding="utf-8").replace(FOLDER, repo_id), encoding="utf-8")
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=name,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            allow_patterns=list(FILES),
+            ignore_patterns=list(LOGS),
+        )
 
 
 def save_card(folder: str | Path, config: Any, facts: CardFacts, subfolder: str = "") -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a card says: Markdown made from an adapter's configuration and further facts and nothing else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
