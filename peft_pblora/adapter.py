@@ -137,7 +137,7 @@ class LowRankAdapter(nn.Module):
                 return None
             with torch.autocast(x.device.type, enabled=False):
                 fold = self._folds[dtype] = Fold(self, condition, dtype)
-        check_rows(fold.rows, x.shape[0])
+        check_rows(condition.rows, x.shape[0])
         return fold
 
     def fold_ahead(self, x: torch.Tensor, condition: Condition | None = None) -> None:
@@ -187,9 +187,8 @@ class Fold:
             for name, weight in parameters.items()
             if weight is not None
         ]
-        self.rows = condition.rows
         self.matrix: torch.Tensor | None = None
-        if self.rows > 1:
+        if condition.rows > 1:
             down, up = adapter.A.weight, adapter.B.weight
             matrix, bias = adapter.row_factors(condition.preference, down)
             self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()

@@ -163,9 +163,8 @@ def save_card(folder: str | Path, config: Any, facts: CardFacts, subfolder: str 
 
 def exported_card(config: Any, preference: torch.Tensor) -> ModelCard:
     """The card of a plain LoRA that was exported at one preference, of shape `(k,)`."""
-    weights = "\n".join(
-        f"- {name}: {weight:g}" for name, weight in zip(config.objectives, preference.tolist(), strict=True)
-    )
+    pairs = zip(config.objectives, preference.tolist(), strict=True)
+    weights = "\n".join(f"- {name}: {weight:g}" for name, weight in pairs)
     base, method = config.base_model_name_or_path, config.peft_type.value
     tags = ["lora", method.lower(), "preference-conditioned"]
     data = ModelCardData(library_name="peft", base_model=hub_id(base), tags=tags)

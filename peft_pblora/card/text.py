@@ -176,10 +176,8 @@ def _introduction(config: Any) -> str:
             "token; they guide a frozen language model while it decodes:\n\n"
             "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t) − log Z"
         )
-    listed = "\n".join(
-        f"- **{name}**, weight {weight:.3g} unless set"
-        for name, weight in zip(config.objectives, config.initial_preference, strict=True)
-    )
+    pairs = zip(config.objectives, config.initial_preference, strict=True)
+    listed = _items([[f"**{name}**", f"weight {weight:.3g} unless set"] for name, weight in pairs], ", ")
     return (
         f"A {_method(config)} adapter on {_base(config)}: one small autoregressive reward model (ARM) for all "
         "preferences α over its objectives. Its log-probabilities are rewards for each token; they guide a frozen "
