@@ -66,9 +66,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         """The adapter of this name. Raises `KeyError` if the layer has none."""
         return cast(LowRankAdapter, self.adapters[name])
 
-    def update_layer(
-        self, adapter_name: str, config: PreferenceConfig, condition: Condition, inference_mode: bool = False
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: PreferenceConfig, condition: Condition) -> None:
         """Adds an adapter, or replaces the one of this name, at the condition that all of its layers share."""
         self.adapters[adapter_name] = LowRankAdapter(
             self.in_features,
@@ -80,7 +78,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             identity=config.init_weights,
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def get_delta_weight(self, adapter: str, preference: torch.Tensor | None = None) -> torch.Tensor:
         """The dense ΔW(α) in the base layer's orientation, at the adapter's own preference unless one is given."""
