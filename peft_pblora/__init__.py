@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference-conditioned adapters as PEFT methods. Importing this package registers them with PEFT."""
 
-from .card import add_results, write_card
+from .card import add_results, push_to_hub, write_card
 from .config import MoSLoraConfig, PBLoraConfig, PreferenceConfig, SVDLoraConfig
 from .control import get_objectives, get_preference, set_preference, use_preference
 from .export import save_as_lora
-from .hub import push_to_hub
+from .model import register
 from .preference import as_preference, name_preference, preference_grid, sample_preferences
-from .registration import register
 
 
 PBLoraModel = register("PBLORA", PBLoraConfig)
@@ -15,24 +14,8 @@ SVDLoraModel = register("SVDLORA", SVDLoraConfig)
 MoSLoraModel = register("MOSLORA", MoSLoraConfig)
 
 __all__ = [
-    "MoSLoraConfig",
-    "MoSLoraModel",
-    "PBLoraConfig",
-    "PBLoraModel",
-    "PreferenceConfig",
-    "SVDLoraConfig",
-    "SVDLoraModel",
-    "add_results",
-    "as_preference",
-    "get_objectives",
-    "get_preference",
-    "name_preference",
-    "preference_grid",
-    "push_to_hub",
-    "register",
-    "sample_preferences",
-    "save_as_lora",
-    "set_preference",
-    "use_preference",
-    "write_card",
-]
+    "MoSLoraConfig", "MoSLoraModel", "PBLoraConfig", "PBLoraModel", "PreferenceConfig", "SVDLoraConfig",
+    "SVDLoraModel", "add_results", "as_preference", "get_objectives", "get_preference", "name_preference",
+    "preference_grid", "push_to_hub", "register", "sample_preferences", "save_as_lora", "set_preference",
+    "use_preference", "write_card",
+]  # fmt: skip

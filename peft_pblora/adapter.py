@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The low-rank adapter s · B W(α) A of one linear layer, in plain PyTorch.
-
-It is never multiplied out: W(α) is folded into the smaller factor, or applied row by row in the rank dimension when
-every row of the batch has a preference of its own. It knows nothing of PEFT.
-"""
+"""The low-rank adapter s · B W(α) A of one linear layer, in plain PyTorch. It is never multiplied out."""
 
 from __future__ import annotations
 
@@ -14,27 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpointing import PendingForwards
 from .condition import Condition
 from .cores import Core
-from .fold import Fold, dtype_for
-
-
-Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""down `(r, n)`, up `(m, r)` and bias `(m,)` or `None` of a low-rank map: up (down x) + bias."""
 
 
 class LowRankAdapter(nn.Module):
     """Adds s · B (W(α) A x + δ(α)) to the output of a frozen linear layer; most cores have no shift δ.
 
+    W(α) is folded into the smaller factor, or applied in the rank dimension where each row has its own preference.
+
     Args:
-        in_features (`int`): n, size of the layer's input.
-        out_features (`int`): m, size of the layer's output.
+        in_features, out_features (`int`): n and m, sizes of the layer's input and output.
         core ([`Core`]): Maps a preference to W(α), of shape `(r, r)` or `(rows, r, r)`, and δ(α).
         scaling (`float`): s.
         condition ([`Condition`]): α, which adapters of other layers may share.
         dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
-        identity (`bool`, *optional*, defaults to `True`): Start with B = 0, so that the layer is unchanged.
+        identity (`bool`, *optional*, defaults to `True`):
+            Start with B = 0, so that the layer is unchanged, instead of drawing it as A, from kaiming_uniform(a=√5).
     """
 
     def __init__(
@@ -54,42 +46,24 @@ class LowRankAdapter(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scaling = scaling
         self.condition = condition
-        self._pending = PendingForwards()
         self._folds: dict[torch.dtype, Fold] = {}
-        self.reset_parameters(identity)
-
-    def reset_parameters(self, identity: bool = True) -> None:
-        """A from kaiming_uniform(a=√5), B zero (or small random for `identity=False`), the core as it defines."""
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         if identity:
             nn.init.zeros_(self.B.weight)
         else:
             nn.init.kaiming_uniform_(self.B.weight, a=math.sqrt(5))
-        self.core.reset_parameters()
+        core.reset_parameters()
 
-    def share(self, condition: Condition) -> None:
-        """Takes another condition, which other adapters may have too."""
-        self.condition = condition
-        condition.to(self.A.weight.device)
+    def factors(
+        self, preference: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The adapter at one preference, `(k,)`, or that which is set, as plain factors: y += up (down x) + bias.
 
-    def factors(self, preference: torch.Tensor | None = None) -> Factors:
-        """The adapter at one preference as plain low-rank factors: y += up (down x) + bias.
-
-        Args:
-            preference (`torch.Tensor` of shape `(k,)`, *optional*): The preference that is set if not given.
-
-        Returns:
-            `tuple` of down `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`. W(α) and s are folded into the smaller
-            factor.
-
-        Raises:
-            ValueError: a preference for each row is set.
+        down is `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`. A preference for each row raises `ValueError`.
         """
         preference = (self.condition.preference if preference is None else preference).to(self.A.weight)
         if preference.ndim == 2:
-            raise ValueError(
-                "A preference for each row can't be merged into one weight. Set one preference of shape (k,) first."
-            )
+            raise ValueError("A preference for each row can't be merged into one weight. Set one of shape (k,) first.")
         down, up = self.A.weight, self.B.weight
         matrix, shift = self.core(preference)
         matrix = self.scaling * matrix
@@ -112,8 +86,7 @@ class LowRankAdapter(nn.Module):
             preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`, *optional*): Instead of the one that is set.
             condition ([`Condition`], *optional*): In the place of the adapter's own.
             folded (`bool`, *optional*, defaults to `False`):
-                Whether [`fold_ahead`] was called since anything changed: a compiled forward then uses that fold,
-                instead of computing W(α) again for every token.
+                Whether [`fold_ahead`] was called since anything changed; a compiled forward then uses that fold.
 
         Raises:
             ValueError: the batch is not a multiple of the preference's rows.
@@ -129,7 +102,7 @@ class LowRankAdapter(nn.Module):
                 if fold is not None:
                     return fold.add_(x, result)
             if self.training and not compiling:
-                self._pending.check(condition.version)
+                condition.note_forward()
             preference = condition.preference
         x = self.dropout(x)
         if not self._weights_are_here():
@@ -147,19 +120,13 @@ class LowRankAdapter(nn.Module):
         return (flat if bias is None else flat + bias.to(result.dtype)).view(result.shape)
 
     def row_factors(self, preference: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """s · W(α), shape `(rows, r, r)`, and s · δ(α), shape `(rows, r)` or `None`, for preferences `(rows, k)`.
-
-        They have the dtype of `like` and are on its device.
-        """
+        """s · W(α), `(rows, r, r)`, and s · δ(α), `(rows, r)` or `None`, in the dtype and on the device of `like`."""
         matrix, shift = self.core(preference.to(like.device, self.A.weight.dtype))
         matrix = (self.scaling * matrix).to(like)
         return matrix, None if shift is None else (self.scaling * shift).to(like)
 
     def _weights_are_here(self) -> bool:
-        """Whether A and B can be read without calling them.
-
-        Offloading by accelerate, and FSDP where each of them is a unit, bring the weights when a module is called.
-        """
+        """Whether A and B can be read uncalled: accelerate's offloading and FSDP bring weights for a call."""
         return type(self.A) is type(self.B) is nn.Linear and not self.A.weight.is_meta
 
     def _folded(self, x: torch.Tensor, condition: Condition) -> Fold | None:
@@ -170,18 +137,13 @@ class LowRankAdapter(nn.Module):
                 return None
             with torch.autocast(x.device.type, enabled=False):
                 fold = self._folds[dtype] = Fold(self, condition, dtype)
-        check_rows(fold.rows, x.shape[0])
+        check_rows(condition.rows, x.shape[0])
         return fold
 
     def fold_ahead(self, x: torch.Tensor, condition: Condition | None = None) -> None:
-        """Folds the adapter for inputs like `x`, and forgets other folds that no longer hold.
+        """Folds the adapter for inputs of the dtype, device and shape of `x`, and forgets folds that no longer hold.
 
-        Args:
-            x (`torch.Tensor` of shape `(batch, ..., any)`): With the dtype, device and shape of an input.
-            condition ([`Condition`], *optional*): In the place of the adapter's own.
-
-        Raises:
-            ValueError: the batch is not a multiple of the preference's rows.
+        Arguments and errors are as of [`forward`].
         """
         condition = self.condition if condition is None else condition
         for dtype in [dtype for dtype, fold in self._folds.items() if not fold.fits(condition)]:
@@ -189,7 +151,7 @@ class LowRankAdapter(nn.Module):
         self._folded(x, condition)
 
     def train(self, mode: bool = True) -> LowRankAdapter:
-        self._pending = PendingForwards()
+        self.condition.pending.clear()
         self._folds.clear()
         return super().train(mode)
 
@@ -210,11 +172,72 @@ class LowRankAdapter(nn.Module):
         return f"scaling={self.scaling}, objectives={self.condition.objectives}"
 
 
-def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:
-    """Repeats each row of a `(rows, k)` preference so that there is one for each of `batch` rows.
+class Fold:
+    """What an adapter adds at the preference of a condition, computed in a dtype from [`dtype_for`].
 
-    `generate` repeats rows in the same way for beams and several sequences.
+    One preference is folded into the factors; with a preference for each of several rows, W(α) of every row is kept.
     """
+
+    def __init__(self, adapter: LowRankAdapter, condition: Condition, dtype: torch.dtype) -> None:
+        self.dtype, self.condition, self.version = dtype, condition, condition.version
+        self.weights = [
+            # Inference tensors keep no version; whoever changes one in place must set the preference again.
+            (parameters, name, weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
+            for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
+            for name, weight in parameters.items()
+            if weight is not None
+        ]
+        self.matrix: torch.Tensor | None = None
+        if condition.rows > 1:
+            down, up = adapter.A.weight, adapter.B.weight
+            matrix, bias = adapter.row_factors(condition.preference, down)
+            self.matrix = matrix.transpose(1, 2).to(dtype).contiguous()
+        else:
+            down, up, bias = adapter.factors(condition.preference.view(-1))
+        self.bias = None if bias is None else bias.to(dtype)
+        self.down, self.up = down.T.to(dtype).contiguous(), up.T.to(dtype).contiguous()
+
+    def fits(self, condition: Condition) -> bool:
+        """Whether nothing that the fold depends on has changed: the preference and the weights."""
+        if self.condition is not condition or self.version != condition.version:
+            return False
+        # Asked for every layer of every token, where a generator expression would cost as much as the small products.
+        for parameters, name, weight, address, version in self.weights:
+            if parameters[name] is not weight or weight.data_ptr() != address:
+                return False
+            if version is not None and weight._version != version:
+                return False
+        return True
+
+    def add_(self, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        """Adds to `result`, of shape `(batch, ..., m)`, in place."""
+        hidden = torch.matmul(x.to(self.dtype), self.down)
+        if self.matrix is not None:
+            # Rows that `generate` repeats stand together.
+            rows, shape = hidden.reshape(len(self.matrix), -1, hidden.shape[-1]), hidden.shape
+            if self.bias is None:
+                hidden = torch.bmm(rows, self.matrix).view(shape)
+            else:
+                hidden = torch.baddbmm(self.bias[:, None], rows, self.matrix).view(shape)
+        # Autocast lowers the dtype of `hidden`, and in-place products do not follow it.
+        if result.dtype == self.dtype == hidden.dtype and result.is_contiguous():
+            result.view(-1, result.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up)
+        else:
+            result.add_(torch.matmul(hidden, self.up))
+        return result if self.matrix is not None or self.bias is None else result.add_(self.bias)
+
+
+def dtype_for(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a fold is applied to `x`: its own, but float32 for a few tokens of a half type on a CPU.
+
+    There a product in bfloat16 has a fixed cost of several small products in float32.
+    """
+    few = x.is_cpu and x.numel() <= 16 * x.shape[-1]
+    return torch.float32 if few and x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
+def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:
+    """Repeats each row of a `(rows, k)` preference, as `generate` repeats rows, so that there are `batch`."""
     check_rows(preference.shape[0], batch)
     return preference.repeat_interleave(batch // preference.shape[0], dim=0)
 

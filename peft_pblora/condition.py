@@ -28,13 +28,15 @@ class Condition:
         aside (`bool`): Whether the adapter acts only in calls of its `PeftModel`, not in those of the model below it,
             which then is the base model. A logits processor that guides with the adapter sets it; `set_adapter` takes
             it back. While the model trains it is without effect.
+        pending (`set[int]`): Versions of which there were forwards whose backward is still to come; two tell enough.
     """
 
     def __init__(self, objectives: Sequence[str], preference: Sequence[float]) -> None:
         self.objectives = list(objectives)
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.version = self.merged = 0
-        self.was_set = self.aside = False
+        self.was_set = self.aside = self._repeated = False
+        self.pending: set[int] = set()
 
     @classmethod
     def fixed(cls, objectives: Sequence[str], preference: torch.Tensor) -> Condition:
@@ -75,5 +77,19 @@ class Condition:
                 stacklevel=2,
             )
 
-    def __repr__(self) -> str:
-        return f"Condition({self.objectives}, {self.preference.tolist()})"
+    def note_forward(self) -> None:
+        """Notes a forward in training. Gradient checkpointing repeats it in backward, where another preference would
+        give wrong gradients without any error: that raises `RuntimeError`.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            if self._repeated:
+                self.pending, self._repeated = set(), False
+            if len(self.pending) < 2:
+                self.pending.add(self.version)
+        elif self.pending - {self.version}:
+            raise RuntimeError(
+                "The preference was changed between a forward and its backward, where gradient checkpointing repeats "
+                "the forward. With several preferences in one step, run backward for each before the next forward."
+            )
+        else:
+            self._repeated = True

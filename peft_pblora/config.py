@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the preference-conditioned adapters."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -11,7 +10,6 @@ import torch
 from peft import PeftConfig, mapping
 
 from .cores import Core, MoSLoraCore, PBLoraCore, SVDLoraCore
-from .official import name_objectives, number_objectives, rename_tensors, starting_preference
 from .preference import as_preference, check_objectives
 
 
@@ -32,6 +30,11 @@ class PeftType(str):
         return f"PeftType.{self.value}"
 
 
+def _numbered(count: int) -> list[str]:
+    """Names for objectives that have only a number."""
+    return [f"objective_{i + 1}" for i in range(count)]
+
+
 @dataclass
 class PreferenceConfig(PeftConfig):
     """What every preference-conditioned adapter has in common; use a subclass such as [`PBLoraConfig`].
@@ -42,89 +45,69 @@ class PreferenceConfig(PeftConfig):
             `{"helpful": 0.7, "harmless": 0.3}` works wherever it travels.
         default_preference (`list[float]`, *optional*):
             The preference a freshly built or loaded model starts with. Uniform if not given.
-        target_modules (`list[str]` or `str`, *optional*):
-            Modules to adapt: names, a regex, or `"all-linear"`. Chosen by architecture if not given.
-        exclude_modules (`list[str]` or `str`, *optional*): Modules to leave out, as names or a regex.
-        lora_dropout (`float`, *optional*, defaults to 0.0): Dropout on the adapter's input.
-        fan_in_fan_out (`bool`, *optional*, defaults to `False`): Set for layers that store `(in, out)`, like Conv1D.
-        bias (`str`, *optional*, defaults to `"none"`): `"none"`, `"all"`, or `"<method>_only"`.
-        modules_to_save (`list[str]`, *optional*): Further modules to train and save.
         init_weights (`bool`, *optional*, defaults to `True`):
             Start as the identity (B is zero). `False` draws B at random, which is only useful in tests.
-        layers_to_transform (`list[int]` or `int`, *optional*): Layer indices to adapt.
-        layers_pattern (`list[str]` or `str`, *optional*): Name of the layer list for `layers_to_transform`.
-        trainable_token_indices (*optional*): Not supported by these adapters; present because TRL reads it.
+        bias (`str`, *optional*, defaults to `"none"`): `"none"`, `"all"`, or `"<method>_only"`.
         card (`dict`, *optional*):
             What the model card says beyond this configuration, see [`card.CardFacts`]; it travels with the adapter.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, fan_in_fan_out,
+        lora_dropout (*optional*): As of [`peft.LoraConfig`].
+
+    Raises:
+        ValueError: values that contradict each other or are out of range, or `trainable_token_indices`, which TRL
+            reads and these adapters do not support.
+        RuntimeError: PEFT, or another package, has a method of this name.
     """
 
     method: ClassVar[PeftType | None] = None
-    """The method's name in PEFT, given by [`register`]."""
+    """The method's name in PEFT, given by [`register`], which also makes its tuner."""
     tuner_cls: ClassVar[Any] = None
-    """The method's tuner, made by [`register`]."""
 
-    objectives: list[str] = field(
-        default_factory=lambda: number_objectives(2),
-        metadata={"help": "Names of the objectives, in the order of the preference vector."},
-    )
-    default_preference: list[float] | None = field(
-        default=None, metadata={"help": "The preference a fresh or loaded model starts with. Uniform if not given."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regex of the modules to leave out."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    fan_in_fan_out: bool = field(default=False, metadata={"help": "Set for layers that store (in, out)."})
-    bias: str = field(default="none", metadata={"help": "'none', 'all' or '<method>_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules apart from the adapter to train and save."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "Start as the identity."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list, used with layers_to_transform."}
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Not supported by these adapters."}
-    )
-    card: dict[str, Any] | None = field(default=None, metadata={"help": "Further facts for the model card."})
+    objectives: list[str] = field(default_factory=lambda: _numbered(2))
+    default_preference: list[float] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    card: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = cast(Any, self.method)
-        self._check_registered()
+        owner = cast(Any, mapping.PEFT_TYPE_TO_CONFIG_MAPPING).get(self.method, type(self))
+        if not isinstance(self, owner):
+            raise RuntimeError(
+                f"PEFT's method {self.method!r} belongs to {owner.__module__}.{owner.__name__}, not to "
+                f"{type(self).__module__}. Use {owner.__name__}, or a PEFT version without a method of that name."
+            )
         self.objectives = check_objectives(self.objectives)
         if self.default_preference is not None:
             self.default_preference = as_preference(self.default_preference, self.objectives).tolist()
-        self.target_modules = _as_set(self.target_modules)
-        self.exclude_modules = _as_set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(modules := getattr(self, name), list):
+                setattr(self, name, set(modules))
         if self.trainable_token_indices is not None:
             raise ValueError("`trainable_token_indices` is not supported by preference-conditioned adapters.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}, but it must lie in [0, 1).")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        with torch.device("meta"):  # without memory or random numbers
+            self.build_core()  # which checks its sizes
 
     @property
     def initial_preference(self) -> list[float]:
         """The preference a model starts with: `default_preference`, or uniform."""
         return self.default_preference or [1 / len(self.objectives)] * len(self.objectives)
-
-    def _check_registered(self) -> None:
-        """Raises `RuntimeError` if the name of the method belongs to another class in PEFT."""
-        owner = cast(Any, mapping.PEFT_TYPE_TO_CONFIG_MAPPING).get(self.method, type(self))
-        if not isinstance(self, owner):
-            raise RuntimeError(
-                f"PEFT's method {cast(str, self.peft_type)!r} belongs to {owner.__module__}.{owner.__name__}, not to "
-                f"{type(self).__module__}. Use {owner.__name__}, or a PEFT version without a method of that name."
-            )
 
     @staticmethod
     def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
@@ -132,7 +115,7 @@ class PreferenceConfig(PeftConfig):
         return tensors
 
     def build_core(self) -> Core:
-        """A fresh core, the module that computes W(α)."""
+        """A fresh core, the module that computes W(α). Raises `ValueError` for sizes that it can't have."""
         raise NotImplementedError
 
     @property
@@ -157,41 +140,40 @@ class PBLoraConfig(PreferenceConfig):
     order of the objectives, which they know by number only: `obj_num` and `pref_vec_init` stand for `objectives` and
     `default_preference`. Name them by setting `config.objectives` before loading, or by an entry `objectives` in their
     `adapter_config.json`. In their safety task the order is harmlessness, helpfulness.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora import PBLoraConfig
-    >>> PBLoraConfig(objectives=["helpful", "harmless"], r1=4, r2=4, lora_alpha=8).scaling
-    2.0
-    >>> PBLoraConfig(obj_num=2, objectives=["harmless", "helpful"]).objectives  # with the keys of the authors' file
-    ['harmless', 'helpful']
-
-    ```
     """
 
-    r1: int = field(default=4, metadata={"help": "Rank of the preference-agnostic block."})
-    r2: int = field(default=4, metadata={"help": "Rank of the preference-aware block."})
-    lora_alpha: float = field(default=8, metadata={"help": "The scaling is lora_alpha / r2."})
+    r1: int = 4
+    r2: int = 4
+    lora_alpha: float = 8
     # Keys of the authors' adapter_config.json, translated and not kept.
     obj_num: InitVar[int | None] = None
     pref_vec_init: InitVar[list[float] | None] = None
 
     def __post_init__(self, obj_num: int | None = None, pref_vec_init: list[float] | None = None) -> None:
         if obj_num is not None:
-            self.objectives = name_objectives(obj_num, self.objectives)
+            if self.objectives == _numbered(2):  # none were given
+                self.objectives = _numbered(obj_num)
+            if len(self.objectives) != obj_num:
+                raise ValueError(
+                    f"`objectives` names {list(self.objectives)}, but the adapter has `obj_num` {obj_num}. Name every "
+                    "objective, in the adapter's order."
+                )
             if pref_vec_init is not None and self.default_preference is None:
-                self.default_preference = starting_preference(pref_vec_init, self.objectives)
+                try:
+                    self.default_preference = as_preference(pref_vec_init, self.objectives).tolist()
+                except (TypeError, ValueError) as error:
+                    warnings.warn(f"The adapter's `pref_vec_init` is not used: {error}", stacklevel=3)
         super().__post_init__()
-        if min(self.r1, self.r2) < 0 or self.r1 + self.r2 == 0:
-            raise ValueError(
-                f"`r1` is {self.r1} and `r2` is {self.r2}, but both must be 0 or larger and one must be positive."
-            )
 
     @staticmethod
     def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Also takes the authors' names."""
-        return rename_tensors(tensors)
+        """Also gives the authors' tensors our names, `pblora_adapter.A.weight` for `pblora_A`."""
+        ours = {"A": "A.weight", "B": "B.weight", "W1": "core.W1", "W2": "core.W2"}
+        renamed = {}
+        for key, value in tensors.items():
+            stem, _, part = key.removesuffix(".weight").rpartition(".pblora_")
+            renamed[f"{stem}.pblora_adapter.{ours[part]}" if part in ours else key] = value
+        return renamed
 
     def build_core(self) -> PBLoraCore:
         return PBLoraCore(len(self.objectives), self.r1, self.r2)
@@ -214,13 +196,8 @@ class SVDLoraConfig(PreferenceConfig):
     The other arguments are those of [`PreferenceConfig`].
     """
 
-    r: int = field(default=8, metadata={"help": "Number of preference-agnostic singular values."})
-    lora_alpha: float = field(default=16, metadata={"help": "The scaling is lora_alpha / r."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r < 0:
-            raise ValueError(f"`r` is {self.r}, but it must be 0 or larger.")
+    r: int = 8
+    lora_alpha: float = 16
 
     def build_core(self) -> SVDLoraCore:
         return SVDLoraCore(len(self.objectives), self.r)
@@ -249,17 +226,9 @@ class MoSLoraConfig(PreferenceConfig):
     The other arguments are those of [`PreferenceConfig`].
     """
 
-    r: int = field(default=8, metadata={"help": "Rank."})
-    lora_alpha: float = field(default=16, metadata={"help": "The scaling is lora_alpha / r."})
-    embedding_size: int = field(default=0, metadata={"help": "Size of learned objective embeddings; 0 uses none."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.r < 1 or self.embedding_size < 0:
-            raise ValueError(
-                f"`r` is {self.r} and `embedding_size` {self.embedding_size}, but r must be positive and "
-                "`embedding_size` 0 or larger."
-            )
+    r: int = 8
+    lora_alpha: float = 16
+    embedding_size: int = 0
 
     def build_core(self) -> MoSLoraCore:
         return MoSLoraCore(len(self.objectives), self.r, self.embedding_size)
@@ -267,7 +236,3 @@ class MoSLoraConfig(PreferenceConfig):
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.r
-
-
-def _as_set(modules: Sequence[str] | str | None):
-    return set(modules) if isinstance(modules, list) else modules

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Setting and reading the preference of a model's adapters."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
@@ -11,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 
 from .condition import Condition
-from .layer import PreferenceLinear, preference_layers
+from .layer import preference_layers
 from .model import PreferenceTuner
 from .preference import Preference, as_preference
 
@@ -24,29 +22,19 @@ def set_preference(
     Args:
         model (`nn.Module`): A model with preference-conditioned adapters, wrapped in a `PeftModel` or not.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
-            Weights on the simplex, by objective name or in the adapter's order; shape `(k,)`, or `(rows, k)` for one
-            preference for each row of the batch.
+            Weights on the simplex, such as `{"helpful": 0.7, "harmless": 0.3}`, see [`as_preference`]; `(rows, k)` of
+            them are one preference for each row of the batch.
         adapter_name (`str`, *optional*): The adapter to set; all preference-conditioned adapters if not given.
         normalize (`bool`, *optional*, defaults to `False`): Rescale to sum 1 instead of refusing.
 
     Raises:
-        ValueError: the model has no such adapter, the adapter is merged, or the preference is not on the simplex of
-            its objectives.
-
-    Example:
-
-    ```python
-    set_preference(model, {"helpful": 0.7, "harmless": 0.3})
-    ```
+        ValueError: the model has no such adapter, it is merged, or the preference is not one of its objectives.
     """
-    found = conditions(model, adapter_name)
+    found = _conditions(model, adapter_name)
     valid = [as_preference(preference, condition.objectives, normalize) for _, condition in found]
     for name, condition in found:
         if condition.merged:
-            raise ValueError(
-                f"Adapter {name!r} is merged into the base weights at one preference. Call `unmerge_adapter()` "
-                "before setting another."
-            )
+            raise ValueError(f"Adapter {name!r} is merged at one preference. Call `unmerge_adapter()` to set another.")
     for (_, condition), value in zip(found, valid, strict=True):
         condition.set(value)
 
@@ -54,39 +42,22 @@ def set_preference(
 def get_preference(model: nn.Module, adapter_name: str | None = None) -> torch.Tensor:
     """Returns a copy of the preference of an adapter, the active one if `adapter_name` is not given.
 
-    Returns:
-        `torch.Tensor` of shape `(k,)` or `(rows, k)`, float32, in the order of [`get_objectives`].
-
-    Raises:
-        ValueError: the model has no such adapter.
+    It is a float32 tensor of shape `(k,)` or `(rows, k)`. Raises `ValueError` if the model has no such adapter.
     """
-    return active_condition(model, adapter_name).preference.clone()
+    return find_adapter(model, adapter_name)[1].preference.clone()
 
 
 def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[str]:
     """Returns the objective names of an adapter, in the order of its preference vector."""
-    return list(active_condition(model, adapter_name).objectives)
-
-
-def has_preference(model: nn.Module) -> bool:
-    """Whether the model has a preference-conditioned adapter."""
-    return any(_families(model))
+    return list(find_adapter(model, adapter_name)[1].objectives)
 
 
 @contextlib.contextmanager
 def use_preference(
     model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
 ) -> Iterator[None]:
-    """Sets a preference for the time of a `with` block and restores the former ones after it, also on an error.
-
-    Example:
-
-    ```python
-    with use_preference(model, {"helpful": 1.0, "harmless": 0.0}):
-        model.generate(**inputs)
-    ```
-    """
-    former = [(one, one.preference.clone(), one.was_set) for _, one in conditions(model, adapter_name)]
+    """As [`set_preference`], for the time of a `with` block: the former ones come back after it, also on an error."""
+    former = [(one, one.preference.clone(), one.was_set) for _, one in _conditions(model, adapter_name)]
     set_preference(model, preference, adapter_name, normalize)
     try:
         yield
@@ -96,39 +67,30 @@ def use_preference(
             condition.was_set = was_set
 
 
-def conditions(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, Condition]]:
-    """The adapters of a model, or the one of this name, with their conditions. A `PeftModel`'s layers are not visited.
+def has_preference(model: nn.Module) -> bool:
+    """Whether the model has a preference-conditioned adapter."""
+    return any(_families(model))
 
-    Raises:
-        ValueError: the model has no such adapter.
-    """
+
+def find_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str, Condition]:
+    """The adapter of this name, else an active one, with its condition. Raises `ValueError` if there is none."""
+    found = _conditions(model, adapter_name)
+    active: list[str] = []
+    if len(found) > 1:
+        active = next(layer for layer in preference_layers(model) if layer.adapters).active_adapters
+    return next((pair for pair in found if pair[0] in active), found[0])
+
+
+def _conditions(model: nn.Module, adapter_name: str | None) -> list[tuple[str, Condition]]:
+    """All adapters of a model, or the one of this name, with their conditions. A `PeftModel`'s layers stay unseen."""
     families = _families(model)
     found = [pair for family in families for pair in family.items() if adapter_name in (None, pair[0])]
     if not found:
         known = sorted({name for family in families for name in family})
-        raise ValueError(
-            f"The model has no preference-conditioned adapter {adapter_name!r}; it has {known}."
-            if known
-            else "The model has no preference-conditioned adapter. Make one with "
-            "`get_peft_model(model, PBLoraConfig(objectives=[...]))`."
-        )
+        hint = "Make one with `get_peft_model(model, PBLoraConfig(objectives=[...]))`."
+        which = f" {adapter_name!r}; it has {known}." if known else f". {hint}"
+        raise ValueError(f"The model has no preference-conditioned adapter{which}")
     return found
-
-
-def active_condition(model: nn.Module, adapter_name: str | None = None) -> Condition:
-    """The condition of the adapter of the given name, else of an active one. Raises as [`conditions`]."""
-    found = conditions(model, adapter_name)
-    active: list[str] = []
-    if len(found) > 1:
-        active = next(layer for layer in preference_layers(model) if layer.adapters).active_adapters
-    return next((condition for name, condition in found if name in active), found[0][1])
-
-
-def adapted_layers(model: nn.Module, adapter_name: str | None) -> list[tuple[PreferenceLinear, str]]:
-    """All pairs of an adapted layer and an adapter name in it. Raises as [`conditions`]."""
-    conditions(model, adapter_name)
-    layers = preference_layers(model)
-    return [(layer, name) for layer in layers for name in layer.adapters if adapter_name in (None, name)]
 
 
 def _families(model: nn.Module) -> list[dict[str, Condition]]:

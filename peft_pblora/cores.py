@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cores: the r×r matrix W(α) that makes a LoRA preference-conditioned.
-
-Every adapter of this package is ΔW(α) = s · B W(α) A and differs only in W(α). A core is a small `nn.Module` that
-owns the parameters of W and maps a preference to the matrix. It knows nothing of layers, PEFT or models.
-"""
+"""Cores: the r×r matrix W(α) between B and A that makes a LoRA preference-conditioned. Mathematics only."""
 
 import math
 
@@ -35,17 +31,15 @@ class Core(nn.Module):
         """
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={tuple(parameter.shape)}" for name, parameter in self.named_parameters())
+
 
 class PBLoraCore(Core):
     """W(α) = blockdiag(W1, reshape(α φ, r2, r2)): PBLoRA (PARM, ICML 2025, arXiv 2505.06274).
 
-    `W1` serves every preference alike, the second block is linear in α. With `r2=0` it is LoRA with a free r1×r1
-    matrix in the middle, with `r1=0` purely preference-aware; an empty block has no parameter.
-
-    Args:
-        objectives (`int`): Number of objectives k.
-        r1 (`int`): Rank of the preference-agnostic block, 0 or larger.
-        r2 (`int`): Rank of the preference-aware block, 0 or larger; `r1 + r2` must be positive.
+    With `r2=0` it is LoRA with a free r1×r1 matrix in the middle, with `r1=0` purely preference-aware; an empty block
+    has no parameter. Both ranks must be 0 or larger, and one positive; `objectives` is k.
 
     Attributes:
         W1 (`nn.Parameter` of shape `(r1, r1)` or `None`): The same for every preference.
@@ -63,9 +57,8 @@ class PBLoraCore(Core):
 
     def reset_parameters(self) -> None:
         """Draws W1 and φ from kaiming_uniform(a=√5), as the authors do."""
-        for weight in (self.W1, self.W2):
-            if weight is not None:
-                nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        for weight in self.parameters():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, None]:
         rows = preference.shape[:-1]
@@ -76,16 +69,11 @@ class PBLoraCore(Core):
             matrix[..., self.r1 :, self.r1 :] = (preference @ self.W2).view(*rows, self.r2, self.r2)
         return matrix, None
 
-    def extra_repr(self) -> str:
-        return f"r1={self.r1}, r2={self.r2}"
-
 
 class SVDLoraCore(Core):
     """W(α) = diag(σ_1..σ_r, c·α_1..c·α_k): SVD-LoRA (Panacea, NeurIPS 2024, arXiv 2402.02030).
 
-    Args:
-        objectives (`int`): Number of objectives k.
-        r (`int`): Number of preference-agnostic singular values, 0 or larger.
+    `objectives` is k, and r must be 0 or larger.
 
     Attributes:
         sigma (`nn.Parameter` of shape `(r,)` or `None`): The preference-agnostic singular values.
@@ -113,21 +101,13 @@ class SVDLoraCore(Core):
             values = torch.cat([self.sigma.expand(*preference.shape[:-1], self.r), values], dim=-1)
         return torch.diag_embed(values), None
 
-    def extra_repr(self) -> str:
-        return f"r={self.r}"
-
 
 class MoSLoraCore(Core):
     """W(α) = diag(1 + γ(α)) and a shift δ(α), [γ, δ] = M Σ_i α_i o_i: MoSLoRA (UniARM, arXiv 2602.09538).
 
     This is our reading of the paper's description, not checked against its equations. A shared module extracts
     low-rank features, and a modulation conditioned on the *mixed* preference applies an affine map to them.
-
-    Args:
-        objectives (`int`): Number of objectives k.
-        r (`int`): Rank, positive.
-        embedding_size (`int`, *optional*, defaults to 0):
-            Size d of the learned table o of objective embeddings; 0 uses the preference itself (o = I, d = k).
+    `objectives` is k, r must be positive, and `embedding_size` is d; 0 uses the preference itself (o = I, d = k).
 
     Attributes:
         M (`nn.Parameter` of shape `(2r, d)`): The modulation, zero at the start.
@@ -137,7 +117,10 @@ class MoSLoraCore(Core):
     def __init__(self, objectives: int, r: int, embedding_size: int = 0) -> None:
         super().__init__()
         if r < 1 or embedding_size < 0:
-            raise ValueError(f"`r` is {r} and `embedding_size` {embedding_size}, but they must be positive and >= 0.")
+            raise ValueError(
+                f"`r` is {r} and `embedding_size` {embedding_size}, but r must be positive and `embedding_size` 0 or "
+                "larger."
+            )
         self.rank = r
         self.embeddings = nn.Parameter(torch.empty(objectives, embedding_size)) if embedding_size else None
         self.M = nn.Parameter(torch.empty(2 * r, embedding_size or objectives))
@@ -153,6 +136,3 @@ class MoSLoraCore(Core):
         mixed = preference if self.embeddings is None else preference @ self.embeddings
         gamma, delta = (mixed @ self.M.T).chunk(2, dim=-1)
         return torch.diag_embed(1 + gamma), delta
-
-    def extra_repr(self) -> str:
-        return f"r={self.rank}"

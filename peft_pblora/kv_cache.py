@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What forwards call their key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,15 +15,7 @@ NAMES = ("cache", "past_key_values")
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache as the keyword argument of a model's forward, or of its `generate`.
-
-    Args:
-        model (`nn.Module`): A language model, or a `PeftModel` of one.
-        cache (`Cache` or `None`): The cache.
-
-    Raises:
-        ValueError: the model takes none.
-    """
+    """A cache as the keyword argument of a model's forward or `generate`. Raises `ValueError` if it takes none."""
     kind = type(backbone_of(model))
     name = _name(kind)
     if name is None:

@@ -1,12 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's side of a preference-conditioned linear layer: several adapters, merging, disabling.
+"""PEFT's side of a preference-conditioned linear layer: several adapters, merging, disabling, rows of a batch."""
 
-The arithmetic is [`LowRankAdapter`]; this file only obeys PEFT's tuner contract and never names a method.
-"""
-
-from __future__ import annotations
-
-import functools
 import warnings
 from typing import Any, ClassVar, cast
 
@@ -33,13 +27,21 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     prefix: ClassVar[str]
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PreferenceConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: PreferenceConfig,
+        condition: Condition,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.adapter_layer_names = (f"{self.prefix}adapter",)
         self.other_param_names = ("merged_preference", "conditions")
         self.base_layer = base_layer
+        base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self.merged_preference: dict[str, torch.Tensor] = {}
@@ -49,13 +51,11 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.fan_in_fan_out = config.fan_in_fan_out
-        self.kwargs = kwargs
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base))
+        if self.in_features is None or self.out_features is None:
+            raise TypeError(f"Unsupported layer type {type(base)}")
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config=config, **kwargs)
+        self.update_layer(adapter_name, config, condition)
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -66,21 +66,19 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         """The adapter of this name. Raises `KeyError` if the layer has none."""
         return cast(LowRankAdapter, self.adapters[name])
 
-    def update_layer(
-        self, adapter_name: str, config: PreferenceConfig, inference_mode: bool = False, **kwargs: Any
-    ) -> None:
-        """Adds an adapter, or replaces the one of this name, with a condition of its own: the tuner joins them."""
+    def update_layer(self, adapter_name: str, config: PreferenceConfig, condition: Condition) -> None:
+        """Adds an adapter, or replaces the one of this name, at the condition that all of its layers share."""
         self.adapters[adapter_name] = LowRankAdapter(
             self.in_features,
             self.out_features,
             core=config.build_core(),
             scaling=config.scaling,
-            condition=Condition(config.objectives, config.initial_preference),
+            condition=condition,
             dropout=config.lora_dropout,
             identity=config.init_weights,
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def get_delta_weight(self, adapter: str, preference: torch.Tensor | None = None) -> torch.Tensor:
         """The dense ΔW(α) in the base layer's orientation, at the adapter's own preference unless one is given."""
@@ -89,46 +87,35 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds ΔW(α) to the base weight, and a shift to the base bias, and remembers α.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): Refuse a merge that would write NaN or infinity.
-            adapter_names (`list[str]`, *optional*): The adapters to merge; all active ones if not given.
+        """Adds ΔW(α) of the active or named adapters to the base weight, and a shift to its bias, and remembers α.
 
         Raises:
-            ValueError: a preference for each row is set, or `safe_merge` found a broken adapter.
+            ValueError: a preference for each row is set, or `safe_merge` found NaN or infinity in what it would write.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.adapters:
-                continue
-            weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(name)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.set_base_weight(merged)
-            self._add_shift(name, sign=1)
-            condition = self.adapter(name).condition
-            self.merged_preference[name] = condition.preference.clone()
-            self.merged_adapters.append(name)
-            condition.merged += 1
+            if name in self.adapters:
+                condition = self.adapter(name).condition
+                self._add(name, condition.preference, sign=1, safe=safe_merge)
+                self.merged_preference[name] = condition.preference.clone()
+                self.merged_adapters.append(name)
+                condition.merged += 1
 
     def unmerge(self) -> None:
         """Subtracts what `merge` added, at the preference it was merged with."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            delta = self.get_delta_weight(name, self.merged_preference[name])
-            self.set_base_weight((weight - delta).to(weight.dtype))
-            self._add_shift(name, sign=-1)
-            del self.merged_preference[name]
+            self._add(name, self.merged_preference.pop(name), sign=-1)
             self.adapter(name).condition.merged -= 1
 
-    def _add_shift(self, name: str, sign: int) -> None:
-        """Adds the adapter's bias, if it has one, to the base layer's, which gets one for the time if it has none."""
-        *_, shift = self.adapter(name).factors(self.merged_preference.get(name))
+    def _add(self, name: str, preference: torch.Tensor, sign: int, safe: bool = False) -> None:
+        """Adds ±ΔW(α) to the base weight, and a shift to its bias, which it gets for the time if it has none."""
+        weight, (*_, shift) = self.get_base_weight(), self.adapter(name).factors(preference)
+        changed = (weight + sign * self.get_delta_weight(name, preference)).to(weight.dtype)
+        if safe and not torch.isfinite(changed).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.set_base_weight(changed)
         if shift is None:
             return
         base: Any = self.get_base_layer()
@@ -148,17 +135,17 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         plan = current_plan()
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        if plan is None and (self._disable_adapters or self.merged_adapters):
-            if self._disable_adapters and self.merged_adapters:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+        if plan is None and self._disable_adapters and self.merged_adapters:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
+        if plan is None and (self._disable_adapters or self.merged_adapters):
+            return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if plan is not None:
             return self._act_on_rows(x, result, plan)
         if adapter_names is not None:
-            return self._mixed_batch(x, result, tuple(adapter_names))
+            return self._mixed_batch(x, result, adapter_names)
         container: Any = self._modules[self.adapter_layer_names[0]]
         adapters = container._modules
         for name in self.active_adapters:
@@ -177,12 +164,10 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, adapter_names: tuple[str, ...]) -> torch.Tensor:
+    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """Each row through its own adapter, or through none where its name is `__base__`."""
-        for name, rows in rows_of_adapters(adapter_names).items():
-            if name not in self.adapters:
-                continue
-            adapter = self.adapter(name)
+        for name in set(adapter_names) & set(self.adapters):
+            adapter, rows = self.adapter(name), [row for row, own in enumerate(adapter_names) if own == name]
             preference = adapter.condition.preference
             if preference.ndim == 2:
                 preference = expand_rows(preference, len(adapter_names))[rows]
@@ -192,10 +177,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
     def _act_on_rows(self, x: torch.Tensor, result: torch.Tensor, plan: RowPlan) -> torch.Tensor:
         """Each adapter on its own rows, which stand together: they are views, not copies as in a mixed batch."""
         if self.merged_adapters:
-            raise ValueError(
-                f"The adapters {self.merged_adapters} are merged into the weights, so that adapters can't act on rows "
-                "of their own. Call `unmerge_adapter()` first."
-            )
+            raise ValueError(f"{self.merged_adapters} are merged and act on all rows. Call `unmerge_adapter()`.")
         adapters: Any = self.adapters._modules
         for (name, rows, condition), (_, part, _) in zip(plan.slices(x), plan.entries):
             if name not in adapters:
@@ -223,15 +205,3 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 def preference_layers(model: nn.Module) -> list[PreferenceLinear]:
     """All layers of a model that have, or had, preference-conditioned adapters."""
     return [module for module in model.modules() if isinstance(module, PreferenceLinear)]
-
-
-@functools.lru_cache(maxsize=64)
-def rows_of_adapters(adapter_names: tuple[str, ...]) -> dict[str, slice | list[int]]:
-    """The rows of a mixed batch by adapter name: as a slice, which needs no copy, where they stand together."""
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(row)
-    return {
-        name: slice(found[0], found[-1] + 1) if found[-1] - found[0] + 1 == len(found) else found
-        for name, found in rows.items()
-    }

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuners: which modules of a model get a preference-conditioned layer."""
-
-from __future__ import annotations
+"""The tuners: which modules of a model get a preference-conditioned layer, and how PEFT comes to know a method."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +7,10 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+import torch
+from peft import PeftType as BuiltinType
+from peft import mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -17,13 +18,13 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from .condition import Condition
-from .config import PreferenceConfig
+from .config import PeftType, PreferenceConfig
 from .layer import PreferenceLinear, preference_layers
 from .rows import through_tuner
-from .targets import is_linear, name_all_linear
 
 
 class PreferenceTuner(BaseTuner):
@@ -34,21 +35,21 @@ class PreferenceTuner(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. All layers of an adapter then share one [`Condition`], and all of the method one dict of them."""
-        former = self._layers(model)
+        """As PEFT's. All layers of an adapter share one [`Condition`], and all of the method one dict of them."""
+        former = [layer for layer in preference_layers(model) if isinstance(layer, self.tuner_layer_cls)]
         self.conditions = former[0].conditions if former else {}
-        config = cast(PreferenceConfig, self.peft_config[adapter_name])
-        name_all_linear(config, model)
-        aside = {name for name, condition in self.conditions.items() if condition.aside}
+        config: Any = self.peft_config[adapter_name]
+        self._new_condition = Condition(config.objectives, config.initial_preference)
+        asked = config.target_modules
+        _maybe_include_all_linear_layers(config, model)
+        if asked != config.target_modules:  # it was "all-linear", which means linear layers alone here
+            linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+            config.target_modules -= {name for name, module in linear if not is_linear(module)}
+        aside = [condition for condition in self.conditions.values() if condition.aside]
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # which sets active adapters anew
-        for name in aside:
-            self.conditions[name].aside = True
-        self.conditions[adapter_name] = Condition(config.objectives, config.initial_preference)
-        for layer in self._layers(model):
-            layer.conditions = self.conditions
-            for name in layer.adapters:
-                adapter = layer.adapter(name)
-                adapter.share(self.conditions.setdefault(name, adapter.condition))
+        for condition in aside:
+            condition.aside = True
+        self.conditions[adapter_name] = self._new_condition
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, see [`Condition`]."""
@@ -68,23 +69,13 @@ class PreferenceTuner(BaseTuner):
             if name in self.conditions:
                 self.conditions[name].aside = False
 
-    def _layers(self, model: nn.Module) -> list[PreferenceLinear]:
-        return [layer for layer in preference_layers(model) if isinstance(layer, self.tuner_layer_cls)]
-
-    def _create_and_replace(
-        self,
-        config: PreferenceConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs: Any,
-    ) -> None:
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, **_: Any) -> None:
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, config=config)
+            target.update_layer(adapter_name, config, self._new_condition)
             return
-        layer = self._create_new_module(config, adapter_name, target, **get_quantization_kwargs(self))
+        kwargs = {"condition": self._new_condition, **get_quantization_kwargs(self)}
+        layer = self._create_new_module(config, adapter_name, target, **kwargs)
+        layer.conditions = self.conditions
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -100,7 +91,14 @@ class PreferenceTuner(BaseTuner):
                     f"Target module {base} does not give the output of a linear layer, or not that alone. Leave it "
                     "out by `exclude_modules`."
                 )
-            _match_orientation(config, transposed=isinstance(base, Conv1D))
+            transposed = isinstance(base, Conv1D)
+            if config.fan_in_fan_out != transposed:
+                warnings.warn(
+                    f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is "
+                    f"`{'Conv1D' if transposed else 'torch.nn.Linear'}`. Setting fan_in_fan_out to {transposed}.",
+                    stacklevel=2,
+                )
+                config.fan_in_fan_out = transposed
         else:
             backend = resolve_quantization_backend(base)
             if backend is None or backend.layer_type != "linear":
@@ -117,12 +115,17 @@ class PreferenceTuner(BaseTuner):
         if adapter_names is None:
             yield
             return
-        self._check_adapter_names(adapter_names)
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - set(self.conditions) - {"__base__"})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams")
         expanded = [name for name in adapter_names for _ in range(beams if isinstance(beams, int) else 1)]
-        encoder = _encoder_of(self.model)
+        model: Any = self.model
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         # An encoder runs before beams are expanded.
-        in_encoder = set(encoder.modules()) if encoder is not None else set()
+        in_encoder = set() if encoder is None or encoder is model else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
                 partial(_add_adapter_names, adapter_names=adapter_names if module in in_encoder else expanded),
@@ -136,13 +139,6 @@ class PreferenceTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _check_adapter_names(self, adapter_names: list[str]) -> None:
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        unknown = sorted(set(adapter_names) - set(self.conditions) - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -159,17 +155,69 @@ def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_nam
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _encoder_of(model: nn.Module) -> nn.Module | None:
-    encoder = cast(Any, model).get_encoder() if hasattr(model, "get_encoder") else None
-    return None if encoder is model else encoder
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, an `nn.Linear` or `Conv1D` by its class, maps `(..., n)` to `(..., m)` and no more.
+
+    Some inherit from one and do more, such as routers that return a tuple. Where it has a forward of its own that is
+    asked for shapes, without computing or hooks. A quantised layer need not answer.
+    """
+    kind: Any = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or resolve_quantization_backend(module) is not None:
+        return True
+    weight, (inputs, outputs) = cast(torch.Tensor, module.weight), _get_in_out_features(module)
+    try:
+        # Compiled code would take the fake tensors' memory for real.
+        with torch.compiler.set_stance("force_eager"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            x = torch.empty(1, 2, cast(int, inputs), dtype=weight.dtype, device=weight.device)
+            output = kind.forward(module, x)
+    except Exception:
+        return type(weight) is not nn.Parameter or weight.dtype.itemsize < 2
+    return isinstance(output, torch.Tensor) and output.shape == (1, 2, outputs)
 
 
-def _match_orientation(config: PreferenceConfig, transposed: bool) -> None:
-    if config.fan_in_fan_out != transposed:
-        kind = "Conv1D" if transposed else "torch.nn.Linear"
+def register(name: str, config_cls: type[PreferenceConfig]) -> type[PreferenceTuner]:
+    """Makes a method of a configuration: `get_peft_model`, `PeftModel.from_pretrained` and the rest then know it.
+
+    All else that PEFT wants of a method, its type, a prefix for names of parameters, a layer and a tuner, is derived.
+    Calling twice is harmless. Where PEFT, or another package, already owns the name or the prefix, that one stays and
+    a warning says so; the configuration then refuses to be made. Nothing that PEFT installed is touched.
+
+    Args:
+        name (`str`): The method's name in PEFT, in capitals, such as `"PBLORA"`; `ValueError` is raised for others.
+        config_cls (`type`): Its configuration, which builds the core; it gets `method` and `tuner_cls`.
+
+    Returns:
+        `type`: The tuner, also found as `config_cls.tuner_cls`.
+    """
+    if not (name.isidentifier() and name.isupper()):
+        raise ValueError(f"`name` is {name!r}, but PEFT's methods have names in capitals, such as 'PBLORA'.")
+    registries: Any = mapping  # annotated with PEFT's own enum
+    if registries.PEFT_TYPE_TO_CONFIG_MAPPING.get(name) is config_cls:
+        return config_cls.tuner_cls
+    method, prefix = PeftType(name), f"{name.lower()}_"
+    if vars(config_cls).get("method") != method:
+        layer = _derive(PreferenceLinear, config_cls, "Linear", "tuner_cls.tuner_layer_cls", prefix=prefix)
+        tuner = _derive(PreferenceTuner, config_cls, "Model", "tuner_cls", prefix=prefix, tuner_layer_cls=layer)
+        config_cls.method, config_cls.tuner_cls = method, tuner
+    taken = name in BuiltinType.__members__ or name in registries.PEFT_TYPE_TO_CONFIG_MAPPING
+    if taken or prefix in registries.PEFT_TYPE_TO_PREFIX_MAPPING.values():
         warnings.warn(
-            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. "
-            f"Setting fan_in_fan_out to {transposed}.",
+            f"PEFT already has a method {name} or a parameter prefix {prefix!r}. It takes precedence; the "
+            f"{config_cls.__name__} of {config_cls.__module__} can't be used beside it.",
             stacklevel=2,
         )
-        config.fan_in_fan_out = transposed
+    else:
+        registries.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
+        registries.PEFT_TYPE_TO_TUNER_MAPPING[method] = config_cls.tuner_cls
+        registries.PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
+    return config_cls.tuner_cls
+
+
+def _derive(base: type, config_cls: type, suffix: str, place: str, **members: Any) -> Any:
+    """A subclass that pickle finds through the configuration, which has to be found anyway."""
+    members |= {
+        "__module__": config_cls.__module__,
+        "__qualname__": f"{config_cls.__qualname__}.{place}",
+        "__doc__": f"{base.__doc__} Here, of [`{config_cls.__name__}`].",
+    }
+    return type(base)(config_cls.__name__.removesuffix("Config") + suffix, (base,), members)

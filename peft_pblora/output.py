@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output files and folders that are either complete or not there, and that cost nobody anything.
+"""Outputs that are either complete or not there, and that cost nobody anything.
 
 Every writer notes what it wrote, with a hash of it, in a hidden file beside it. Only what a writer has noted, and what
 is still as it wrote it, is ever replaced or removed: whatever else stands in the way is an error.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -30,16 +28,8 @@ def file_name(name: str) -> str:
     """A name from outside, such as an adapter's objective, as the name of one file or folder below an output.
 
     Short names of small Latin letters, digits and `_.,=+-` stay as they are. All others become what can be read of
-    them, `~` and a hash, so that two names never share a file, not even where upper and lower case are the same.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora.output import file_name
-    >>> [file_name(name) for name in ("helpful", "helpful=0.25,harmless=0.75", "../Helpful")]
-    ['helpful', 'helpful=0.25,harmless=0.75', 'helpful~dccecd84eda81616']
-
-    ```
+    them, `~` and a hash, as `helpful~dccecd84eda81616` for `../Helpful`, so that two names never share a file, not
+    even where upper and lower case are the same.
     """
     if re.fullmatch(r"[a-z0-9_]([a-z0-9_.,=+-]{0,98}[a-z0-9_])?", name) and name.split(".")[0] not in DEVICES:
         return name
@@ -59,8 +49,7 @@ def check_output(path: str | Path, writer: str) -> None:
 def output_folder(path: str | Path, writer: str = "output", needed_bytes: int = 0) -> Iterator[Path]:
     """Gives a fresh folder to write into and moves it to `path` only if the block ends without an error.
 
-    An older folder at `path` is replaced as a whole if all in it is as this writer wrote it, and refused otherwise.
-    After an error it is as it was, and nothing new stays behind.
+    An older folder there is replaced as a whole. After an error it is as it was, and nothing new stays behind.
 
     Args:
         path (`str` or `Path`): Where the results shall stand; a link leads to where it points.
@@ -68,21 +57,14 @@ def output_folder(path: str | Path, writer: str = "output", needed_bytes: int = 
         needed_bytes (`int`, *optional*, defaults to 0): Free disk space to ask for before the work begins.
 
     Raises:
-        ValueError: `path` is a file or holds anything else, its parent can't be written to, or the disk has too little
-            space.
-
-    Example:
-
-    ```python
-    with output_folder("runs/demo", "demo") as folder:
-        (folder / "table.md").write_text(table)
-    ```
+        ValueError: `path` is a file, or holds anything that is not as this writer wrote it, it can't be written, or
+            the disk has too little space.
     """
     path = Path(os.path.realpath(path))
     with contextlib.suppress(OSError):  # asked once: another process may move a folder away meanwhile
         if not stat.S_ISDIR(path.stat().st_mode):
             raise ValueError(f"The output folder {path} is a file. Name another folder.")
-    _check(path, needed_bytes)
+    _check_place(path, needed_bytes)
     check_output(path, writer)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}-", dir=path.parent))
     new, old = work / "new", work / "old"
@@ -116,7 +98,7 @@ def output_file(path: str | Path, writer: str | None = None, binary: bool = Fals
         raise ValueError(f"The output file {path} is a folder. Name a file.")
     if writer is not None:
         check_output(path, writer)
-    _check(path, 0)
+    _check_place(path)
     staging = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with staging.open("xb") if binary else staging.open("x", encoding="utf-8") as file:
@@ -176,21 +158,19 @@ def _foreign(path: Path, writer: str) -> Path | None:
     if path.is_symlink() or not path.is_dir():
         return None if _is_noted(path, path.parent, writer, _notes(path.parent)) else path
     notes = _notes(path)
-    for root, folders, files in os.walk(path):
-        for entry in (Path(root, name) for name in sorted([*folders, *files])):
-            own_folder = _is_free(entry) and entry.is_dir() and any(entry.iterdir())
-            if not (own_folder or entry == path / NOTES or _is_noted(entry, path, writer, notes)):
-                return entry
+    for entry in sorted(path.rglob("*")):
+        if not (entry == path / NOTES or _is_noted(entry, path, writer, notes)):
+            return entry
     return None
 
 
-def _is_noted(file: Path, folder: Path, writer: str, notes: set[str]) -> bool:
-    return _is_free(file) and file.is_file() and _line(writer, file, file.relative_to(folder)) in notes
-
-
-def _is_free(path: Path) -> bool:
-    """Whether it is neither a link nor write-protected: what somebody has made so since is theirs."""
-    return not path.is_symlink() and bool(path.stat().st_mode & stat.S_IWUSR)
+def _is_noted(path: Path, folder: Path, writer: str, notes: set[str]) -> bool:
+    """Whether it is a noted file, or a folder that holds something; what is a link or write-protected never is."""
+    if path.is_symlink() or not path.stat().st_mode & stat.S_IWUSR:
+        return False
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.is_file() and _line(writer, path, path.relative_to(folder)) in notes
 
 
 def _notes(folder: Path) -> set[str]:
@@ -210,7 +190,8 @@ def _line(writer: str, file: Path, name: Path) -> str:
         return f"{writer} {hashlib.file_digest(content, 'sha256').hexdigest()} {name.as_posix()}"
 
 
-def _check(path: Path, needed_bytes: int) -> None:
+def _check_place(path: Path, needed_bytes: int = 0) -> None:
+    """Raises `ValueError` unless an output can be written there; makes the folder that it is in."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Preference vectors: naming, validation, sampling and grids.
-
-A preference α is a point of the simplex: one non-negative weight for each objective, summing to 1. Users write it as
-a mapping by objective name, a sequence, or a tensor; everywhere inside the library it is a float32 tensor whose last
-axis follows the order of `objectives`. This module knows nothing of models.
-"""
+"""Preferences α: one non-negative weight for each objective, summing to 1. This module knows nothing of models."""
 
 import difflib
 import itertools
@@ -17,9 +12,7 @@ import torch
 Preference = Mapping[str, float] | Sequence[float] | Sequence[Mapping[str, float]] | torch.Tensor
 
 SUM_TOLERANCE = 1e-4
-"""How far the weights' sum may be from 1 before a preference is refused."""
 UNIFORM = "uniform"
-"""The label of the preference whose weights are all alike."""
 
 
 def as_preference(preference: Preference, objectives: Sequence[str], normalize: bool = False) -> torch.Tensor:
@@ -27,12 +20,10 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
 
     Args:
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
-            Weights by objective name, weights in the order of `objectives`, or a tensor of shape `(k,)` or
-            `(rows, k)` with one preference for each row of a batch. A sequence of mappings is one preference a row.
-        objectives (`Sequence[str]`):
-            The `k` objective names, in the adapter's order.
-        normalize (`bool`, *optional*, defaults to `False`):
-            Divide by the sum instead of refusing weights that do not sum to 1.
+            Weights by objective name or in the order of `objectives`, or a tensor of shape `(k,)` or `(rows, k)` with
+            one preference for each row of a batch. A sequence of mappings is one preference a row.
+        objectives (`Sequence[str]`): The `k` objective names, in the adapter's order.
+        normalize (`bool`, *optional*, defaults to `False`): Divide by the sum instead of refusing one other than 1.
 
     Returns:
         `torch.Tensor` of shape `(k,)` or `(rows, k)`, float32, on the CPU unless a tensor on a device came.
@@ -40,57 +31,44 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
     Raises:
         ValueError: unknown or missing names, wrong length, negative or non-finite weights, or a sum other than 1.
         TypeError: anything that is not a preference, such as a string.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora.preference import as_preference
-    >>> as_preference({"harmless": 0.25, "helpful": 0.75}, ["helpful", "harmless"])
-    tensor([0.7500, 0.2500])
-
-    ```
     """
-    weights = _to_tensor(preference, objectives)
-    _check_shape(weights, objectives)
+    weights, k = _to_tensor(preference, objectives), len(objectives)
+    if weights.ndim not in (1, 2) or weights.numel() == 0:
+        raise ValueError(f"`preference` has shape {tuple(weights.shape)}. Give ({k},), or (rows, {k}) for one a row.")
+    if weights.shape[-1] != k:
+        raise ValueError(
+            f"`preference` has {weights.shape[-1]} entries, but this adapter was trained for {k} objectives "
+            f"({', '.join(objectives)})."
+        )
     if not torch.isfinite(weights).all():
         raise ValueError(f"`preference` has a NaN or infinite weight: {weights.tolist()}. Give finite weights.")
     if (weights < 0).any():
         raise ValueError(f"`preference` has a negative weight: {weights.tolist()}. Weights must be 0 or larger.")
-    totals = weights.sum(-1, keepdim=True)
     if normalize:
         if (weights.amax(-1) <= 0).any():
             raise ValueError("`preference` sums to 0 and can't be normalized. Give at least one positive weight.")
         weights = weights / weights.amax(-1, keepdim=True)  # so that the sum of huge weights is finite
         return weights / weights.sum(-1, keepdim=True)
+    totals = weights.sum(-1)
     if ((totals - 1).abs() > SUM_TOLERANCE).any():
         raise ValueError(
-            f"`preference` {weights.tolist()} sums to {totals.flatten().tolist()}, but the weights must sum to 1. "
+            f"`preference` {weights.tolist()} sums to {totals.tolist()}, but the weights must sum to 1. "
             "Rescale it or pass `normalize=True`."
         )
     return weights
 
 
 def name_preference(preference: Preference, objectives: Sequence[str]) -> str:
-    """The label of one preference: the objective's name at a vertex, `uniform`, else the weights in full.
+    """The label of one preference: an objective's name at its vertex, `uniform`, or as `helpful=0.25,harmless=0.75`.
 
     Two preferences never have the same label: weights that are only nearly those of a vertex are written out, and so
-    are uniform ones where an objective is called `uniform`.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora.preference import name_preference
-    >>> [name_preference(p, ["helpful", "harmless"]) for p in ([1, 0], [0.5, 0.5], [0.25, 0.75])]
-    ['helpful', 'uniform', 'helpful=0.25,harmless=0.75']
-
-    ```
+    are uniform ones where an objective is called `uniform`. Raises `ValueError` for a preference for each row.
     """
     weights = as_preference(preference, objectives)
     if weights.ndim != 1:
         raise ValueError(f"`preference` of shape {tuple(weights.shape)} has no single name. Name its rows one by one.")
-    for name, vertex in zip(objectives, torch.eye(len(objectives), dtype=torch.float32), strict=True):
-        if torch.equal(weights.cpu(), vertex):
-            return name
+    if weights.count_nonzero() == 1 and weights.amax() == 1:
+        return objectives[int(weights.argmax())]
     if UNIFORM not in objectives and (weights == torch.tensor(1 / len(objectives), dtype=torch.float32)).all():
         return UNIFORM
     return ",".join(f"{name}={_digits(value)}" for name, value in zip(objectives, weights.tolist(), strict=True))
@@ -108,8 +86,8 @@ def sample_preferences(
         n (`int`): How many preferences, 1 or more.
         objectives (`Sequence[str]`): The `k` objective names.
         concentration (`float` or `Sequence[float]`, *optional*, defaults to 1.0):
-            Dirichlet parameter, one for all objectives or one for each, all positive. 1 is uniform on the simplex;
-            below 1 the draws lie near the vertices.
+            Dirichlet parameter, one for all objectives or one for each, positive. 1 is uniform on the simplex; below
+            1 the draws lie near the vertices.
         generator (`torch.Generator`, *optional*): Source of randomness; torch's global one if not given.
 
     Returns:
@@ -118,9 +96,9 @@ def sample_preferences(
     Raises:
         ValueError: `n` below 1, or a concentration that is not positive or has the wrong length.
     """
+    k = len(objectives)
     if n < 1:
         raise ValueError(f"`n` is {n}, but at least one preference must be drawn.")
-    k = len(objectives)
     shape = torch.as_tensor(concentration, dtype=torch.float64)
     if shape.ndim > 1 or (shape.ndim == 1 and len(shape) != k):
         raise ValueError(f"`concentration` has shape {tuple(shape.shape)}, but there are {k} objectives.")
@@ -146,22 +124,10 @@ def preference_grid(objectives: Sequence[str], steps: int) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(points, k)`, float32.
-
-    Example:
-
-    ```python
-    >>> from peft_pblora import preference_grid
-    >>> preference_grid(["helpful", "harmless"], steps=2)
-    tensor([[0.0000, 1.0000],
-            [0.5000, 0.5000],
-            [1.0000, 0.0000]])
-
-    ```
     """
     if steps < 1:
         raise ValueError(f"`steps` is {steps}, but the grid needs at least one interval.")
-    counts = itertools.product(range(steps + 1), repeat=len(objectives))
-    points = [c for c in counts if sum(c) == steps]
+    points = [p for p in itertools.product(range(steps + 1), repeat=len(objectives)) if sum(p) == steps]
     return torch.tensor(points, dtype=torch.float32) / steps
 
 
@@ -181,12 +147,9 @@ def check_objectives(objectives: Iterable[str]) -> list[str]:
 
 
 def check_columns(objectives: Iterable[str], taken: Iterable[str], made: Sequence[str] = ("{}",)) -> None:
-    """Raises `ValueError` if a column of a table that an objective makes has the name of another column.
+    """Raises `ValueError` if a column that an objective makes, as `made` with its name for `{}`, has another's name.
 
-    Args:
-        objectives (`Iterable[str]`): Names of objectives.
-        taken (`Iterable[str]`): The columns that the table has without them.
-        made (`Sequence[str]`, *optional*): The columns of each objective, with `{}` for its name.
+    `taken` are the columns that the table has without objectives.
     """
     owners = dict.fromkeys(taken, "the table itself")
     for objective in objectives:
@@ -200,15 +163,13 @@ def check_columns(objectives: Iterable[str], taken: Iterable[str], made: Sequenc
 
 
 def _to_tensor(preference: Preference, objectives: Sequence[str]) -> torch.Tensor:
-    if isinstance(preference, Mapping):
-        return torch.tensor(_by_name(preference, objectives), dtype=torch.float32)
     if isinstance(preference, torch.Tensor):
         return preference.detach().to(torch.float32)
+    if isinstance(preference, Mapping):
+        return torch.tensor(_by_name(preference, objectives), dtype=torch.float32)
     if isinstance(preference, Sequence) and preference and isinstance(preference[0], Mapping):
         return torch.tensor([_by_name(row, objectives) for row in preference], dtype=torch.float32)
     try:
-        if isinstance(preference, str):
-            raise TypeError
         return torch.as_tensor(preference, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
@@ -233,20 +194,5 @@ def _by_name(preference: Any, objectives: Sequence[str]) -> list[float]:
         raise ValueError(f"`preference` names {unknown}, but the objectives are {list(objectives)}.{hint}")
     missing = [name for name in objectives if name not in preference]
     if missing:
-        raise ValueError(
-            f"`preference` has no weight for {missing}. Name all of {list(objectives)}; a weight may be 0."
-        )
+        raise ValueError(f"`preference` has no weight for {missing}. Name all of {list(objectives)}; it may be 0.")
     return [float(preference[name]) for name in objectives]
-
-
-def _check_shape(weights: torch.Tensor, objectives: Sequence[str]) -> None:
-    k = len(objectives)
-    if weights.ndim not in (1, 2) or weights.numel() == 0:
-        raise ValueError(
-            f"`preference` has shape {tuple(weights.shape)}. Give ({k},), or (rows, {k}) for one preference a row."
-        )
-    if weights.shape[-1] != k:
-        raise ValueError(
-            f"`preference` has {weights.shape[-1]} entries, but this adapter was trained for {k} objectives "
-            f"({', '.join(objectives)})."
-        )

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters in one forward, each on its own rows of the batch."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,9 @@ class RowPlan:
     Attributes:
         reshaped (`bool`): Whether a layer's input did not begin with rows and tokens, so that its shape alone does not
             say that it has them in their order.
+
+    Raises:
+        ValueError: a slice reaches beyond the rows, or has a step.
     """
 
     def __init__(
@@ -60,19 +61,14 @@ class RowPlan:
         return self._sizes.shape[0]
 
     def slices(self, x: torch.Tensor) -> list[Entry]:
-        """The adapters with their part of a layer's input.
-
-        Args:
-            x (`torch.Tensor` of shape `(rows, ..., n)` or `(rows * tokens, n)`):
-                The input. Some models flatten rows and tokens before a layer, in this order.
-
-        Raises:
-            ValueError: x has neither shape, so that it can't be told which part of it belongs to which row.
+        """The adapters with their part of a layer's input, `(rows, ..., n)` or, as some models flatten it,
+        `(rows * tokens, n)`. Raises `ValueError` as [`check`], unless all adapters act on all rows.
         """
-        if all(part.stop - part.start == (self.groups or self.rows) for _, part, _ in self.entries):
+        units = self.groups or self.rows
+        if all(part.stop - part.start == units for _, part, _ in self.entries):
             return [(name, slice(0, len(x)), condition) for name, _, condition in self.entries]
         self.check(x)
-        size = len(x) // (self.groups or self.rows)
+        size = len(x) // units
         return [(name, slice(size * p.start, size * p.stop), condition) for name, p, condition in self.entries]
 
     def check(self, x: torch.Tensor) -> None:
@@ -131,20 +127,11 @@ def acting(
     """In the block these adapters act on these rows and no others do, whatever is active or disabled in PEFT.
 
     It is for the forward of one model, in this thread alone; no layer is changed by it. Layers of other methods, such
-    as PEFT's LoRA, know nothing of it.
-
-    Args: as of [`RowPlan`].
+    as PEFT's LoRA, know nothing of it. Arguments are as of [`RowPlan`].
 
     Raises:
-        ValueError: a slice reaches beyond the rows; in the forward, an input whose rows can't be told apart, rows that
-            are no multiple of an adapter's preferences, or a merged adapter.
-
-    Example:
-
-    ```python
-    with acting([("helpful", slice(2, 4), None), ("brief", slice(4, 6), None)], rows=6):
-        logits = model(input_ids=ids.repeat(3, 1)).logits  # two rows of the base model, two of each adapter
-    ```
+        ValueError: as [`RowPlan`]; in the forward, an input whose rows can't be told apart, rows that are no multiple
+            of an adapter's preferences, or a merged adapter.
     """
     former, _running.plan = _running.plan, RowPlan(entries, rows, tokens, groups, folded)
     try:

@@ -14,11 +14,7 @@ from torch import nn
 
 
 class AdapterSwitch:
-    """Chooses the adapters of a model for the time of a forward. It touches no weight and no `requires_grad`.
-
-    Args:
-        layers (`Sequence[nn.Module]`): The layers with adapters that it is to switch.
-    """
+    """Chooses the adapters of some layers for the time of a forward. It touches no weight and no `requires_grad`."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers: list[Any] = list(layers)

@@ -17,7 +17,7 @@ from peft_pblora import PBLoraConfig, PreferenceConfig, get_preference, set_pref
 from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.condition import Condition
 from peft_pblora.cores import Core, PBLoraCore
-from peft_pblora.registration import register
+from peft_pblora.model import register
 
 
 RANKS = [(2, 3), (0, 3), (2, 0)]

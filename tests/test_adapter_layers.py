@@ -19,8 +19,7 @@ from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.condition import Condition
 from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
 from peft_pblora.layer import PreferenceLinear
-from peft_pblora.registration import register
-from peft_pblora.targets import is_linear
+from peft_pblora.model import is_linear, register
 
 
 IDS = torch.arange(2, 18).view(2, 8)

@@ -1,29 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards: what an adapter is, how to use it, and what it was made from.
+"""Model cards: a function of an adapter's configuration and of facts, such as data and measures, in its field `card`.
 
-A card is a function of the adapter's configuration and of facts that the configuration can't know, such as data and
-measures. Those are in its field `card`, which is saved and loaded with the adapter. No save writes a card by itself:
-[`write_card`], [`add_results`], [`push_to_hub`] and a trainer do.
+No save writes a card by itself: [`write_card`], [`add_results`], [`push_to_hub`] and a trainer do.
 """
 
 from .citations import ADAPTER_PAPERS, CITATIONS
-from .files import TEMPLATE, add_results, exported_card, hub_id, save_card, write_card
+from .files import TEMPLATE, add_results, exported_card, hub_id, push_to_hub, save_card, write_card
 from .text import FOLDER, MARK, PROMPT, CardFacts, Table, render
 
 
 __all__ = [
-    "ADAPTER_PAPERS",
-    "CITATIONS",
-    "CardFacts",
-    "FOLDER",
-    "MARK",
-    "PROMPT",
-    "TEMPLATE",
-    "Table",
-    "add_results",
-    "exported_card",
-    "hub_id",
-    "render",
-    "save_card",
-    "write_card",
-]
+    "ADAPTER_PAPERS", "CITATIONS", "CardFacts", "FOLDER", "MARK", "PROMPT", "TEMPLATE", "Table", "add_results",
+    "exported_card", "hub_id", "push_to_hub", "render", "save_card", "write_card",
+]  # fmt: skip

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a card says: a text in Markdown, made from an adapter's configuration and further facts and nothing else."""
-
-from __future__ import annotations
+"""What a card says: Markdown made from an adapter's configuration and further facts and nothing else."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -54,10 +52,6 @@ PROMPT = "What do you think about a rainy Monday?"
 """What a sample answers, and the code of a card asks, unless another is given."""
 METHODS = {"PBLORA": "PBLoRA", "SVDLORA": "SVD-LoRA", "MOSLORA": "MoSLoRA"}
 """As the papers write them."""
-IMPORT = (
-    "`pip install trl-parm` brings `peft_pblora` and `trl_parm`. PEFT knows {method} after `import peft_pblora`; "
-    "without it, loading ends in a `KeyError`."
-)
 
 
 def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: str = "") -> ModelCard:
@@ -69,19 +63,27 @@ def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: s
         tags (`Iterable[str]`, *optional*): Further tags.
         subfolder (`str`, *optional*): Where below the card's folder the adapter is.
     """
-    base, metadata = facts.get("base_model"), [*tags, *facts.get("tags", ())]
-    if hasattr(config, "objectives"):
-        metadata += ["preference-conditioned", config.peft_type.value.lower()]
+    base, method = facts.get("base_model"), config.peft_type.value if config is not None else ""
     # PEFT's tags for the base may name a folder of this machine.
-    metadata = [tag for tag in metadata if not tag.startswith("base_model:")]
+    metadata = {tag for tag in [*tags, *facts.get("tags", ())] if not tag.startswith("base_model:")}
+    if hasattr(config, "objectives"):
+        metadata |= {"preference-conditioned", method.lower()}
+    if base:
+        metadata.add(f"base_model:adapter:{base}")
     data = ModelCardData(
         base_model=base,
         datasets=list(facts.get("datasets", ())) or None,
         library_name="transformers" if config is None else "peft",
         license=facts.get("license"),
         pipeline_tag="text-generation" if getattr(config, "task_type", "CAUSAL_LM") == "CAUSAL_LM" else None,
-        tags=sorted({*metadata, *([f"base_model:adapter:{base}"] if base else [])}),
+        tags=sorted(metadata),
     )
+    licences = [
+        ["This model", facts.get("license") or "not stated"],
+        [f"Base model, {_base(config)}", facts.get("base_license") or "not known here; see the base model's own page"],
+        ["Data", facts.get("data_license") or "not known here; see the data sets' own pages"],
+    ]
+    papers = facts.get("citations") or [ADAPTER_PAPERS.get(method, "")]
     figure = facts.get("figure")
     sections = [
         f"# {facts.get('title') or 'An autoregressive reward model'}\n\n{MARK}",
@@ -105,8 +107,8 @@ def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: s
         ),
         _section("## How it was made", f"```yaml\n{facts['run'].strip()}\n```" if "run" in facts else ""),
         _section("### Framework versions", _items(facts.get("versions", ()), " ")),
-        _section("## Licence", _items(_licences(config, facts), ": ")),
-        _section("## Citation", *_citations(config, facts)),
+        _section("## Licence", _items(licences, ": ")),
+        _section("## Citation", *(f"```bibtex\n{CITATIONS[key]}\n```" for key in papers if key in CITATIONS)),
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -119,7 +121,10 @@ def usage(config: Any, facts: CardFacts, subfolder: str = "") -> str:
     if hasattr(config, "objectives"):
         pairs = zip(config.objectives, config.initial_preference, strict=True)
         weights = "{" + ", ".join(f"{json.dumps(name)}: {weight!r}" for name, weight in pairs) + "}"
-        note = IMPORT.format(method=_method(config))
+        note = (
+            f"`pip install trl-parm` brings `peft_pblora` and `trl_parm`. PEFT knows {_method(config)} after "
+            "`import peft_pblora`; without it, loading ends in a `KeyError`."
+        )
     if config.task_type != "CAUSAL_LM":
         return f"""## Loading this adapter
 
@@ -171,10 +176,8 @@ def _introduction(config: Any) -> str:
             "token; they guide a frozen language model while it decodes:\n\n"
             "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t) − log Z"
         )
-    listed = "\n".join(
-        f"- **{name}**, weight {weight:.3g} unless set"
-        for name, weight in zip(config.objectives, config.initial_preference, strict=True)
-    )
+    pairs = zip(config.objectives, config.initial_preference, strict=True)
+    listed = _items([[f"**{name}**", f"weight {weight:.3g} unless set"] for name, weight in pairs], ", ")
     return (
         f"A {_method(config)} adapter on {_base(config)}: one small autoregressive reward model (ARM) for all "
         "preferences α over its objectives. Its log-probabilities are rewards for each token; they guide a frozen "
@@ -196,25 +199,6 @@ def _sample(facts: CardFacts) -> str:
             f"own base model, greedily, with β = {found['beta']:g}; an ellipsis marks an answer that was longer."
         )
     return f"## One prompt, several preferences\n\n> {_cell(found['prompt'])}\n\n{said}"
-
-
-def _licences(config: Any, facts: CardFacts) -> Table:
-    """Of the adapter, of its base model and of the data; what is not known is said to be so."""
-    return [
-        ["This model", facts.get("license") or "not stated"],
-        [
-            f"Base model, {_base(config)}",
-            facts.get("base_license") or "not known here; see the base model's own page",
-        ],
-        ["Data", facts.get("data_license") or "not known here; see the data sets' own pages"],
-    ]
-
-
-def _citations(config: Any, facts: CardFacts) -> list[str]:
-    """BibTeX of the methods used."""
-    own = ADAPTER_PAPERS.get(getattr(getattr(config, "peft_type", None), "value", ""))
-    keys = facts.get("citations") or ([own] if own else [])
-    return [f"```bibtex\n{CITATIONS[key]}\n```" for key in keys if key in CITATIONS]
 
 
 def _section(head: str, *parts: str) -> str:

@@ -14,7 +14,8 @@ from decoding.tables import BETAS, MASK, PROMPTS, ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CompileConfig, StaticCache
 
-from peft_pblora import MoSLoraConfig, PBLoraConfig, fold, save_as_lora, set_preference
+from peft_pblora import MoSLoraConfig, PBLoraConfig, save_as_lora, set_preference
+from peft_pblora.adapter import Fold
 from trl_parm import BASE, LM, PARM, GenARM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Scorer
 
 
@@ -57,8 +58,8 @@ class Compiler:
 @pytest.fixture
 def folds(monkeypatch) -> list:
     """Every fold of an adapter, from now on."""
-    made, make = [], fold.Fold.__init__
-    monkeypatch.setattr(fold.Fold, "__init__", lambda self, *args: (made.append(self), make(self, *args))[1])
+    made, make = [], Fold.__init__
+    monkeypatch.setattr(Fold, "__init__", lambda self, *args: (made.append(self), make(self, *args))[1])
     return made
 
 
