@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 
 from .measures import Measure
-from .questions import Answer, Entry, Reply
+from .questions import Entry, Reply
 
 
 FULL_COLOUR = 0.9
@@ -15,49 +15,36 @@ FULL_COLOUR = 0.9
 MOST_OF_PROMPT = 200
 
 
-def card(title: str, note: str, answer: Answer, kind: str, measures: Sequence[Measure], scale: float | None) -> str:
-    """An answer: its text as far as it is written; when it is done, with the tokens coloured and the measures.
-
-    Args:
-        title, note (`str`): Its heading and what stands beside it.
-        answer ([`Answer`]): The answer.
-        kind (`str`): `"base"` or `"guided"`, for the style.
-        measures (`Sequence[Measure]`): What `answer.measured` holds.
-        scale (`float`, *optional*): The log-ratio of full colour.
-    """
-    judged = " judged" if answer.rewards else ""
-    text = answer.rewards.to_html(scale) if answer.rewards else html.escape(answer.text)
-    values = zip(measures, answer.measured or (), strict=False)
-    shown = "".join(f"<span>{html.escape(m.objective)} <b>{signed(value)}</b></span>" for m, value in values)
-    return (
-        f'<div class="parm-card {kind}{judged}" aria-live="polite">'
-        f"<h3><span>{html.escape(title)}</span><small>{html.escape(note)}</small></h3>"
-        f'<div class="text">{text}</div><div class="parm-values">{shown}</div></div>'
-    )
-
-
-def cards(reply: Reply, preference: str, measures: Sequence[Measure]) -> tuple[str, str]:
-    """Both answers, their tokens coloured on one scale."""
+def cards(reply: Reply, preference: str, measures: Sequence[Measure]) -> list[str]:
+    """Both answers as far as they are written; once judged, with tokens coloured on one scale and measures."""
     scale = colour_scale(reply)
-    base, guided = reply.base, reply.guided
-    if reply.done:  # an answer may be done without a word
-        base, guided = (a if a.text.strip() else Answer("(it ended without a word)") for a in (base, guided))
-    return (
-        card("Base model", "frozen, unguided", base, "base", measures, scale),
-        card("Guided", preference, guided, "guided", measures, scale),
-    )
+    found = []
+    for kind, title, note, answer in (
+        ("base", "Base model", "frozen, unguided", reply.base),
+        ("guided", "Guided", preference, reply.guided),
+    ):
+        ended_empty = reply.done and not answer.text.strip()
+        text = html.escape(answer.text) if not ended_empty else "(it ended without a word)"
+        values = zip(measures, answer.measured or (), strict=False)
+        shown = "".join(f"<span>{html.escape(m.objective)} <b>{signed(value)}</b></span>" for m, value in values)
+        found.append(
+            f'<div class="parm-card {kind}{" judged" if answer.rewards else ""}" aria-live="polite">'
+            f"<h3><span>{title}</span><small>{html.escape(note)}</small></h3>"
+            f'<div class="text">{answer.rewards.to_html(scale) if answer.rewards else text}</div>'
+            f'<div class="parm-values">{shown}</div></div>'
+        )
+    return found
 
 
 def colour_scale(reply: Reply) -> float | None:
     """The log-ratio of full colour: a high quantile of those of both answers."""
     ratios = [abs(token.log_ratio) for answer in (reply.base, reply.guided) for token in answer.rewards or ()]
-    if not ratios:
-        return None
-    return sorted(ratios)[int(FULL_COLOUR * (len(ratios) - 1))] or None
+    return sorted(ratios)[int(FULL_COLOUR * (len(ratios) - 1))] or None if ratios else None
 
 
-def colour_legend(scale: float | None) -> str:
+def colour_legend(reply: Reply) -> str:
     """What the tokens' colours mean; nothing while none is coloured."""
+    scale = colour_scale(reply)
     if scale is None:
         return ""
     colours = "linear-gradient(90deg, #ff6e64, #fff, #5a96ff)"
@@ -108,27 +95,21 @@ def table(entries: Sequence[Entry], objectives: Sequence[str]) -> str:
     if not entries:
         return ""
     names = "".join(f"<th>{html.escape(name)}</th>" for name in objectives)
+    empty = [None] * len(objectives)
     rows = []
-    for number, entry in reversed(list(enumerate(entries, 1))):
+    for number, entry in enumerate(entries, 1):
         weights = ", ".join(f"{weight:.2f}" for weight in entry.weights)
         prompt = html.escape(entry.prompt[:MOST_OF_PROMPT])
-        empty = [None] * len(objectives)
         changes = zip(entry.base or empty, entry.guided or empty, strict=True)
-        cells = "".join(
-            f'<td class="measure">{_signed_or_none(base)} → {_signed_or_none(guided)}</td>' for base, guided in changes
-        )
+        cells = "".join(f'<td class="measure">{signed(base)} → {signed(guided)}</td>' for base, guided in changes)
         rows.append(
             f'<tr><td>{number}</td><td class="prompt" title="{prompt}">{prompt}</td><td>{weights}</td>'
             f"<td>{entry.beta:g}</td>{cells}</tr>"
         )
     head = f"<tr><th>#</th><th>prompt</th><th>α</th><th>β</th>{names}</tr>"
-    return f'<div class="parm-table"><table>{head}{"".join(rows)}</table></div>'
+    return f'<div class="parm-table"><table>{head}{"".join(reversed(rows))}</table></div>'
 
 
-def signed(value: float) -> str:
-    """A number with two digits and a proper minus."""
-    return f"{value:.2f}".replace("-", "−")
-
-
-def _signed_or_none(value: float | None) -> str:
-    return "–" if value is None else signed(value)
+def signed(value: float | None) -> str:
+    """A number with two digits and a proper minus; a dash for none."""
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
