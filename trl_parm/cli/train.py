@@ -7,12 +7,13 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_parm.arguments import parse
 
-from .common import RUN_FILE, say
+from .common import say
 
 
 if TYPE_CHECKING:
@@ -45,15 +46,14 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         ValueError: another process trains into the folder, its checkpoint is of another run, or it has a model, an
             adapter or checkpoints that this command did not write.
     """
-    from dataclasses import asdict
-
     from trl_parm import PreferenceARMTrainer
     from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
 
     if not sys.stderr.isatty():
         config.disable_tqdm = True
-    _check_folder(Path(str(config.output_dir)))
+    folder = Path(str(config.output_dir))
+    _check_folder(folder)
     data = arguments.load(arguments.train_data)
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
@@ -63,12 +63,11 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         quantization_config=arguments.quantization_config(),
         peft_config=arguments.peft_config(config.label_columns),  # pyright: ignore[reportArgumentType]
     )
-    paths = [entry.path for entry in arguments.train_data]
-    trainer.card |= data_facts(trainer, list(data or ()), paths)
+    trainer.card |= data_facts(trainer, list(data or ()), [entry.path for entry in arguments.train_data])
     trainer.card["run"] = "# trl-parm train --config this.yaml\n" + run_yaml(arguments, config)
-    with trainer.claim_output(_checkpoint(str(config.output_dir)) if arguments.resume else None) as checkpoint:
+    with trainer.claim_output(_checkpoint(folder) if arguments.resume else None) as checkpoint:
         if trainer.is_world_process_zero():
-            write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
+            write_run(folder / "run.yaml", "train", asdict(arguments) | config.to_dict())
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.eval_dataset is not None:
             metrics = trainer.evaluate()
@@ -105,11 +104,11 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _checkpoint(folder: str) -> str | None:
+def _checkpoint(folder: Path) -> str | None:
     from trl_parm.training.checkpoints import last_complete_checkpoint
 
     try:
-        return last_complete_checkpoint(folder)
+        return last_complete_checkpoint(str(folder))
     except ValueError:
         say(f"There is no complete checkpoint in {folder} yet: starting anew.")
         return None
