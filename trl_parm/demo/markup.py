@@ -31,7 +31,7 @@ _environment.filters |= {"number": format, "signed": _signed, "short": _short}
 _environment.globals["zip"] = zip
 PARTS: Any = _environment.from_string(Path(__file__).with_name("markup.html").read_text(encoding="utf-8")).module
 """The macros as functions, of which some need nothing else."""
-status, cost, table, explained = PARTS.status, PARTS.cost, PARTS.table, PARTS.explained
+head, status, cost, table, explained = PARTS.head, PARTS.status, PARTS.cost, PARTS.table, PARTS.explained
 
 
 def cards(reply: Reply, preference: str, measures: Sequence[Measure]) -> list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import html
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -48,12 +47,7 @@ class Page:
         self.answering = answering
         self.objectives = answering.models.objectives
         with gr.Blocks(title="trl-parm demo", analytics_enabled=False) as self.blocks:
-            base, arm = (_short(name) for name in (answering.models.base_name, answering.models.arm_name))
-            _html(
-                '<div class="parm-head"><h1>Steer a frozen model with a slider</h1><p>The base model '
-                f"<b>{base}</b> stays as it is. The reward model <b>{arm}</b> guides each token towards your "
-                "preference.</p></div>"
-            )
+            _html(markup.head(_short(answering.models.base_name), _short(answering.models.arm_name)))
             entries = gr.State([])
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):
@@ -211,5 +205,5 @@ def _html(text: str, **options: Any) -> gr.HTML:
 
 
 def _short(name: str) -> str:
-    """As HTML: a folder without the path to it; an id on the Hub as it is."""
-    return html.escape(Path(name).resolve().name if Path(name).exists() else name)
+    """A folder without the path to it; an id on the Hub as it is."""
+    return Path(name).resolve().name if Path(name).exists() else name
