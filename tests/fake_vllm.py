@@ -150,7 +150,7 @@ def install(monkeypatch) -> None:
                     monkeypatch.setitem(sys.modules, name[:end], types.ModuleType(name[:end]))
         for name, values in modules.items():
             vars(sys.modules[name]).update(values)
-        for name in ("v1_runner", "v2_runner", "client", "async_client"):
+        for name in ("v1_runner", "v2_runner", "client"):
             monkeypatch.delitem(sys.modules, f"{PACKAGE}.{name}", raising=False)
 
 

@@ -609,7 +609,7 @@ class FakeAsyncEngine:
 
 def with_async_engine(work, **limits):
     async def main():
-        guided = importlib.import_module("trl_parm.serving.async_client").AsyncGuidance
+        guided = importlib.import_module("trl_parm.serving.client").AsyncGuidance
         fake = FakeAsyncEngine(V1Batch(), **limits)
         stepping = asyncio.create_task(fake.run())
         await asyncio.wait(

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-RUN_FILE = "run.yaml"
 
 
 def progress(total: int, unit: str) -> Any:
@@ -34,7 +30,7 @@ def write_run(folder: str | Path, verb: str, arguments: Any) -> None:
     """Writes the resolved arguments, seeds and versions beside results."""
     from trl_parm import records
 
-    records.write_run(Path(folder) / RUN_FILE, verb, asdict(arguments))
+    records.write_run(Path(folder) / "run.yaml", verb, vars(arguments))
 
 
 def load_data(given: Any) -> Dataset:
@@ -45,7 +41,7 @@ def load_data(given: Any) -> Dataset:
     return cast(Any, ARMArguments("", train_data=[entry]).train_data[0].load())
 
 
-def load_rewards(given: Mapping[str, Any]) -> dict[str, Any]:
+def load_rewards(given: Any) -> dict[str, Any]:
     """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there."""
     from trl_parm.reward_models import RewardSource
 
@@ -59,11 +55,7 @@ def load_rewards(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grid(preferences: Any, steps: int | None, objectives: list[str]) -> list[list[float]]:
-    """The preferences that are given, or the regular grid of so many steps.
-
-    Raises:
-        ValueError: neither is given, or a preference is off the simplex.
-    """
+    """The preferences that are given, points of the simplex, or the regular grid of so many steps."""
     from peft_pblora import as_preference, preference_grid
 
     if preferences:

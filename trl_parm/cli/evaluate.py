@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from trl_parm.arguments import decoded, option, parse, required
 
-from .common import grid, load_rewards, progress, say, write_run
+from .common import grid, load_rewards, say, write_run
 from .generate import DecodingArguments
 
 
@@ -37,35 +37,31 @@ class EvaluateArguments(DecodingArguments):
 
 def main(argv: list[str]) -> None:
     arguments: EvaluateArguments = parse("evaluate", EvaluateArguments, argv, __doc__)
-    from trl_parm.evaluation.evaluate import Entry, evaluate
+    from trl_parm.evaluation.evaluate import Entry
     from trl_parm.evaluation.fronts import summarize
 
-    sources = load_rewards(cast(dict, arguments.rewards))
+    sources = load_rewards(arguments.rewards)
     objectives, folder = list(sources), Path(arguments.output_dir)
     preferences = grid(arguments.preferences, arguments.grid_steps, objectives)
-    methods, prompts = cast(list[Any], arguments.methods), arguments.read_prompts()
+    methods: list[Any] = arguments.methods or []
+    prompts = arguments.read_prompts()
     runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-    batches = runs * -(-len(prompts) // arguments.batch_size)
     say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}")
-    with progress(batches, "batch") as bar:
 
-        def start(name: str) -> None:
-            write_run(folder, "evaluate", arguments)
-            say(f"{name}")
+    def start(name: str) -> None:
+        write_run(folder, "evaluate", arguments)
+        say(name)
 
-        table = evaluate(
-            arguments.models(),
-            methods,
-            preferences,
-            prompts,
-            sources,
-            folder / RESULTS,
-            configuration={"rewards": {name: source.configuration() for name, source in sources.items()}},
-            on_start=start,
-            on_batch=lambda run: bar.update(),
-            **arguments.settings(),
-        )
-    say(_means(summarize(cast(Any, table), objectives), objectives))
+    table = arguments.evaluate(
+        methods,
+        preferences,
+        prompts,
+        rewards=sources,
+        path=folder / RESULTS,
+        configuration={"rewards": {name: source.configuration() for name, source in sources.items()}},
+        on_start=start,
+    )
+    say(_means(summarize(table, objectives), objectives))
     say(f"Measures and figures: trl-parm plot --results {folder / RESULTS} --references '[...]' --output_dir {folder}")
 
 

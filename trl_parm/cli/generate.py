@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from trl_parm.arguments import decoded, option, parse, required
 
 from .common import load_data, progress, say
 
 
-if TYPE_CHECKING:
-    from trl_parm.evaluation.models import Models
+SETTINGS = (
+    "batch_size", "seed", "template", "max_prompt_length", "max_new_tokens", "do_sample", "temperature", "top_k",
+    "top_p", "min_p",
+)  # fmt: skip
+"""Arguments of [`evaluate`](trl_parm.evaluation.evaluate.evaluate) that are the same for all methods."""
 
 
 @dataclass(kw_only=True)
@@ -46,25 +50,18 @@ class DecodingArguments:
         if bool(self.prompts) == bool(self.prompts_data):
             raise ValueError("Give either `prompts` or `prompts_data`.")
 
-    def models(self) -> Models:
-        """The base model and how to load others, nothing of which is loaded yet."""
-        from trl_parm.evaluation.models import Models
-
-        kwargs: Any = self.model_kwargs or {}
-        return Models(self.model_name_or_path, self.dtype, **kwargs)
-
     def read_prompts(self) -> list[Any]:
-        """The distinct prompts in their order, or `num_prompts` of them.
-
-        Which of them are chosen depends on the seed and on the prompts alone, not on their order.
-
-        Raises:
-            ValueError: no such column, or fewer prompts than asked for.
-        """
+        """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
         from trl_parm.noise import row_seed
         from trl_parm.texts import prompt_key
 
-        found: dict[str, Any] = {prompt_key(prompt): prompt for prompt in self.prompts or self._column()}
+        prompts: Any = self.prompts
+        if not prompts:
+            data, column = load_data(self.prompts_data), self.prompt_column
+            if column not in data.column_names:
+                raise ValueError(f"The prompts' data has no column {column!r}; it has {', '.join(data.column_names)}.")
+            prompts = data[column][:]
+        found = {prompt_key(prompt): prompt for prompt in prompts}
         if self.num_prompts is None:
             return list(found.values())
         if not 0 < self.num_prompts <= len(found):
@@ -72,26 +69,18 @@ class DecodingArguments:
         chosen = set(sorted(found, key=lambda key: row_seed(self.seed, ["choice", key]))[: self.num_prompts])
         return [prompt for key, prompt in found.items() if key in chosen]
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments of [`evaluate`] that are the same for all methods."""
-        sampling = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-        return {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "template": self.template,
-            "max_prompt_length": self.max_prompt_length,
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.do_sample,
-            **{name: value for name, value in sampling.items() if value is not None},
-        }
+    def evaluate(self, methods: list[Any], preferences: list[Any], prompts: list[Any], **options: Any) -> Any:
+        """[`evaluate`](trl_parm.evaluation.evaluate.evaluate) with these arguments, and a progress bar."""
+        from trl_parm.evaluation.evaluate import Entry, evaluate
+        from trl_parm.evaluation.models import Models
 
-    def _column(self) -> Sequence[Any]:
-        data = load_data(self.prompts_data)
-        if self.prompt_column not in data.column_names:
-            raise ValueError(
-                f"The prompts' data has no column {self.prompt_column!r}; it has {', '.join(data.column_names)}."
-            )
-        return data[self.prompt_column][:]
+        kwargs: Any = self.model_kwargs or {}
+        models = Models(self.model_name_or_path, self.dtype, **kwargs)
+        settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
+        runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
+        with progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
+            options["on_batch"] = lambda run: bar.update()
+            return evaluate(models, methods, preferences, prompts, **settings, **options)
 
 
 @dataclass(kw_only=True)
@@ -116,29 +105,20 @@ class GenerateArguments(DecodingArguments):
 
 def main(argv: list[str]) -> None:
     arguments: GenerateArguments = parse("generate", GenerateArguments, argv, __doc__)
-    from trl_parm.evaluation.evaluate import Entry, evaluate
+    from trl_parm.evaluation.evaluate import Entry
+    from trl_parm.records import beside, write_run
 
-    preferences = cast(list[dict[str, float]], arguments.preferences or [])
-    entry, prompts = Entry.of(cast(Any, arguments.method)), arguments.read_prompts()
+    method: Any = arguments.method
+    preferences: list[Any] = arguments.preferences or []
+    entry = Entry.of(method)
+    prompts = arguments.read_prompts()
     if not preferences and not entry.method.control:
         raise ValueError(f"The method {entry.name!r} needs `preferences`.")
-    batches = len(entry.runs(preferences)) * -(-len(prompts) // arguments.batch_size)
-    with progress(batches, "batch") as bar:
-        table = evaluate(
-            arguments.models(),
-            [cast(Any, arguments.method)],
-            preferences,
-            prompts,
-            dict.fromkeys(preferences[0] if preferences else ()),
-            arguments.output,
-            on_batch=lambda run: bar.update(),
-            **arguments.settings(),
-        )
+    unscored = dict.fromkeys(preferences[0] if preferences else ())
+    table = arguments.evaluate([method], preferences, prompts, rewards=unscored, path=arguments.output)
     if arguments.output:
-        from trl_parm.records import beside, write_run
-
         write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
         say(f"{len(table)} responses in {arguments.output}")
         return
-    for row in cast(Any, table):
+    for row in table:
         say(f"# {row['method']}, {row['label']}: {row['prompt']}\n{row['response']}\n")

@@ -21,55 +21,44 @@ VERBS = {
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
 }
-"""Verb → what it does. Each is a module of this package with a function `main`, which may return an exit code."""
-HELP = ("-h", "--help")
+"""Verb → what it does. Each is a module of this package with a function `main`."""
+HELP = {"-h", "--help"}
 TRACEBACK = "TRL_PARM_TRACEBACK"
 """Set in the environment, an error ends with where it came from instead of one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv (`list[str]`, *optional*): Its words; those of the process if not given.
-
-    Returns:
-        `int`: The exit code.
-    """
+    """Runs a command, by default that of the process, and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--version"]:
+    verb = argv[0] if argv else ""
+    if verb == "--version":
         print(f"trl-parm {__version__}")
         return 0
-    if argv and argv[0] in HELP:
+    if verb in HELP:
         print(overview())
         return 0
-    name = f"trl-parm {argv[0]}" if argv and argv[0] in VERBS else "trl-parm"
+    name = f"trl-parm {verb}" if verb in VERBS else "trl-parm"
     try:
-        return run(argv)
+        if verb not in VERBS:
+            close = difflib.get_close_matches(verb, VERBS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"the verb {verb!r} is not known; there are {', '.join(VERBS)}.{hint}")
+        module = importlib.import_module(f"{__package__}.{verb}")
+        if not HELP & set(argv):
+            _prepare()
+        module.main(argv[1:])
+        return 0
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        _say_last(f"{name}: interrupted; the same command goes on from here")
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        _say_last(f"{name}: error: {' '.join(str(error).split())}")
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
-
-
-def run(argv: list[str]) -> int:
-    """Runs a verb and returns its exit code. Raises `ValueError` if there is none of that name."""
-    verb = argv[0] if argv else ""
-    if verb not in VERBS:
-        close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"the verb {verb!r} is not known; there are {', '.join(VERBS)}.{hint}")
-    module = importlib.import_module(f"{__package__}.{verb}")
-    if not set(argv) & set(HELP):
-        _prepare()
-    return module.main(argv[1:]) or 0
 
 
 def overview() -> str:
@@ -88,14 +77,7 @@ def overview() -> str:
 def _prepare() -> None:
     """Before anything heavy is imported: no progress bars in a file, and no warnings that a user can't act on."""
     if not sys.stderr.isatty():
-        os.environ |= {
-            "TQDM_DISABLE": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        }
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ[name] = "1"
     # transformers announces renamed arguments of its version 6; TRL and PEFT still use the old names.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _say_last(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

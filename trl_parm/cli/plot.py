@@ -8,18 +8,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from trl_parm.arguments import decoded, option, parse, required
 
 from .common import say, write_run
 
 
-if TYPE_CHECKING:
-    from trl_parm.evaluation.fronts import Front
-
-
 TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "costs.csv")
+Rows = list[dict[str, Any]]
 
 
 @dataclass
@@ -47,8 +44,9 @@ class PlotArguments:
 
 def main(argv: list[str]) -> None:
     arguments: PlotArguments = parse("plot", PlotArguments, argv, __doc__)
+    from peft_pblora import add_results
     from peft_pblora.output import check_output
-    from trl_parm.evaluation.fronts import arrange, summarize
+    from trl_parm.evaluation.fronts import summarize
     from trl_parm.evaluation.measures import WRITER
     from trl_parm.evaluation.plots import draw_fronts, figure_files
 
@@ -61,33 +59,27 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"`name` is {arguments.name!r}, which is the name of a table. Name the figures otherwise.")
     for path in planned:
         check_output(path, WRITER)  # before any of them is written
-    tables = _tables(arrange(rows, objectives), names, objectives, references, arguments)
+    tables = _tables(rows, names, objectives, references, arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    text = write_tables(tables, folder)
+    text = _write(tables, folder)
     figures = draw_fronts(summarize(rows, objectives), objectives, folder, references, arguments.name)
     write_run(folder, "plot", arguments)
     if arguments.card:
-        _complete_card(arguments.card, next(iter(tables.values())), figures)
+        measures = next(iter(tables.values()))
+        table = [list(measures[0]), *(list(row.values()) for row in measures)] if measures else None
+        add_results(arguments.card, table, next(path for path in figures if path.suffix == ".png"))
+        say(f"The card in {arguments.card} has the measures and the figure.")
     say(text)
     if not references:
         say("No hypervolume: it needs a reference point, such as --references '[-3, -5]'.")
-    say(f"Tables are in {folder / 'measures.md'}, figures in {', '.join(path.name for path in figures)}.")
+    say(f"Tables are in {folder / TABLES[0]}, figures in {', '.join(path.name for path in figures)}.")
 
 
-def read_results(
-    results: Sequence[str], objectives: list[str] | None = None
-) -> tuple[list[dict[str, Any]], list[str], dict[str, str]]:
-    """The rows of several files, with preferences in the order of the objectives.
+def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[Rows, list[str], dict[str, str]]:
+    """The rows of several files, the objectives, in whose order preferences are, and each method's name in its file.
 
     A method that is in more than one of the files is called by the file too, by what its path has of its own, such as
     `PARM (seed-1)`.
-
-    Returns:
-        `tuple` of the rows, the objectives, and by the name of each method its name in its file.
-
-    Raises:
-        ValueError: a file twice, without objectives, or with other ones than the first; a method that is called as one
-            of two that were told apart.
     """
     from trl_parm.records import read_rows
 
@@ -96,14 +88,14 @@ def read_results(
         raise ValueError(f"A file is twice among the results {', '.join(map(str, files))}. Name each once.")
     tables = [read_rows(path) for path in files]
     wanted = objectives or _objectives(files[0])
-    orders = [_objectives(path, objectives) for path in files]
     methods = [list(dict.fromkeys(row["method"] for row in rows)) for rows in tables]
-    count = Counter(name for own_methods in methods for name in own_methods)
+    count = Counter(name for of_file in methods for name in of_file)
     names: dict[str, str] = {}
-    for path, label, rows, found, order in zip(files, _own_parts(files), tables, methods, orders):
+    for path, label, rows, of_file in zip(files, _own_parts(files), tables, methods):
+        order = _objectives(path, objectives)
         if objectives is None and set(order) != set(wanted):
             raise ValueError(f"{path} has the objectives {order}, but {files[0]} has {wanted}. Plot them apart.")
-        shown = {name: f"{name} ({label})" if count[name] > 1 else name for name in found}
+        shown = {name: f"{name} ({label})" if count[name] > 1 else name for name in of_file}
         for old, new in shown.items():
             if new in names:
                 raise ValueError(f"Two methods would be called {new!r}, one of them of {path}. Plot the files apart.")
@@ -113,6 +105,18 @@ def read_results(
             if row["preference"] is not None and set(order) == set(wanted):
                 row["preference"] = [row["preference"][order.index(name)] for name in wanted]
     return [row for rows in tables for row in rows], wanted, names
+
+
+def _objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
+    """The objectives in the order in which the preferences of a file are."""
+    from trl_parm.records import configuration_path
+
+    beside = configuration_path(path)
+    if beside.exists():
+        return json.loads(beside.read_text(encoding="utf-8"))["objectives"]
+    if otherwise is None:
+        raise ValueError(f"{beside} is missing, which names the objectives. Give them with `objectives`.")
+    return otherwise
 
 
 def _own_parts(files: Sequence[Path]) -> list[str]:
@@ -125,74 +129,14 @@ def _own_parts(files: Sequence[Path]) -> list[str]:
     return ["/".join(own) or str(path) for own, path in zip(parts, files)]
 
 
-def write_tables(tables: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> str:
-    """Writes tables by title as CSV files and together as `measures.md`, and returns that text."""
-    from peft_pblora.output import output_file
-    from trl_parm.evaluation.measures import WRITER, markdown, write_csv
-
-    found = {title: rows for title, rows in tables.items() if rows}
-    text = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in found.items())
-    for title, rows in found.items():
-        write_csv(rows, folder / f"{title.split()[0].strip(',').lower()}.csv")
-    with output_file(folder / "measures.md", WRITER) as file:
-        file.write(text + "\n")
-    return text
-
-
-def _complete_card(adapter: str, measures: Sequence[Mapping[str, Any]], figures: Sequence[Path]) -> None:
-    from peft_pblora import add_results
-
-    table = [list(measures[0]), *(list(row.values()) for row in measures)] if measures else None
-    add_results(adapter, table, next(path for path in figures if path.suffix == ".png"))
-    say(f"The card in {adapter} has the measures and the figure.")
-
-
-def _tables(
-    found: Sequence[Front],
-    names: Mapping[str, str],
-    objectives: list[str],
-    references: list[list[float]],
-    arguments: PlotArguments,
-) -> dict[str, list[dict[str, Any]]]:
-    from trl_parm.evaluation.measures import correlations, costs, differences, measure
-
-    options = (objectives, references)
-    sampling = {"resamples": arguments.resamples, "seed": arguments.seed}
-    guided = [front.method for front in found if front.preferences is not None]
-    against, base = (
-        next((new for new, old in names.items() if name in (new, old)), name)  # of several files the first one's
-        for name in (arguments.against or next(iter(guided), found[0].method), arguments.base)
-    )
-    return {
-        f"Measures with 95 % bootstrap intervals over prompts ({', '.join(objectives)}; higher is better)": measure(
-            found, *options, **sampling
-        ),
-        f"Differences from {against} on the same prompts, with 95 % bootstrap intervals": differences(
-            found, *options, against, **sampling
-        ),
-        "Correlations of rank between the weight of an objective and its reward": correlations(found, objectives),
-        f"Costs, relative to {base}": costs(found, base),
-    }
-
-
-def _chosen(rows: list[dict[str, Any]], names: Mapping[str, str], methods: list[str] | None) -> list[dict[str, Any]]:
-    unknown = [name for name in methods or [] if name not in (*names, *names.values())]
+def _chosen(rows: Rows, names: Mapping[str, str], methods: list[str] | None) -> Rows:
+    """The rows of the methods that are asked for, by their names here or in their files, in this order."""
+    found = {name: [new for new, old in names.items() if name in (new, old)] for name in methods or names}
+    unknown = [name for name, own in found.items() if not own]
     if unknown:
         raise ValueError(f"The results have no method {unknown[0]!r}; they have {', '.join(names)}.")
-    wanted = [new for name in methods or names for new, old in names.items() if name in (new, old)]
-    return [row for name in dict.fromkeys(wanted) for row in rows if row["method"] == name]
-
-
-def _objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
-    """The objectives in the order in which the preferences of a file are."""
-    from trl_parm.records import configuration_path
-
-    beside = configuration_path(path)
-    if not beside.exists():
-        if otherwise is not None:
-            return otherwise
-        raise ValueError(f"{beside} is missing, which names the objectives. Give them with `objectives`.")
-    return json.loads(beside.read_text(encoding="utf-8"))["objectives"]
+    wanted = dict.fromkeys(name for own in found.values() for name in own)
+    return [row for name in wanted for row in rows if row["method"] == name]
 
 
 def _point(given: Any, objectives: list[str]) -> list[float]:
@@ -200,8 +144,52 @@ def _point(given: Any, objectives: list[str]) -> list[float]:
     if isinstance(given, Mapping):
         if set(given) != set(objectives):
             raise ValueError(f"A reference point names {list(given)}, but the objectives are {objectives}.")
-        return [float(given[name]) for name in objectives]
+        given = [given[name] for name in objectives]
     try:
-        return [float(value) for value in cast(Any, given)]
+        return [float(value) for value in given]
     except (TypeError, ValueError):
         raise ValueError(f"A reference point is {given!r}, but it must be a list of numbers.") from None
+
+
+def _tables(
+    rows: Rows,
+    names: Mapping[str, str],
+    objectives: list[str],
+    references: list[list[float]],
+    arguments: PlotArguments,
+) -> dict[str, Rows]:
+    """Tables by title, the measures first."""
+    from trl_parm.evaluation.fronts import arrange
+    from trl_parm.evaluation.measures import correlations, costs, differences, measure
+
+    found = arrange(rows, objectives)
+    guided = [front.method for front in found if front.preferences is not None]
+    against, base = (
+        next((new for new, old in names.items() if name in (new, old)), name)  # of several files the first one's
+        for name in (arguments.against or next(iter(guided), found[0].method), arguments.base)
+    )
+    sampling = {"resamples": arguments.resamples, "seed": arguments.seed}
+    return {
+        f"Measures with 95 % bootstrap intervals over prompts ({', '.join(objectives)}; higher is better)": measure(
+            found, objectives, references, **sampling
+        ),
+        f"Differences from {against} on the same prompts, with 95 % bootstrap intervals": differences(
+            found, objectives, references, against, **sampling
+        ),
+        "Correlations of rank between the weight of an objective and its reward": correlations(found, objectives),
+        f"Costs, relative to {base}": costs(found, base),
+    }
+
+
+def _write(tables: Mapping[str, Rows], folder: Path) -> str:
+    """Writes each table as a CSV file, called as its title begins, and all as Markdown, which is returned."""
+    from peft_pblora.output import output_file
+    from trl_parm.evaluation.measures import WRITER, markdown, write_csv
+
+    found = {title: rows for title, rows in tables.items() if rows}
+    for title, rows in found.items():
+        write_csv(rows, folder / f"{title.split()[0].strip(',').lower()}.csv")
+    text = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in found.items())
+    with output_file(folder / TABLES[0], WRITER) as file:
+        file.write(text + "\n")
+    return text

@@ -37,29 +37,17 @@ def main(argv: list[str]) -> None:
     from trl_parm.evaluation.measures import markdown
     from trl_parm.relabel import agreement, relabel
 
-    rewards = load_rewards(arguments.rewards)  # pyright: ignore[reportArgumentType]
+    rewards = load_rewards(arguments.rewards)
     pairs = load_data(arguments.data)
     folder = Path(arguments.output_dir)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("data", "rewards", "output_dir")}
+
+    def start(objective: str) -> None:
+        write_run(folder, "relabel", arguments)
+        say(f"{objective}: {rewards[objective].source}")
+
     with progress(len(rewards) * len(pairs), "pair") as bar:
-
-        def start(objective: str) -> None:
-            write_run(folder, "relabel", arguments)
-            say(f"{objective}: {rewards[objective].source}")
-
-        splits = relabel(
-            pairs,
-            rewards,
-            folder,
-            test_size=arguments.test_size,
-            validation_size=arguments.validation_size,
-            tie_margin=arguments.tie_margin,
-            template=arguments.template,
-            ranked=arguments.ranked,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            on_start=start,
-            on_batch=bar.update,
-        )
+        splits = relabel(pairs, rewards, folder, on_start=start, on_batch=bar.update, **options)
     say(", ".join(f"{len(rows)} pairs in {folder / f'{name}.jsonl'}" for name, rows in splits.items()))
     labelled: list[Any] = [row for rows in splits.values() for row in rows]
     say(markdown(agreement(labelled, list(rewards))))

@@ -5,55 +5,37 @@ cluster."""
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trl_parm.arguments import parse
 
-from .common import RUN_FILE, say
+from .common import say
 
-
-if TYPE_CHECKING:
-    from trl_parm import PreferenceARMConfig
-    from trl_parm.training.config import ARMArguments
-
-ARGUMENTS = ("PairData", "ARMArguments", "PreferenceARMConfig")
-"""Classes whose documentation is the help of this verb."""
 
 TRAINED = ("adapter_config.json", "config.json", "*.safetensors", "*.bin", "checkpoint-*")
 """What a trainer writes, and loses when it writes it again."""
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        print(describe())
-        return
-    from trl_parm import PreferenceARMConfig
-    from trl_parm.training.config import ARMArguments
-
-    train(*parse("train", (ARMArguments, PreferenceARMConfig), argv))
-
-
-def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     """Trains, evaluates and saves a reward model, with its card and the resolved arguments beside it.
 
     With `resume` it goes on from the last complete checkpoint, or starts where there is none yet.
-
-    Raises:
-        ValueError: another process trains into the folder, its checkpoint is of another run, or it has a model, an
-            adapter or checkpoints that this command did not write.
     """
-    from dataclasses import asdict
-
-    from trl_parm import PreferenceARMTrainer
+    if {"-h", "--help"} & set(argv):
+        print(describe())
+        return
+    from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
     from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
+    from trl_parm.training.config import ARMArguments
 
+    arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), argv)
     if not sys.stderr.isatty():
         config.disable_tqdm = True
-    _check_folder(Path(str(config.output_dir)))
+    folder = Path(str(config.output_dir))
+    _check_folder(folder)
     data = arguments.load(arguments.train_data)
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
@@ -63,12 +45,11 @@ def train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         quantization_config=arguments.quantization_config(),
         peft_config=arguments.peft_config(config.label_columns),  # pyright: ignore[reportArgumentType]
     )
-    paths = [entry.path for entry in arguments.train_data]
-    trainer.card |= data_facts(trainer, list(data or ()), paths)
+    trainer.card |= data_facts(trainer, list(data or ()), [entry.path for entry in arguments.train_data])
     trainer.card["run"] = "# trl-parm train --config this.yaml\n" + run_yaml(arguments, config)
-    with trainer.claim_output(_checkpoint(str(config.output_dir)) if arguments.resume else None) as checkpoint:
+    with trainer.claim_output(_checkpoint(folder) if arguments.resume else None) as checkpoint:
         if trainer.is_world_process_zero():
-            write_run(Path(str(config.output_dir)) / RUN_FILE, "train", asdict(arguments) | config.to_dict())
+            write_run(folder / "run.yaml", "train", asdict(arguments) | config.to_dict())
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.eval_dataset is not None:
             metrics = trainer.evaluate()
@@ -88,9 +69,9 @@ def describe() -> str:
     """The help: the documentation of the arguments, read from the source, since importing it takes seconds."""
     source = Path(__file__).parents[1] / "training" / "config.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    found = {node.name: ast.get_docstring(node) for node in tree.body if isinstance(node, ast.ClassDef)}
     texts = ["usage: trl-parm train [--config FILE.yaml] [--KEY VALUE ...]", __doc__ or ""]
-    texts += [f"{name}: {inspect.cleandoc(ast.get_docstring(found[name]) or '')}" for name in ARGUMENTS]
+    texts += [f"{name}: {found[name]}" for name in ("PairData", "ARMArguments", "PreferenceARMConfig")]
     return "\n\n".join([*texts, "All arguments of transformers.TrainingArguments are keys too."])
 
 
@@ -105,11 +86,11 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _checkpoint(folder: str) -> str | None:
+def _checkpoint(folder: Path) -> str | None:
     from trl_parm.training.checkpoints import last_complete_checkpoint
 
     try:
-        return last_complete_checkpoint(folder)
+        return last_complete_checkpoint(str(folder))
     except ValueError:
         say(f"There is no complete checkpoint in {folder} yet: starting anew.")
         return None

@@ -8,10 +8,11 @@ question are two rows of one batch, in one call of `generate`: guidance has the 
 from __future__ import annotations
 
 import copy
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
@@ -24,6 +25,7 @@ from trl_parm.decoding import BASE, Guided, TokenRewards, token_rewards
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.evaluation.decoding import GREEDY, RowSampling, encode_prompts, text_length
 from trl_parm.noise import row_seed
+from trl_parm.rewards import score
 
 from .loading import Models
 from .measures import measures_of
@@ -40,11 +42,7 @@ TIMED = 4
 
 
 class Answering:
-    """Answers questions with one set of models, for any number of threads that ask.
-
-    Args:
-        models ([`Models`]): The models.
-    """
+    """Answers questions with one set of models, for any number of threads that ask."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
@@ -66,30 +64,31 @@ class Answering:
         Raises:
             ValueError: an empty prompt or too long a one, or a number out of its range.
         """
-        if not question.prompt or not question.prompt.strip():
+        prompt, beta = question.prompt, question.beta
+        if not prompt or not prompt.strip():
             raise ValueError("The prompt is empty. Write something that the model can answer.")
-        as_preference(question.weights, self.models.objectives, normalize=True)
-        try:
-            guidance_strength(question.beta)
-        except ValueError:
-            text = f"β is {question.beta}, but it must be a positive, finite number. Guidance has strength 1/β."
-            raise ValueError(text) from None
+        self._preference(question)
+        if not 0 < beta < math.inf:
+            raise ValueError(f"β is {beta}, but it must be a positive, finite number. Guidance has strength 1/β.")
         for name, value, least, most in (
             ("max new tokens", question.max_new_tokens, 1, MOST_NEW_TOKENS),
             ("temperature", question.temperature, 0, 5),
             ("seed", question.seed, 0, 2**53),
         ):
-            if not isinstance(value, int | float) or not least <= value <= most:
+            if not (isinstance(value, int | float) and least <= value <= most):
                 raise ValueError(f"The {name} is {value}, but it must be from {least} to {most}.")
-        length = len(question.prompt)
-        if length <= MOST_CHARACTERS:
-            with self._tokenizing:
-                inputs = encode_prompts(self._tokenizer, [question.prompt])
-            tokens, most = cast(torch.Tensor, inputs["input_ids"]).shape[1], self._most_prompt_tokens(question)
-            if tokens <= most:
-                return inputs
+        if len(prompt) > MOST_CHARACTERS:
+            raise ValueError(
+                f"The prompt has {len(prompt)} characters, but at most {MOST_CHARACTERS} fit. Shorten it."
+            )
+        with self._tokenizing:
+            inputs = encode_prompts(self._tokenizer, [prompt])
+        tokens = cast(torch.Tensor, inputs["input_ids"]).shape[1]
+        context = getattr(self.models.base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        most = min(MOST_PROMPT_TOKENS, context - question.max_new_tokens)
+        if tokens > most:
             raise ValueError(f"The prompt has {tokens} tokens, but at most {most} fit. Shorten it.")
-        raise ValueError(f"The prompt has {length} characters, but at most {MOST_CHARACTERS} fit. Shorten it.")
+        return inputs
 
     def ask(self, question: Question) -> Generator[Reply]:
         """Yields both answers as they grow. A caller that closes this iterator stops them.
@@ -109,7 +108,8 @@ class Answering:
             stop.set()
             future.cancel()
 
-    def _follow(self, future: Future, replies: queue.Queue[Reply]) -> Iterator[Reply]:
+    def _follow(self, future: Future, replies: queue.Queue[Reply]) -> Generator[Reply]:
+        """The newest reply each time; before the first one, the question's place in the line."""
         last = None
         while last is None or not last.done:
             try:
@@ -122,14 +122,11 @@ class Answering:
                     return
                 if last is not None and not last.ahead:
                     continue
-                reply = Reply(ahead=self._ahead(future))
+                line = list(self._line)
+                reply = Reply(ahead=line.index(future) if future in line else 0)
             if reply != last:
                 yield reply
             last = reply
-
-    def _ahead(self, future: Future) -> int:
-        line = list(self._line)
-        return line.index(future) if future in line else 0
 
     def _answer(
         self, question: Question, inputs: BatchEncoding, replies: queue.Queue[Reply], stop: threading.Event
@@ -137,27 +134,30 @@ class Answering:
         """Writes, judges and times both answers. Only one of these runs at any time."""
         inputs = inputs.to(self.models.base.device)
         watch = _Watch(inputs, stop, lambda rows: replies.put(Reply(self._written(rows[0]), self._written(rows[1]))))
-        tokens = self._generate(question, inputs, [0.0, 1.0], watch, question.max_new_tokens)
-        answers = [self._written(row, whole=True) for row in tokens]
+        shares = (0.0, 1.0)
+        rows = self._generate(question, inputs, shares, watch, question.max_new_tokens)
+        answers = [self._written(row, whole=True) for row in rows]
         if not stop.is_set():
             answers = [self._judge(question, answer) for answer in answers]
-            timed = [self._timed(question, inputs, share, answer) for share, answer in zip((0.0, 1.0), answers)]
-            replies.put(Reply(timed[0], timed[1], done=True))
+            timed = [self._timed(question, inputs, share, answer) for share, answer in zip(shares, answers)]
+            replies.put(Reply(*timed, done=True))
 
-    def _guided(self, question: Question, shares: list[float]) -> Guided:
+    def _guided(self, question: Question, shares: tuple[float, ...]) -> Guided:
         """The base model with this share of its guidance in each row."""
-        preference = as_preference(question.weights, self.models.objectives, normalize=True)
         strengths = guidance_strength(question.beta) * torch.tensor(shares)
-        return Guided(self.models.base, BASE + strengths * self.models.arm.lm(preference))
+        return Guided(self.models.base, BASE + strengths * self.models.arm.lm(self._preference(question)))
+
+    def _preference(self, question: Question) -> torch.Tensor:
+        return as_preference(question.weights, self.models.objectives, normalize=True)
 
     def _generate(
-        self, question: Question, inputs: BatchEncoding, shares: list[float], watch: _Watch, most: int
+        self, question: Question, inputs: BatchEncoding, shares: tuple[float, ...], watch: _Watch, most: int
     ) -> torch.Tensor:
         """The new tokens of a row for each share, `(rows, new)`, whose noise is the same: guidance alone differs."""
         rows, noise = len(shares), []
         if question.temperature:
-            seeds = [row_seed(int(question.seed), question.prompt)] * rows
-            noise = [RowSampling(seeds, watch.length, temperature=float(question.temperature), top_k=TOP_K)]
+            seeds = [row_seed(question.seed, question.prompt)] * rows
+            noise = [RowSampling(seeds, watch.length, temperature=question.temperature, top_k=TOP_K)]
         output: Any = self._guided(question, shares).generate(
             **{name: cast(torch.Tensor, value).repeat(rows, 1) for name, value in inputs.items()},
             logits_processor=noise,
@@ -177,35 +177,30 @@ class Answering:
     def _timed(self, question: Question, inputs: BatchEncoding, share: float, answer: Answer) -> Answer:
         """The answer with what it would have taken alone, by its first tokens."""
         watch, start = _Watch(inputs, threading.Event(), lambda tokens: None), time.perf_counter()
-        self._generate(question, inputs, [share], watch, min(TIMED, answer.tokens))
+        self._generate(question, inputs, (share,), watch, min(TIMED, answer.tokens))
         first, steps = watch.times[0] - start, watch.times[-1] - watch.times[0]
         return replace(answer, seconds=first + steps / max(1, len(watch.times) - 1) * (answer.tokens - 1))
 
     @torch.no_grad()
     def _judge(self, question: Question, answer: Answer) -> Answer:
         """The answer with the ARM's token rewards, and measured in each objective."""
-        if not answer.text.strip():
+        prompt, text = question.prompt, answer.text
+        if not text.strip():
             return answer
-        objectives = self.models.objectives
-        rewards = self._token_rewards(question.prompt, answer.text, question.weights)
+        rewards = self._token_rewards(prompt, text, self._preference(question))
+        measured = []
+        for measure, vertex in zip(self.measures, torch.eye(len(self.measures)), strict=True):
+            if measure.reward is not None:
+                measured.append(score(measure.objective, measure.reward, [prompt], [text])[0])
+            else:
+                judged = self._token_rewards(prompt, text, vertex)
+                measured.append(judged.total.log_ratio / len(judged))
+        return replace(answer, rewards=rewards, measured=tuple(measured))
 
-        def log_ratio(objective: str) -> float:
-            vertex = [float(objective == one) for one in objectives]
-            judged = self._token_rewards(question.prompt, answer.text, vertex)
-            return judged.total.log_ratio / len(judged)
-
-        measured = tuple(measure(question.prompt, answer.text, log_ratio) for measure in self.measures)
-        return replace(answer, rewards=rewards, measured=measured)
-
-    def _token_rewards(self, prompt: str, text: str, weights: Any) -> TokenRewards:
-        arm, preference = self.models.arm, as_preference(weights, self.models.objectives, normalize=True)
+    def _token_rewards(self, prompt: str, text: str, preference: torch.Tensor) -> TokenRewards:
+        arm = self.models.arm
         asked: Any = prompt if arm.tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
         return token_rewards(arm.model, arm.tokenizer, asked, text, preference, adapter_name=arm.adapter_name)
-
-    def _most_prompt_tokens(self, question: Question) -> int:
-        context = getattr(self.models.base.config.get_text_config(), "max_position_embeddings", None)
-        left = MOST_PROMPT_TOKENS if context is None else context - question.max_new_tokens
-        return min(MOST_PROMPT_TOKENS, left)
 
 
 class _Watch(StoppingCriteria):

@@ -32,14 +32,7 @@ class DemoArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Loads the models and serves the page until it is interrupted.
-
-    Args:
-        argv (`Sequence[str]`, *optional*): Arguments; those of the process if not given.
-
-    Returns:
-        `int`: An exit code: 0, or 2 after one line on stderr that says what is wrong.
-    """
+    """Serves the page until it is interrupted: exit code 0, or 2 after one line on stderr that says what is wrong."""
     try:
         serve(parse("demo", DemoArguments, sys.argv[1:] if argv is None else argv, __doc__))
     except (ValueError, OSError, ImportError) as error:
@@ -60,7 +53,7 @@ def serve(arguments: DemoArguments) -> None:
     from .loading import load_models
     from .page import Page
 
-    guidance_strength(arguments.beta)
+    guidance_strength(arguments.beta)  # before anything is loaded
     page = Page(Answering(load_models(arguments.arm, arguments.model, arguments.dtype)), arguments.beta)
     try:
         page.launch(arguments.host, arguments.port, arguments.share)

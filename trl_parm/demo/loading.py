@@ -19,15 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Models:
-    """What the demo decodes with.
-
-    Attributes:
-        base_name, arm_name (`str`): As they were given.
-        base (`PreTrainedModel`): The frozen model that generates.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a pad token.
-        arm ([`Guide`]): The reward model, whose adapter acts where it is asked for and nowhere else.
-        objectives (`list[str]`): The adapter's, in its order.
-    """
+    """What the demo decodes with: the frozen base model that generates, its tokenizer with a pad token, and the reward
+    model, whose adapter acts where it is asked for and nowhere else, with the adapter's objectives."""
 
     base_name: str
     arm_name: str

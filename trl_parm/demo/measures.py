@@ -7,10 +7,10 @@ Otherwise it is the ARM's own opinion, which shows what guidance optimises but n
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl_parm.rewards import Reward, brevity, conciseness, positivity, score
+from trl_parm.rewards import Reward, brevity, conciseness, positivity
 
 
 REWARDS: dict[str, tuple[Reward, str]] = {
@@ -24,23 +24,11 @@ LOG_RATIO = "the ARM's own log-ratio per token, log π_ARM − log π_ref with a
 
 @dataclass(frozen=True)
 class Measure:
-    """How the answers are measured in one objective.
-
-    Attributes:
-        objective (`str`): The objective.
-        title (`str`): What the number is. Higher is better.
-        reward (`Reward` or `None`): Its reward; `None` for the ARM's log-ratio.
-    """
+    """How answers are measured in one objective, higher is better: by a reward, or `None` for the ARM's log-ratio."""
 
     objective: str
     title: str
     reward: Reward | None
-
-    def __call__(self, prompt: str, response: str, log_ratio: Callable[[str], float]) -> float:
-        """The number for a response. `log_ratio` gives the ARM's, per token, with all weight on an objective."""
-        if self.reward is None:
-            return log_ratio(self.objective)
-        return score(self.objective, self.reward, [prompt], [response])[0]
 
 
 def measures_of(objectives: Sequence[str]) -> list[Measure]:

@@ -16,13 +16,8 @@ MOST_ENTRIES = 200
 class Question:
     """What a visitor asks.
 
-    Attributes:
-        prompt (`str`): The prompt.
-        weights (`tuple[float, ...]`): Of the objectives, in the adapter's order; they are brought to the sum 1.
-        beta (`float`): β > 0; the strength of guidance is 1/β.
-        max_new_tokens (`int`): Most tokens of an answer.
-        temperature (`float`): Of sampling among the 50 likeliest tokens; 0 is greedy.
-        seed (`int`): Of the noise, which both answers share.
+    The weights are in the adapter's order and are brought to the sum 1; guidance has strength 1/β; temperature 0 is
+    greedy, any other samples among the likeliest tokens; both answers share the noise of the seed.
     """
 
     prompt: str
@@ -35,21 +30,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, as far as it is written.
-
-    Attributes:
-        text (`str`): The text.
-        tokens (`int`): Tokens, an end token included.
-        seconds (`float`): What they took, reading the prompt included, waiting for the other answer's turns not.
-        rewards (`TokenRewards` or `None`): What the ARM thinks of its tokens, when it is done and not empty.
-        measured (`tuple[float, ...]` or `None`): Its measure in each objective, likewise.
-    """
+    """One answer, as far as it is written."""
 
     text: str = ""
     tokens: int = 0
+    """An end token included."""
     seconds: float = 0.0
+    """What they took, reading the prompt included, waiting for the other answer's turns not."""
     rewards: TokenRewards | None = None
+    """What the ARM thinks of its tokens, when it is done and not empty."""
     measured: tuple[float, ...] | None = None
+    """Its measure in each objective, likewise."""
 
     @property
     def speed(self) -> float:
@@ -59,13 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reply:
-    """Both answers so far.
-
-    Attributes:
-        base, guided (`Answer`): The answers.
-        ahead (`int`): How many questions are answered before this one begins.
-        done (`bool`): Whether this is all.
-    """
+    """Both answers so far, how many questions are answered before this one begins, and whether this is all."""
 
     base: Answer = Answer()
     guided: Answer = Answer()
@@ -75,14 +60,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Entry:
-    """A question that was answered.
-
-    Attributes:
-        prompt (`str`): The prompt.
-        weights (`tuple[float, ...]`): Of the objectives.
-        beta (`float`): β.
-        base, guided (`tuple[float, ...]` or `None`): What the answers measure; `None` for an empty one.
-    """
+    """A question that was answered, and what its answers measure: nothing for an empty one."""
 
     prompt: str
     weights: tuple[float, ...]

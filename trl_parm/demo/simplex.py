@@ -7,12 +7,9 @@ import math
 from collections.abc import Sequence
 
 
-HUNDRED = 100
-
-
 def uniform(k: int) -> list[float]:
     """Where k sliders start: `[0.34, 0.33, 0.33]` for three."""
-    return [share / HUNDRED for share in _split(HUNDRED, [1.0] * k)]
+    return [share / 100 for share in _split(100, [1.0] * k)]
 
 
 def rescale(weights: Sequence[float | None], moved: int) -> list[float]:
@@ -39,12 +36,11 @@ def rescale(weights: Sequence[float | None], moved: int) -> list[float]:
     """
     if len(weights) == 1:
         return [1.0]
-    clean = [min(1.0, max(0.0, w)) if w is not None and math.isfinite(w) else 0.0 for w in weights]
-    kept = round(clean[moved] * HUNDRED)
-    others = [w for i, w in enumerate(clean) if i != moved]
-    shares = _split(HUNDRED - kept, others if sum(others) else [1.0] * len(others))
+    others = [min(1.0, max(0.0, w)) if w is not None and math.isfinite(w) else 0.0 for w in weights]
+    kept = round(others.pop(moved) * 100)
+    shares = _split(100 - kept, others if any(others) else [1.0] * len(others))
     shares.insert(moved, kept)
-    return [share / HUNDRED for share in shares]
+    return [share / 100 for share in shares]
 
 
 def _split(total: int, weights: Sequence[float]) -> list[int]:

@@ -12,20 +12,18 @@ from trl_parm.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .async_client import AsyncGuidance
-    from .client import guided_generate
-    from .distribution import combine
+    from .client import AsyncGuidance, guided_generate
     from .guidance import Guidance
+    from .rows import combine
     from .v1_runner import CoupledLogitsProcessorV1
     from .v2_runner import CoupledLogitsProcessorV2
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "async_client": ("AsyncGuidance",),
-        "client": ("guided_generate",),
-        "distribution": ("combine",),
+        "client": ("AsyncGuidance", "guided_generate"),
         "guidance": ("Guidance",),
+        "rows": ("combine",),
         "v1_runner": ("CoupledLogitsProcessorV1",),
         "v2_runner": ("CoupledLogitsProcessorV2",),
     },

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guided generation with vLLM's offline engine."""
+"""Guided generation with vLLM's engines: the offline one, and the asynchronous one for servers."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from .engine import INSTALL, Capacity, check_engine, check_lora_slots
+from .engine import INSTALL, Capacity
 from .guidance import Guidance, Sample, make_sample
 
 
@@ -54,13 +55,11 @@ def guided_generate(
     ```
     """
     engine = llm.llm_engine
-    check_engine(engine.vllm_config)
-    capacity = Capacity(engine.vllm_config)
+    capacity = Capacity(engine.vllm_config, engine.list_loras())
     guides = _for_each(guidance, Guidance, "guidance", len(prompts))
     params = llm.get_default_sampling_params() if sampling_params is None else sampling_params
     params = _for_each(params, SamplingParams, "sampling_params", len(prompts))
     samples = [make_sample(capacity, llm.get_tokenizer, *of_one) for of_one in zip(prompts, params, guides)]
-    check_lora_slots(engine.vllm_config, set(engine.list_loras()).union(*(sample.need.loras for sample in samples)))
     _run(engine, capacity, samples)
     return [sample.result() for sample in samples]
 
@@ -75,7 +74,7 @@ def _for_each(given: Any, kind: type, name: str, prompts: int) -> list[Any]:
 def _run(engine: Any, capacity: Capacity, samples: Sequence[Sample]) -> None:
     waiting = deque(samples)
     running: dict[str, Sample] = {}
-    sample_of = {request.name: sample for sample in samples for request in sample.requests}
+    sample_of = {name: sample for sample in samples for name in sample.names}
     try:
         while waiting or running:
             admitted = []
@@ -105,9 +104,8 @@ def _submit(engine: Any, samples: Sequence[Sample]) -> None:
         engine.sleep(level=0, mode="keep")
         for sample in samples:
             for request in sample.requests:
-                engine.add_request(
-                    request.name, tokens_input(sample.prompt), request.params, lora_request=request.lora
-                )
+                prompt = tokens_input(sample.prompt)
+                engine.add_request(request.name, prompt, request.params, lora_request=request.lora)
     except BaseException:
         _abort(engine, samples)
         raise
@@ -117,4 +115,90 @@ def _submit(engine: Any, samples: Sequence[Sample]) -> None:
 
 def _abort(engine: Any, samples: Sequence[Sample]) -> None:
     """Ends requests in one message, so that no step sees a part of a family."""
-    engine.abort_request([request.name for sample in samples for request in sample.requests])
+    engine.abort_request([name for sample in samples for name in sample.names])
+
+
+class AsyncGuidance:
+    """`AsyncLLMEngine.generate` with guides. It has to be the engine's only user: room for families is counted here.
+
+    Args:
+        engine (`vllm.AsyncLLMEngine`): With one of our logits processors and `enable_lora=True`.
+
+    Raises:
+        ValueError: an engine that can't run coupled requests.
+
+    Example:
+
+    ```python
+    guided = AsyncGuidance(engine)
+    async for output in guided.generate("How are you?", SamplingParams(max_tokens=256), Guidance(lora, beta=0.5)):
+        print(output.outputs[0].text)
+    ```
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._capacity = Capacity(engine.vllm_config)
+        self._room = asyncio.Condition()
+        self._submitting = asyncio.Lock()
+
+    async def generate(self, prompt: str | list[int], sampling_params: Any, guidance: Guidance) -> AsyncIterator[Any]:
+        """Yields the base model's output as it grows, the whole text so far each time.
+
+        It waits until the engine has room for all requests of the sample. A reader that goes away ends them together.
+
+        Args:
+            prompt (`str` or `list[int]`): A text or token ids.
+            sampling_params (`SamplingParams`): As in `AsyncLLMEngine.generate`, with n = 1 and without stop strings,
+                which end one request at a time.
+            guidance ([`Guidance`]): The guides.
+
+        Raises:
+            ValueError: what coupled requests can't have; nothing has run then.
+            RuntimeError: requests that wrote different texts. vLLM's `EngineDeadError` if they came apart while they
+                ran; the engine's log says how.
+        """
+        if sampling_params.stop:
+            raise ValueError("Coupled requests of an asynchronous engine have no stop strings. Use `stop_token_ids`.")
+        sample = make_sample(self._capacity, self._engine.get_tokenizer, prompt, sampling_params, guidance)
+        async with self._room:
+            await self._room.wait_for(lambda: self._capacity.take(sample.name, sample.need))
+        try:
+            base, *guides = await self._submit(sample)
+            output = await base.get()
+            async with self._room:
+                self._capacity.prompt_read(sample.name)
+                self._room.notify_all()
+            while not output.finished:
+                yield output
+                output = await base.get()
+            outputs = [output, *[await guide.get() for guide in guides]]
+            sample.outputs = dict(zip(sample.names, outputs))
+            yield sample.result()
+        finally:
+            if not sample.finished:
+                await self._abort(sample)
+            async with self._room:
+                self._capacity.give_back(sample.name)
+                self._room.notify_all()
+
+    async def _submit(self, sample: Sample) -> list[Any]:
+        """As the offline engine's `_submit`; gives the queue of each request's outputs."""
+        async with self._submitting:
+            try:
+                await self._engine.sleep(level=0, mode="keep")
+                queues = []
+                for request in sample.requests:
+                    prompt = tokens_input(sample.prompt)
+                    queue = self._engine.add_request(request.name, prompt, request.params, lora_request=request.lora)
+                    queues.append(await queue)
+                return queues
+            except BaseException:
+                await self._abort(sample)
+                raise
+            finally:
+                await self._engine.wake_up(["scheduling"])
+
+    async def _abort(self, sample: Sample) -> None:
+        if not self._engine.errored:
+            await self._engine.abort(sample.names)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this package asks of an engine, checked before anything runs, and its room for whole families.
 
-vLLM schedules requests, not families. It runs those that wait, in their order, as long as the step has room: places
-(`max_num_seqs`), tokens (`max_num_batched_tokens`), memory for their keys and values, and slots for LoRAs. The family
-at the edge would come apart, and one would come apart later if memory ran out and the newest request were preempted.
-So a family is admitted only if the engine can run all of it, to its longest, together with all that is running.
+vLLM schedules requests, not families, and the one at the edge of its room would come apart. So a family is admitted
+only if the engine can run all of it, to its longest, together with all that is running.
 """
 
 from __future__ import annotations
@@ -30,18 +28,12 @@ def check_speculation(config: Any) -> None:
 
 
 def check_engine(config: Any) -> None:
-    """Checks that an engine can run coupled requests.
-
-    Args:
-        config (`vllm.config.VllmConfig`): Of the engine.
-
-    Raises:
-        ValueError: an engine without our logits processor or without LoRA, with several data-parallel replicas, or
-            that drafts tokens.
-    """
+    """Raises `ValueError` unless the engine of a `VllmConfig` can run coupled requests: with our logits processor and
+    LoRA, in one replica, and without drafts or prompts that it cuts."""
     check_speculation(config)
-    named = [_class_name(entry) for entry in config.model_config.logits_processors or ()]
-    if not any(name.startswith("CoupledLogitsProcessor") for name in named):
+    processors = config.model_config.logits_processors or ()
+    names = [p.__name__ if isinstance(p, type) else str(p).rpartition(":")[2] for p in processors]
+    if not any(name.startswith("CoupledLogitsProcessor") for name in names):
         raise ValueError(
             "The engine has no logits processor that joins coupled requests, so the text would not be guided. Start "
             'it with logits_processors=["trl_parm.serving:CoupledLogitsProcessorV2"] (Model Runner V2, the default '
@@ -55,22 +47,20 @@ def check_engine(config: Any) -> None:
             f"The engine has {replicas} data-parallel replicas, and the requests of a family could land on different "
             "ones. Start one engine for each."
         )
+    if config.scheduler_config.long_prefill_token_threshold:
+        raise ValueError(
+            "The engine cuts long prompts (long_prefill_token_threshold). Start it without, for coupled requests."
+        )
 
 
-def check_lora_slots(config: Any, loras: Iterable[int]) -> None:
-    """Checks that no LoRA will sit in the slot that the CPU's kernels also apply to requests without LoRA.
+def check_lora_slots(config: Any, loras: set[int]) -> None:
+    """Raises `ValueError` if one of all LoRAs that an engine will have loaded, by their numbers, will sit in the slot
+    that the CPU's kernels also apply to requests without LoRA.
 
-    Requests without LoRA have the slot −1, which vLLM 0.32's kernels for CPUs take as the last one
-    (vllm-project/vllm#48421): the base model would be the ARM, silently, as soon as all slots are in use.
-
-    Args:
-        config (`vllm.config.VllmConfig`): Of the engine.
-        loras (`Iterable[int]`): The numbers of all LoRAs that it has loaded or will.
-
-    Raises:
-        ValueError: too many of them for this engine.
+    Those have the slot −1, which vLLM 0.32's kernels for CPUs take as the last one (vllm-project/vllm#48421): the base
+    model would be the ARM, silently, as soon as all slots are in use.
     """
-    slots, used = config.lora_config.max_loras, len(set(loras))
+    slots, used = config.lora_config.max_loras, len(loras)
     if used >= slots and _last_slot_leaks():
         raise ValueError(
             f"This engine has {slots} slots for LoRAs (max_loras), and {used} LoRAs are in use. On CPUs this vLLM "
@@ -92,66 +82,53 @@ def _last_slot_leaks() -> bool:
     return bool(output.any())
 
 
-def _class_name(entry: Any) -> str:
-    return entry.__name__ if isinstance(entry, type) else str(entry).rpartition(":")[2]
-
-
 @dataclass
 class Need:
-    """What a family takes of the engine."""
+    """What a family takes of the engine: requests, tokens of all their prompts, blocks of keys and values if they
+    write as much as they may, and LoRAs by their numbers.
+
+    Once its prompts are read, it takes one token for each request a step instead.
+    """
 
     requests: int
     prompt_tokens: int
-    """Of all its requests."""
     blocks: int
-    """Of keys and values, if all its requests write as much as they may."""
     loras: frozenset[int]
-    """The numbers of its LoRAs."""
     prompt_read: bool = False
-    """Whether it writes already, one token of each request a step."""
 
 
 class Capacity:
-    """The room of an engine, and what is taken of it.
+    """The room of an engine, by its `VllmConfig` after its start and the LoRAs that it has, and what it lends."""
 
-    Args:
-        config (`vllm.config.VllmConfig`): Of the engine, after its start.
-    """
-
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, loras: Iterable[int] = ()) -> None:
+        check_engine(config)
+        self._config, self._known_loras = config, set(loras)
         scheduler, cache = config.scheduler_config, config.cache_config
         self._length = config.model_config.max_model_len
         self._seqs = scheduler.max_num_active_seqs or scheduler.max_num_seqs
         self._tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-        self._longest_chunk = scheduler.long_prefill_token_threshold
         # One block is the engine's own.
         self._blocks = cache.num_gpu_blocks - 1 - int(scheduler.watermark * cache.num_gpu_blocks)
         self._block_size = cache.block_size
         self._loras = config.lora_config.max_loras
         self._taken: dict[str, Need] = {}
 
-    def need(self, prompt_length: int, max_tokens: int | None, loras: Iterable[int]) -> Need:
-        """What a family of one base request and a guide for each LoRA takes.
-
-        Raises:
-            ValueError: a prompt that leaves no room to write, or a family that this engine can never run together.
-        """
-        loras = list(loras)
-        requests = 1 + len(loras)
+    def need(self, prompt_length: int, max_tokens: int | None, loras: list[int]) -> Need:
+        """What a family of one base request and a guide for each LoRA takes. Raises `ValueError` for a prompt that
+        leaves no room to write, or a family that this engine can never run together."""
         if not 0 < prompt_length < self._length:
             raise ValueError(f"A prompt has {prompt_length} tokens, but the engine takes 1 to {self._length - 1}.")
+        requests = 1 + len(loras)
         longest = min(prompt_length + (max_tokens or self._length), self._length)
         blocks = requests * math.ceil(longest / self._block_size)
         need = Need(requests, requests * prompt_length, blocks, frozenset(loras))
-        if self._longest_chunk:
-            raise ValueError(
-                "The engine cuts long prompts (long_prefill_token_threshold). Start it without, for coupled requests."
-            )
         if lacking := self._lacking([need]):
             raise ValueError(
                 f"A prompt of {prompt_length} tokens with {len(loras)} guides can't run in this engine together: "
                 f"{lacking}. Start the engine with more of it."
             )
+        check_lora_slots(self._config, self._known_loras | need.loras)
+        self._known_loras |= need.loras
         return need
 
     def take(self, name: str, need: Need) -> bool:

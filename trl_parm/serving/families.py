@@ -51,18 +51,20 @@ class Family:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require(isinstance(self.name, str) and self.name, "name", "a text that is not empty")
-        positive = isinstance(self.strengths, list | tuple) and all(_real(w) and w > 0 for w in self.strengths)
-        self._require(positive and len(self.strengths), "strengths", "a list of positive numbers, one for each guide")
-        self._require(_real(self.temperature) and self.temperature >= 0, "temperature", "a number that is 0 or more")
-        self._require(_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number that is 0 or more")
-        self._require(_real(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
-        self._require(_whole(self.seed) and 0 <= self.seed < 2**63, "seed", "a whole number in [0, 2^63)")
+        named = isinstance(self.name, str) and self.name != ""
+        listed = isinstance(self.strengths, list | tuple) and len(self.strengths) > 0
+        positive = listed and all(_real(weight) and weight > 0 for weight in self.strengths)
+        for name, holds, allowed in (
+            ("name", named, "a text that is not empty"),
+            ("strengths", positive, "a list of positive numbers, one for each guide"),
+            ("temperature", _real(self.temperature) and self.temperature >= 0, "a number that is 0 or more"),
+            ("top_k", _whole(self.top_k) and self.top_k >= 0, "a whole number that is 0 or more"),
+            ("top_p", _real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("seed", _whole(self.seed) and 0 <= self.seed < 2**63, "a whole number in [0, 2^63)"),
+        ):
+            if not holds:
+                raise ValueError(f"`{PREFIX}{name}` is {getattr(self, name)!r}, but it must be {allowed}.")
         object.__setattr__(self, "strengths", tuple(float(weight) for weight in self.strengths))
-
-    def _require(self, holds: Any, name: str, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"`{PREFIX}{name}` is {getattr(self, name)!r}, but it must be {allowed}.")
 
     @property
     def size(self) -> int:
@@ -93,11 +95,10 @@ class Member:
         given = {k.removeprefix(PREFIX): v for k, v in (params.extra_args or {}).items() if k.startswith(PREFIX)}
         if not given:
             return None
-        fields = {*Family.__dataclass_fields__, "role"}
-        missing, unknown = {"name", "strengths", "role"} - given.keys(), given.keys() - fields
-        if missing or unknown:
-            wrong = [f"{PREFIX}{name} is missing" for name in sorted(missing)]
-            wrong += [f"{PREFIX}{name} is unknown" for name in sorted(unknown)]
+        needed, known = {"name", "strengths", "role"}, {*Family.__dataclass_fields__, "role"}
+        wrong = [f"{PREFIX}{name} is missing" for name in sorted(needed - given.keys())]
+        wrong += [f"{PREFIX}{name} is unknown" for name in sorted(given.keys() - known)]
+        if wrong:
             raise ValueError(f"A coupled request needs other arguments: {', '.join(wrong)}.")
         role = given.pop("role")
         family = Family(**given)
@@ -106,18 +107,14 @@ class Member:
                 f"`{PREFIX}role` is {role!r}, but it must be 0 for the base model or the number of a guide, at most "
                 f"{family.size - 1}."
             )
-        _check_engine_settings(params)
+        for name, wanted in ENGINE_SETTINGS.items():
+            value = getattr(params, name, wanted)
+            if value != wanted:
+                raise ValueError(
+                    f"A coupled request has `{name}`={value!r}, but it must be {wanted!r}: the logits processor "
+                    f"chooses the token, and samples with the `{PREFIX}` arguments temperature, top_k, top_p and seed."
+                )
         return cls(family, role)
-
-
-def _check_engine_settings(params: Any) -> None:
-    for name, wanted in ENGINE_SETTINGS.items():
-        value = getattr(params, name, wanted)
-        if value != wanted:
-            raise ValueError(
-                f"A coupled request has `{name}`={value!r}, but it must be {wanted!r}: the logits processor chooses "
-                f"the token, and samples with the `{PREFIX}` arguments temperature, top_k, top_p and seed."
-            )
 
 
 def _real(value: Any) -> bool:

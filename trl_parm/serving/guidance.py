@@ -54,8 +54,7 @@ class Guidance:
 
     def terms(self) -> list[tuple[Any, float]]:
         """The LoRAs that count, each with its strength weight/β."""
-        weights = self.weights or ()
-        return [(lora, weight / self.beta) for lora, weight in zip(self.loras, weights) if weight]
+        return [(lora, weight / self.beta) for lora, weight in zip(self.loras, self.weights or ()) if weight]
 
 
 @dataclass(frozen=True)
@@ -68,30 +67,17 @@ class CoupledRequest:
 
 
 def coupled_requests(name: str, params: Any, guidance: Guidance) -> list[CoupledRequest]:
-    """The requests of one family, the base model's first.
+    """The requests of one family, the base model's first, for a user's `SamplingParams`, which are not changed.
 
     What samples the token (temperature, top_k, top_p, seed) goes to the logits processor, and the engine decodes
     greedily. A sample without a seed gets one of torch's global generator. What masks tokens or biases logits acts on
-    the base model.
-
-    Args:
-        name (`str`): Of the family.
-        params (`SamplingParams`): What the user asks for; not changed.
-        guidance ([`Guidance`]): The guides.
-
-    Raises:
-        ValueError: a setting that coupled requests do not have.
+    the base model. Raises `ValueError` for a setting that coupled requests do not have.
     """
     terms = guidance.terms()
+    strengths = tuple(strength for _, strength in terms)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
-    family = Family(
-        name,
-        tuple(strength for _, strength in terms),
-        params.temperature,
-        max(params.top_k, 0),
-        params.top_p,
-        seed if params.temperature else 0,
-    )
+    seed = seed if params.temperature else 0
+    family = Family(name, strengths, params.temperature, max(params.top_k, 0), params.top_p, seed)
     requests = []
     for role, lora in enumerate([None, *(lora for lora, _ in terms)]):
         own = params.clone()
@@ -117,12 +103,17 @@ class Sample:
     outputs: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def names(self) -> list[str]:
+        """Of the requests."""
+        return [request.name for request in self.requests]
+
+    @property
     def finished(self) -> bool:
         return len(self.outputs) == len(self.requests) and all(o.finished for o in self.outputs.values())
 
     def result(self) -> Any:
         """The base model's output. Raises `RuntimeError` unless all requests wrote the same text."""
-        outputs = [self.outputs[request.name] for request in self.requests]
+        outputs = [self.outputs[name] for name in self.names]
         texts = [(list(output.outputs[0].token_ids), output.outputs[0].finish_reason) for output in outputs]
         if any(text != texts[0] for text in texts):
             written = "; ".join(f"{len(tokens)} tokens, finished by {reason}" for tokens, reason in texts)
@@ -134,17 +125,9 @@ class Sample:
 
 
 def make_sample(capacity: Capacity, tokenizer: Any, prompt: Any, params: Any, guidance: Guidance) -> Sample:
-    """Makes the requests of one sample.
+    """The requests of one sample, its prompt a text or token ids; `tokenizer` gives the engine's.
 
-    Args:
-        capacity ([`Capacity`]): Of the engine.
-        tokenizer: Of the engine; not used for token ids.
-        prompt (`str` or `list[int]`): A text or token ids.
-        params (`SamplingParams`): What the user asks for.
-        guidance ([`Guidance`]): The guides.
-
-    Raises:
-        ValueError: what this engine or coupled requests can't have.
+    Raises `ValueError` for what this engine or coupled requests can't have.
     """
     tokens = tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
     name = f"guided-{next(_numbers)}"

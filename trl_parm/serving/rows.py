@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins the rows of coupled requests in one step of an engine. It knows no engine."""
+"""The guided distribution, and the rows of coupled requests that it is written into. It knows no engine."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_parm.algebra import BASE, Scorer, Step, Weight, guided_logits, sum_of
 from trl_parm.noise import Sampling
 
-from .distribution import combine
 from .families import Member
 
 
@@ -22,12 +22,59 @@ REMEDY = (
 )
 
 
+def combine(
+    base_logits: torch.Tensor, arm_logits: torch.Tensor | Sequence[torch.Tensor], strength: Weight | Sequence[Weight]
+) -> torch.Tensor:
+    """The guided log-probabilities (PARM, arXiv 2505.06274, eq. 5; GenARM, arXiv 2410.08193):
+
+        log π = log π_base + Σ_i w_i · log π_i − log Z,   w = 1/β of PARM, α_i/β of GenARM
+
+    Tokens that the base excludes (−inf) stay excluded, and a guide of strength 0 changes nothing.
+
+    Args:
+        base_logits (`torch.Tensor` of shape `(..., vocab)`): The base model's logits or log-probabilities.
+        arm_logits (`torch.Tensor` of shape `(..., vocab)`, or a sequence of them): Those of the guide, or of each.
+        strength (`float` or `torch.Tensor` of shape `(rows,)`, or a sequence of them): w of each guide.
+
+    Returns:
+        `torch.Tensor` of shape `(..., vocab)`, float32.
+
+    Raises:
+        ValueError: shapes that differ, or not one strength for each guide.
+
+    Example:
+
+    ```python
+    combine(base, arm, 1 / beta)
+    combine(base, [helpful, harmless], [0.7 / beta, 0.3 / beta])
+    ```
+    """
+    alone = isinstance(arm_logits, torch.Tensor)
+    guides = [arm_logits] if alone else list(arm_logits)
+    strengths = [strength] if alone else list(strength)  # pyright: ignore[reportArgumentType]
+    if len(guides) != len(strengths):
+        raise ValueError(f"There are {len(guides)} guides, but {len(strengths)} strengths. Give one for each guide.")
+    for logits in guides:
+        if logits.shape != base_logits.shape:
+            shapes = tuple(base_logits.shape), tuple(logits.shape)
+            raise ValueError(f"The base's logits have shape {shapes[0]}, a guide's {shapes[1]}.")
+    answers = {_Guide(number): torch.log_softmax(logits.float(), -1) for number, logits in enumerate(guides)}
+    return guided_logits(BASE + sum_of(zip(strengths, answers)), Step(base_logits, answers))
+
+
+@dataclass(frozen=True)
+class _Guide(Scorer):
+    """A guide that the engine has read."""
+
+    number: int
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return step.answers[self]
+
+
 @dataclass(frozen=True)
 class Row:
-    """A coupled request in this step: the row of its logits, and what it has written so far.
-
-    `last` is its last token, None if it has written none.
-    """
+    """A coupled request in this step: the row of its logits, how many tokens it has written, and the last if any."""
 
     index: int
     member: Member
@@ -36,20 +83,12 @@ class Row:
 
 
 def join(logits: torch.Tensor, rows: Iterable[Row]) -> torch.Tensor:
-    """Writes the guided distribution of each family into all its rows, in place, after all of them are checked.
+    """Writes the guided distribution of each family into all its rows of `(rows, vocab)`, in place, and returns them.
 
     Greedy families get log-probabilities up to a constant. Where the family samples, the token is drawn here, and the
     rows get 0 for it and −inf for all others: so every row has the same argmax, whatever the engine does with it.
-
-    Args:
-        logits (`torch.Tensor` of shape `(rows, vocab)`, float32): All rows of the step.
-        rows (`Iterable[Row]`): The coupled ones.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, vocab)`: `logits`.
-
-    Raises:
-        RuntimeError: a request whose partner is missing, has written another text or belongs to other settings.
+    Raises `RuntimeError`, before anything is written, for a request whose partner is missing, has written another text
+    or belongs to other settings.
     """
     families: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -63,29 +102,31 @@ def join(logits: torch.Tensor, rows: Iterable[Row]) -> torch.Tensor:
         alike[family.size, family.temperature, family.top_k, family.top_p].append(members)
     for group in alike.values():
         at = torch.tensor([[row.index for row in members] for members in group], device=logits.device)
-        logits[at] = _guided(logits, at, group)[:, None]
+        logits[at] = _guided(logits, at, [members[0] for members in group])[:, None]
     return logits
 
 
-def _guided(logits: torch.Tensor, at: torch.Tensor, group: Sequence[Sequence[Row]]) -> torch.Tensor:
-    """What all rows of each family get, of shape `(families, vocab)`."""
-    families = [members[0].member.family for members in group]
+def _guided(logits: torch.Tensor, at: torch.Tensor, bases: Sequence[Row]) -> torch.Tensor:
+    """What all rows of each family get, `(families, vocab)`. The families' rows are `at`, `(families, size)`."""
+    families = [row.member.family for row in bases]
     strengths = torch.tensor([family.strengths for family in families])
     scores = combine(logits[at[:, 0]], [logits[rows] for rows in at.T[1:]], list(strengths.T))
-    family = families[0]
-    if family.temperature == 0:
+    settings = families[0]
+    if settings.temperature == 0:
         return scores
-    seeds, written = [family.seed for family in families], [members[0].written for members in group]
-    tokens = Sampling(family.temperature, family.top_k, family.top_p).noisy(scores, seeds, written).argmax(-1)
-    return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
+    noisy = sampling.noisy(scores, [family.seed for family in families], [row.written for row in bases])
+    return torch.full_like(scores, -torch.inf).scatter_(1, noisy.argmax(-1, keepdim=True), 0.0)
 
 
 def _check_together(rows: Sequence[Row]) -> None:
     family = rows[0].member.family
-    if [row.member.role for row in rows] != list(range(family.size)):
-        present = {row.member.role for row in rows}
-        absent = ", ".join(_name(role) for role in range(family.size) if role not in present)
-        wrong = f"{absent} missing" if absent else f"{len(rows)} requests for {family.size} roles"
+    roles = [row.member.role for row in rows]
+    absent = [_name(role) for role in range(family.size) if role not in roles]
+    if absent:
+        wrong = f"{', '.join(absent)} missing"
+    elif len(rows) > family.size:
+        wrong = f"{len(rows)} requests for {family.size} roles"
     elif len({row.member.family for row in rows}) > 1:
         wrong = "requests with different settings"
     elif len({(row.written, row.last) for row in rows}) > 1:

@@ -51,26 +51,17 @@ class CoupledLogitsProcessorV1(LogitsProcessor):
         for place in batch_update.removed:
             self._requests.pop(place, None)
         for place, params, _, written in batch_update.added:
-            self._put(place, (member, written) if (member := Member.of(params)) else None)
+            self._requests.pop(place, None)
+            if member := Member.of(params):
+                self._requests[place] = member, written
         for source, target, direction in batch_update.moved:
             moved, replaced = self._requests.pop(source, None), self._requests.pop(target, None)
-            self._put(target, moved)
-            if direction.name == "SWAP":
-                self._put(source, replaced)
-
-    def _put(self, place: int, request: tuple[Member, list[int]] | None) -> None:
-        if request is None:
-            self._requests.pop(place, None)
-        else:
-            self._requests[place] = request
+            if moved:
+                self._requests[target] = moved
+            if replaced and direction.name == "SWAP":
+                self._requests[source] = replaced
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if not self._requests:
-            return logits
-        return join(
-            logits,
-            [
-                Row(place, member, len(written), written[-1] if written else None)
-                for place, (member, written) in self._requests.items()
-            ],
-        )
+        requests = self._requests.items()
+        rows = [Row(place, member, len(text), text[-1] if text else None) for place, (member, text) in requests]
+        return join(logits, rows)

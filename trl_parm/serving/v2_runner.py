@@ -43,12 +43,10 @@ class CoupledLogitsProcessorV2(LogitsProcessor):
         Member.of(sampling_params)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        member = Member.of(sampling_params)
-        if member is None:
-            self._members.pop(req_idx, None)
-            return False
-        self._members[req_idx] = member
-        return True
+        self._members.pop(req_idx, None)
+        if member := Member.of(sampling_params):
+            self._members[req_idx] = member
+        return member is not None
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
         slots = ctx.idx_mapping_np.tolist()
