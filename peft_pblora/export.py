@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact export of an adapter at one preference to plain LoRA, which every serving engine loads."""
 
+import copy
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import onload_layer
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,6 +19,7 @@ from .control import find_adapter
 from .layer import PreferenceLinear
 from .output import check_output, file_name, output_folder
 from .preference import Preference, as_preference, name_preference
+from .switch import backbone_of
 
 
 WRITER = "save_as_lora"
@@ -58,7 +63,7 @@ def save_as_lora(
 
     Raises:
         ValueError: no such adapter, a preference off the simplex or twice in a grid, a rank below the adapter's own,
-            or a folder that holds anything but an export.
+            a folder that holds anything but an export, or a model on which PEFT would put the LoRA into other modules.
     """
     name, condition = find_adapter(model, adapter_name)
     layers = {
@@ -78,12 +83,13 @@ def save_as_lora(
     # What the adapter saves beside its own factors: modules_to_save and trained biases.
     saved = get_peft_model_state_dict(model, adapter_name=name)
     beside = {key: value for key, value in saved.items() if f".{own}adapter." not in key}
+    lora = _lora_config(model, config, _lora_weights(layers, name, rows[0], rank))
     for folder, row in zip(folders, rows, strict=True):
         weights = _lora_weights(layers, name, row, rank)
         with output_folder(folder, WRITER) as staging:
             tensors = {key: value.contiguous().cpu() for key, value in (weights | beside).items()}
             save_file(tensors, staging / "adapter_model.safetensors")
-            _lora_config(config, weights).save_pretrained(str(staging))
+            lora.save_pretrained(str(staging))
             exported_card(config, row).save(staging / "README.md")
     return folders
 
@@ -105,9 +111,17 @@ def _lora_weights(
     return weights
 
 
-def _lora_config(config: Any, weights: dict[str, torch.Tensor]) -> LoraConfig:
+def _lora_config(model: nn.Module, config: Any, weights: dict[str, torch.Tensor]) -> LoraConfig:
+    """The configuration with which PEFT puts the LoRA where the adapter is.
+
+    PEFT renames targets of mixtures of experts as it loads them. So it is let put the LoRA into a copy of the model
+    without memory: with the adapter's targets and, if that gives another LoRA, with its modules' names.
+
+    Raises:
+        ValueError: both give another one, or PEFT refuses such a LoRA.
+    """
     rank = len(next(iter(weights.values())))
-    return LoraConfig(
+    lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_bias=any(key.endswith("lora_B.bias") for key in weights),
@@ -115,3 +129,39 @@ def _lora_config(config: Any, weights: dict[str, torch.Tensor]) -> LoraConfig:
         inference_mode=True,
         **{field: getattr(config, field) for field in KEPT},
     )
+    modules = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in weights}
+    by_name = replace(
+        lora, target_modules=modules, exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )
+    shapes = {key: tensor.shape for key, tensor in weights.items()}
+    loaded: dict[str, torch.Size] = {}
+    for candidate in (lora, by_name):
+        try:
+            loaded = _shapes_loaded(model, copy.deepcopy(candidate))
+        except ValueError as error:
+            raise ValueError(f"PEFT can't load this adapter as a LoRA. {error}") from error
+        if loaded == shapes:
+            return candidate
+    lost = min(shapes.keys() - loaded.keys() or loaded.keys() - shapes.keys() or shapes.keys())
+    raise ValueError(
+        f"PEFT would load this adapter as another LoRA: of a {type(backbone_of(model)).__name__} it takes other "
+        f"modules than the adapter has, see {lost}. Leave those out of `target_modules`, or use the adapter as it is."
+    )
+
+
+def _shapes_loaded(model: nn.Module, config: LoraConfig) -> dict[str, torch.Size]:
+    """The tensors that PEFT expects of a LoRA of this configuration on a model, whatever its adapters are."""
+    empty = {
+        id(tensor): nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=False)
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    base: Any = copy.deepcopy(backbone_of(model), empty)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            base.set_submodule(name, inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel(base, config, low_cpu_mem_usage=True)
+        tensors = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    return {key: tensor.shape for key, tensor in tensors.items() if ".lora_" in key}

@@ -111,6 +111,9 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
 
     def _add(self, name: str, preference: torch.Tensor, sign: int, safe: bool = False) -> None:
         """Adds ±ΔW(α) to the base weight, and a shift to its bias, which it gets for the time if it has none."""
+        base: Any = self.get_base_layer()
+        if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+            base.state_dict()  # bitsandbytes packs 4 bits for the CPU at the first forward, and undoes it for saving
         weight, (*_, shift) = self.get_base_weight(), self.adapter(name).factors(preference)
         changed = (weight + sign * self.get_delta_weight(name, preference)).to(weight.dtype)
         if safe and not torch.isfinite(changed).all():
@@ -118,7 +121,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         self.set_base_weight(changed)
         if shift is None:
             return
-        base: Any = self.get_base_layer()
+        base = self.get_base_layer()
         if base.bias is None:
             base.bias = nn.Parameter(torch.zeros_like(shift, dtype=base.weight.dtype), requires_grad=False)
             self.bias_was_added = True

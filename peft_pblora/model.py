@@ -2,6 +2,7 @@
 """The tuners: which modules of a model get a preference-conditioned layer, and how PEFT comes to know a method."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -68,6 +69,20 @@ class PreferenceTuner(BaseTuner):
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             if name in self.conditions:
                 self.conditions[name].aside = False
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's, which warns of tied weights. Merging into those would change two layers, so it is refused."""
+        super()._check_merge_allowed()
+        owners = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        for name, layer in self.model.named_modules():
+            acts = isinstance(layer, self.tuner_layer_cls) and not set(layer.active_adapters).isdisjoint(
+                layer.adapters
+            )
+            if acts and owners[id(layer.get_base_layer().weight)] > 1:
+                raise ValueError(
+                    f"The weight of {name} is another module's too, such as the embedding's, so that merging would "
+                    "change both. Leave the adapter unmerged, or load the model with `tie_word_embeddings=False`."
+                )
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, **_: Any) -> None:
         if isinstance(target, self.tuner_layer_cls):

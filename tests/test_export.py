@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters that travel: exported to plain LoRA, and those of the authors' code."""
 
+import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from adapter_table import every_adapter, make_model
 from conftest import OBJECTIVES, needs_add_adapter, tiny_arm, tiny_gpt2, tiny_llama
+from decoding.architectures import ARCHITECTURES, Cell, tiny
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from peft_pblora import (
     PBLoraConfig,
@@ -25,6 +29,12 @@ from peft_pblora.output import NOTES
 
 
 IDS = torch.arange(2, 18).view(2, 8)
+NO_LORA = {
+    "Qwen3-Next": "PEFT would load this adapter as another LoRA",  # shared experts are taken for the routed ones
+    "DeepSeek-V3": "PEFT would load this adapter as another LoRA",  # and so are dense layers
+    "Mamba": "PEFT can't load this adapter as a LoRA",
+}
+"""With all linear layers as targets."""
 
 
 @every_adapter
@@ -36,6 +46,50 @@ def test_exported_lora_is_exact(row, tmp_path):
         assert loaded.peft_config["default"].peft_type == "LORA"
         set_preference(model, preference)
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all linear"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_peft_loads_is_the_arm_on_every_architecture_or_it_is_refused(name, targets, tmp_path):
+    architecture = ARCHITECTURES[name]
+    layers = architecture.attention if targets == "attention" else architecture.all_linear
+    arm = Cell.adapted(tiny(name), "PBLoRA", layers)
+    if name in NO_LORA and targets == "all linear":
+        with pytest.raises(ValueError, match=NO_LORA[name]):
+            save_as_lora(arm, tmp_path / "lora", [0.3, 0.7])
+        assert not (tmp_path / "lora").exists()
+        return
+    weights = [tensor.clone() for tensor in arm.state_dict().values()]
+    save_as_lora(arm, tmp_path / "lora", [0.3, 0.7])
+    assert all(torch.equal(old, new) for old, new in zip(weights, arm.state_dict().values(), strict=True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        loaded = PeftModel.from_pretrained(tiny(name), tmp_path / "lora").eval()
+    set_preference(arm, [0.3, 0.7])
+    inputs = {"input_ids": IDS}
+    if arm.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = IDS
+    base, expected, found = (model(**inputs).logits for model in (tiny(name), arm, loaded))
+    assert (base - expected).abs().max() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_export_finds_its_modules_by_their_names_where_the_targets_mean_others(tmp_path):
+    """Named projections of a mixture's experts, which are no modules, are found by PEFT as parameters."""
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_experts=4, num_experts_per_tok=2, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    base = OlmoeForCausalLM(config).eval()
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    arm = Cell.adapted(copy.deepcopy(base), "PBLoRA", targets)
+    save_as_lora(arm, tmp_path, [0.3, 0.7])
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    set_preference(arm, [0.3, 0.7])
+    torch.testing.assert_close(loaded(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert not any("experts" in key for key in get_peft_model_state_dict(loaded))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
