@@ -13,9 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from peft_pblora import set_preference
 from trl_parm import LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt, SpeculativeDecoding
 from trl_parm.decoding import args, genarm, mod_w2s, parm
-from trl_parm.decoding.speculative import reader
-from trl_parm.decoding.speculative.reader import Reader
-from trl_parm.decoding.speculative.texts import Texts
+from trl_parm.decoding.speculative import texts as growing
+from trl_parm.decoding.speculative.texts import Reader, Texts
 
 
 every_door = pytest.mark.parametrize("door", DOORS)
@@ -189,7 +188,7 @@ def exact(model, ids):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("most_holes", [0, 3, 1000])
 def test_a_cache_whose_rows_are_taken_back_at_random_is_that_of_the_texts(most_holes, make, monkeypatch):
-    monkeypatch.setattr(reader, "MOST_HOLES", most_holes)
+    monkeypatch.setattr(growing, "MOST_HOLES", most_holes)
     model, generator = make(0), torch.Generator().manual_seed(most_holes)
     lm = LM(model)
     held, fed = Reader([lm]), fed_tokens(model)
