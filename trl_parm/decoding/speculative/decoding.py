@@ -104,10 +104,24 @@ class SpeculativeDecoding:
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while unfinished.any():
             room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].max())
+            count = max(0, min(length.next(), room - 1))
             # Rows that are done go on from their prompts, so that nothing is read beyond the longest text allowed.
             going_on = Texts(texts.prompt, texts.mask, texts.new, torch.where(unfinished, texts.lengths, 0))
-            tokens, counts = self._round(going_on, min(length.next(), room - 1), draft, target, unfinished, length)
-            counts, unfinished = _until_stop(texts, tokens, counts, unfinished, stopping_criteria)
+            start = time.perf_counter()
+            if count == 0:
+                tokens, q = texts.new[:, :0], None
+            elif draft is None:
+                tokens, q = looked_up(going_on, count, target.vocab)
+            else:
+                tokens, q = draft.propose(going_on, count)
+            drafted = time.perf_counter()
+            tokens, counts = target.judge(going_on, tokens, q, draft)
+            accepted, tried = (int(n[unfinished].sum()) for n in (counts - 1, counts.clamp(max=count)))
+            length.record(count, accepted, tried, drafted - start, time.perf_counter() - drafted)
+            self.rounds += 1
+            self.drafted += count * int(unfinished.sum())
+            self.accepted += accepted
+            counts, unfinished = _until_stop(texts, tokens, counts * unfinished, stopping_criteria)
             texts = texts.extended(tokens, counts)
             if self.streamer is not None:
                 self.streamer.put(tokens[0, : int(counts[0])].cpu())
@@ -118,31 +132,6 @@ class SpeculativeDecoding:
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # pyright: ignore[reportArgumentType]
         return sequences
-
-    def _round(
-        self,
-        texts: Texts,
-        count: int,
-        draft: StandIn | None,
-        target: Target,
-        unfinished: torch.Tensor,
-        length: DraftLength,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drafts and judges: tokens, `(rows, count + 1)`, and how many of them each row writes."""
-        start = time.perf_counter()
-        if count <= 0:
-            tokens, q = texts.new[:, :0], None
-        else:
-            tokens, q = draft.propose(texts, count) if draft else looked_up(texts, count, target.vocab)
-        drafted = time.perf_counter()
-        tokens, counts = target.judge(texts, tokens, q, draft)
-        accepted = int((counts - 1)[unfinished].sum())
-        tried = int(counts[unfinished].clamp(max=count).sum())
-        length.record(count, accepted, tried, drafted - start, time.perf_counter() - drafted)
-        self.rounds += 1
-        self.drafted += count * int(unfinished.sum())
-        self.accepted += accepted
-        return tokens, torch.where(unfinished, counts, 0)
 
     def _make_draft(self, target: Target) -> StandIn:
         if self.draft != "auto":
@@ -159,22 +148,18 @@ class SpeculativeDecoding:
 
 
 def _until_stop(
-    texts: Texts,
-    tokens: torch.Tensor,
-    counts: torch.Tensor,
-    unfinished: torch.Tensor,
-    stopping_criteria: StoppingCriteriaList,
+    texts: Texts, tokens: torch.Tensor, counts: torch.Tensor, stopping_criteria: StoppingCriteriaList
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many of its first `counts` tokens each row writes until a criterion stops it, and which rows go on."""
-    counts, unfinished = counts.clone(), unfinished.clone()
     ids, _ = texts.extended(tokens, counts).padded()
     ends = texts.prompt.shape[1] + texts.lengths
+    written, unfinished = counts.clone(), counts > 0
     for row, (end, count) in enumerate(zip(ends.tolist(), counts.tolist())):
         for new in range(1, count + 1):
             if bool(stopping_criteria(ids[row : row + 1, : end + new], None)):  # pyright: ignore[reportArgumentType]
-                counts[row], unfinished[row] = new, False
+                written[row], unfinished[row] = new, False
                 break
-    return counts, unfinished
+    return written, unfinished
 
 
 def _check(
