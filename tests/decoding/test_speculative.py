@@ -11,7 +11,16 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
-from trl_parm import LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt, SpeculativeDecoding
+from trl_parm import (
+    BASE,
+    LM,
+    Guided,
+    GuidedLogitsProcessor,
+    PARMLogitsProcessor,
+    Prompt,
+    SpeculativeDecoding,
+    Vocabulary,
+)
 from trl_parm.decoding import args, genarm, mod_w2s, parm
 from trl_parm.decoding.speculative import texts as growing
 from trl_parm.decoding.speculative.texts import Reader, Texts
@@ -212,6 +221,24 @@ def test_a_cache_whose_rows_are_taken_back_at_random_is_that_of_the_texts(most_h
             written[i] = torch.cat([row[: len(row) - back], new])
     own = [fed[0], *(n for n in fed[1:] if n <= 10)]
     assert len(own) >= 25
+
+
+@every_door
+def test_a_drafted_token_that_the_guide_does_not_know_moves_no_answer(door):
+    """A token of the prompt is followed by one that only the base model has: so a draft is, too."""
+    base, unknown = strong(65), tiny_tokenizer()
+    unknown.add_tokens("<image>")
+    formula = BASE + LM(tiny_llama(1), vocabulary=Vocabulary(unknown, tiny_tokenizer()))
+    prompt = torch.tensor([[token for known in range(2, 64) for token in (64, known)]])
+    settings = {"max_new_tokens": 12, "eos_token_id": -1, "attention_mask": torch.ones_like(prompt)}
+    if door == "model":
+        model, processors = Guided(base, formula), []
+    else:
+        model, processors = base, [GuidedLogitsProcessor(formula)]
+    plain = model.generate(prompt, logits_processor=processors, **settings)
+    drafts = SpeculativeDecoding("prompt", draft_tokens=3)
+    assert torch.equal(model.generate(prompt, logits_processor=processors, custom_generate=drafts, **settings), plain)
+    assert drafts.drafted > 0
 
 
 @every_door

@@ -32,20 +32,11 @@ ANY_COLUMNS = (known.TemperatureLogitsWarper, known.TopKLogitsWarper, known.TopP
 class Target:
     """What the base model, its guides and the settings of `generate` make of the next token.
 
-    Args:
-        model (`PreTrainedModel` or [`Guided`]): The model that is decoded.
-        processors (`Sequence`): What `generate` prepared, sampling included. Those that guide are asked by their
-            formulas.
-        do_sample (`bool`): Whether tokens are sampled; else the most likely one is taken.
-        own (`tuple`, *optional*): The guides' own prompts, see [`Reader`]; those of a processor if it has any.
-
     Attributes:
         guides (`list[LM]`): All guides.
         apart (`list[LM]`): Those that are not read with the base model, in one forward.
+        own (`tuple`, *optional*): The guides' own prompts, ids and mask; those of a processor if it has any.
         vocab (`int`): Size of the base model's vocabulary, known after the first round.
-
-    Raises:
-        ValueError: a guide that is no language model.
     """
 
     def __init__(
@@ -74,15 +65,10 @@ class Target:
         self._others = Reader(self.apart, self.own)
 
     def distribution(self, texts: Texts, scores: torch.Tensor, answers: Answers | None) -> torch.Tensor:
-        """The distribution after each text.
+        """The distribution after each text, `(rows, vocab)`; all on one token in greedy decoding.
 
-        Args:
-            texts ([`Texts`]): What has been written.
-            scores (`torch.Tensor` of shape `(rows, vocab)`): The base model's logits or log-probabilities.
-            answers (`dict` or `None`): log π of all guides, of that shape; without it they are left out.
-
-        Returns:
-            `torch.Tensor` of shape `(rows, vocab)`, float32; all on one token in greedy decoding.
+        It follows from the base model's logits or log-probabilities and log π of all guides, of the same shape;
+        without `answers` guides are left out.
         """
         scores = scores.float()
         for step in self._steps:
@@ -105,16 +91,10 @@ class Target:
     def judge(
         self, texts: Texts, tokens: torch.Tensor, q: torch.Tensor | None, draft: StandIn | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each row writes: drafted tokens as far as they are accepted, and one token more.
+        """What each row writes, `(rows, drafted + 1)`, and how many of these tokens, `(rows,)`.
 
-        Args:
-            texts ([`Texts`]): What has been written.
-            tokens (`torch.Tensor` of shape `(rows, drafted)`): What was drafted after it.
-            q (`torch.Tensor` of shape `(rows, drafted, vocab)` or `None`): The distributions they were drawn from.
-            draft ([`StandIn`], *optional*): Who drafted them.
-
-        Returns:
-            `tuple` of tokens, `(rows, drafted + 1)`, and how many of them each row writes, `(rows,)`.
+        They are the drafted tokens, `(rows, drafted)`, as far as they are accepted, and one more. `q` of shape
+        `(rows, drafted, vocab)` is what they were drawn from.
         """
         count = tokens.shape[1]
         longer = texts.extended(tokens)

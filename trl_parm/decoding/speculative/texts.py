@@ -27,8 +27,8 @@ class Texts:
 
     Args:
         prompt, mask (`torch.Tensor` of shape `(rows, columns)`): Token ids, and 1, or 0 for padding, of each.
-        new (`torch.Tensor` of shape `(rows, n)`, *optional*): What has been written.
-        lengths (`torch.Tensor` of shape `(rows,)`, *optional*): How many tokens of `new` are of each row.
+        new, lengths (`torch.Tensor` of shape `(rows, n)` and `(rows,)`, *optional*):
+            What has been written: the first so many of these ids.
     """
 
     def __init__(
@@ -66,24 +66,14 @@ class Texts:
 
 
 class Reader:
-    """Language models that read texts; those that share their weights in one forward.
-
-    Args:
-        terms (`Sequence[LM]`): The models.
-        own (`tuple` of two `torch.Tensor`, *optional*): Ids and mask of the prompts that they read in the place of the
-            texts'.
-    """
+    """Language models that read texts, after prompts of their `own`, ids and mask, if these are given."""
 
     def __init__(self, terms: Sequence[LM], own: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
         parts = parts_of(None, list(dict.fromkeys(terms)), False, lambda term, copies: rewindable_cache(term.backbone))
         self._held = [_Held(part, own) for part in parts]
 
     def read(self, texts: Texts, last: int) -> dict[LM, torch.Tensor]:
-        """The logits after each of the last tokens of every text, shape `(rows, last, vocab)`.
-
-        Raises:
-            ValueError: several rows, and a model with sliding-window or linear attention.
-        """
+        """The logits after each of the last tokens of every text, `(rows, last, vocab)`."""
         found = {term: logits for held in self._held for term, logits in held.read(texts, last).items()}
         return {term: logits.to(texts.prompt.device) for term, logits in found.items()}
 
@@ -101,7 +91,7 @@ class _Held:
 
     def read(self, texts: Texts, last: int) -> dict[LM, torch.Tensor]:
         self._check(len(texts.prompt))
-        tokens, lengths = self._left_aligned(texts)
+        tokens, lengths = self._left_aligned(texts, last)
         kept = self._keep(tokens, lengths, last)
         width = int((lengths - kept).max())
         positions = lengths[:, None] - width + torch.arange(width, device=tokens.device)
@@ -120,8 +110,12 @@ class _Held:
             )
         self.part.check_goes_on()
 
-    def _left_aligned(self, texts: Texts) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own tokens, those that are masked moved to the right, and how many are not."""
+    def _left_aligned(self, texts: Texts, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's own tokens, those that are masked moved to the right, and how many are not.
+
+        It reads no tokens that it does not know, but something in their place among those that answers are wanted
+        before: no answer may move.
+        """
         if self.own is not None:
             repeats = len(texts.prompt) // len(self.own[0])  # `generate` may have repeated the rows
             ids, mask = (part.to(texts.prompt.device).repeat_interleave(repeats, 0) for part in self.own)
@@ -129,7 +123,9 @@ class _Held:
         tokens, mask = (x.to(self.part.model.device) for x in texts.padded())
         if (vocabulary := self.part.terms[0].vocabulary) is not None:
             tokens, known = vocabulary.to_guide(tokens)
-            mask = mask * known
+            ends = texts.prompt.shape[1] + texts.lengths.to(mask.device)[:, None]
+            columns = torch.arange(mask.shape[1], device=mask.device)
+            mask = mask * torch.where((columns > ends - last) & (columns < ends), 1, known)
         order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
         return tokens.gather(1, order), (mask != 0).sum(1)
 
