@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -142,9 +143,7 @@ class SpeculativeDecoding:
                 "`draft=small_model`, or `draft='prompt'` where texts repeat their prompt."
             )
         guide = target.guides[0]
-        if guide.adapters:
-            guide = LM(guide.model, None, guide.adapter_name, disable_adapter=True, vocabulary=guide.vocabulary)
-        return StandIn(guide, target)
+        return StandIn(replace(guide, preference=None, disable_adapter=True) if guide.adapters else guide, target)
 
 
 def _until_stop(
