@@ -90,7 +90,7 @@ class Scorer:
     def __add__(self, other: Scorer) -> Scorer:
         if not isinstance(other, Scorer):
             return NotImplemented
-        return LinearCombination([*self.terms(), *_nothing_of(self), *other.terms(), *_nothing_of(other)])
+        return LinearCombination([*self._weighted(), *other._weighted()])
 
     def __sub__(self, other: Scorer) -> Scorer:
         return self + -1.0 * other if isinstance(other, Scorer) else NotImplemented
@@ -102,7 +102,7 @@ class Scorer:
             raise ValueError(f"A term's weight is {weight}, but it must be finite.")
         if isinstance(weight, torch.Tensor) and weight.ndim != 1:
             raise ValueError(f"A term's weight has shape {tuple(weight.shape)}, but it must be a number or (rows,).")
-        return LinearCombination([*((weight * own, scorer) for own, scorer in self.terms()), *_nothing_of(self)])
+        return LinearCombination([(weight * own, scorer) for own, scorer in self._weighted()])
 
     __rmul__ = __mul__
 
@@ -112,10 +112,9 @@ class Scorer:
     def __neg__(self) -> Scorer:
         return self * -1.0
 
-
-def _nothing_of(scorer: Scorer) -> list[tuple[Weight, Scorer]]:
-    """Terms of weight 0, which keep in mind who would guide."""
-    return [(0.0, silent) for silent in scorer.silent()]
+    def _weighted(self) -> list[tuple[Weight, Scorer]]:
+        """The terms, and those of weight 0, which keep in mind who would guide."""
+        return [*self.terms(), *((0.0, silent) for silent in self.silent())]
 
 
 def of_rows(weight: Weight, values: torch.Tensor) -> torch.Tensor:
@@ -135,31 +134,17 @@ def of_rows(weight: Weight, values: torch.Tensor) -> torch.Tensor:
     return column.to(values).view(-1, *[1] * (values.ndim - 1))
 
 
-def _weighted(weight: Weight, values: torch.Tensor) -> torch.Tensor:
-    """`weight * values`, with a weight for each row if it has rows, where 0 · −inf is 0."""
-    if not isinstance(weight, torch.Tensor):
-        return weight * values
-    column = of_rows(weight, values)
-    return torch.where(column == 0, torch.zeros_like(values), column * values)
-
-
 def _name(weight: Weight) -> str:
     return f"[{', '.join(f'{w:g}' for w in weight.tolist())}]" if isinstance(weight, torch.Tensor) else f"{weight:g}"
 
 
-class LinearCombination(Scorer):
-    """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone."""
+class _Combination(Scorer):
+    """Weighted scorers: those of a weight other than 0, and the silent ones."""
 
     def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
-        merged: dict[Scorer, Weight] = {}
-        for weight, scorer in terms:
-            merged[scorer] = merged.get(scorer, 0.0) + weight
-        self._terms = [(weight, scorer) for scorer, weight in merged.items() if torch.as_tensor(weight).any()]
+        self._terms = [(weight, scorer) for weight, scorer in terms if torch.as_tensor(weight).any()]
         heard = {scorer for _, scorer in self._terms}
-        self._silent = [scorer for scorer in merged if scorer not in heard]
-
-    def terms(self) -> list[tuple[Weight, Scorer]]:
-        return list(self._terms)
+        self._silent = [scorer for _, scorer in terms if scorer not in heard]
 
     def scorers(self) -> Iterator[Scorer]:
         for _, scorer in self._terms:
@@ -171,17 +156,36 @@ class LinearCombination(Scorer):
         for _, scorer in self._terms:
             yield from scorer.silent()
 
+
+class LinearCombination(_Combination):
+    """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone."""
+
+    def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
+        merged: dict[Scorer, Weight] = {}
+        for weight, scorer in terms:
+            merged[scorer] = merged.get(scorer, 0.0) + weight
+        super().__init__([(weight, scorer) for scorer, weight in merged.items()])
+
+    def terms(self) -> list[tuple[Weight, Scorer]]:
+        return list(self._terms)
+
     def __call__(self, step: Step) -> torch.Tensor:
         total = torch.zeros_like(step.scores, dtype=torch.float32)
         for weight, scorer in self._terms:
-            total = total + _weighted(weight, scorer(step))
+            values = scorer(step)
+            if isinstance(weight, torch.Tensor):
+                column = of_rows(weight, values)
+                values = torch.where(column == 0, torch.zeros_like(values), column * values)  # 0 · −inf is 0
+            else:
+                values = weight * values
+            total = total + values
         return total
 
     def __repr__(self) -> str:
         return " + ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms) or "0"
 
 
-class PowerMean(Scorer):
+class PowerMean(_Combination):
     """log of the weighted power mean of probabilities, (Σ_i w_i π_i^−a)^(−1/a), up to normalisation.
 
     a = 1 is the harmonic mean, MOD's combination for the forward KL divergence, and other a those for α-divergences
@@ -202,23 +206,12 @@ class PowerMean(Scorer):
         weights = [torch.as_tensor(weight, dtype=torch.float64) for weight, _ in terms]
         if any(not (weight.isfinite().all() and (weight >= 0).all()) for weight in weights):
             raise ValueError(f"The weights are {[weight for weight, _ in terms]}, but none may be negative.")
+        super().__init__(terms)
         self.order = order
-        self.means = [(weight, scorer) for (weight, scorer), value in zip(terms, weights) if value.any()]
-        self._silent = [scorer for (_, scorer), value in zip(terms, weights) if not value.any()]
-
-    def scorers(self) -> Iterator[Scorer]:
-        for _, scorer in self.means:
-            yield from scorer.scorers()
-
-    def silent(self) -> Iterator[Scorer]:
-        for scorer in self._silent:
-            yield from scorer.scorers()
-        for _, scorer in self.means:
-            yield from scorer.silent()
 
     def __call__(self, step: Step) -> torch.Tensor:
         found = []
-        for weight, scorer in self.means:
+        for weight, scorer in self._terms:
             values = scorer(step)
             log_weight = torch.log(of_rows(weight, values))
             # −inf weights come first: 0 · ∞ of a token without probability would be NaN.
@@ -226,7 +219,7 @@ class PowerMean(Scorer):
         return -torch.logsumexp(torch.stack(found), dim=0) / self.order
 
     def __repr__(self) -> str:
-        terms = ", ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self.means)
+        terms = ", ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms)
         return f"PowerMean({terms}; order={self.order:g})"
 
 
@@ -252,10 +245,7 @@ BASE = _Base()
 
 def sum_of(terms) -> Scorer:
     """Σ_i w_i · scorer_i for pairs of weight and scorer; nothing at all for none."""
-    total: Scorer = LinearCombination([])
-    for weight, scorer in terms:
-        total = total + weight * scorer
-    return total
+    return sum((weight * scorer for weight, scorer in terms), start=LinearCombination([]))
 
 
 def guided_logits(formula: Scorer, step: Step) -> torch.Tensor:

@@ -11,11 +11,19 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
-from trl_parm import LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt, SpeculativeDecoding
+from trl_parm import (
+    BASE,
+    LM,
+    Guided,
+    GuidedLogitsProcessor,
+    PARMLogitsProcessor,
+    Prompt,
+    SpeculativeDecoding,
+    Vocabulary,
+)
 from trl_parm.decoding import args, genarm, mod_w2s, parm
-from trl_parm.decoding.speculative import reader
-from trl_parm.decoding.speculative.reader import Reader
-from trl_parm.decoding.speculative.texts import Texts
+from trl_parm.decoding.speculative import texts as growing
+from trl_parm.decoding.speculative.texts import Reader, Texts
 
 
 every_door = pytest.mark.parametrize("door", DOORS)
@@ -189,7 +197,7 @@ def exact(model, ids):
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("most_holes", [0, 3, 1000])
 def test_a_cache_whose_rows_are_taken_back_at_random_is_that_of_the_texts(most_holes, make, monkeypatch):
-    monkeypatch.setattr(reader, "MOST_HOLES", most_holes)
+    monkeypatch.setattr(growing, "MOST_HOLES", most_holes)
     model, generator = make(0), torch.Generator().manual_seed(most_holes)
     lm = LM(model)
     held, fed = Reader([lm]), fed_tokens(model)
@@ -213,6 +221,24 @@ def test_a_cache_whose_rows_are_taken_back_at_random_is_that_of_the_texts(most_h
             written[i] = torch.cat([row[: len(row) - back], new])
     own = [fed[0], *(n for n in fed[1:] if n <= 10)]
     assert len(own) >= 25
+
+
+@every_door
+def test_a_drafted_token_that_the_guide_does_not_know_moves_no_answer(door):
+    """A token of the prompt is followed by one that only the base model has: so a draft is, too."""
+    base, unknown = strong(65), tiny_tokenizer()
+    unknown.add_tokens("<image>")
+    formula = BASE + LM(tiny_llama(1), vocabulary=Vocabulary(unknown, tiny_tokenizer()))
+    prompt = torch.tensor([[token for known in range(2, 64) for token in (64, known)]])
+    settings = {"max_new_tokens": 12, "eos_token_id": -1, "attention_mask": torch.ones_like(prompt)}
+    if door == "model":
+        model, processors = Guided(base, formula), []
+    else:
+        model, processors = base, [GuidedLogitsProcessor(formula)]
+    plain = model.generate(prompt, logits_processor=processors, **settings)
+    drafts = SpeculativeDecoding("prompt", draft_tokens=3)
+    assert torch.equal(model.generate(prompt, logits_processor=processors, custom_generate=drafts, **settings), plain)
+    assert drafts.drafted > 0
 
 
 @every_door

@@ -13,24 +13,12 @@ from .processor import (
     PARMLogitsProcessor,
 )
 from .prompt import Prompt
-from .search import (
-    ARGS,
-    ARGSLogitsProcessor,
-    ClassifierReward,
-    Rollout,
-    SequenceReward,
-    TextReward,
-    TopKReward,
-    TrajectoryReward,
-    TransferQ,
-    TransferQLogitsProcessor,
-    args,
-    transfer_q,
-)
+from .search import ARGS, ARGSLogitsProcessor, TopKReward, TransferQ, TransferQLogitsProcessor, args, transfer_q
 from .soup import rewarded_soup
 from .speculative import SpeculativeDecoding
 from .terms import LM
 from .token_rewards import TokenReward, TokenRewards, token_rewards
+from .trajectories import ClassifierReward, Rollout, SequenceReward, TextReward, TrajectoryReward
 from .vocabulary import Vocabulary
 
 

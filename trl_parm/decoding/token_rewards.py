@@ -70,7 +70,8 @@ class TokenRewards(Sequence[TokenReward]):
         for token, (r, g, b) in self._coloured(scale):
             title = f"log-ratio {token.log_ratio:+.3f}, reward {token.reward:.3f}"
             style = f"background-color: rgb({r},{g},{b}); color: #000"
-            spans.append(f'<span style="{style}" title="{title}">{_visible(html.escape(token.text))}</span>')
+            text = html.escape(token.text).replace("\n", "↵\n") or "&#8203;"
+            spans.append(f'<span style="{style}" title="{title}">{text}</span>')
         return f'<div style="white-space: pre-wrap; line-height: 1.6">{"".join(spans)}</div>'
 
     def to_terminal(self, scale: float | None = None) -> str:
@@ -150,14 +151,9 @@ def token_rewards(
     else:
         raise ValueError("The ARM has no adapter to compare it without. Pass `reference`, such as the model before.")
     found = _of_tokens([guide, other], ids, len(response_ids))
-    rewards, references = found[guide], found[other]
-    ratios = (rewards - references).tolist()
-    return TokenRewards(
-        [
-            TokenReward(*entry)
-            for entry in zip(_pieces(tokenizer, response_ids), response_ids, rewards.tolist(), ratios, strict=True)
-        ]
-    )
+    rewards, ratios = found[guide].tolist(), (found[guide] - found[other]).tolist()
+    pieces = _pieces(tokenizer, response_ids)
+    return TokenRewards([TokenReward(*one) for one in zip(pieces, response_ids, rewards, ratios, strict=True)])
 
 
 @torch.no_grad()
@@ -184,7 +180,3 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         pieces.append(text[len(done) :])
         done = text
     return pieces
-
-
-def _visible(text: str) -> str:
-    return text.replace("\n", "↵\n") or "&#8203;"

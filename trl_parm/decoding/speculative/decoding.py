@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,16 +12,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from trl_parm.algebra import Scorer, sum_of
+from trl_parm.algebra import Scorer
 
-from ..model import OURS, Guided, own_prompt
-from ..processor import GuidedLogitsProcessor
+from ..model import OURS, own_prompt
 from ..terms import LM
 from .draft_length import DraftLength
-from .drafts import Draft, FromText, StandIn, language_models
-from .judges import Judges
-from .next_token import NextToken
-from .reader import Reader
+from .drafts import StandIn, looked_up
+from .target import Target
 from .texts import Texts
 
 
@@ -95,100 +93,72 @@ class SpeculativeDecoding:
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The decoding loop; `generate` calls it."""
         _check(model, input_ids, generation_config, model_kwargs)
-        mask = model_kwargs.get("attention_mask")
-        texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
-        formula = [model.formula] if isinstance(model, Guided) else []
-        next_token = NextToken([*formula, *logits_processor], bool(generation_config.do_sample))
-        guided = model if formula else Guided(model, sum_of((1.0, one) for one in next_token.formulas))
         own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"))
-        for processor in logits_processor:
-            if isinstance(processor, GuidedLogitsProcessor) and processor.prompt is not None:
-                own = processor.prompt.own
-        judges = Judges(guided, next_token, own)
-        draft = self._make_draft(judges, next_token, own)
+        target = Target(model, logits_processor, bool(generation_config.do_sample), own)
+        draft = None if self.draft == "prompt" else self._make_draft(target)
         length = DraftLength(self.max_draft_tokens, self.draft_tokens)
         self.rounds = self.drafted = self.accepted = 0
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        unfinished = torch.ones(len(texts), dtype=torch.bool, device=input_ids.device)
+        mask = model_kwargs.get("attention_mask")
+        texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while unfinished.any():
             room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].max())
+            count = max(0, min(length.next(), room - 1))
             # Rows that are done go on from their prompts, so that nothing is read beyond the longest text allowed.
-            going_on = texts.only_prompts_of(~unfinished)
-            tokens, counts = self._round(going_on, min(length.next(), room - 1), draft, judges, unfinished, length)
-            texts, unfinished = self._write(texts, tokens, counts, unfinished, stopping_criteria)
+            going_on = Texts(texts.prompt, texts.mask, texts.new, torch.where(unfinished, texts.lengths, 0))
+            start = time.perf_counter()
+            if count == 0:
+                tokens, q = texts.new[:, :0], None
+            elif draft is None:
+                tokens, q = looked_up(going_on, count, target.vocab)
+            else:
+                tokens, q = draft.propose(going_on, count)
+            drafted = time.perf_counter()
+            tokens, counts = target.judge(going_on, tokens, q, draft)
+            accepted, tried = (int(n[unfinished].sum()) for n in (counts - 1, counts.clamp(max=count)))
+            length.record(count, accepted, tried, drafted - start, time.perf_counter() - drafted)
+            self.rounds += 1
+            self.drafted += count * int(unfinished.sum())
+            self.accepted += accepted
+            counts, unfinished = _until_stop(texts, tokens, counts * unfinished, stopping_criteria)
+            texts = texts.extended(tokens, counts)
+            if self.streamer is not None:
+                self.streamer.put(tokens[0, : int(counts[0])].cpu())
         if self.streamer is not None:
             self.streamer.end()
-        sequences = texts.padded(_pad_token(generation_config))
+        pad = getattr(generation_config, "_pad_token_tensor", None)
+        sequences, _ = texts.padded(0 if pad is None else int(pad))
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # pyright: ignore[reportArgumentType]
         return sequences
 
-    def _round(
-        self, texts: Texts, count: int, draft: Draft, judges: Judges, unfinished: torch.Tensor, length: DraftLength
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Drafts and judges: tokens, `(rows, count + 1)`, and how many of them each row writes."""
-        start = time.perf_counter()
-        if count > 0:
-            tokens, q = draft.propose(texts, count, judges.vocab)
-        else:
-            tokens, q = texts.prompt.new_zeros(len(texts), 0), None
-        drafted = time.perf_counter()
-        counts, last = judges.judge(texts, tokens, q, draft)
-        written = torch.cat([tokens, last], 1).scatter(1, counts[:, None], last)
-        accepted = int(counts[unfinished].sum())
-        tried = int((counts[unfinished] + 1).clamp(max=count).sum())
-        length.record(count, accepted, tried, drafted - start, time.perf_counter() - drafted)
-        self.rounds += 1
-        self.drafted += count * int(unfinished.sum())
-        self.accepted += accepted
-        return written, torch.where(unfinished, counts + 1, 0)
-
-    def _write(
-        self,
-        texts: Texts,
-        tokens: torch.Tensor,
-        counts: torch.Tensor,
-        unfinished: torch.Tensor,
-        stopping_criteria: StoppingCriteriaList,
-    ) -> tuple[Texts, torch.Tensor]:
-        """Appends tokens until a row is to stop: the texts, and which rows go on."""
-        longer, kept, unfinished = texts.extended(tokens, counts), counts.tolist(), unfinished.clone()
-        for row, count in enumerate(kept):
-            before = int(texts.lengths[row])
-            for new in range(1, count + 1):
-                if bool(stopping_criteria(longer.row(row, before + new), None)):  # pyright: ignore[reportArgumentType]
-                    kept[row], unfinished[row] = new, False
-                    break
-        if self.streamer is not None:
-            self.streamer.put(tokens[0, : kept[0]].cpu())
-        return texts.extended(tokens, torch.tensor(kept, device=tokens.device)), unfinished
-
-    def _make_draft(self, judges: Judges, next_token: NextToken, own: Any) -> Draft:
-        if self.draft == "prompt":
-            return FromText()
-        if self.draft == "auto":
-            scorer = _stand_in(judges)
-        else:
-            scorer = self.draft if isinstance(self.draft, Scorer) else LM(self.draft)
-        models = language_models(scorer)
-        if len(judges.apart) < len(judges.guides):
-            # Guides that have the base model's weights are too dear to draft with, so drafts are made without any.
-            return StandIn(scorer, Reader(models, own), next_token.without_guides())
-        return StandIn(scorer, Reader([*models, *judges.guides], own), next_token)
+    def _make_draft(self, target: Target) -> StandIn:
+        if self.draft != "auto":
+            return StandIn(self.draft if isinstance(self.draft, Scorer) else LM(self.draft), target)
+        if not target.guides or len(target.apart) < len(target.guides):
+            raise ValueError(
+                "There is nothing to draft with: no guide has weights of its own, smaller than the base model's. Pass "
+                "`draft=small_model`, or `draft='prompt'` where texts repeat their prompt."
+            )
+        guide = target.guides[0]
+        return StandIn(replace(guide, preference=None, disable_adapter=True) if guide.adapters else guide, target)
 
 
-def _stand_in(judges: Judges) -> LM:
-    """A guide's own model without its adapter, or the guide itself if it has none."""
-    if len(judges.apart) < len(judges.guides) or not judges.apart:
-        raise ValueError(
-            "There is nothing to draft with: no guide has weights of its own, smaller than the base model's. Pass "
-            "`draft=small_model`, or `draft='prompt'` where texts repeat their prompt."
-        )
-    guide = judges.apart[0]
-    if not guide.adapters:
-        return guide
-    return LM(guide.model, adapter_name=guide.adapter_name, disable_adapter=True, vocabulary=guide.vocabulary)
+def _until_stop(
+    texts: Texts, tokens: torch.Tensor, counts: torch.Tensor, stopping_criteria: StoppingCriteriaList
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many of its first `counts` tokens each row writes until a criterion stops it, and which rows go on."""
+    ids, _ = texts.extended(tokens, counts).padded()
+    ends = texts.prompt.shape[1] + texts.lengths
+    written, unfinished = counts.clone(), counts > 0
+    for row, (end, count) in enumerate(zip(ends.tolist(), counts.tolist())):
+        for new in range(1, count + 1):
+            if bool(stopping_criteria(ids[row : row + 1, : end + new], None)):  # pyright: ignore[reportArgumentType]
+                written[row], unfinished[row] = new, False
+                break
+    return written, unfinished
 
 
 def _check(
@@ -207,8 +177,3 @@ def _check(
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise ValueError(f"SpeculativeDecoding does not work with {found[0]}. Leave it or `custom_generate` out.")
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    pad = getattr(config, "_pad_token_tensor", None)
-    return int(pad) if pad is not None else 0

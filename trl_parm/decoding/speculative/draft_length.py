@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
+from statistics import median
 
 from .sampling import expected_tokens
 
@@ -38,10 +38,8 @@ class DraftLength:
         self.most, self.fixed = most, fixed
         self._rounds = self._pause = self._since_plain = 0
         self._next_pause = SHORTEST_PAUSE
-        self._accepted, self._tried = 0.0, 0.0
-        self._drafting: deque[float] = deque(maxlen=RECENT)
-        self._verifying: deque[float] = deque(maxlen=RECENT)
-        self._plain: deque[float] = deque(maxlen=RECENT)
+        self._accepted = self._tried = 0.0
+        self._drafting, self._verifying, self._plain = (deque[float](maxlen=RECENT) for _ in range(3))
 
     def next(self) -> int:
         """Tokens to draft in this round; the first one has none, since it reads the prompt."""
@@ -49,14 +47,10 @@ class DraftLength:
             return 0
         if self.fixed is not None:
             return self.fixed
-        if not self._plain:
+        if not self._plain or self._pause > 0 or (self._verifying and self._since_plain >= REMEASURE):
             return 0
-        if self._pause > 0:
-            return 0
-        if len(self._verifying) == 0:
+        if not self._verifying:
             return min(FIRST if self._next_pause == SHORTEST_PAUSE else AGAIN, self.most)
-        if self._since_plain >= REMEASURE:
-            return 0
         return self._best()
 
     def record(self, drafted: int, accepted: int, tried: int, drafting: float, verifying: float) -> None:
@@ -68,40 +62,31 @@ class DraftLength:
             drafting, verifying (`float`): Seconds of the two parts of the round.
         """
         self._rounds += 1
-        if self._rounds == 1:
+        if self._rounds == 1 or self.fixed is not None:
             return
         if drafted == 0:
             self._plain.append(verifying)
-            self._since_plain = 0
-            self._pause = max(0, self._pause - 1)
+            self._since_plain, self._pause = 0, max(0, self._pause - 1)
             return
         self._since_plain += 1
         self._accepted = MEMORY * self._accepted + accepted
         self._tried = MEMORY * self._tried + tried
         self._drafting.append(drafting / drafted)
         self._verifying.append(verifying)
-        if len(self._verifying) >= 2:
-            self._judge()
-
-    @property
-    def acceptance(self) -> float:
-        """The share of the drafts of late that were accepted, one of each imagined before the first."""
-        return (self._accepted + 1) / (self._tried + 2)
-
-    def _judge(self) -> None:
+        if len(self._verifying) < 2:
+            return
         if self._gain(self._best()) >= LEAST_GAIN:
             self._next_pause = SHORTEST_PAUSE
-        else:
-            self._pause, self._next_pause = self._next_pause, min(LONGER * self._next_pause, LONGEST_PAUSE)
-            self._drafting.clear()
-            self._verifying.clear()
+            return
+        self._pause, self._next_pause = self._next_pause, min(LONGER * self._next_pause, LONGEST_PAUSE)
+        self._drafting.clear()
+        self._verifying.clear()
 
     def _best(self) -> int:
         return max(range(1, self.most + 1), key=self._gain)
 
     def _gain(self, drafted: int) -> float:
         """How much faster than plain decoding."""
-        if not self._plain or not self._verifying:
-            return 1.0
-        seconds = drafted * statistics.median(self._drafting) + statistics.median(self._verifying)
-        return expected_tokens(self.acceptance, drafted) * statistics.median(self._plain) / seconds
+        acceptance = (self._accepted + 1) / (self._tried + 2)  # one draft of each kind is imagined before the first
+        seconds = drafted * median(self._drafting) + median(self._verifying)
+        return expected_tokens(acceptance, drafted) * median(self._plain) / seconds

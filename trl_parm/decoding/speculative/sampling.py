@@ -14,13 +14,10 @@ def verify(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accepts the drafted token x at each position with probability min(1, p(x)/q(x)) until one is rejected.
 
-    Where nothing was drafted, q is all zeros, and the token is rejected.
-
     Args:
-        target (`torch.Tensor` of shape `(rows, drafted, vocab)`): p, the distributions that are to be sampled.
-        draft (`torch.Tensor` of shape `(rows, drafted, vocab)`): q, those that the tokens were sampled from.
-        tokens (`torch.Tensor` of shape `(rows, drafted)`): The drafted tokens.
-        noise (`torch.Tensor` of shape `(rows, drafted)`): Uniform in [0, 1).
+        target, draft (`torch.Tensor` of shape `(rows, drafted, vocab)`): The distributions p that are to be sampled,
+            and q that the tokens were sampled from; q is 0 where nothing was drafted, which is rejected.
+        tokens, noise (`torch.Tensor` of shape `(rows, drafted)`): The drafted tokens; uniform in [0, 1).
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the number of accepted tokens of each row, shape `(rows,)`, and the

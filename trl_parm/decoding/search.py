@@ -1,22 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that search with reward models of whole texts: as formulas, guided models and logits processors."""
+"""Search with reward models of whole texts, ARGS and Transfer-Q: as formulas, guided models and processors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.preference import Preference
-from trl_parm.algebra import BASE, Scorer, sum_of
+from trl_parm.algebra import BASE, Scorer, Step, sum_of
 from trl_parm.rewards import Reward
 
-from ..methods import objective_weights
-from ..model import Guided
-from ..processor import GuidedLogitsProcessor, Prompt
-from .candidates import Rollout, TopKReward
-from .rewards import ClassifierReward, TextReward, TrajectoryReward
+from .methods import objective_weights
+from .model import Guided
+from .processor import GuidedLogitsProcessor, Prompt
+from .trajectories import ClassifierReward, Rollout, TextReward, TrajectoryReward
+
+
+class TopKReward(Scorer):
+    """Rewards of the base model's k best next tokens; all others are excluded (−inf).
+
+    Args:
+        reward ([`TrajectoryReward`]): Scores the text with each candidate.
+        k (`int`, *optional*, defaults to 10): How many candidates, 1 or more.
+        rollout ([`Rollout`], *optional*): Scores the candidates after decoding further, as Transfer-Q does.
+
+    Raises:
+        ValueError: no candidates.
+    """
+
+    reads_text = True
+
+    def __init__(self, reward: TrajectoryReward, k: int = 10, rollout: Rollout | None = None) -> None:
+        if k < 1:
+            raise ValueError(f"`k` is {k}, but there must be at least one candidate.")
+        self.reward, self.k, self.rollout = reward, k, rollout
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The pad token of the reward, if it knows any."""
+        return getattr(self.reward, "pad_token_id", None)
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        scores = step.scores
+        candidates = scores.topk(min(self.k, scores.shape[-1]), dim=-1).indices
+        texts = candidates[..., None]
+        mask = torch.ones_like(texts)
+        if self.rollout is not None:
+            texts, mask = self.rollout(step, candidates)
+        values = self.reward(step, texts, mask).to(scores.device)
+        return torch.full_like(scores, -torch.inf, dtype=torch.float32).scatter(1, candidates, values)
+
+    def __repr__(self) -> str:
+        name = "RolloutReward" if self.rollout is not None else "TopKReward"
+        return f"{name}({type(self.reward).__name__}, k={self.k})"
 
 
 def args(
@@ -44,9 +83,6 @@ def args(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's, for rewards of texts.
         prompts (`Sequence[str]`, *optional*): The prompts as rewards of texts shall read them; see [`TextReward`].
         rollout ([`Rollout`], *optional*): Judge candidates after decoding further, see [`transfer_q`].
-
-    Returns:
-        [`Scorer`]: The formula.
 
     Raises:
         ValueError: no reward, an invalid preference, weight or `k`, or rewards of texts without tokenizer.
@@ -79,12 +115,8 @@ def transfer_q(
 
     Args:
         rewards, preference, k, tokenizer, prompts: As in [`args`].
-        policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
+        policy, rollout_tokens: The baseline aligned model and the length of y', as in [`Rollout`].
         weight (`float`, *optional*, defaults to 1.0): w, positive.
-        rollout_tokens (`int`, *optional*, defaults to 20): The length of y', 1 or more.
-
-    Returns:
-        [`Scorer`]: The formula.
 
     Raises:
         ValueError: as [`args`], or no rollout.
@@ -121,20 +153,18 @@ class ARGSLogitsProcessor(GuidedLogitsProcessor):
     batch of prompts, or pass `prompt=Prompt(inputs)`.
     """
 
+    _method: Callable[..., Scorer] = staticmethod(args)
+
     def __init__(self, *search: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **settings: Any):
-        super().__init__(args(*search, **settings), prompt, _pad_token_id(pad_token_id, settings))
+        if pad_token_id is None:
+            pad_token_id = getattr(settings.get("tokenizer"), "pad_token_id", None)
+        super().__init__(self._method(*search, **settings), prompt, pad_token_id)
 
 
-class TransferQLogitsProcessor(GuidedLogitsProcessor):
+class TransferQLogitsProcessor(ARGSLogitsProcessor):
     """Transfer-Q as a logits processor, as [`ARGSLogitsProcessor`]; the arguments are those of [`transfer_q`]."""
 
-    def __init__(self, *search: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **settings: Any):
-        super().__init__(transfer_q(*search, **settings), prompt, _pad_token_id(pad_token_id, settings))
-
-
-def _pad_token_id(given: int | None, settings: Mapping[str, Any]) -> int | None:
-    """The base model's pad token, which its tokenizer knows."""
-    return getattr(settings.get("tokenizer"), "pad_token_id", None) if given is None else given
+    _method = staticmethod(transfer_q)
 
 
 def _trajectory_reward(name: str, reward: Any, tokenizer: Any, prompts: Any) -> TrajectoryReward:

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward models of whole texts as judges of a few candidates for the next token, as they are or decoded on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from peft_pblora.kv_cache import cache_argument
+from trl_parm.algebra import Step
+from trl_parm.rewards import Reward
+
+from .prefix import Prefix
+from .terms import check_evaluates
+
+
+class TrajectoryReward:
+    """Scores continuations of prefixes. Subclasses define `__call__`. It keeps nothing: what a call is worth to the
+    next one goes into `step.memory`."""
+
+    def __call__(self, step: Step, candidates: torch.Tensor, candidate_mask: torch.Tensor) -> torch.Tensor:
+        """Scores k candidates for each row.
+
+        Args:
+            step ([`Step`]): The prefixes, `step.tokens` and `step.mask` of shape `(rows, length)`, padded on the left.
+            candidates, candidate_mask (`torch.Tensor` of shape `(rows, k, new)`):
+                What may follow, padded on the right.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, k)`, float32, higher is better.
+        """
+        raise NotImplementedError
+
+
+class SequenceReward(TrajectoryReward):
+    """A function of token ids.
+
+    Args:
+        reward (`Callable`): Maps ids and mask, of shape `(n, length)`, to rewards of shape `(n,)`.
+    """
+
+    def __init__(self, reward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.reward = reward
+
+    def __call__(self, step, candidates, candidate_mask):
+        return _checked(self.reward(*_texts(step, candidates, candidate_mask)), candidates)
+
+
+class TextReward(TrajectoryReward):
+    """A function of texts, such as those in [`trl_parm.rewards`].
+
+    Args:
+        reward (`Reward`): Maps prompts and responses to one number for each.
+        tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
+        prompts (`Sequence[str]`, *optional*):
+            The batch's prompts as the reward shall read them; decoded from the ids, without special tokens, if not
+            given.
+
+    Raises:
+        ValueError: at a call, another number of prompts, or a reward that is not one finite number for each response.
+    """
+
+    def __init__(
+        self, reward: Reward, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None = None
+    ) -> None:
+        self.reward, self.tokenizer, self.prompts = reward, tokenizer, prompts
+
+    def __call__(self, step, candidates, candidate_mask):
+        rows, k, _ = candidates.shape
+        start = step.prompt_length
+        prompts = self.prompts or self._decode(*(x[:, :start] for x in step.text))
+        if rows % len(prompts):
+            raise ValueError(f"There are {len(prompts)} `prompts`, but the batch has {rows} rows. Give one for each.")
+        prompts = [prompt for prompt in prompts for _ in range(rows // len(prompts) * k)]
+        responses = self._decode(*(x[:, start:] for x in _texts(step, candidates, candidate_mask)))
+        return _checked(torch.as_tensor(self.reward(prompts, responses), dtype=torch.float32), candidates)
+
+    def _decode(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        seen = [row[keep.bool()] for row, keep in zip(tokens, mask)]
+        return cast(list[str], self.tokenizer.batch_decode(cast(Any, seen), skip_special_tokens=True))
+
+
+class ClassifierReward(TrajectoryReward):
+    """A sequence classifier with the base model's vocabulary: its output at a text's last token. It reads every prefix
+    once.
+
+    Args:
+        model (`PreTrainedModel`): Such as `AutoModelForSequenceClassification` of a causal model.
+        label (`int`, *optional*, defaults to 0): Which of its outputs is the reward.
+
+    Raises:
+        ValueError: no such output, or a model without pad token; at a call, a model in training mode.
+    """
+
+    def __init__(self, model: PreTrainedModel, label: int = 0) -> None:
+        config: Any = model.config.get_text_config()
+        outputs = cast(int, model.config.num_labels)
+        if not 0 <= label < outputs:
+            raise ValueError(f"`label` is {label}, but the classifier has {outputs} outputs.")
+        if config.pad_token_id is None:
+            raise ValueError("The classifier's config has no pad token, so it can't read a batch. Set `pad_token_id`.")
+        self.model, self.label, self.pad_token_id = model, label, config.pad_token_id
+
+    def __call__(self, step, candidates, candidate_mask):
+        cache = _cache_of_prefixes(self.model, step, candidates.shape[1])
+        ids, mask = (x.to(self.model.device) for x in _texts(step, candidates, candidate_mask))
+        new = ids.masked_fill(mask == 0, self.pad_token_id)[:, -candidates.shape[2] :]
+        return _checked(_read(self.model, new, mask, cache).logits[:, self.label], candidates)
+
+
+class Rollout:
+    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495).
+
+    Args:
+        policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
+        tokens (`int`, *optional*, defaults to 20): How many tokens, 1 or more.
+
+    Raises:
+        ValueError: no tokens; at a call, a policy in training mode.
+    """
+
+    def __init__(self, policy: PreTrainedModel, tokens: int = 20) -> None:
+        if tokens < 1:
+            raise ValueError(f"`tokens` is {tokens}, but a rollout has at least one.")
+        self.policy, self.tokens = policy, tokens
+        config = cast(Any, policy.generation_config)
+        ends = config.eos_token_id
+        self.ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        self.pad_token_id = config.pad_token_id if config.pad_token_id is not None else (self.ends or [0])[0]
+
+    def __call__(self, step: Step, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Candidates `(rows, k)` with what follows them, `(rows, k, 1 + tokens)`, and its mask up to the first end."""
+        asked = step.text[0], candidates
+        known = step.memory.get(("rollout", id(self)))  # several rewards judge the same rollouts
+        if known is None or not all(map(torch.equal, known[0], asked)):
+            known = step.memory["rollout", id(self)] = asked, self._decode(step, candidates)
+        texts = known[1]
+        ends = torch.isin(texts, texts.new_tensor(self.ends)).long()
+        return texts, (ends.cumsum(-1) == ends).long()
+
+    def _decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+        rows, k = candidates.shape
+        cache = _cache_of_prefixes(self.policy, step, k, logits_to_keep=1)
+        one = candidates[..., None]
+        ids, mask = (x.to(self.policy.device) for x in _texts(step, one, torch.ones_like(one)))
+        output = cast(Any, self.policy).generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
+            pad_token_id=self.pad_token_id, return_dict_in_generate=False, **cache_argument(self.policy, cache),
+        )  # fmt: skip
+        texts = output[:, ids.shape[1] - 1 :].view(rows, k, -1).to(candidates.device)
+        return torch.nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
+
+
+def _texts(step: Step, candidates: torch.Tensor, candidate_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every prefix with each of its candidates, ids and mask of shape `(rows * k, columns)`."""
+    pairs = zip(step.text, (candidates, candidate_mask))
+    ids, mask = (torch.cat([x.repeat_interleave(new.shape[1], 0), new.flatten(0, 1)], 1) for x, new in pairs)
+    return ids, mask
+
+
+def _checked(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Rewards of candidates `(rows, k, new)` as `(rows, k)`, float32. Raises `ValueError` if they are not that."""
+    rows, k, _ = candidates.shape
+    if values.numel() != rows * k or not torch.isfinite(values).all():
+        raise ValueError(
+            f"The reward returned {values.tolist()} for {rows * k} candidates, but it must return one finite number "
+            "for each."
+        )
+    return values.float().view(rows, k).to(candidates.device)
+
+
+def _cache_of_prefixes(model: PreTrainedModel, step: Step, times: int, **settings: Any) -> Cache:
+    """A copy of what a model has read of the prefixes, each `times` times; it reads only what is new of them."""
+    check_evaluates(model)
+    tokens, mask = (x.to(model.device) for x in step.text)
+    prefix = step.memory.setdefault(("prefix", id(model)), Prefix(model))
+    kept = prefix.align(tokens, mask)
+    _read(model, tokens[:, kept:], mask, prefix.cache, **settings)
+    return prefix.repeated(len(tokens), times)
+
+
+@torch.no_grad()
+def _read(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, **settings: Any) -> Any:
+    """A model's output for the last tokens of the texts of a mask."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        **cache_argument(model, cache), **settings,
+    )  # fmt: skip
