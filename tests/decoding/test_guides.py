@@ -153,6 +153,70 @@ def test_vocabularies_of_other_sizes(base_size, guide_size, mode, door):
     assert (text < 64).all()
 
 
+UNKNOWN = 64
+"""A token of the base model that the guide does not know."""
+
+
+def without_unknown(ids):
+    """log π of the guide after each row, from which tokens that it does not know are left out, `(rows, 64)`."""
+    texts = [row[(row != 0).cumsum(0) > 0] for row in ids]
+    return torch.cat([log_probs(tiny_gpt2(1), text[text != UNKNOWN][None]) for text in texts])
+
+
+def with_unknown(base):
+    def naive(ids, scores):
+        known = torch.full(scores.shape, -torch.inf, dtype=torch.float64)
+        known[:, :UNKNOWN] = without_unknown(ids)
+        return torch.log_softmax(torch.log_softmax(scores.double(), -1) + known, -1).float()
+
+    return naive
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
+    ids=["greedy", "beams", "prompt lookup", "no cache"],
+)
+@pytest.mark.parametrize(
+    "ids",
+    [[[7, 9, 64]], [[7, 64, 64]], [[7, 64, 9, 8, 9, 64]], [[0, 7, 9, 64], [5, 64, 33, 9]], [[7, 8, 64, 7, 8]]],
+    ids=str,
+)
+@every_door
+def test_a_prompt_may_have_and_end_with_tokens_that_the_guide_does_not_know(door, ids, mode):
+    base = tiny_llama(0, vocab_size=65)
+    formula = BASE + LM(tiny_gpt2(1), vocabulary=Vocabulary(extended_tokenizer("<image>"), tiny_tokenizer()))
+    ids = torch.tensor(ids)
+    if len(ids) > 1 and "prompt_lookup_num_tokens" in mode:
+        pytest.skip("generate drafts for one prompt at a time")
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    expected = decode("naive", base, with_unknown(base), inputs, **mode)
+    assert torch.equal(decode(door, base, formula, inputs, **mode), expected)
+
+
+def test_positions_of_tokens_that_the_guide_does_not_know():
+    """A forward of whole texts answers at every position, padding aside."""
+    base = tiny_llama(0, vocab_size=65)
+    formula = BASE + LM(tiny_gpt2(1), vocabulary=Vocabulary(extended_tokenizer("<image>"), tiny_tokenizer()))
+    ids = torch.tensor([[0, 7, 64, 9, 64], [5, 64, 33, 8, 9]])
+    mask = (ids != 0).long()
+    found = Guided(base, formula)(input_ids=ids, attention_mask=mask).logits
+    for row, text in enumerate(ids):
+        for end in range(1 + int(text[0] == 0), 5):
+            own = text[: end + 1][text[: end + 1] != 0][None]
+            scores = log_probs(base, own)
+            expected = with_unknown(base)(own, scores)
+            torch.testing.assert_close(found[row, end], expected[0], atol=1e-4, rtol=1e-4)
+
+
+@every_door
+def test_a_guide_that_knows_no_token_of_a_prompt_is_refused(door):
+    base = tiny_llama(0, vocab_size=65)
+    formula = BASE + LM(tiny_gpt2(1), vocabulary=Vocabulary(extended_tokenizer("<image>"), tiny_tokenizer()))
+    with pytest.raises(ValueError, match="A guide knows no token of a text"):
+        decode(door, base, formula, {"input_ids": torch.tensor([[64, 64]])})
+
+
 @every_door
 def test_another_vocabulary_is_refused_before_the_first_token(door):
     with pytest.raises(ValueError, match="vocabulary of 80, but the base model one of 64"):

@@ -39,6 +39,8 @@ class New:
         own (`tuple` or `None`): A guide's own prompt in the place of the text's first `prompt` columns: ids and mask.
         prompt (`int`): Columns of the text that are the prompt.
         start (`int`): Columns of the text that were read before.
+        unknown (`torch.Tensor` of shape `(rows, new)` or `None`): True for tokens of the text that a guide of another
+            vocabulary does not know; they are masked.
     """
 
     ids: torch.Tensor
@@ -47,6 +49,7 @@ class New:
     own: tuple[torch.Tensor, torch.Tensor] | None = None
     prompt: int = 0
     start: int = 0
+    unknown: torch.Tensor | None = None
 
     def for_guide(self, term: LM, former: torch.Tensor | None) -> New:
         """What a guide reads, with the mask of all that it has read then.
@@ -66,16 +69,39 @@ class New:
         seen = torch.ones_like(ids)
         if self.own is None and self.mask is not None:
             seen = self.mask[:, -ids.shape[1] :].to(seen)
+        unknown = None
         if term.vocabulary is not None:
             ids, known = term.vocabulary.to_guide(ids)
-            seen = seen * known
+            unknown, seen = (seen != 0) & (known == 0), seen * known
         if self.own is not None and former is None:
             check_rows(len(self.own[0]), len(ids))
             repeats = len(ids) // len(self.own[0])
             prompt, prompt_mask = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
             ids, seen = torch.cat([prompt, ids], 1), torch.cat([prompt_mask.to(seen), seen], 1)
+            if unknown is not None:
+                unknown = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), unknown], 1)
         mask = seen if former is None else torch.cat([former, seen], 1)
-        return New(ids, mask)
+        return New(ids, mask, unknown=unknown)
+
+    def answered(self, last: int) -> torch.Tensor | None:
+        """The columns at which a guide answers for the `last` ones, `(rows, last)`: for a token that it does not know,
+        at the one before that it does. `None` if it knows all of them.
+
+        Raises:
+            ValueError: a text of which it knows no token so far, or none of what was added.
+        """
+        if self.unknown is None or not bool(self.unknown[:, -last:].any()):
+            return None
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        read = cast(torch.Tensor, self.mask)[:, -self.ids.shape[1] :] != 0
+        before = torch.where(read, columns, -1).cummax(1).values
+        found = torch.where(self.unknown, before, columns)[:, -last:]
+        if bool((found < 0).any()):
+            raise ValueError(
+                "A guide knows no token of a text, or none of those with which it goes on, so that it has nothing to "
+                "answer. Give its tokenizer and embeddings the base model's tokens."
+            )
+        return found
 
 
 class Part:
@@ -130,6 +156,12 @@ class Part:
                     "The guiding model has nothing to read: with `inputs_embeds` it can't see the prompt. Give it one "
                     "with `guide_input_ids`."
                 )
+            count = last or new.ids.shape[1]
+            if (columns := new.answered(count)) is not None:
+                first = int(columns.min())
+                found, output = self.forward(new, inputs, new.ids.shape[1] - first, compiled)
+                columns = (columns - first)[..., None]
+                return {t: x.gather(1, columns.expand(-1, -1, x.shape[-1])) for t, x in found.items()}, output
         return self.forward(new, inputs, last, compiled)
 
     def forward(
