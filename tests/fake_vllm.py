@@ -138,7 +138,7 @@ def install(monkeypatch) -> None:
     if not INSTALLED:
         modules: dict[str, dict[str, Any]] = {
             "vllm": {"SamplingParams": SamplingParams},
-            "vllm.inputs": {"tokens_input": lambda ids: {"type": "token", "prompt_token_ids": ids}},
+            "vllm.inputs": {"tokens_input": tokens_input},
             "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
             "vllm.lora.ops.torch_ops": {"bgmv_shrink": bgmv_shrink},
             "vllm.v1.sample.logits_processor": {"LogitsProcessor": LogitsProcessorV1},
@@ -154,9 +154,13 @@ def install(monkeypatch) -> None:
             monkeypatch.delitem(sys.modules, f"{PACKAGE}.{name}", raising=False)
 
 
-def bgmv_shrink(inputs, weights, output, indices, scaling):
+def tokens_input(prompt_token_ids):
+    return {"type": "token", "prompt_token_ids": prompt_token_ids}
+
+
+def bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling):
     """As vLLM's on CPUs: the slot −1 is the last one."""
-    output[:, :1] = scaling * torch.einsum("bi,boi->bo", inputs, weights[indices])
+    output_tensor[:, :1] = scaling * torch.einsum("bi,boi->bo", inputs, lora_b_weights[lora_indices_tensor])
 
 
 def logits_of(text, lora: int) -> torch.Tensor:
@@ -305,16 +309,16 @@ class FakeEngine:
         self.paused = False
         self._step()
 
-    def add_request(self, name, prompt, params, lora_request=None):
+    def add_request(self, request_id, prompt, params, lora_request=None):
         lora = lora_request.lora_int_id if lora_request else 0
-        self.waiting.append(Request(name, prompt["prompt_token_ids"], params, lora))
+        self.waiting.append(Request(request_id, prompt["prompt_token_ids"], params, lora))
         if not self.paused:
             self._step()
 
-    def abort_request(self, names):
-        self.aborted.append(list(names))
-        self.waiting = [request for request in self.waiting if request.name not in names]
-        self.running = [request for request in self.running if request.name not in names]
+    def abort_request(self, request_ids):
+        self.aborted.append(list(request_ids))
+        self.waiting = [request for request in self.waiting if request.name not in request_ids]
+        self.running = [request for request in self.running if request.name not in request_ids]
 
     def step(self):
         self._step()

@@ -6,6 +6,7 @@
 
 import asyncio
 import importlib
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from fake_vllm import VOCAB, FakeEngine, Request, SamplingParams, V1Batch, V2Batch, config_of_engine, logits_of
 from scipy.stats import chisquare
+from vllm_interfaces import CALLS, NAMES, SNAPSHOT, V1, V2, names, parameters
 
 from trl_parm.noise import Sampling
 from trl_parm.serving import Guidance, combine
@@ -590,14 +592,14 @@ class FakeAsyncEngine:
     async def wake_up(self, tags):
         self.engine.wake_up(tags)
 
-    async def add_request(self, name, prompt, params, lora_request=None):
+    async def add_request(self, request_id, prompt, params, lora_request=None):
         await asyncio.sleep(0)
-        self.engine.add_request(name, prompt, params, lora_request)
-        self.queues[name] = LatestOutput()
-        return self.queues[name]
+        self.engine.add_request(request_id, prompt, params, lora_request)
+        self.queues[request_id] = LatestOutput()
+        return self.queues[request_id]
 
-    async def abort(self, names):
-        self.engine.abort_request(names)
+    async def abort(self, request_id):
+        self.engine.abort_request(request_id)
 
     async def run(self):
         while True:
@@ -687,3 +689,50 @@ for name in ("CoupledLogitsProcessorV1", "CoupledLogitsProcessorV2", "guided_gen
 import trl_parm.decoding
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+SIGNATURES = json.loads(SNAPSHOT.read_text())
+DOUBLES = {
+    f"{V1}:LogitsProcessor": fake_vllm.LogitsProcessorV1,
+    f"{V2}:LogitsProcessor": fake_vllm.LogitsProcessorV2,
+    "vllm.v1.engine.llm_engine:LLMEngine": FakeEngine,
+    "vllm.v1.engine.async_llm:AsyncLLM": FakeAsyncEngine,
+    "vllm.inputs:tokens_input": fake_vllm.tokens_input,
+    "vllm.lora.ops.torch_ops:bgmv_shrink": fake_vllm.bgmv_shrink,
+    f"{V1}.interface:BatchUpdate": fake_vllm.BatchUpdate,
+    f"{V1}.interface:MoveDirectionality": fake_vllm.MoveDirectionality,
+    f"{V2}:LogitsContext": fake_vllm.LogitsContext,
+    f"{V2}:LogitsProcRequestState": fake_vllm.LogitsProcRequestState,
+    "vllm.sampling_params:RequestOutputKind": fake_vllm.RequestOutputKind,
+    "vllm:SamplingParams": SamplingParams,
+}
+
+
+CONFIGS = {
+    "vllm.config:VllmConfig": config_of_engine(),
+    "vllm.config:SchedulerConfig": config_of_engine().scheduler_config,
+    "vllm.config:CacheConfig": config_of_engine().cache_config,
+    "vllm.config:ModelConfig": config_of_engine().model_config,
+    "vllm.config:LoRAConfig": config_of_engine().lora_config,
+    "vllm.config:ParallelConfig": config_of_engine().parallel_config,
+}
+
+
+@pytest.mark.parametrize(("owner", "call"), [(owner, call) for owner in CALLS for call in CALLS[owner] or [None]])
+def test_calls_of_the_doubles_are_calls_of_vllm(owner, call):
+    """By the snapshot: they take what vLLM takes, in its order, and leave out only what may be left out."""
+    double = DOUBLES[owner] if call is None else getattr(DOUBLES[owner], call)
+    taken = {parameter.removesuffix("=?"): i for i, parameter in enumerate(parameters(double))}
+    real = SIGNATURES[owner if call is None else f"{owner}.{call}"]
+    assert list(taken) == [p.removesuffix("=?") for p in real if p.removesuffix("=?") in taken]
+    assert all(p.endswith("=?") for p in real if p.removesuffix("=?") not in taken)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_the_doubles_are_names_of_vllm(name):
+    """Where vLLM is installed its own classes stand in the place of the doubles of data."""
+    if name in CONFIGS:
+        assert sorted(vars(CONFIGS[name])) == sorted(SIGNATURES[name])
+    else:
+        found = [one for one in names(DOUBLES[name]) if NAMES[name] is None or one in NAMES[name]]
+        assert sorted(found) == sorted(SIGNATURES[name])
