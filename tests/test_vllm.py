@@ -140,8 +140,8 @@ def test_samples_are_those_of_the_formula(llm, folders):
         with torch.no_grad():
             scores = combine(base(ids).logits[0], arm(ids).logits[0], 1 / guides(folders)[i].beta)
         at = slice(len(prompt) - 1, len(prompt) + len(text) - 1)
-        found = Sampling(0.8, 40, 0.95).noisy(scores[at], [7] * len(text), range(len(text))).argmax(-1)
-        assert found.tolist() == text
+        expected = Sampling(0.8, 40, 0.95).noisy(scores[at], [7] * len(text), range(len(text))).argmax(-1)
+        assert text == expected.tolist()
     assert len({tuple(text) for text in found}) == 8
 
 

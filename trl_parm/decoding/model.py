@@ -20,7 +20,7 @@ from .adapters import resting
 from .cache import GuidedCache
 from .prompt import own_prompt
 from .reading import New, holds_tensors, parts_of
-from .terms import LM, check_evaluates, check_formula, language_models
+from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
 
 
 OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length")
@@ -216,13 +216,10 @@ class Guided(GenerationMixin, nn.Module):
         return output
 
     def _step(self, scores: torch.Tensor | None, answers: dict[LM, torch.Tensor]) -> Step:
-        """What the formula is evaluated on: log-probabilities in the base model's vocabulary."""
-        size = next(iter(answers.values())).shape[-1] if scores is None else scores.shape[-1]
-        device = self.device if scores is None else scores.device
-        found = {term: term.log_probs(logits, size).to(device) for term, logits in answers.items()}
+        """What the formula is evaluated on."""
         if scores is None:
-            scores = torch.zeros_like(next(iter(found.values())))
-        return Step(scores, found)
+            scores = torch.zeros(next(iter(answers.values())).shape, device=self.device)
+        return Step(scores, log_probs_of(answers, scores))
 
     def _at_positions(
         self, step: Step, text: torch.Tensor, mask: torch.Tensor | None, prompt: int, memory: dict[Any, Any]

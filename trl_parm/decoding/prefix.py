@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
@@ -61,39 +60,3 @@ def layers_of(cache: Any) -> list[Any]:
     if isinstance(cache, EncoderDecoderCache):
         return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     return cache.layers
-
-
-class Prefix:
-    """The tokens that a model of its own has read, addressed by themselves: what is shared is not read again.
-
-    Args:
-        model (`PreTrainedModel`): The model; its forwards are the caller's.
-    """
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.tokens = torch.empty(0, 0, dtype=torch.long)
-        self.cache = rewindable_cache(model)
-
-    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-        """Makes the cache hold a prefix of what is not masked of `tokens`, and returns its length: one token at least
-        is left to feed."""
-        text = tokens.masked_fill(mask == 0, -1)
-        rows, shared = follow(self.tokens, text)
-        kept = min(shared, tokens.shape[1] - 1)
-        surplus = self.tokens.shape[1] - kept
-        if kept == 0 or (surplus and not can_take_back(self.cache)):
-            self.cache, kept = rewindable_cache(self.model), 0
-        else:
-            if rows is not None:
-                self.cache.reorder_cache(cast(torch.LongTensor, rows))
-            if surplus:
-                self.cache.crop(-surplus)
-        self.tokens = text
-        return kept
-
-    def repeated(self, rows: int, times: int) -> Cache:
-        """A copy of the cache in which each of its rows stands so many times."""
-        cache = copy.deepcopy(self.cache)
-        cache.reorder_cache(cast(torch.LongTensor, torch.arange(rows).repeat_interleave(times)))
-        return cache

@@ -9,6 +9,7 @@ those, and feeds the difference. What it returns is a function of the tokens alo
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
 from .prompt import Prompt
 from .reading import New, parts_of
-from .terms import LM, check_evaluates, check_formula, language_models
+from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
 
 
 WINDOW = 32
@@ -91,9 +92,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 reads = bool(terms) or any(scorer.reads_text for scorer in self.formula.scorers())
                 self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, reads)
             answers = self._prefix.read(input_ids)
-            found = {term: term.log_probs(logits, scores.shape[-1]) for term, logits in answers.items()}
-            found = {term: values.to(scores.device) for term, values in found.items()}
-            prefix = self._prefix
+            found, prefix = log_probs_of(answers, scores), self._prefix
             step = Step(scores, found, input_ids, prefix.mask, prefix.prompt_length, prefix.state.memory)
             return guided_logits(self.formula, step)
 
@@ -147,25 +146,33 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         self._aside = [(t, layer) for t in language_models(self.formula, silent=True) for _, layer in self._aside]
 
 
-class GenARMLogitsProcessor(GuidedLogitsProcessor):
+class MethodLogitsProcessor(GuidedLogitsProcessor):
+    """A method as a logits processor: what it takes beside `prompt` and `pad_token_id` are the method's arguments."""
+
+    method: Callable[..., Scorer]
+
+    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
+        if pad_token_id is None:
+            pad_token_id = getattr(kwargs.get("tokenizer"), "pad_token_id", None)
+        super().__init__(self.method(*args, **kwargs), prompt, pad_token_id)
+
+
+class GenARMLogitsProcessor(MethodLogitsProcessor):
     """GenARM as a logits processor; the arguments are those of [`genarm`] and [`GuidedLogitsProcessor`]."""
 
-    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
-        super().__init__(genarm(*args, **kwargs), prompt, pad_token_id)
+    method = staticmethod(genarm)
 
 
-class MODLogitsProcessor(GuidedLogitsProcessor):
+class MODLogitsProcessor(MethodLogitsProcessor):
     """MOD as a logits processor; the arguments are those of [`mod`] and [`GuidedLogitsProcessor`]."""
 
-    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
-        super().__init__(mod(*args, **kwargs), prompt, pad_token_id)
+    method = staticmethod(mod)
 
 
-class MODWeakToStrongLogitsProcessor(GuidedLogitsProcessor):
+class MODWeakToStrongLogitsProcessor(MethodLogitsProcessor):
     """MOD-w2s as a logits processor; the arguments are those of [`mod_w2s`] and [`GuidedLogitsProcessor`]."""
 
-    def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
-        super().__init__(mod_w2s(*args, **kwargs), prompt, pad_token_id)
+    method = staticmethod(mod_w2s)
 
 
 class _Prefix:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from trl_parm.rewards import Reward
 
 from .methods import objective_weights
 from .model import Guided
-from .processor import GuidedLogitsProcessor, Prompt
+from .processor import MethodLogitsProcessor
 from .trajectories import ClassifierReward, Rollout, TextReward, TrajectoryReward
 
 
@@ -146,25 +146,20 @@ class TransferQ(Guided):
         super().__init__(base, transfer_q(*search, **settings))
 
 
-class ARGSLogitsProcessor(GuidedLogitsProcessor):
+class ARGSLogitsProcessor(MethodLogitsProcessor):
     """ARGS as a logits processor; the arguments are those of [`args`] and [`GuidedLogitsProcessor`].
 
     Where a call of `generate` begins, and so where its prompts end, is told by the tokens: make one processor for each
     batch of prompts, or pass `prompt=Prompt(inputs)`.
     """
 
-    _method: Callable[..., Scorer] = staticmethod(args)
-
-    def __init__(self, *search: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **settings: Any):
-        if pad_token_id is None:
-            pad_token_id = getattr(settings.get("tokenizer"), "pad_token_id", None)
-        super().__init__(self._method(*search, **settings), prompt, pad_token_id)
+    method = staticmethod(args)
 
 
-class TransferQLogitsProcessor(ARGSLogitsProcessor):
+class TransferQLogitsProcessor(MethodLogitsProcessor):
     """Transfer-Q as a logits processor, as [`ARGSLogitsProcessor`]; the arguments are those of [`transfer_q`]."""
 
-    _method = staticmethod(transfer_q)
+    method = staticmethod(transfer_q)
 
 
 def _trajectory_reward(name: str, reward: Any, tokenizer: Any, prompts: Any) -> TrajectoryReward:

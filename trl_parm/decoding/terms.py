@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -196,6 +197,11 @@ def language_models(formula: Scorer, silent: bool = False) -> list[LM]:
     """The language models of a formula, each once; those of weight 0 only if the `silent` are wanted."""
     scorers = [*formula.scorers(), *(formula.silent() if silent else ())]
     return [scorer for scorer in dict.fromkeys(scorers) if isinstance(scorer, LM)]
+
+
+def log_probs_of(answers: Mapping[LM, torch.Tensor], scores: torch.Tensor) -> dict[LM, torch.Tensor]:
+    """What language models say by their logits: log π in the base model's vocabulary, where its `scores` are."""
+    return {term: term.log_probs(logits, scores.shape[-1]).to(scores.device) for term, logits in answers.items()}
 
 
 def check_formula(formula: Any) -> None:

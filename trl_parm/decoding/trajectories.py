@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from peft_pblora.kv_cache import cache_argument
 from trl_parm.algebra import Step
 from trl_parm.rewards import Reward
 
-from .prefix import Prefix
+from .prefix import can_take_back, follow, rewindable_cache
 from .terms import check_evaluates
 
 
@@ -172,11 +173,47 @@ def _checked(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     return values.float().view(rows, k).to(candidates.device)
 
 
+class _Prefix:
+    """The tokens that a model of its own has read, addressed by themselves: what is shared is not read again.
+
+    Args:
+        model (`PreTrainedModel`): The model; its forwards are the caller's.
+    """
+
+    def __init__(self, model) -> None:
+        self.model = model
+        self.tokens = torch.empty(0, 0, dtype=torch.long)
+        self.cache = rewindable_cache(model)
+
+    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+        """Makes the cache hold a prefix of what is not masked of `tokens`, and returns its length: one token at least
+        is left to feed."""
+        text = tokens.masked_fill(mask == 0, -1)
+        rows, shared = follow(self.tokens, text)
+        kept = min(shared, tokens.shape[1] - 1)
+        surplus = self.tokens.shape[1] - kept
+        if kept == 0 or (surplus and not can_take_back(self.cache)):
+            self.cache, kept = rewindable_cache(self.model), 0
+        else:
+            if rows is not None:
+                self.cache.reorder_cache(cast(torch.LongTensor, rows))
+            if surplus:
+                self.cache.crop(-surplus)
+        self.tokens = text
+        return kept
+
+    def repeated(self, rows: int, times: int) -> Cache:
+        """A copy of the cache in which each of its rows stands so many times."""
+        cache = copy.deepcopy(self.cache)
+        cache.reorder_cache(cast(torch.LongTensor, torch.arange(rows).repeat_interleave(times)))
+        return cache
+
+
 def _cache_of_prefixes(model: PreTrainedModel, step: Step, times: int, **settings: Any) -> Cache:
     """A copy of what a model has read of the prefixes, each `times` times; it reads only what is new of them."""
     check_evaluates(model)
     tokens, mask = (x.to(model.device) for x in step.text)
-    prefix = step.memory.setdefault(("prefix", id(model)), Prefix(model))
+    prefix = step.memory.setdefault(("prefix", id(model)), _Prefix(model))
     kept = prefix.align(tokens, mask)
     _read(model, tokens[:, kept:], mask, prefix.cache, **settings)
     return prefix.repeated(len(tokens), times)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import yaml
 from peft.utils import CONFIG_NAME
@@ -19,8 +19,8 @@ from .data import JointPreferenceDataset, Pairs
 from .sample import make_sample
 
 
-if TYPE_CHECKING:
-    from .trainer import PreferenceARMTrainer
+Trainer = Any
+"""A [`PreferenceARMTrainer`], which calls what is here."""
 
 NOT_OF_THE_MODEL = {
     "accelerator_config", "activation_checkpointing", "card_prompt", "dataloader_pin_memory", "disable_tqdm",
@@ -29,7 +29,7 @@ NOT_OF_THE_MODEL = {
 """Arguments that say where and how a run went, not what it made."""
 
 
-def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str, Pairs]) -> CardFacts:
+def first_facts(trainer: Trainer, given: Any, sources: Mapping[str, Pairs]) -> CardFacts:
     """What is known before training, of a `train_dataset` as it was `given`, with names of files, and as loaded."""
     names = given.values() if isinstance(given, Mapping) else [given]
     licences = dict.fromkeys(data.info.license for data in sources.values() if data.info.license)
@@ -49,7 +49,7 @@ def first_facts(trainer: PreferenceARMTrainer, given: Any, sources: Mapping[str,
     return {**facts, "data_license": ", ".join(licences)} if licences else facts
 
 
-def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequence[str | None]) -> CardFacts:
+def data_facts(trainer: Trainer, keys: Sequence[str], names: Sequence[str | None]) -> CardFacts:
     """The training data sets by their `keys`, with objectives, files or ids on the Hub if known, and sizes."""
     data: Any = trainer.train_dataset
     known = isinstance(data, JointPreferenceDataset)
@@ -62,7 +62,7 @@ def data_facts(trainer: PreferenceARMTrainer, keys: Sequence[str], names: Sequen
     return {"data": [["objective", "data", "pairs"], *rows], "datasets": list(dict.fromkeys(hub))}
 
 
-def new_sample(trainer: PreferenceARMTrainer) -> dict[str, Any] | None:
+def new_sample(trainer: Trainer) -> dict[str, Any] | None:
     """What the model answers at a few preferences; `None` if nothing is asked, or it has no preference."""
     if not (trainer.args.card_prompt and isinstance(trainer.adapter_config, PreferenceConfig)):
         return None
@@ -70,7 +70,7 @@ def new_sample(trainer: PreferenceARMTrainer) -> dict[str, Any] | None:
     return make_sample(model, cast(Any, trainer.processing_class), trainer.args.card_prompt)
 
 
-def facts_with(trainer: PreferenceARMTrainer, sample: dict[str, Any] | None) -> CardFacts:
+def facts_with(trainer: Trainer, sample: dict[str, Any] | None) -> CardFacts:
     """What is known now. It goes into the adapter's configuration, which is saved with the weights."""
     accuracies = _accuracies(trainer)
     if accuracies:
@@ -81,7 +81,7 @@ def facts_with(trainer: PreferenceARMTrainer, sample: dict[str, Any] | None) -> 
     return cast(CardFacts, facts)
 
 
-def rewrite(trainer: PreferenceARMTrainer, folder: str | Path) -> None:
+def rewrite(trainer: Trainer, folder: str | Path) -> None:
     """Writes the card once more, with what has become known since the model was saved, and the sample of then."""
     config, subfolder = trainer.adapter_config, subfolder_of(trainer)
     former = (getattr(config, "card", None) or {}).get("sample")
@@ -92,7 +92,7 @@ def rewrite(trainer: PreferenceARMTrainer, folder: str | Path) -> None:
         save_card(folder, config, facts, subfolder)
 
 
-def subfolder_of(trainer: PreferenceARMTrainer) -> str:
+def subfolder_of(trainer: Trainer) -> str:
     """Where below its folder PEFT saves the adapter."""
     return "" if trainer.adapter_config is None or trainer.adapter == "default" else str(trainer.adapter)
 
@@ -119,7 +119,7 @@ def _public(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _settings(trainer: PreferenceARMTrainer) -> list[list[str]]:
+def _settings(trainer: Trainer) -> list[list[str]]:
     args = trainer.args
     betas = zip(trainer.objectives, trainer.arm_loss.beta.tolist(), strict=True)
     weight = f", global term × {args.global_weight:g}" if args.global_weight else ""
@@ -134,7 +134,7 @@ def _settings(trainer: PreferenceARMTrainer) -> list[list[str]]:
     return [*rows, ["learning rate", f"{args.learning_rate:g}"], ["seed", str(args.seed)]]
 
 
-def _accuracies(trainer: PreferenceARMTrainer) -> list[list[str]]:
+def _accuracies(trainer: Trainer) -> list[list[str]]:
     """The last evaluation: accuracy of each objective at each preference; nothing if there was none."""
     names = list(trainer.eval_preferences)
 

@@ -17,8 +17,7 @@ from trl_parm.algebra import Scorer
 from ..model import OURS, own_prompt
 from ..terms import LM
 from .draft_length import DraftLength
-from .drafts import StandIn, looked_up
-from .target import Target
+from .target import StandIn, Target, looked_up
 from .texts import Texts
 
 
