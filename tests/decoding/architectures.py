@@ -75,7 +75,10 @@ MODES = {
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "static cache": {"cache_implementation": "static", "disable_compile": True},
     "no cache": {"use_cache": False},
+    "one prompt": {},
+    "one prompt, beams": {"num_beams": 2},
 }
+"""Settings of `generate`; one prompt has neither padding nor a mask."""
 NO_DRAFTS = {("prompt lookup", door): "not supported with stateful models" for door in ("model", "processor")}
 ON_MODULES = {(mode, door): "keeps its state on its modules" for mode in MODES for door in ("model", "processor")}
 ON_MODULES |= NO_DRAFTS

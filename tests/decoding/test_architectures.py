@@ -18,8 +18,8 @@ from trl_parm import Guided, GuidedLogitsProcessor, Prompt
 
 QUICK = {
     ("PBLoRA", "all-linear", True, "model"): tuple(MODES),
-    ("LoRAs", "attention", True, "processor"): ("greedy", "beam search"),
-    ("PBLoRA", "attention", False, "processor"): ("several sequences", "prompt lookup"),
+    ("LoRAs", "attention", True, "processor"): ("greedy", "beam search", "one prompt"),
+    ("PBLoRA", "attention", False, "processor"): ("several sequences", "prompt lookup", "one prompt, beams"),
     ("LoRAs", "all-linear", False, "model"): ("beam search", "static cache"),
 }
 
@@ -51,6 +51,8 @@ class Count(LogitsProcessor):
 
 
 def inputs(mode: str) -> dict[str, torch.Tensor]:
+    if mode.startswith("one prompt"):
+        return {"input_ids": PROMPTS[:1]}
     rows = slice(1, 2) if mode == "prompt lookup" else slice(None)
     return {"input_ids": PROMPTS[rows], "attention_mask": MASK[rows]}
 
@@ -64,8 +66,9 @@ def naive(name: str, adapter: str, targets: str, on_base: bool, mode: str):
     """What the formula writes. All greedy modes write the same."""
     given = inputs(mode)
     cell = Cell.make(name, adapter, targets, on_base)
-    processor = NaiveProcessor(cell, given["attention_mask"], given["input_ids"])
-    mode = mode if mode in ("several sequences", "beam search") else "greedy"
+    mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
+    processor = NaiveProcessor(cell, mask, given["input_ids"])
+    mode = mode if mode in ("several sequences", "beam search", "one prompt, beams") else "greedy"
     base = tiny(name)
     torch.manual_seed(0)
     return base.generate(**given, **settings(mode), logits_processor=[processor])
@@ -73,13 +76,13 @@ def naive(name: str, adapter: str, targets: str, on_base: bool, mode: str):
 
 def guided(cell: Cell, door: str, mode: str, count: Count):
     given = inputs(mode)
-    own = {"guide_input_ids": given["input_ids"], "guide_attention_mask": given["attention_mask"]}
+    own = Prompt(guide=given, length=1)
     encodes = cell.base.config.is_encoder_decoder
     if door == "model":
         model, processors = Guided(cell.base, cell.formula), []
-        given |= own if encodes else {}
+        given |= own.arguments if encodes else {}
     else:
-        prompt = Prompt(guide=given, length=1) if encodes else Prompt(given)
+        prompt = own if encodes else Prompt(given) if "attention_mask" in given else None
         model, processors = cell.base, [GuidedLogitsProcessor(cell.formula, prompt)]
     torch.manual_seed(0)
     return model.generate(**given, **settings(mode), logits_processor=[*processors, count])
@@ -102,7 +105,7 @@ def test_every_architecture_in_every_mode(name, adapter, targets, on_base, door,
 
 def greedy_like(mode: str) -> str:
     """The mode itself, or another one that has the same text."""
-    return mode if mode in ("several sequences", "beam search", "prompt lookup") else "greedy"
+    return "greedy" if mode in ("static cache", "no cache") else mode
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -61,8 +61,10 @@ class New:
         """
         device = term.backbone.device
         if self.own is None and term.vocabulary is None:
-            mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
-            return New(self.ids.to(device), mask, positions)
+            ids, mask, positions = (None if x is None else x.to(device) for x in (self.ids, self.mask, self.positions))
+            if mask is None and positions is None:  # which some hybrid models would count from 0 at every call
+                positions = torch.arange(self.start, self.start + self.ids.shape[1], device=device)[None]
+            return New(cast(torch.Tensor, ids), mask, positions)
         ids = self.ids.to(device)
         if self.own is not None:
             ids = ids[:, max(0, self.prompt - self.start) :]
