@@ -15,7 +15,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-install() { "$folder/venv/bin/python" -m pip install -q --disable-pip-version-check "$@"; }
+install() { "$folder/venv/bin/python" -m pip install -q --no-compile --disable-pip-version-check "$@"; }
 install torch==2.13.0
 install transformers==5.24.0
 
