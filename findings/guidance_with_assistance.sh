@@ -4,11 +4,12 @@
 # Expected: assisted decoding is a matter of speed: greedy text is the same with prompt_lookup_num_tokens or with an
 #   assistant model as without.
 # What happens: with classifier-free guidance on, both give another text, without a warning. The logits processor that
-#   guides has a memory: each call is taken for one more token of the text. Assisted decoding calls it for positions that
-#   are thrown away later, and lends the same processor to the assistant, so the unguided branch reads tokens twice or
-#   tokens that are not part of the text.
-#   Without guidance all three agree, and plain greedy decoding with guidance agrees with the formula.
-# Versions: transformers 5.24.0, torch 2.13.0. Related upstream: transformers #48390 (processors in assisted decoding).
+#   guides has a memory: each call is taken for one more token of the text. Assisted decoding calls it for positions
+#   that are thrown away later, and lends the same processor to the assistant, so the unguided branch reads tokens
+#   twice or tokens that are not part of the text. Without guidance all three agree, and plain greedy decoding with
+#   guidance agrees with the formula.
+# Versions: transformers 5.24.0, torch 2.13.0. Related upstream: transformers #48390 (processors in assisted
+#   decoding).
 # Output seen: formula and greedy [8, 2, 22, 9, 2, ...], prompt lookup [9, 2, 19, 5, 19, ...], the model as its own
 #   assistant [6, 10, 20, 19, 9, ...].
 set -euo pipefail

@@ -5,14 +5,15 @@
 #   options refuse each other. And with a negative prompt each beam is guided by it.
 # What happens:
 #   1. Without a negative prompt it runs, and the scores are wrong. What the unguided branch has read is kept by the
-#      logits processor, one row for each beam, and nobody tells it which beam each row comes from after a step. It is so
-#      with and without a cache.
+#      logits processor, one row for each beam, and nobody tells it which beam each row comes from after a step. It is
+#      so with and without a cache.
 #   2. With a negative prompt it raises a message about sizes of tensors, and so does num_return_sequences=2 with
 #      sampling: the rows of the negative prompt are not repeated as those of the prompt are.
 # Versions: transformers 5.24.0, torch 2.13.0.
 # Output seen:
 #   1. The best beam says -1.23, the guided scores of its tokens add up to -3.48; greedy decoding agrees to 1e-6.
-#   2. "Sizes of tensors must match except in dimension 1. Expected size 1 but got size 3 for tensor number 1 in the list."
+#   2. "Sizes of tensors must match except in dimension 1. Expected size 1 but got size 3 for tensor number 1 in the
+#      list."
 set -euo pipefail
 
 folder=$(mktemp -d)

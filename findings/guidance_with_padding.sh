@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # transformers: padding on the left of a negative prompt changes the text of models with learned positions.
 #
-# Expected: padding that the mask hides changes nothing; for a prompt it is so, since generate() counts its positions from
-#   the mask.
-# What happens: with guidance_scale, negative_prompt_ids and negative_prompt_attention_mask, the branch of the negative
-#   prompt gets the mask but no positions, so GPT-2 counts its padding as text and the negative prompt sits further to the
-#   right. Padding is what a tokenizer makes of two negative prompts of different lengths. Rotary models, Llama for one,
-#   do not show it: only distances matter to them.
+# Expected: padding that the mask hides changes nothing; for a prompt it is so, since generate() counts its positions
+#   from the mask.
+# What happens: with guidance_scale, negative_prompt_ids and negative_prompt_attention_mask, the branch of the
+#   negative prompt gets the mask but no positions, so GPT-2 counts its padding as text and the negative prompt sits
+#   further to the right. Padding is what a tokenizer makes of two negative prompts of different lengths. Rotary
+#   models, Llama for one, do not show it: only distances matter to them.
 # Versions: transformers 5.24.0, torch 2.13.0.
 # Output seen: GPT-2: padded prompt same text, padded negative prompt another text; Llama: the same text for both.
 set -euo pipefail

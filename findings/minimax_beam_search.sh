@@ -2,9 +2,9 @@
 # MiniMax: beam search with the cache reports scores that its sequences do not have.
 #
 # Expected: a beam's score is the sum of its tokens' log probabilities (length_penalty=0), with the cache or without.
-# What happens: with the cache, the default, the scores and the sequences are wrong. After each step the beams are sorted
-#   anew and the cache is told so by reorder_cache. MiniMax's own cache passes that on to the layers with attention only;
-#   the states of its linear layers stay where they are, so a beam goes on with another beam's state.
+# What happens: with the cache, the default, the scores and the sequences are wrong. After each step the beams are
+#   sorted anew and the cache is told so by reorder_cache. MiniMax's own cache passes that on to the layers with
+#   attention only; the states of its linear layers stay where they are, so a beam goes on with another beam's state.
 # Versions: transformers 5.24.0, torch 2.13.0. Known of other models: transformers #46612.
 # Output seen: best beam says -8.9 and is -22.1; without the cache the best beam says -7.7 and is -7.7.
 set -euo pipefail

@@ -5,8 +5,9 @@
 #   after; for GPT-2 as for others, as with "pissa" and "orthogonal". LoRA knows that GPT-2's Conv1D keeps its weights
 #   transposed (fan_in_fan_out).
 # What happens: OLoRA's factors are made from the weight as it lies in memory. A square one (attn.c_proj) then gets an
-#   adapter that adds the transposed of what was subtracted: the model is another one from the start, without a warning.
-#   Merging does not mend it. Others (c_attn, c_fc) get factors of the wrong shape, and the first forward pass raises.
+#   adapter that adds the transposed of what was subtracted: the model is another one from the start, without a
+#   warning. Merging does not mend it. Others (c_attn, c_fc) get factors of the wrong shape, and the first forward
+#   pass raises.
 # Versions: peft 0.21.2, transformers 5.24.0, torch 2.13.0.
 # Output seen: logits off by 6.7 with attn.c_proj (pissa 2e-6, orthogonal 2e-6), "mat1 and mat2 shapes cannot be
 #   multiplied (20x32 and 96x4)" with c_attn; a model of nn.Linear layers (Llama): below 1e-4.
