@@ -32,7 +32,8 @@ for dtype in (torch.float32, torch.float64):
     for rank in (2, 4, 8):
         for orthogonal in (False, True):
             torch.manual_seed(0)
-            model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4, initializer_range=0.3)).to(dtype).eval()
+            model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=4, initializer_range=0.3))
+            model = model.to(dtype).eval()
             before = model(tokens).logits
             config = HRAConfig(r=rank, apply_GS=orthogonal, target_modules=["q_proj", "v_proj"])
             model = get_peft_model(model, config).eval()

@@ -38,7 +38,7 @@ config = RwkvConfig(
     pad_token_id=0,
 )
 model = RwkvForCausalLM(config).eval()
-for name, weight in model.named_parameters():
+for weight in model.parameters():
     if weight.ndim == 2:
         weight.normal_(std=0.3)
 prompt = torch.randint(3, 64, (1, 9))
