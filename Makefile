@@ -17,7 +17,7 @@ remove_made = @for folder in $(1); do \
 	if [ -f $$folder/$(MADE) ] && [ ! -L $$folder ]; then echo "rm -rf $$folder"; rm -rf $$folder; \
 	elif [ -e $$folder ]; then echo "$$folder stays: it was not made here"; $(2) fi; done
 
-.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-wheel docs check clean
+.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-wheel findings docs check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,11 @@ test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the t
 	tar xzf build/wheel/*.tar.gz -C build/sdist --strip-components=1
 	rm -r build/sdist/peft_pblora build/sdist/trl_parm
 	cd build/sdist && $(TEST_ENV) ../../.venv-wheel/bin/python -m pytest -n 2
+
+findings:  ## Run the scripts about surprises in outside libraries, one by one (installs packages; outside CI)
+	@failed=; for script in findings/*.sh; do \
+		if bash $$script; then echo "$$script: as described"; else echo "$$script: FAILED"; failed="$$failed $$script"; fi; \
+	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 docs: $(VENV)/.docs  ## Build the site of the documentation into build/site
 	$(call remove_made,build/site,exit 1;)
