@@ -24,6 +24,8 @@ from decoding.tables import (
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     QuantizedCache,
     TextGenerationPipeline,
     TextIteratorStreamer,
@@ -270,6 +272,28 @@ def test_a_quantised_cache():
     output = generate(models, decoder, "model", **settings)
     assert all(isinstance(part.cache, QuantizedCache) for part in output.past_key_values.parts)
     assert output.sequences.shape == naive.shape
+
+
+def test_a_model_with_a_cache_of_its_own_is_read_without():
+    """MiniMax's cache does not let the states of linear layers follow when rows change places."""
+    torch.manual_seed(0)
+    config = MiniMaxConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, block_size=4, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    base, arm = MiniMaxForCausalLM(config).eval(), tiny_arm()
+    guided, twin = PARM(base, arm, [0.3, 0.7]), copy.deepcopy(arm)
+    with pytest.raises(ValueError, match="has no cache that `generate` can carry. Pass `use_cache=False`"):
+        guided.generate(IDS, max_new_tokens=2)
+
+    def naive(ids, scores):
+        return torch.log_softmax(torch.log_softmax(scores.double(), -1) + log_probs(twin, ids, [0.3, 0.7]), -1).float()
+
+    beams = {"num_beams": 2, "use_cache": False, "max_new_tokens": 6}
+    expected = base.generate(IDS, logits_processor=[naive], **beams)
+    assert torch.equal(guided.generate(IDS, **beams), expected)
+    assert not torch.equal(base.generate(IDS, **beams), expected)
 
 
 @pytest.mark.parametrize("door", DOORS)
