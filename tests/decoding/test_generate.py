@@ -34,6 +34,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
+from peft_pblora.kv_cache import cache_argument, cache_in
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor
 from trl_parm.decoding import PARM, parm
 
@@ -197,6 +198,22 @@ def test_texts_of_models_with_linear_attention_go_on_or_are_refused(name, mode):
         return
     expected = guided.generate(**inputs, **settings)
     assert torch.equal(guided.generate(**inputs, **settings, **further), expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Bamba", "Qwen3-Next", "OPT", "GPT-2"])
+def test_forwards_onto_a_cache_need_neither_mask_nor_positions(name):
+    cell = Cell.make(name, "PBLoRA", "attention", True)
+    guided, ids = (
+        Guided(cell.base, cell.formula),
+        torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0)),
+    )
+    whole = guided(input_ids=ids, use_cache=False).logits
+    cache, found = None, []
+    for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:8], ids[:, 8:]):
+        output = guided(input_ids=part, use_cache=True, **({} if cache is None else cache_argument(cell.base, cache)))
+        cache = cache_in(output)
+        found.append(output.logits)
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_a_cache_of_other_formulas_models_or_kinds_is_refused():

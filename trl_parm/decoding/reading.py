@@ -61,10 +61,8 @@ class New:
         """
         device = term.backbone.device
         if self.own is None and term.vocabulary is None:
-            ids, mask, positions = (None if x is None else x.to(device) for x in (self.ids, self.mask, self.positions))
-            if mask is None and positions is None:  # which some hybrid models would count from 0 at every call
-                positions = torch.arange(self.start, self.start + self.ids.shape[1], device=device)[None]
-            return New(cast(torch.Tensor, ids), mask, positions)
+            mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
+            return New(self.ids.to(device), mask, positions, start=self.start)
         ids = self.ids.to(device)
         if self.own is not None:
             ids = ids[:, max(0, self.prompt - self.start) :]
@@ -183,7 +181,7 @@ class Part:
             stacked = torch.cat(chosen or [torch.arange(rows, device=new.ids.device)] * copies)
         total = rows if stacked is None else len(stacked)
         given = {
-            "input_ids": new.ids, "attention_mask": new.mask, "position_ids": self._positions(new), **inputs
+            "input_ids": new.ids, "attention_mask": new.mask, "position_ids": self._positions(new, inputs), **inputs
         }  # fmt: skip
         beside = inputs if _takes_any(type(self.model)) else {}
         arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, beside, last)
@@ -311,10 +309,15 @@ class Part:
             offset += len(found)
         return (chosen, places) if offset < rows * len(keys) else None
 
-    def _positions(self, new: New) -> torch.Tensor | None:
-        if new.positions is not None or new.mask is None or new.mask.ndim != 2:
-            return new.positions
-        return (new.mask.cumsum(-1) - 1).clamp(min=0)[:, -new.ids.shape[1] :]
+    def _positions(self, new: New, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Of what is new, `(rows or 1, new)`; `None` where the model has to find them, as with images."""
+        columns = new.ids.shape[1]
+        if new.positions is None and new.mask is not None and new.mask.ndim == 2:
+            return (new.mask.cumsum(-1) - 1).clamp(min=0)[:, -columns:]
+        if new.positions is None and new.mask is None and not any(map(holds_tensors, inputs.values())):
+            # Some hybrid models would count from 0 at every call.
+            return torch.arange(new.start, new.start + columns, device=new.ids.device)[None]
+        return new.positions
 
     def _arguments(self, given: dict[str, Any], beside: Mapping[str, Any], last: int) -> dict[str, Any]:
         """The arguments of the model's forward, those that it names, and those `beside` that it takes without."""
