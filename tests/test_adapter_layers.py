@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the adapted layers start, what they never build, what they refuse, and what importing them leaves alone."""
 
+import importlib
 import subprocess
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -250,3 +253,102 @@ def test_all_linear_takes_linear_layers_with_a_forward_of_their_own():
     arm = get_peft_model(model, PBLoraConfig(objectives=OBJECTIVES, target_modules="all-linear"))
     layers = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
     assert {key.rpartition(".")[2] for key in arm.peft_config["default"].target_modules} == layers
+
+
+class Packed(nn.Linear):
+    """A layer whose weight is packed by its first forward and unpacked to be saved, as 4 bits on a CPU are."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=False)
+        self.register_forward_hook(lambda layer, x, y: layer.pack(True))
+
+    def pack(self, packed: bool) -> None:
+        if packed != self.weight.quant_state.packing_format_for_cpu:
+            self.weight.data = self.weight.data.flip(0)
+        self.weight.quant_state.packing_format_for_cpu = packed
+
+    def forward(self, x):
+        packed = self.weight.quant_state.packing_format_for_cpu
+        return nn.functional.linear(x, self.weight.flip(0) if packed else self.weight, self.bias)
+
+    def _save_to_state_dict(self, *args):
+        self.pack(False)
+        super()._save_to_state_dict(*args)
+
+
+@pytest.mark.parametrize("forwards", [(), ("before",), ("between",), ("before", "between")], ids=str)
+def test_a_weight_that_a_forward_packs_is_unpacked_to_be_merged(forwards):
+    torch.manual_seed(0)
+    base = nn.Sequential(Packed(12, 8))
+    original = base[0].weight.detach().clone()
+    config = PBLoraConfig(objectives=OBJECTIVES, target_modules=["0"], init_weights=False)
+    model = get_peft_model(base, config).eval()
+    set_preference(model, [0.3, 0.7])
+    x = torch.randn(3, 12)
+    expected = nn.functional.linear(x, original, base[0].bias) + x @ base[0].get_delta_weight("default").T
+    if "before" in forwards:
+        torch.testing.assert_close(model(x), expected)
+    model.merge_adapter()
+    if "between" in forwards:
+        torch.testing.assert_close(model(x), expected)
+        model.train()
+        model(x)
+        model.eval()
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    base[0].get_base_layer().pack(False)
+    torch.testing.assert_close(base[0].get_base_layer().weight.data, original)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("before", [False, True])
+def test_four_bits_are_merged_right_after_a_forward(before):
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    torch.manual_seed(0)
+    base = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4"))
+    base = base.to("cpu")
+    model = get_peft_model(base, PBLoraConfig(objectives=OBJECTIVES, target_modules=["0"], init_weights=False)).eval()
+    set_preference(model, [0.3, 0.7])
+    x = torch.randn(20, 64)
+    with torch.no_grad():
+        expected = unpacked_forward(model, x)
+        if before:
+            model(x)
+        model.merge_adapter()
+        assert (model(x) - expected).norm() < 0.3 * expected.norm()  # four bits again
+        model.unmerge_adapter()
+        assert (model(x) - expected).norm() < 0.3 * expected.norm()
+
+
+def unpacked_forward(model, x):
+    """What the layer gives while it trains, when bitsandbytes packs nothing."""
+    model.train()
+    result = model(x)
+    model.eval()
+    return result
+
+
+def tied(**changes):
+    model = tiny_llama(tie_word_embeddings=True)
+    config = PBLoraConfig(objectives=OBJECTIVES, init_weights=False, **changes)
+    return get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_of_a_tied_output_layer_is_not_merged_into_the_embedding(way):
+    model = tied(target_modules=["lm_head", "q_proj"])
+    before, logits = [p.clone() for p in model.parameters()], model(IDS).logits
+    with (
+        pytest.warns(UserWarning, match="tie_word_embeddings=True"),
+        pytest.raises(ValueError, match="lm_head is another module's too"),
+    ):
+        getattr(model, way)()
+    assert all(map(torch.equal, before, model.parameters()))
+    torch.testing.assert_close(model(IDS).logits, logits)
+
+
+def test_other_layers_of_a_tied_model_merge():
+    model = tied(target_modules=["q_proj"])
+    expected = model(IDS).logits
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected, atol=1e-5, rtol=1e-5)
