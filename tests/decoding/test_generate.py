@@ -311,6 +311,8 @@ def test_a_model_with_a_cache_of_its_own_is_read_without():
     expected = base.generate(IDS, logits_processor=[naive], **beams)
     assert torch.equal(guided.generate(IDS, **beams), expected)
     assert not torch.equal(base.generate(IDS, **beams), expected)
+    with pytest.raises(ValueError, match="a MiniMaxForCausalLM, which has no key-value cache"):
+        LM(base)
 
 
 @pytest.mark.parametrize("door", DOORS)

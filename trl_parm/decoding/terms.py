@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -186,10 +186,10 @@ def check_guide(model: Any, backbone: PreTrainedModel) -> None:
         raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
     layers = DynamicCache(config=backbone.config.get_text_config()).layers
     recurrent = layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
-    if recurrent or not takes_cache(backbone):
+    if recurrent or not takes_cache(backbone) or not cast(Any, backbone)._supports_default_dynamic_cache():
         raise ValueError(
-            f"The guiding model is a {type(backbone).__name__}, which has no key-value cache. Use a transformer "
-            "as the guide."
+            f"The guiding model is a {type(backbone).__name__}, which has no key-value cache of transformers' default "
+            "kind. Use another transformer as the guide."
         )
 
 
