@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
 from decoding.tables import DOORS, MASK, PROMPTS, log_probs, lora_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers import LogitsProcessorList
 
@@ -306,6 +307,42 @@ def test_an_adapter_that_was_replaced_guides_with_its_new_weights(door, at):
     new = text(guide_of(twin, "PBLoRA", door, parm(twin, at, beta=0.5)))
     assert not torch.equal(old, new)
     assert torch.equal(text(generate), new)
+
+
+@every_door
+@pytest.mark.parametrize("kind", ["LoRA", "embeddings", "IA3"])
+@pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
+def test_an_adapter_of_pefts_that_was_replaced_guides_with_its_new_weights(kind, on_base, door):
+    """Its layers are the same objects, the adapter in them is another one."""
+
+    def config():
+        if kind == "IA3":
+            return IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+        targets = ["embed_tokens"] if kind == "embeddings" else ["q_proj", "v_proj"]
+        return LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+
+    def with_weights(model, seed):
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                parameter.data.normal_(1.0 if kind == "IA3" else 0.0, 0.5)
+        return model.eval()
+
+    model = with_weights(get_peft_model(tiny_llama(0), config(), adapter_name="guide"), 1)
+    base = model.get_base_model() if on_base else tiny_llama(4)
+    formula = BASE + 2.0 * LM(model, adapter_name="guide")
+    processors = [GuidedLogitsProcessor(formula)] if door == "processor" else []
+    guided = Guided(base, formula) if door == "model" else base
+    old = guided.generate(IDS, max_new_tokens=6, logits_processor=processors)
+    model.delete_adapter("guide")
+    model.add_adapter("guide", config())
+    with_weights(model, 2)
+    new = guided.generate(IDS, max_new_tokens=6, logits_processor=processors)
+    twin = with_weights(get_peft_model(tiny_llama(0), config(), adapter_name="guide"), 2)
+    formula = BASE + 2.0 * LM(twin, adapter_name="guide")
+    expected = Guided(tiny_llama(0 if on_base else 4), formula).generate(IDS, max_new_tokens=6)
+    assert not torch.equal(old, expected)
+    assert torch.equal(new, expected)
 
 
 def deleted(arm, names):

@@ -50,22 +50,22 @@ class Adapters:
             if child in wanted
         }
 
-    def stamp(self, terms: Sequence[LM]) -> list[tuple]:
+    def stamp(self, terms: Sequence[LM]) -> list[Any]:
         """What tells that an adapter of these terms was replaced, unloaded or merged, or the preference that is set in
-        it changed."""
-        found: list[tuple] = [tuple(self.switch.merged)]
+        it changed, see [`same_stamp`]."""
+        found: list[Any] = [*self.switch.merged]
         for term in terms:
             for name in term.adapters:
                 layer = self._first_with(name)
                 parent, place = self._places.get(layer, (None, ""))
                 if parent is None or parent._modules.get(place) is not layer:
-                    found.append(("gone",))
+                    found.append("gone")
                 elif isinstance(layer, PreferenceLinear):
                     adapter = layer.adapter(name)
-                    version = None if term.preference is not None else adapter.condition.version
-                    found.append((id(adapter), version))
+                    found += [adapter, None if term.preference is not None else adapter.condition.version]
                 else:
-                    found.append((id(layer),))
+                    containers = [getattr(layer, container, {}) for container in layer.adapter_layer_names]
+                    found += [container[name] for container in containers if name in container] or [layer]
         return found
 
     def _first_with(self, name: str) -> Any:
@@ -155,6 +155,13 @@ class Adapters:
         """For the time of a forward these adapters act on all rows, and no others do."""
         with _switching, self.switch.only(names):
             yield
+
+
+def same_stamp(former: list[Any], now: list[Any]) -> bool:
+    """Whether two stamps have the same values, and the same modules and tensors, not ones that are alike."""
+    return len(former) == len(now) and all(
+        a is b or not isinstance(a, nn.Module | torch.Tensor) and a == b for a, b in zip(former, now)
+    )
 
 
 def step_aside(term: LM) -> nn.Module | None:

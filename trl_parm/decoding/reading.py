@@ -22,7 +22,7 @@ from peft_pblora.condition import Condition
 from peft_pblora.kv_cache import cache_argument
 from peft_pblora.rows import Entry
 
-from .adapters import Adapters
+from .adapters import Adapters, same_stamp
 from .prefix import holds
 from .probes import check_order, goes_on, tensors_on_modules
 from .terms import LM
@@ -131,7 +131,8 @@ class Part:
     @property
     def is_current(self) -> bool:
         """Whether its adapters, and preferences that are set in the model, are still those it began with."""
-        return self.cache is None or not holds(self.cache) or self.adapters.stamp(self.terms) == self._stamp
+        read = self.cache is not None and holds(self.cache)
+        return not read or same_stamp(self._stamp, self.adapters.stamp(self.terms))
 
     def read(
         self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
