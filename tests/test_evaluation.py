@@ -180,14 +180,6 @@ def stop_after(batches):
 @pytest.mark.parametrize(("batches", "torn"), [(1, True), (2, False), (5, True)])
 def test_a_killed_sweep_goes_on(tmp_path, tokenizer, batches, torn):
     """The same rows, byte for byte but for their times; finished work is not done again."""
-    runs = parm_runs(tiny_arm())
-    whole = run_sweep(tokenizer, runs, path=tmp_path / "whole.jsonl", do_sample=True)
-    path = tmp_path / "broken.jsonl"
-    with pytest.raises(Stop):
-        run_sweep(tokenizer, runs, path=path, do_sample=True, on_batch=stop_after(batches))
-    if torn:
-        path.write_bytes(path.read_bytes()[:-25])
-    kept = path.read_bytes()
     decoded = []
 
     def counting(prompts, responses):
@@ -195,6 +187,15 @@ def test_a_killed_sweep_goes_on(tmp_path, tokenizer, batches, torn):
         return brevity(prompts, responses)
 
     rewards = {"helpful": counting, "harmless": conciseness}
+    runs = parm_runs(tiny_arm())
+    whole = run_sweep(tokenizer, runs, path=tmp_path / "whole.jsonl", do_sample=True)
+    path = tmp_path / "broken.jsonl"
+    with pytest.raises(Stop):
+        run_sweep(tokenizer, runs, path=path, do_sample=True, on_batch=stop_after(batches), rewards=rewards)
+    if torn:
+        path.write_bytes(path.read_bytes()[:-25])
+    kept = path.read_bytes()
+    decoded.clear()
     resumed = run_sweep(tokenizer, runs, path=path, do_sample=True, rewards=rewards)
     assert texts(resumed) == texts(whole)
     complete = kept[: kept.rfind(b"\n") + 1]
@@ -223,9 +224,9 @@ def test_rows_may_be_added_to_a_table(tmp_path, tokenizer):
     ("change", "message"),
     [
         ({"seed": 1}, "seed was 0, but is 1"),
-        ({"max_new_tokens": 7}, "generation was {'max_new_tokens': 6}, but is {'max_new_tokens': 7}"),
+        ({"max_new_tokens": 7}, "generation max_new_tokens was 6, but is 7"),
         ({"do_sample": True}, "sampling was None, but is {}"),
-        ({"configuration": {"methods": {"PARM": {"beta": 2.0}}}}, "methods PARM was {'beta': 0.5}, but is"),
+        ({"configuration": {"methods": {"PARM": {"beta": 2.0}}}}, "methods PARM beta was 0.5, but is 2.0"),
     ],
 )
 def test_a_file_of_another_configuration_is_refused(tmp_path, tokenizer, change, message):

@@ -399,5 +399,5 @@ def test_scores_of_other_pairs_are_refused(tmp_path):
     relabel(Dataset.from_list(PAIRS), BOTH, tmp_path)
     with pytest.raises(ValueError, match="belongs to another configuration: pairs was"):
         relabel(Dataset.from_list(PAIRS[:-1]), BOTH, tmp_path)
-    with pytest.raises(ValueError, match="rewards long was"):
+    with pytest.raises(ValueError, match="rewards long function was test_relabel:longer, but is test_relabel:shorter"):
         relabel(Dataset.from_list(PAIRS), {"long": shorter}, tmp_path)

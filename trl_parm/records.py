@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import shorten
 from typing import IO, Any, cast
 
 import yaml
@@ -45,13 +46,24 @@ class Records:
         growing (`Sequence[str]`, *optional*):
             Keys of the configuration that are mappings to which entries may be added, such as methods by name. An
             entry that is there already must stay as it is.
+        restart (`bool`, *optional*, defaults to `False`):
+            Remove rows of another configuration, instead of refusing them. Rows of this one stay.
+        cell_of (`Callable`, *optional*): What a row is of, such as its method and prompt. No two are of the same.
 
     Raises:
-        ValueError: rows of another configuration, or without one; anything else in one of the two files; a path that
-            can't be written to; another process that writes this file.
+        ValueError: rows of another configuration, or without one; rows that are not such rows, or twice there;
+            anything else in one of the two files; a path that can't be written to; another process that writes this
+            file.
     """
 
-    def __init__(self, path: str | Path | None, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        configuration: Mapping[str, Any],
+        growing: Iterable[str] = (),
+        restart: bool = False,
+        cell_of: Callable[[Mapping[str, Any]], Any] | None = None,
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._file: Any = None
         if path is None:
@@ -67,9 +79,18 @@ class Records:
             self._file.seek(0)
             data = self._file.read()
             self.rows, whole = _parse(data, self.path)
-            self._match(list(growing), empty=not data)
+            restarts = self._match(list(growing), empty=not data, restart=restart)
+            if restarts:
+                logger.warning(
+                    "The %d rows of %s are removed, since they belong to %s.", len(self.rows), self.path, restarts
+                )
+                self.rows, whole = [], 0
+            elif cell_of is not None:
+                _check_cells(self.rows, cell_of, self.path)
+            self._write_configuration()
             if whole < len(data):  # only now that the file is known to be one of ours
-                logger.warning("The last line of %s was not written to its end. It is dropped and redone.", self.path)
+                if not restarts:
+                    logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
                 self._file.truncate(whole)
         except BaseException:
             self._file.close()
@@ -100,8 +121,9 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _match(self, growing: list[str], empty: bool) -> None:
-        """Refuses rows of another configuration, and files that are none of ours; then writes the configuration."""
+    def _match(self, growing: list[str], empty: bool, restart: bool) -> str:
+        """Refuses rows of another configuration, and files that are none of ours. Of those that are to be removed
+        instead it says what they belong to."""
         path, known, fault = configuration_path(self.path), cast(Any, None), None
         if os.path.lexists(path):
             with contextlib.suppress(OSError, ValueError):
@@ -118,18 +140,24 @@ class Records:
         if fault is not None:
             raise ValueError(f"{fault}. Name another output, or move that file away.")
         if self.rows:
-            differing = differences(known, self.configuration, growing)
+            differing = "; ".join(differences(known, self.configuration, growing))
+            if differing and restart:
+                return f"another configuration: {differing}"
             if differing:
                 raise ValueError(
-                    f"{self.path} belongs to another configuration: {'; '.join(differing)}. Name another output, or "
-                    "remove that one."
+                    f"{self.path} belongs to another configuration: {differing}. Name another output, or let this one "
+                    "start anew with `restart`."
                 )
             for key in growing:
                 self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
-        if known != self.configuration:
+        return ""
+
+    def _write_configuration(self) -> None:
+        text = json.dumps(self.configuration, indent=2, ensure_ascii=False) + "\n"
+        path = configuration_path(self.path)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             with output_file(path) as file:
-                json.dump(self.configuration, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+                file.write(text)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -179,16 +207,37 @@ def beside(path: str | Path, ending: str) -> Path:
 
 
 def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Iterable[str] = ()) -> list[str]:
-    """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both."""
+    """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both.
+    What is missing counts as `None`."""
     found = []
     for key in sorted(set(known) | set(given)):
-        if key in growing:
-            both = sorted(set(known.get(key, {})) & set(given.get(key, {})))
-            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in both}
-        else:
-            pairs = {key: (known.get(key), given.get(key))}
-        found += [f"{name} was {old}, but is {new}" for name, (old, new) in pairs.items() if old != new]
+        old, new = known.get(key), given.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            both = set(old) & set(new) if key in growing else set(old) | set(new)
+            old, new = ({k: v for k, v in values.items() if k in both} for values in (old, new))
+            found += [f"{key} {text}" for text in differences(old, new)]
+        elif old != new:
+            was = f"was {shorten(str(old), 120)}" if key in known else "is not recorded"
+            found.append(f"{key} {was}, but is {shorten(str(new), 120) if key in given else 'gone'}")
     return found
+
+
+def _check_cells(rows: Sequence[Mapping[str, Any]], cell_of: Callable[[Mapping[str, Any]], Any], path: Path) -> None:
+    """Raises `ValueError` for rows of another kind, and for two rows of one cell."""
+    seen: dict[Any, int] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            first = seen.setdefault(cell_of(row), number)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"Line {number} of {path} is no row of this version: {error!r} in {shorten(str(row), 120)}. Take that "
+                "line out, or name another output."
+            ) from None
+        if first != number:
+            raise ValueError(
+                f"Lines {first} and {number} of {path} are of the same run and prompt. Take one of them out, or name "
+                "another output."
+            )
 
 
 def lock(file: IO, path: Path) -> None:

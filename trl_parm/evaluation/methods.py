@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft_pblora.preference import Preference
-from peft_pblora.switch import backbone_of
 from trl_parm import decoding as formulas
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
@@ -70,7 +69,12 @@ class Entry:
 
     def configuration(self) -> dict[str, Any]:
         """What its rows depend on, with a fingerprint of every local folder among its settings."""
-        return {"make": self.method.make.__name__, **with_fingerprints(self.settings)}
+        found = {"make": self.method.make.__name__, **with_fingerprints(self.settings)}
+        if "rewards" in found:
+            found["rewards"] = {
+                name: RewardSource.of(r).configuration() for name, r in self.settings["rewards"].items()
+            }
+        return found
 
     def runs(self, preferences: Sequence[Preference]) -> list[Run]:
         """One run for each preference, or one for a control."""
@@ -171,7 +175,6 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
             if owner is not None:
                 owner.base_model.set_adapter([])
             made[weights] = rewarded_soup(cast(dict, named), weights, owner)
-            cast(Any, backbone_of(made[weights])).generation_config = models.base.generation_config
         return made[weights]
 
     return model_at
