@@ -187,6 +187,40 @@ def test_rows_of_an_edited_reward_are_refused_or_done_again(tmp_path, tokenizer,
     assert path.read_bytes() == kept
 
 
+def test_only_what_has_changed_is_done_again(tmp_path, tokenizer):
+    """Rows of other methods, and scores of other objectives, stay."""
+    done, found = [], []
+    runs = [Run("one"), Run("two", model=lambda batch: done.append(batch) or tiny_llama())]
+    options = {"path": tmp_path / "results.jsonl", "max_new_tokens": 2, "restart": True}
+    for beta in (1, 1, 2):
+        methods = {"methods": {"one": {"beta": 1}, "two": {"beta": beta}}}
+        sweep(tiny_llama(), tokenizer, ["w1"], runs, {"a": brevity}, configuration=methods, **options)
+        found.append(options["path"].read_text().splitlines())
+    assert [len(lines) for lines in found] == [2, 2, 2]
+    assert len({lines[0] for lines in found}) == 1
+    assert len(done) == 2
+    pairs, asked = Dataset.from_list([{"prompt": "w1", "chosen": "w2 w3", "rejected": "w4"}]), []
+
+    def counted(prompts, responses):
+        asked.extend(responses)
+        return brevity(prompts, responses)
+
+    for other in (conciseness, brevity):
+        data = relabel(pairs, {"a": counted, "b": other}, tmp_path / "pairs", test_size=0, restart=True)["train"]
+        assert data["b_score_0"] == other([""], ["w2 w3"])
+    assert len(asked) == 2
+
+
+def test_restart_removes_no_rows_of_anybody_else(tmp_path, tokenizer):
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"mine": 1}\n')
+    for known in ('{"mine": 1}', '{"seed": 1}'):
+        (tmp_path / "notes.config.json").write_text(known)
+        with pytest.raises(ValueError, match="is no row of this version|another configuration"):
+            sweep(tiny_llama(), tokenizer, ["w1"], [Run("base")], {"a": brevity}, path=path, restart=True)
+        assert path.read_text() == '{"mine": 1}\n'
+
+
 def bfloat16(model, tokenizer):
     model.to(torch.bfloat16)
 

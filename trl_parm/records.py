@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import shorten
+from types import MappingProxyType
 from typing import IO, Any, cast
 
 import yaml
@@ -43,11 +44,11 @@ class Records:
         path (`str` or `Path`, *optional*):
             The file, such as `results.jsonl`, with its configuration in `results.config.json`; in memory if `None`.
         configuration (`Mapping`): What the rows depend on, as JSON. Rows that are there already must belong to it.
-        growing (`Sequence[str]`, *optional*):
-            Keys of the configuration that are mappings to which entries may be added, such as methods by name. An
-            entry that is there already must stay as it is.
+        growing (`Mapping[str, str]`, *optional*):
+            Keys of the configuration that are mappings to which entries may be added, such as methods by name, and the
+            column that names a row's entry. An entry that is there already must stay as it is.
         restart (`bool`, *optional*, defaults to `False`):
-            Remove rows of another configuration, instead of refusing them. Rows of this one stay.
+            Remove rows of another configuration, instead of refusing them: those of the entries that differ, or all.
         cell_of (`Callable`, *optional*): What a row is of, such as its method and prompt. No two are of the same.
 
     Raises:
@@ -60,7 +61,7 @@ class Records:
         self,
         path: str | Path | None,
         configuration: Mapping[str, Any],
-        growing: Iterable[str] = (),
+        growing: Mapping[str, str] = MappingProxyType({}),
         restart: bool = False,
         cell_of: Callable[[Mapping[str, Any]], Any] | None = None,
     ) -> None:
@@ -79,19 +80,17 @@ class Records:
             self._file.seek(0)
             data = self._file.read()
             self.rows, whole = _parse(data, self.path)
-            restarts = self._match(list(growing), empty=not data, restart=restart)
-            if restarts:
-                logger.warning(
-                    "The %d rows of %s are removed, since they belong to %s.", len(self.rows), self.path, restarts
-                )
-                self.rows, whole = [], 0
-            elif cell_of is not None:
+            if cell_of is not None:
                 _check_cells(self.rows, cell_of, self.path)
-            self._write_configuration()
+            kept = self._match(growing, empty=not data, restart=restart)
+            if len(kept) < len(self.rows):
+                self._file.truncate(0)
+                self.rows, whole = [], len(data)
+                self.append(kept)
             if whole < len(data):  # only now that the file is known to be one of ours
-                if not restarts:
-                    logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
+                logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
                 self._file.truncate(whole)
+            self._write_configuration()
         except BaseException:
             self._file.close()
             raise
@@ -121,9 +120,8 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _match(self, growing: list[str], empty: bool, restart: bool) -> str:
-        """Refuses rows of another configuration, and files that are none of ours. Of those that are to be removed
-        instead it says what they belong to."""
+    def _match(self, growing: Mapping[str, str], empty: bool, restart: bool) -> list[dict[str, Any]]:
+        """The rows that stay. Refuses rows of another configuration, and files that are none of ours."""
         path, known, fault = configuration_path(self.path), cast(Any, None), None
         if os.path.lexists(path):
             with contextlib.suppress(OSError, ValueError):
@@ -139,18 +137,29 @@ class Records:
             )
         if fault is not None:
             raise ValueError(f"{fault}. Name another output, or move that file away.")
-        if self.rows:
-            differing = "; ".join(differences(known, self.configuration, growing))
-            if differing and restart:
-                return f"another configuration: {differing}"
-            if differing:
-                raise ValueError(
-                    f"{self.path} belongs to another configuration: {differing}. Name another output, or let this one "
-                    "start anew with `restart`."
-                )
-            for key in growing:
-                self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
-        return ""
+        if not self.rows:
+            return []
+        found = differences(known, self.configuration, growing)
+        if found and (not restart or set(known).isdisjoint(self.configuration)):
+            raise ValueError(
+                f"{self.path} belongs to another configuration: {'; '.join(found)}. Name another output, or let this "
+                "one start anew with `restart`."
+            )
+        kept, given = self.rows, self.configuration
+        if found:
+            fixed = [{key: value for key, value in one.items() if key not in growing} for one in (known, given)]
+            changed = {
+                column: {name for name, entry in given.get(key, {}).items() if known.get(key, {}).get(name) != entry}
+                for key, column in growing.items()
+            }
+            kept = [row for row in kept if not any(row[column] in names for column, names in changed.items())]
+            kept = [] if differences(*fixed) else kept
+            logger.warning(
+                "%d rows of %s are done again: %s.", len(self.rows) - len(kept), self.path, "; ".join(found)
+            )
+        for key in growing if kept else ():
+            given[key] = {**known.get(key, {}), **given.get(key, {})}
+        return kept
 
     def _write_configuration(self) -> None:
         text = json.dumps(self.configuration, indent=2, ensure_ascii=False) + "\n"

@@ -99,7 +99,7 @@ def relabel(
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
         "rewards": {name: reward_configuration(source) for name, source in rewards.items()},
     }
-    with Records(folder / SCORES, configuration, ["rewards"], restart, _scored_cell) as records:
+    with Records(folder / SCORES, configuration, {"rewards": "objective"}, restart, _scored_cell) as records:
         for objective, source in rewards.items():
             on_start(objective)
             # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.

@@ -75,8 +75,8 @@ def sweep(
         template (`str`, *optional*): How the base model reads a prompt; see [`encode_prompts`].
         max_prompt_length (`int`, *optional*): Most tokens of a prompt, whose end is kept.
         on_batch (`Callable`, *optional*): Called after each batch, for progress bars.
-        restart (`bool`, *optional*, defaults to `False`): Remove the rows of a file of another configuration, instead
-            of refusing it.
+        restart (`bool`, *optional*, defaults to `False`): Remove rows of another configuration from the file, instead
+            of refusing it: those of the methods that differ, or all.
         **generation: For `generate`, such as `max_new_tokens`. Decoding is greedy, or with `do_sample=True` sampled
             with the settings of [`Sampling`]. What the base model's generation config says beside that, such as a
             repetition penalty or an end token, acts on every method in the place of its own model's.
@@ -95,7 +95,7 @@ def sweep(
         on_batch, **generation,
     )  # fmt: skip
     whole = {**table.configuration, "model": describe_model(model), **(configuration or {})}
-    with Records(path, whole, ["methods"], restart, row_cell) as records:
+    with Records(path, whole, {"methods": "method"}, restart, row_cell) as records:
         table.fill(records, table.runs, lambda: (model, table.runs))
         return table.data(records)
 
@@ -154,7 +154,7 @@ def evaluate(
         **(configuration or {}),
         "methods": {entry.name: entry.configuration() for entry in entries},
     }
-    with Records(path, whole, ["methods"], restart, row_cell) as records:
+    with Records(path, whole, {"methods": "method"}, restart, row_cell) as records:
         for entry in entries:
             on_start(entry.name)
             with models.borrowed():
