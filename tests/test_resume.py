@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from pair_data import labelled, pairs
+from safetensors.torch import load_file, save_file
 from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, write_run
 from transformers import TrainerCallback
 

@@ -81,7 +81,7 @@ class Records:
             data = self._file.read()
             self.rows, whole = _parse(data, self.path)
             if cell_of is not None:
-                _check_cells(self.rows, cell_of, self.path)
+                check_cells(self.rows, cell_of, self.path)
             kept = self._match(growing, empty=not data, restart=restart)
             if len(kept) < len(self.rows):
                 self._file.truncate(0)
@@ -184,6 +184,20 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_configuration(path: str | Path) -> dict[str, Any]:
+    """The configuration of a file of results. Raises `ValueError` if it can't be read, or names no objectives."""
+    beside, found = configuration_path(path), None
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("objectives"), list):
+        raise ValueError(f"{beside}, which says what {path} is, is missing or no configuration of results.")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and how many bytes they take. Raises `ValueError` for what no run can have written."""
     whole = data.rfind(b"\n") + 1
@@ -192,7 +206,7 @@ def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse_constant)
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -231,22 +245,24 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
     return found
 
 
-def _check_cells(rows: Sequence[Mapping[str, Any]], cell_of: Callable[[Mapping[str, Any]], Any], path: Path) -> None:
-    """Raises `ValueError` for rows of another kind, and for two rows of one cell."""
+def check_cells(rows: Sequence[Mapping[str, Any]], cell_of: Callable[[Mapping[str, Any]], Any], path: Path) -> list:
+    """What rows are of. Raises `ValueError` for rows of another kind, and for two of the same cell."""
     seen: dict[Any, int] = {}
     for number, row in enumerate(rows, 1):
         try:
             first = seen.setdefault(cell_of(row), number)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"Line {number} of {path} is no row of this version: {error!r} in {shorten(str(row), 120)}. Take that "
-                "line out, or name another output."
+                f"Line {number} of {path} is no row of this version: {reason}. Take that line out, or name another "
+                "output."
             ) from None
         if first != number:
             raise ValueError(
                 f"Lines {first} and {number} of {path} are of the same run and prompt. Take one of them out, or name "
                 "another output."
             )
+    return list(seen)
 
 
 def lock(file: IO, path: Path) -> None:

@@ -26,16 +26,10 @@ from trl_parm.sources import describe_model, short_hash
 from trl_parm.texts import PromptText, prompt_key
 
 from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length
-from .fronts import OF_OBJECTIVE, SUMMARY
+from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
 from .methods import Entry, with_fingerprints
 from .models import Models
-
-
-COLUMNS = (
-    "method", "preference", "label", "prompt", "response", "tokens", "seconds", "seed", "extra_parameters",
-    "extra_bytes",
-)  # fmt: skip
-"""Columns of the table beside the rewards."""
+from .rescoring import COLUMNS, DECODED
 
 
 def sweep(
@@ -95,7 +89,7 @@ def sweep(
         on_batch, **generation,
     )  # fmt: skip
     whole = {**table.configuration, "model": describe_model(model), **(configuration or {})}
-    with Records(path, whole, {"methods": "method"}, restart, row_cell) as records:
+    with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
         table.fill(records, table.runs, lambda: (model, table.runs))
         return table.data(records)
 
@@ -154,7 +148,7 @@ def evaluate(
         **(configuration or {}),
         "methods": {entry.name: entry.configuration() for entry in entries},
     }
-    with Records(path, whole, {"methods": "method"}, restart, row_cell) as records:
+    with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
         for entry in entries:
             on_start(entry.name)
             with models.borrowed():
@@ -211,11 +205,21 @@ class _Table:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
-        check_objectives(self.objectives or ["none"])
+        if self.objectives:  # none are needed where nothing is scored
+            check_objectives(self.objectives)
+        for name in (run.method for run in self.runs):
+            if not (isinstance(name, str) and name.strip() and name.isprintable()):
+                raise ValueError(f"The name of a method is {name!r}, but it must be a text of one line, in quotes.")
         check_columns(self.objectives, COLUMNS)
         check_columns(self.objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
         for method, weights in _repeated((run.method, run.weights(self.objectives)) for run in self.runs):
             raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
+
+    def stored(self, row: Mapping[str, Any]) -> tuple:
+        """The cell of a row in a file, which must have all columns."""
+        judged = [name for name, reward in self.rewards.items() if reward is not None]
+        check_scores(row, (*judged, *DECODED))
+        return row_cell(row)
 
     def data(self, records: Records) -> Dataset:
         """The rows of all runs, which are there."""
@@ -292,12 +296,6 @@ class _Table:
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
-
-
-def row_cell(row: Mapping[str, Any]) -> tuple:
-    """What a row of a table is of: the method, the preference and the prompt."""
-    weights = row["preference"]
-    return row["method"], None if weights is None else tuple(weights), prompt_key(row["prompt"])
 
 
 def _now(device: torch.device) -> float:

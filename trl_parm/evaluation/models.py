@@ -194,7 +194,7 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, name: str) -> PreTrainedModel:
-        if backbone := backbone_name(name):
+        if backbone := _read(backbone_name, name, "model"):
             return load_adapter(self._load(backbone), name).get_base_model().eval()
         model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
