@@ -97,7 +97,7 @@ def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "def
         return
     with refused(folder):
         result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    prefix = cast(Any, PEFT_TYPE_TO_PREFIX_MAPPING).get(config.peft_type, "")
     missing = [key for key in result.missing_keys if prefix in key and adapter_name in key.split(".")]
     _refuse(folder, "missing", (key for key in missing if not any(part in key for part in SHARED)))
     _refuse(folder, "for another model: nothing here is called so", result.unexpected_keys)

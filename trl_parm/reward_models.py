@@ -26,9 +26,9 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from .records import fingerprint, plain
+from .records import plain
 from .rewards import Reward
-from .sources import describe_function
+from .sources import describe_function, known_by
 from .texts import PromptText, as_messages, fill
 
 
@@ -116,7 +116,7 @@ class RewardSource:
         settings |= plain({key: value for key, value in self.model_kwargs.items() if key != "device_map"})
         if not self.is_model:
             return {**settings, **describe_function(load_function(self.source))}
-        return {**settings, "fingerprint": fingerprint(self.source)}
+        return {**settings, "fingerprint": known_by(self.source)}
 
     def load(self) -> Reward:
         """The reward. A model is loaded, without code from elsewhere; on the GPU if there is one.

@@ -22,9 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import nn
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
 from peft_pblora.switch import AdapterSwitch, backbone_of
+
+from .records import fingerprint
 
 
 NUMBERS = bool | int | float | complex | None
@@ -67,6 +71,16 @@ def describe_model(model: Any) -> dict[str, Any]:
         "attention": str(backbone.config._attn_implementation),
         "weights": hash_weights(backbone, adapters=False),
     }
+
+
+def known_by(name: str) -> str | None:
+    """What a model's name stands for now: a hash of the files in a local folder, or the commit of a name on the Hub,
+    as far as that can be reached or is in the cache."""
+    found = fingerprint(name)
+    for file in (CONFIG_NAME, ADAPTER_CONFIG) if found is None else ():
+        with contextlib.suppress(OSError, ValueError):
+            found = found or extract_commit_hash(cached_file(name, file), None)
+    return found
 
 
 def hash_weights(model: nn.Module, adapters: bool = True) -> str:

@@ -16,12 +16,16 @@ from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
-from trl_parm.records import fingerprint
 from trl_parm.reward_models import ModelReward, RewardSource
 from trl_parm.rewards import readable
+from trl_parm.sources import known_by
 
 from .decoding import Batch, ModelAt, Run
 from .models import Guide, Models, backbone_name, own_prompt
+
+
+MODELS = ("arm", "arms", "policies", "policy", "reference")
+"""Settings that name models, one or one for each objective."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ class Entry:
         return cls(name, method, settings)
 
     def configuration(self) -> dict[str, Any]:
-        """What its rows depend on, with a fingerprint of every local folder among its settings."""
-        found = {"make": self.method.make.__name__, **with_fingerprints(self.settings)}
+        """What its rows depend on: its settings, and what its models and rewards are now."""
+        found = {"make": self.method.make.__name__, **self.settings}
+        found |= {name: with_fingerprints(found[name]) for name in MODELS if name in found}
         if "rewards" in found:
             found["rewards"] = {
                 name: RewardSource.of(r).configuration() for name, r in self.settings["rewards"].items()
@@ -82,10 +87,10 @@ class Entry:
 
 
 def with_fingerprints(value: Any) -> Any:
-    """The value, with a hash beside each name of a local folder in it."""
+    """Names of models, each with a hash of its folder or its commit on the Hub beside it."""
     if isinstance(value, Mapping):
         return {key: with_fingerprints(entry) for key, entry in value.items()}
-    found = fingerprint(value) if isinstance(value, str) else None
+    found = known_by(value) if isinstance(value, str) else None
     return value if found is None else {"path": value, "fingerprint": found}
 
 

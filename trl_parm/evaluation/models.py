@@ -195,7 +195,7 @@ class Models:
 
     def _load(self, name: str) -> PreTrainedModel:
         if backbone := _read(backbone_name, name, "model"):
-            return load_adapter(self._load(backbone), name).get_base_model().eval()
+            return cast(PreTrainedModel, load_adapter(self._load(backbone), name).get_base_model().eval())
         model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
             model.to("cuda")
