@@ -54,9 +54,9 @@ def test_rewards_get_copies():
 
 
 def test_an_error_of_a_reward_names_it_and_keeps_its_traceback(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def broken(prompts, responses):\n    return [1 / 0 for _ in responses]\n")
+    (tmp_path / "dividing.py").write_text("def broken(prompts, responses):\n    return [1 / 0 for _ in responses]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for reward in (RewardSource("mine:broken"), RewardSource("mine:broken", negate=True).load()):
+    for reward in (RewardSource("dividing:broken"), RewardSource("dividing:broken", negate=True).load()):
         with pytest.raises(ZeroDivisionError) as error:
             run_sweep(tokenizer, [Run("base")], rewards={"helpful": reward})
         text = "".join(traceback.format_exception(error.value))

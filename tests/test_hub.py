@@ -34,7 +34,7 @@ torch.save(arm(torch.arange(2, 18).view(2, 8)).logits, "logits.pt")
 """
 
 KNOWN = """
-from trl_parm.sources import known_by
+from trl_parm.identity import known_by
 print("known by", known_by("user/arm"))
 """
 BY_US = """

@@ -124,3 +124,28 @@ def test_what_is_refused(tmp_path, tokenizer, change, message):
     with pytest.raises(ValueError, match=message):
         rescore(tmp_path / call["results"], call["rewards"], tmp_path / call["output"])
     assert old.read_bytes() == before
+
+
+def test_the_command_shows_where_a_reward_failed(tmp_path, tokenizer, monkeypatch):
+    """A mistake in a user's function is no bad input, which would end in one line."""
+    old = evaluated(tokenizer, tmp_path / "old.jsonl")
+    (tmp_path / "parsing.py").write_text("def broken(prompts, responses):\n    return [int('x')]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="invalid literal") as error:
+        main(
+            ["rescore", "--results", str(old), "--rewards", '{"helpful": "parsing:broken"}', "--output", f"{old}.new"]
+        )
+    assert error.value.__notes__ == ["This is from the reward 'helpful'."]
+    assert error.traceback[-1].name == "broken"
+
+
+@pytest.mark.parametrize("text", ["garbage", "[1]", '{"seed": 1}', '{"objectives": "helpful"}'])
+def test_a_damaged_configuration_is_refused_by_all_that_read_it(tmp_path, tokenizer, capsys, text):
+    old = evaluated(tokenizer, tmp_path / "old.jsonl")
+    (tmp_path / "old.config.json").write_text(text)
+    with pytest.raises(ValueError, match="is missing or no configuration of results"):
+        rescore(old, FIRST, tmp_path / "new.jsonl")
+    assert main(["plot", "--results", str(old), "--output_dir", str(tmp_path / "figures")]) == 2
+    assert "no configuration of results" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is not the configuration of any rows|belongs to another configuration"):
+        evaluated(tokenizer, old)

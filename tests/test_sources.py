@@ -6,8 +6,11 @@ import json
 import logging
 import re
 import sys
+from collections import deque
+from decimal import Decimal
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
@@ -18,11 +21,12 @@ from trl_parm.decoding import MOD
 from trl_parm.evaluation import Run, sweep
 from trl_parm.evaluation.evaluate import evaluate
 from trl_parm.evaluation.models import Models
+from trl_parm.identity import describe_model, hash_weights
 from trl_parm.records import differences
 from trl_parm.relabel import relabel
 from trl_parm.reward_models import RewardSource
 from trl_parm.rewards import brevity, conciseness, positivity
-from trl_parm.sources import STATE, describe_function, describe_model, hash_weights
+from trl_parm.sources import STATE, describe_function
 
 
 MINE = """
@@ -128,6 +132,11 @@ def cost():
     [
         (scaled(1), scaled(1), scaled(2)),
         (scaled(1, [1]), scaled(1, [1]), scaled(1, [2])),
+        (scaled(1, np.array(["a", "b"])), scaled(1, np.array(["a", "b"])), scaled(1, np.array(["a", "c"]))),
+        (scaled(1, np.array([1, None])), scaled(1, np.array([1, None])), scaled(1, np.array([2, None]))),
+        (scaled(np.float32(1)), scaled(np.float32(1)), scaled(np.float32(2))),
+        (scaled(1, deque([Decimal(1)])), scaled(1, deque([Decimal(1)])), scaled(1, deque([Decimal(2)]))),
+        (scaled(1, {"a", "b", "c"}), scaled(1, {"c", "b", "a"}), scaled(1, {"a", "b"})),
         (scaled(1, {"a": brevity}), scaled(1, {"a": brevity}), scaled(1, {"a": conciseness})),
         (Judge(1), Judge(1, calls=3), Judge(2)),
         (Judge(1).of, Judge(1).of, Judge(2).of),

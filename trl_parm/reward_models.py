@@ -26,9 +26,10 @@ from transformers import (
 )
 from transformers import initialization as init
 
+from .identity import known_by
 from .records import plain
 from .rewards import Reward
-from .sources import describe_function, known_by
+from .sources import describe_function
 from .texts import PromptText, as_messages, fill
 
 

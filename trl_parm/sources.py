@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the results of a function or a model depend on, as JSON that two runs can compare. It computes none of them."""
+"""What the results of a function depend on, as JSON that two runs can compare. It computes none of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import builtins
 import contextlib
 import dis
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from datetime import date, time, timedelta
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -22,16 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import nn
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash
 
-from peft_pblora.switch import AdapterSwitch, backbone_of
-
-from .records import fingerprint
+from .identity import hash_weights, short_hash, values_of
 
 
-NUMBERS = bool | int | float | complex | None
+PLAIN = (
+    bool | int | float | complex | None | str | bytes | Path | Enum | re.Pattern | range | slice | date | time
+    | timedelta | Decimal | Fraction | np.generic | torch.dtype | torch.device
+)  # fmt: skip
+"""What is told by its `repr`."""
 INSTALLED = ("site-packages", "dist-packages")
 CHANGING = (
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault",
@@ -61,41 +63,6 @@ def describe_function(function: Callable) -> dict[str, Any]:
     return {"function": name, "parts": dict(sorted(parts.found.items()))}
 
 
-def describe_model(model: Any) -> dict[str, Any]:
-    """What a language model's log-probabilities depend on: its name, dtype, attention and, by a hash, its weights.
-    Adapters on it are left out."""
-    backbone: Any = backbone_of(model)
-    return {
-        "name": str(backbone.config._name_or_path),
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "attention": str(backbone.config._attn_implementation),
-        "weights": hash_weights(backbone, adapters=False),
-    }
-
-
-def known_by(name: str) -> str | None:
-    """What a model's name stands for now: a hash of the files in a local folder, or the commit of a name on the Hub,
-    as far as that can be reached or is in the cache."""
-    found = fingerprint(name)
-    for file in (CONFIG_NAME, ADAPTER_CONFIG) if found is None else ():
-        with contextlib.suppress(OSError, ValueError):
-            found = found or extract_commit_hash(cached_file(name, file), None)
-    return found
-
-
-def hash_weights(model: nn.Module, adapters: bool = True) -> str:
-    """A short hash of some values of each weight and buffer, or of those that belong to no adapter."""
-    digest, tuned = hashlib.sha256(), AdapterSwitch.of(model).layers
-    frozen = ("base_layer.", "original_module.")
-    of_adapters = {id(p) for layer in tuned for name, p in layer.named_parameters() if not name.startswith(frozen)}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if adapters or id(tensor) not in of_adapters:
-            name = name if adapters else re.sub(r"\.(base_layer|original_module)\b", "", name)
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(b"" if tensor.is_meta else _values(tensor, 16))
-    return digest.hexdigest()[:16]
-
-
 class _Parts:
     """Collects what code depends on. `home` is the module of the function that is described."""
 
@@ -115,23 +82,22 @@ class _Parts:
 
     def add(self, name: str, value: Any) -> str:
         """Notes a value under a name, and all that it depends on. Returns a text that stands for it in others."""
-        if isinstance(value, NUMBERS | str | bytes | Path | Enum | re.Pattern):
+        if isinstance(value, PLAIN):
             return repr(value)
+        if isinstance(value, np.ndarray) and value.dtype.hasobject:
+            value = value.tolist()
         if isinstance(value, torch.Tensor | np.ndarray):
-            tensor = torch.as_tensor(value) if isinstance(value, torch.Tensor) or value.dtype != object else None
-            known = b"" if tensor is None else _values(tensor)
-            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)} {short_hash(known)}"
+            data = values_of(value) if isinstance(value, torch.Tensor) else value.tobytes()
+            return f"{type(value).__name__} {value.dtype} {tuple(value.shape)} {short_hash(data)}"
         if id(value) in self._seen:
             return self.name(value) if callable(value) else type(value).__name__
         self._seen[id(value)] = value
         if isinstance(value, Mapping):
             texts = [f"{key!r}: {self.add(f'{name}[{key!r}]', entry)}" for key, entry in value.items()]
             return f"{{{', '.join(texts)}}}"
-        if isinstance(value, list | tuple | set | frozenset):
+        if isinstance(value, Sequence | Set):
             texts = [self.add(f"{name}[{i}]", entry) for i, entry in enumerate(value)]
-            return (
-                f"{type(value).__name__}({', '.join(sorted(texts) if isinstance(value, set | frozenset) else texts)})"
-            )
+            return f"{type(value).__name__}({', '.join(sorted(texts) if isinstance(value, Set) else texts)})"
         if isinstance(value, ModuleType):
             self._module(value)
             return value.__name__
@@ -202,7 +168,7 @@ class _Parts:
         if not self._is_installed(name):
             try:
                 self.add(name, importlib.import_module(name))
-            except ImportError as error:  # it may be asked for only where it is
+            except Exception as error:  # it may be asked for only where it works
                 self.found[name] = f"not hashed: {error}"
 
     def _module(self, module: ModuleType) -> None:
@@ -297,15 +263,3 @@ def _imports(code: CodeType, package: str) -> Iterator[str]:
 @functools.cache
 def _distributions() -> Mapping[str, list[str]]:
     return packages_distributions()
-
-
-def _values(tensor: torch.Tensor, most: int | None = None) -> bytes:
-    """A tensor's values, or some that are spread over it, as bytes."""
-    values = tensor.detach().reshape(-1)
-    values = values if most is None else values[:: max(1, len(values) // most)]
-    return values.contiguous().cpu().view(torch.uint8).numpy().tobytes() if len(values) else b""
-
-
-def short_hash(data: bytes) -> str:
-    """16 letters of the SHA-256 of some bytes."""
-    return hashlib.sha256(data).hexdigest()[:16]

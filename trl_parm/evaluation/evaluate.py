@@ -18,11 +18,11 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from peft_pblora import as_preference, name_preference
 from peft_pblora.preference import Preference, check_columns, check_objectives
 from trl_parm.decoding import BASE, Guided
+from trl_parm.identity import describe_model, short_hash
 from trl_parm.noise import row_seed
 from trl_parm.records import Records, plain
 from trl_parm.reward_models import reward_configuration
 from trl_parm.rewards import Reward, score
-from trl_parm.sources import describe_model, short_hash
 from trl_parm.texts import PromptText, prompt_key
 
 from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length

@@ -16,9 +16,9 @@ from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
+from trl_parm.identity import known_by
 from trl_parm.reward_models import ModelReward, RewardSource
 from trl_parm.rewards import readable
-from trl_parm.sources import known_by
 
 from .decoding import Batch, ModelAt, Run
 from .models import Guide, Models, backbone_name, own_prompt

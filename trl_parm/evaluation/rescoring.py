@@ -11,10 +11,10 @@ from typing import Any
 from datasets import Dataset
 
 from peft_pblora.preference import check_columns, check_objectives
+from trl_parm.identity import short_hash
 from trl_parm.records import Records, check_cells, read_configuration, read_rows
 from trl_parm.reward_models import reward_configuration
 from trl_parm.rewards import Reward, score
-from trl_parm.sources import short_hash
 
 from .fronts import OF_OBJECTIVE, SUMMARY, row_cell
 
