@@ -127,10 +127,9 @@ def check_record(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
 
 def check_adapter_of(checkpoint: str | Path, model: Any, adapter: str | None) -> None:
     """Raises `ValueError` for a checkpoint whose adapter is damaged; transformers would train on with what it has."""
-    places = [Path(checkpoint), Path(checkpoint, adapter or "")]
-    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    folder = next((place for place in places for name in names if (place / name).is_file()), None)
-    if adapter and folder and isinstance(model, PeftModel):
+    folder = Path(checkpoint, "" if adapter == "default" else adapter or "")  # where PEFT puts it
+    saved = any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    if adapter and saved and isinstance(model, PeftModel):
         check_checkpoint(model, folder, adapter)
 
 
