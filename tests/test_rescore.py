@@ -135,7 +135,7 @@ def test_the_command_shows_where_a_reward_failed(tmp_path, tokenizer, monkeypatc
         main(
             ["rescore", "--results", str(old), "--rewards", '{"helpful": "parsing:broken"}', "--output", f"{old}.new"]
         )
-    assert error.value.__notes__ == ["This is from the reward 'a'."]
+    assert error.value.__notes__ == ["This is from the reward 'helpful'."]
     assert error.traceback[-1].name == "broken"
 
 
