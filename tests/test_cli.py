@@ -162,7 +162,7 @@ def test_an_evaluation_goes_on_and_refuses_another_configuration(folder, capsys)
     before = (folder / "again/run.yaml").read_bytes()
     capsys.readouterr()
     assert run("evaluate", "--config", config, "--max_new_tokens", 5) == 2
-    assert "belongs to another configuration: generation was {'max_new_tokens': 4}" in capsys.readouterr().err
+    assert "belongs to another configuration: generation max_new_tokens was 4" in capsys.readouterr().err
     assert (folder / "again/run.yaml").read_bytes() == before
     assert len(read_rows(results)) == whole.count(b"\n")
 

@@ -3,18 +3,21 @@
 
 import json
 import shutil
+import traceback
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
 from scipy.stats import chisquare
 
 from trl_parm.decoding import PARM
-from trl_parm.evaluation import Run, mean_and_error, summarize, sweep
+from trl_parm.evaluation import Run, arrange, mean_and_error, rescore, summarize, sweep
 from trl_parm.evaluation.decoding import RowSampling, encode_prompts
 from trl_parm.noise import row_seed
 from trl_parm.records import Records, read_rows
-from trl_parm.rewards import brevity, conciseness, positivity
+from trl_parm.reward_models import RewardSource
+from trl_parm.rewards import brevity, conciseness, positivity, score
 from trl_parm.texts import as_text, fill
 
 
@@ -29,6 +32,36 @@ def test_rewards():
     positive = positivity(texts, texts)
     assert positive[0] > 0.5 > 0 > positive[1]
     assert positive[2] <= 0
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, lambda v: torch.tensor(v)[:, None], np.float32, iter, tuple, np.array])
+def test_rewards_may_return_tensors_arrays_and_generators(kind):
+    assert score("a", lambda p, r: kind([0.5, 2.0]), ["w1", "w2"], ["w3", "w4"]) == [0.5, 2.0]
+    assert score("a", lambda p, r: [torch.tensor(1.0, requires_grad=True), np.int64(2)], [""] * 2, [""] * 2) == [1, 2]
+
+
+def test_rewards_get_copies():
+    def greedy(prompts, responses):
+        prompts[0][0]["content"] = "gone"
+        prompts.clear()
+        responses.clear()
+        return [1.0]
+
+    greedy.reads_messages = True
+    prompts, responses = [[{"role": "user", "content": "w1"}]], ["w2"]
+    assert score("a", greedy, prompts, responses) == [1.0]
+    assert (prompts, responses) == ([[{"role": "user", "content": "w1"}]], ["w2"])
+
+
+def test_an_error_of_a_reward_names_it_and_keeps_its_traceback(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "dividing.py").write_text("def broken(prompts, responses):\n    return [1 / 0 for _ in responses]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for reward in (RewardSource("dividing:broken"), RewardSource("dividing:broken", negate=True).load()):
+        with pytest.raises(ZeroDivisionError) as error:
+            run_sweep(tokenizer, [Run("base")], rewards={"helpful": reward})
+        text = "".join(traceback.format_exception(error.value))
+        assert "in broken" in text
+        assert "This is from the reward 'helpful'." in text
 
 
 def parm_runs(arm, weights=(0.0, 0.5, 1.0)):
@@ -180,14 +213,6 @@ def stop_after(batches):
 @pytest.mark.parametrize(("batches", "torn"), [(1, True), (2, False), (5, True)])
 def test_a_killed_sweep_goes_on(tmp_path, tokenizer, batches, torn):
     """The same rows, byte for byte but for their times; finished work is not done again."""
-    runs = parm_runs(tiny_arm())
-    whole = run_sweep(tokenizer, runs, path=tmp_path / "whole.jsonl", do_sample=True)
-    path = tmp_path / "broken.jsonl"
-    with pytest.raises(Stop):
-        run_sweep(tokenizer, runs, path=path, do_sample=True, on_batch=stop_after(batches))
-    if torn:
-        path.write_bytes(path.read_bytes()[:-25])
-    kept = path.read_bytes()
     decoded = []
 
     def counting(prompts, responses):
@@ -195,6 +220,15 @@ def test_a_killed_sweep_goes_on(tmp_path, tokenizer, batches, torn):
         return brevity(prompts, responses)
 
     rewards = {"helpful": counting, "harmless": conciseness}
+    runs = parm_runs(tiny_arm())
+    whole = run_sweep(tokenizer, runs, path=tmp_path / "whole.jsonl", do_sample=True)
+    path = tmp_path / "broken.jsonl"
+    with pytest.raises(Stop):
+        run_sweep(tokenizer, runs, path=path, do_sample=True, on_batch=stop_after(batches), rewards=rewards)
+    if torn:
+        path.write_bytes(path.read_bytes()[:-25])
+    kept = path.read_bytes()
+    decoded.clear()
     resumed = run_sweep(tokenizer, runs, path=path, do_sample=True, rewards=rewards)
     assert texts(resumed) == texts(whole)
     complete = kept[: kept.rfind(b"\n") + 1]
@@ -223,9 +257,9 @@ def test_rows_may_be_added_to_a_table(tmp_path, tokenizer):
     ("change", "message"),
     [
         ({"seed": 1}, "seed was 0, but is 1"),
-        ({"max_new_tokens": 7}, "generation was {'max_new_tokens': 6}, but is {'max_new_tokens': 7}"),
+        ({"max_new_tokens": 7}, "generation max_new_tokens was 6, but is 7"),
         ({"do_sample": True}, "sampling was None, but is {}"),
-        ({"configuration": {"methods": {"PARM": {"beta": 2.0}}}}, "methods PARM was {'beta': 0.5}, but is"),
+        ({"configuration": {"methods": {"PARM": {"beta": 2.0}}}}, "methods PARM beta was 0.5, but is 2.0"),
     ],
 )
 def test_a_file_of_another_configuration_is_refused(tmp_path, tokenizer, change, message):
@@ -235,6 +269,51 @@ def test_a_file_of_another_configuration_is_refused(tmp_path, tokenizer, change,
     with pytest.raises(ValueError, match=message):
         run_sweep(tokenizer, [Run("base")], **{**options, **change})
     assert options["path"].read_bytes() == before
+
+
+NEEDED = ("method", "preference", "prompt", "helpful", "response", "tokens", "seconds", "seed")
+
+
+def without(name):
+    return lambda row: {key: value for key, value in row.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda row: "garbage", "Line 1 of .* is not a row in JSON"),
+        (lambda row: '{"method": "base", "pref', "Line 1 of .* is not a row in JSON"),
+        (lambda row: json.dumps(row).replace("-", "NaN #"), "Line 1 of .* is not a row in JSON"),
+        (lambda row: json.dumps({**row, "helpful": float("nan")}), "Line 1 of .* is not a row in JSON"),
+        (lambda row: json.dumps(row) + "\n" + json.dumps(row), "Lines 1 and 2 of .* are of the same run and prompt"),
+        *(
+            (without(name), f"Line 1 of .* it has no '{name}'")
+            for name in ("method", "preference", "prompt", "helpful")
+        ),
+        *((without(name), f"Line 1 of .* it has no '{name}'") for name in ("response", "tokens", "seconds", "seed")),
+        (lambda row: {**row, "helpful": None}, "its 'helpful' is None, no finite number"),
+        (lambda row: {**row, "helpful": "good"}, "its 'helpful' is 'good', no finite number"),
+        (lambda row: {**row, "preference": "uniform"}, "its preference is 'uniform'"),
+        (lambda row: {**row, "method": 3}, "its method is 3"),
+    ],
+)
+def test_damaged_rows_are_refused(tmp_path, tokenizer, edit, message):
+    """By what goes on with them, by what scores them again, and, where it needs them, by what measures them."""
+    path = tmp_path / "results.jsonl"
+    run_sweep(tokenizer, [Run("base")], path=path)
+    first, rest = path.read_text().split("\n", 1)
+    edited = edit(json.loads(first))
+    path.write_text((edited if isinstance(edited, str) else json.dumps(edited)) + "\n" + rest)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run_sweep(tokenizer, [Run("base")], path=path)
+    assert path.read_bytes() == before
+    if "seed" not in message and "response" not in message:
+        with pytest.raises(ValueError, match="twice for|lacks the columns|is none: its|not a row in JSON"):
+            arrange(read_rows(path), list(REWARDS))
+    if not any(name in message for name in ("helpful", "tokens", "seconds", "seed")):
+        with pytest.raises(ValueError, match=message):
+            rescore(path, REWARDS, tmp_path / "other.jsonl")
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -319,8 +398,22 @@ def test_two_files_of_rows_never_share_a_configuration(tmp_path):
         ({"runs": [Run("PARM", [0.5, 0.6])]}, "the weights must sum to 1"),
         ({"rewards": {"bad": lambda p, r: [float("nan")] * len(r)}}, "The reward 'bad' returned nan for the response"),
         ({"rewards": {"bad": lambda p, r: [1.0]}}, "'bad' returned 1 numbers for 2 responses"),
+        ({"rewards": {"bad": lambda p, r: [None] * len(r)}}, "'bad' returned None for the response"),
+        ({"rewards": {"bad": lambda p, r: ["1.0"] * len(r)}}, "'bad' returned '1.0' for the response"),
+        ({"rewards": {"bad": lambda p, r: torch.zeros(len(r), 2)}}, r"'bad' returned \[0.0, 0.0\] for the response"),
+        ({"rewards": {"bad": lambda p, r: None}}, "'bad' returned None. It must return one number"),
+        ({"rewards": {"bad": lambda p, r: dict(zip(r, r))}}, "'bad' returned {"),
+        ({"rewards": {"bad": lambda p, r: 1.0}}, "'bad' returned 1.0. It must return one number"),
         ({"rewards": {"tokens": brevity}}, "called 'tokens', which is a column"),
         ({"rewards": {"a": brevity, "a_low": brevity}}, "called 'a_low', which is a column of the objective 'a'"),
+        ({"rewards": {1: brevity}}, "must be a list of one or more non-empty names"),
+        (
+            {"rewards": {"α a": brevity, "a": brevity}},
+            "called 'α a', which is a column of the objective 'α a' already",
+        ),
+        ({"runs": [Run(2)]}, "The name of a method is 2, but it must be a text"),
+        ({"runs": [Run("a\nb")]}, "The name of a method is 'a.nb'"),
+        ({"runs": [Run(" ")]}, "The name of a method is ' '"),
         ({"temperature": 0.7}, "temperature act on sampling only"),
         ({"num_beams": 2}, "num_beams can't be used here"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),

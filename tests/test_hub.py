@@ -33,6 +33,16 @@ peft_pblora.set_preference(arm, {{"helpful": 0.25, "harmless": 0.75}})
 torch.save(arm(torch.arange(2, 18).view(2, 8)).logits, "logits.pt")
 """
 
+KNOWN = """
+from trl_parm.identity import known_by
+print("known by", known_by("user/arm"))
+"""
+BY_US = """
+from peft_pblora import load_adapter
+loaded = load_adapter(AutoModelForCausalLM.from_pretrained("base"), "user/arm")
+assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), arm.parameters()))
+"""
+
 WITH_CARD = PUSH.replace(
     'arm.push_to_hub("user/arm", private={private})',
     'print(peft_pblora.push_to_hub(arm, "user/arm", private={private}).oid)',
@@ -97,8 +107,10 @@ def arm(tmp_path):
 
 
 def test_push_and_load_by_id_and_revision(hub, arm, tmp_path):
-    pushed = run(hub, tmp_path, PUSH.format(private=False) + LOAD.format(revision="main"))
+    """What a name stands for is known by its commit, so that rows of an older one are told apart."""
+    pushed = run(hub, tmp_path, PUSH.format(private=False) + LOAD.format(revision="main") + BY_US + KNOWN)
     assert pushed.returncode == 0, pushed.stderr + "\n".join(hub.requests)
+    assert f"known by {hub.repositories['user/arm'].commits[-1][0]}" in pushed.stdout
     expected = arm(torch.arange(2, 18).view(2, 8)).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
     repository = hub.repositories["user/arm"]
@@ -107,8 +119,10 @@ def test_push_and_load_by_id_and_revision(hub, arm, tmp_path):
     (tmp_path / "logits.pt").unlink()
     first, files = repository.commits[-1]
     repository.commit({**files, "adapter_config.json": b"not json"})  # the first commit still loads by its revision
-    loaded = run(hub, tmp_path, LOAD.format(revision=first), token=None)
+    loaded = run(hub, tmp_path, LOAD.format(revision=first) + KNOWN, token=None)
     assert loaded.returncode == 0, loaded.stderr
+    assert f"known by {repository.commits[-1][0]}" in loaded.stdout
+    assert repository.commits[-1][0] != first
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 

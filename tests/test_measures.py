@@ -151,8 +151,17 @@ def test_the_interval_of_a_mean_is_the_usual_one():
     assert (low, high) == pytest.approx(expected, abs=0.012)
 
 
-def test_one_prompt_has_no_interval():
-    assert math.isnan(bootstrap(lambda mean: mean[0], [[2.0]]).low)
+def test_one_prompt_has_no_interval_and_says_so(tmp_path):
+    interval = bootstrap(lambda mean: mean[0], [[2.0]])
+    assert math.isnan(interval.low)
+    assert str(interval) == "2.00 (one prompt: no interval)"
+    found = arrange(table({"a": PARM, "b": GENARM}, prompts=1), OBJECTIVES)
+    for rows in (measure(found, OBJECTIVES, [[0, 0]]), differences(found, OBJECTIVES, [[0, 0]], "a")):
+        assert "one prompt" in markdown(rows)
+        assert "nan" not in markdown(rows)
+        write_csv(rows, tmp_path / "rows.csv")
+        assert "nan" not in (tmp_path / "rows.csv").read_text()
+    assert {row["differs"] for row in rows} == {None}
 
 
 def test_intervals_of_the_hypervolume_hold_the_truth():

@@ -267,13 +267,13 @@ def test_another_arm_of_the_same_name_is_refused(folder, tmp_path):
     run(folder, [parm], path)
     known = json.loads((tmp_path / "results.config.json").read_text())
     assert known["methods"]["PARM"]["arm"]["fingerprint"] != known["base"]["fingerprint"]
-    with pytest.raises(ValueError, match="methods PARM was"):
+    with pytest.raises(ValueError, match="methods PARM arm fingerprint was"):
         run(folder, [{**parm, "arm": "small_arm"}], path)
     weights = folder / "arm/adapter_model.safetensors"
     saved = weights.read_bytes()
     tiny_arm(AutoModelForCausalLM.from_pretrained(folder / "large"), seed=9).save_pretrained(folder / "arm")
     try:
-        with pytest.raises(ValueError, match="methods PARM was"):
+        with pytest.raises(ValueError, match="methods PARM arm fingerprint was"):
             run(folder, [parm], path)
     finally:
         weights.write_bytes(saved)

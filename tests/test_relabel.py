@@ -359,6 +359,26 @@ def test_a_killed_run_goes_on(tmp_path):
     assert "third" in more["train"].column_names
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("garbage", "Line 2 of .* is not a row in JSON"),
+        ('{"objective": "long", "row": 0, "scores": [1.0, 2.0]}', "Lines 1 and 2 of .* are of the same"),
+        ('{"objective": "long", "row": 1}', "Line 2 of .* it has no 'scores'"),
+        ('{"row": 1, "scores": [1.0, 2.0]}', "Line 2 of .* it has no 'objective'"),
+        ('{"objective": "long", "row": 1, "scores": [1.0]}', "Line 2 of .* is no row of this version"),
+        ('{"objective": "long", "row": 1, "scores": [NaN, 1.0]}', "Line 2 of .* is not a row in JSON"),
+        ('{"objective": "long", "row": 1, "scores": [null, 1.0]}', "Line 2 of .* is no row of this version"),
+    ],
+)
+def test_damaged_scores_are_refused(tmp_path, line, message):
+    relabel(Dataset.from_list(PAIRS), BOTH, tmp_path)
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    (tmp_path / "scores.jsonl").write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(ValueError, match=message):
+        relabel(Dataset.from_list(PAIRS), BOTH, tmp_path)
+
+
 def test_a_reward_model_labels_pairs(tmp_path):
     folder, tensors = save_score_model(tmp_path / "score")
     source = RewardSource(folder, template=TEMPLATE, negate=True)
@@ -399,5 +419,5 @@ def test_scores_of_other_pairs_are_refused(tmp_path):
     relabel(Dataset.from_list(PAIRS), BOTH, tmp_path)
     with pytest.raises(ValueError, match="belongs to another configuration: pairs was"):
         relabel(Dataset.from_list(PAIRS[:-1]), BOTH, tmp_path)
-    with pytest.raises(ValueError, match="rewards long was"):
+    with pytest.raises(ValueError, match="rewards long function was test_relabel:longer, but is test_relabel:shorter"):
         relabel(Dataset.from_list(PAIRS), {"long": shorter}, tmp_path)

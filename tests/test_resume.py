@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from pair_data import labelled, pairs
+from safetensors.torch import load_file, save_file
 from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, write_run
 from transformers import TrainerCallback
 
@@ -151,6 +152,29 @@ def test_a_checkpoint_of_another_run_is_refused(first, tokenizer, change, messag
     with pytest.raises(ValueError, match=f"{first}/checkpoint-1 is of another training: .*{message}"):
         run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "1 of its tensors are missing"),
+        (lambda tensors, name: tensors[name].fill_(torch.nan), "1 of its tensors are NaN"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:1].clone()}), "of another shape"),
+        (None, "adapter_model.safetensors' can't be loaded"),
+    ],
+)
+def test_a_checkpoint_with_a_damaged_adapter_is_refused(first, tmp_path, tokenizer, edit, message):
+    """Of a missing tensor transformers says nothing, and trains on from the adapter's first value."""
+    shutil.copytree(first / "checkpoint-1", tmp_path / "checkpoint-1")
+    file = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    if edit is None:
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        tensors = load_file(file)
+        edit(tensors, max(tensors))
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_is_compared_by_its_name_too_and_may_lie_elsewhere(first, tmp_path, tokenizer):

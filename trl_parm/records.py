@@ -12,6 +12,8 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import shorten
+from types import MappingProxyType
 from typing import IO, Any, cast
 
 import yaml
@@ -42,16 +44,27 @@ class Records:
         path (`str` or `Path`, *optional*):
             The file, such as `results.jsonl`, with its configuration in `results.config.json`; in memory if `None`.
         configuration (`Mapping`): What the rows depend on, as JSON. Rows that are there already must belong to it.
-        growing (`Sequence[str]`, *optional*):
-            Keys of the configuration that are mappings to which entries may be added, such as methods by name. An
-            entry that is there already must stay as it is.
+        growing (`Mapping[str, str]`, *optional*):
+            Keys of the configuration that are mappings to which entries may be added, such as methods by name, and the
+            column that names a row's entry. An entry that is there already must stay as it is.
+        restart (`bool`, *optional*, defaults to `False`):
+            Remove rows of another configuration, instead of refusing them: those of the entries that differ, or all.
+        cell_of (`Callable`, *optional*): What a row is of, such as its method and prompt. No two are of the same.
 
     Raises:
-        ValueError: rows of another configuration, or without one; anything else in one of the two files; a path that
-            can't be written to; another process that writes this file.
+        ValueError: rows of another configuration, or without one; rows that are not such rows, or twice there;
+            anything else in one of the two files; a path that can't be written to; another process that writes this
+            file.
     """
 
-    def __init__(self, path: str | Path | None, configuration: Mapping[str, Any], growing: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        configuration: Mapping[str, Any],
+        growing: Mapping[str, str] = MappingProxyType({}),
+        restart: bool = False,
+        cell_of: Callable[[Mapping[str, Any]], Any] | None = None,
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._file: Any = None
         if path is None:
@@ -67,10 +80,17 @@ class Records:
             self._file.seek(0)
             data = self._file.read()
             self.rows, whole = _parse(data, self.path)
-            self._match(list(growing), empty=not data)
+            if cell_of is not None:
+                check_cells(self.rows, cell_of, self.path)
+            kept = self._match(growing, empty=not data, restart=restart)
+            if len(kept) < len(self.rows):
+                self._file.truncate(0)
+                self.rows, whole = [], len(data)
+                self.append(kept)
             if whole < len(data):  # only now that the file is known to be one of ours
-                logger.warning("The last line of %s was not written to its end. It is dropped and redone.", self.path)
+                logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
                 self._file.truncate(whole)
+            self._write_configuration()
         except BaseException:
             self._file.close()
             raise
@@ -100,8 +120,8 @@ class Records:
         if self._file is not None:
             self._file.close()
 
-    def _match(self, growing: list[str], empty: bool) -> None:
-        """Refuses rows of another configuration, and files that are none of ours; then writes the configuration."""
+    def _match(self, growing: Mapping[str, str], empty: bool, restart: bool) -> list[dict[str, Any]]:
+        """The rows that stay. Refuses rows of another configuration, and files that are none of ours."""
         path, known, fault = configuration_path(self.path), cast(Any, None), None
         if os.path.lexists(path):
             with contextlib.suppress(OSError, ValueError):
@@ -117,19 +137,36 @@ class Records:
             )
         if fault is not None:
             raise ValueError(f"{fault}. Name another output, or move that file away.")
-        if self.rows:
-            differing = differences(known, self.configuration, growing)
-            if differing:
-                raise ValueError(
-                    f"{self.path} belongs to another configuration: {'; '.join(differing)}. Name another output, or "
-                    "remove that one."
-                )
-            for key in growing:
-                self.configuration[key] = {**known.get(key, {}), **self.configuration.get(key, {})}
-        if known != self.configuration:
+        if not self.rows:
+            return []
+        found = differences(known, self.configuration, growing)
+        if found and (not restart or set(known).isdisjoint(self.configuration)):
+            raise ValueError(
+                f"{self.path} belongs to another configuration: {'; '.join(found)}. Name another output, or let this "
+                "one start anew with `restart`."
+            )
+        kept, given = self.rows, self.configuration
+        if found:
+            fixed = [{key: value for key, value in one.items() if key not in growing} for one in (known, given)]
+            changed = {
+                column: {name for name, entry in given.get(key, {}).items() if known.get(key, {}).get(name) != entry}
+                for key, column in growing.items()
+            }
+            kept = [row for row in kept if not any(row[column] in names for column, names in changed.items())]
+            kept = [] if differences(*fixed) else kept
+            logger.warning(
+                "%d rows of %s are done again: %s.", len(self.rows) - len(kept), self.path, "; ".join(found)
+            )
+        for key in growing if kept else ():
+            given[key] = {**known.get(key, {}), **given.get(key, {})}
+        return kept
+
+    def _write_configuration(self) -> None:
+        text = json.dumps(self.configuration, indent=2, ensure_ascii=False) + "\n"
+        path = configuration_path(self.path)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             with output_file(path) as file:
-                json.dump(self.configuration, file, indent=2, ensure_ascii=False)
-                file.write("\n")
+                file.write(text)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -147,6 +184,20 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_configuration(path: str | Path) -> dict[str, Any]:
+    """The configuration of a file of results. Raises `ValueError` if it can't be read, or names no objectives."""
+    beside, found = configuration_path(path), None
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(beside.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("objectives"), list):
+        raise ValueError(f"{beside}, which says what {path} is, is missing or no configuration of results.")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and how many bytes they take. Raises `ValueError` for what no run can have written."""
     whole = data.rfind(b"\n") + 1
@@ -155,7 +206,7 @@ def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse_constant)
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -179,16 +230,39 @@ def beside(path: str | Path, ending: str) -> Path:
 
 
 def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Iterable[str] = ()) -> list[str]:
-    """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both."""
+    """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both.
+    What is missing counts as `None`."""
     found = []
     for key in sorted(set(known) | set(given)):
-        if key in growing:
-            both = sorted(set(known.get(key, {})) & set(given.get(key, {})))
-            pairs = {f"{key} {name}": (known[key][name], given[key][name]) for name in both}
-        else:
-            pairs = {key: (known.get(key), given.get(key))}
-        found += [f"{name} was {old}, but is {new}" for name, (old, new) in pairs.items() if old != new]
+        old, new = known.get(key), given.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            both = set(old) & set(new) if key in growing else set(old) | set(new)
+            old, new = ({k: v for k, v in values.items() if k in both} for values in (old, new))
+            found += [f"{key} {text}" for text in differences(old, new)]
+        elif old != new:
+            was = f"was {shorten(str(old), 120)}" if key in known else "is not recorded"
+            found.append(f"{key} {was}, but is {shorten(str(new), 120) if key in given else 'gone'}")
     return found
+
+
+def check_cells(rows: Sequence[Mapping[str, Any]], cell_of: Callable[[Mapping[str, Any]], Any], path: Path) -> list:
+    """What rows are of. Raises `ValueError` for rows of another kind, and for two of the same cell."""
+    seen: dict[Any, int] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            first = seen.setdefault(cell_of(row), number)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"Line {number} of {path} is no row of this version: {reason}. Take that line out, or name another "
+                "output."
+            ) from None
+        if first != number:
+            raise ValueError(
+                f"Lines {first} and {number} of {path} are of the same run and prompt. Take one of them out, or name "
+                "another output."
+            )
+    return list(seen)
 
 
 def lock(file: IO, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from peft_pblora.output import check_output, file_name, output_file
 from peft_pblora.preference import check_columns, check_objectives
 
 from .records import Records
-from .reward_models import RewardSource
+from .reward_models import RewardSource, reward_configuration
 from .rewards import Reward, score
 from .texts import as_text, fill, prompt_key
 
@@ -41,6 +42,7 @@ def relabel(
     ranked: bool = False,
     seed: int = 0,
     batch_size: int = 32,
+    restart: bool = False,
     on_start: Callable[[str], Any] = lambda objective: None,
     on_batch: Callable[[int], Any] = lambda pairs: None,
 ) -> DatasetDict:
@@ -65,6 +67,8 @@ def relabel(
             and without ties, as trainers of policies such as TRL's DPO take them.
         seed (`int`, *optional*, defaults to 0): Of the split.
         batch_size (`int`, *optional*, defaults to 32): Pairs that are scored and written at once.
+        restart (`bool`, *optional*, defaults to `False`): Remove scores of other pairs, or of rewards that have
+            changed, instead of refusing to go on.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
         on_batch (`Callable`, *optional*): Called with the number of pairs done, for progress bars.
 
@@ -93,9 +97,9 @@ def relabel(
         check_output(path, WRITER)  # before anything is scored
     configuration = {
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
-        "rewards": {name: _configuration(source) for name, source in rewards.items()},
+        "rewards": {name: reward_configuration(source) for name, source in rewards.items()},
     }
-    with Records(folder / SCORES, configuration, growing=["rewards"]) as records:
+    with Records(folder / SCORES, configuration, {"rewards": "objective"}, restart, _scored_cell) as records:
         for objective, source in rewards.items():
             on_start(objective)
             # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.
@@ -167,6 +171,14 @@ def _cell(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["objective"], row["row"]
 
 
+def _scored_cell(row: Mapping[str, Any]) -> tuple[str, int]:
+    """The cell of a row of a file, which must have its scores."""
+    first, second = row["scores"]
+    if not (math.isfinite(first) and math.isfinite(second)):
+        raise TypeError("a score is not finite")
+    return _cell(row)
+
+
 def _scored(objective: str, reward: Reward, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:
     """Rows of scores for the pairs of these numbers."""
     asked = [(number, name) for number in numbers for name in RESPONSES]
@@ -200,9 +212,3 @@ def _split(rows: list[dict[str, Any]], sizes: Mapping[str, float], seed: int) ->
         name = next((name for name, size in wanted.items() if len(numbers[name]) < size), "train")
         numbers[name] += group
     return {name: sorted(found) for name, found in numbers.items()}
-
-
-def _configuration(source: RewardSource | Reward) -> Any:
-    if isinstance(source, RewardSource):
-        return source.configuration()
-    return f"{getattr(source, '__module__', '')}:{getattr(source, '__qualname__', type(source).__name__)}"

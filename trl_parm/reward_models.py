@@ -26,8 +26,10 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from .records import fingerprint
+from .identity import known_by
+from .records import plain
 from .rewards import Reward
+from .sources import describe_function
 from .texts import PromptText, as_messages, fill
 
 
@@ -111,9 +113,11 @@ class RewardSource:
 
     def configuration(self) -> dict[str, Any]:
         """What the reward's numbers depend on, as JSON."""
-        ignored = ("batch_size", "model_kwargs")
-        settings = {key: value for key, value in asdict(self).items() if key not in ignored}
-        return {**settings, "fingerprint": fingerprint(self.source)}
+        settings = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "model_kwargs")}
+        settings |= plain({key: value for key, value in self.model_kwargs.items() if key != "device_map"})
+        if not self.is_model:
+            return {**settings, **describe_function(load_function(self.source))}
+        return {**settings, "fingerprint": known_by(self.source)}
 
     def load(self) -> Reward:
         """The reward. A model is loaded, without code from elsewhere; on the GPU if there is one.
@@ -133,7 +137,7 @@ class RewardSource:
 class ModelReward:
     """A model that reads prompt and response as one text: its output at the label."""
 
-    reads_messages = True
+    reads_messages = is_model = True
 
     def __init__(self, source: RewardSource) -> None:
         self.source = source
@@ -242,6 +246,13 @@ class ScoreModel(PreTrainedModel):
             shift = self.normalizer["mean"].to(scores) if kind == "affine" else 0.0
             scores = (scores - shift) / (self.normalizer["var"].to(scores).sqrt() + 1e-8)
         return SimpleNamespace(logits=scores)
+
+
+def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
+    """What the numbers of any reward depend on, as JSON: of a [`RewardSource`], a model of one, or a function."""
+    if isinstance(reward, ModelReward):
+        reward = reward.source
+    return reward.configuration() if isinstance(reward, RewardSource) else reward and describe_function(reward)
 
 
 def load_function(path: str) -> Callable:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from numbers import Real
+from typing import Any, cast
 
 from .texts import PromptText, as_text
 
@@ -50,20 +52,49 @@ def score(
 ) -> list[float]:
     """Asks a reward for one number for each response. `name` and the `numbers` of rows are for messages.
 
+    Prompts and responses are copies, which the reward may change.
+
     Raises:
-        ValueError: the reward returned something else, or a number that is not finite.
+        ValueError: the reward returned something else, or a number that is not finite. What a reward raises itself
+            goes on as it is, with a note that names the reward.
     """
-    values = [float(value) for value in reward(readable(reward, prompts), responses)]
-    if len(values) != len(responses):
-        raise ValueError(f"The reward {name!r} returned {len(values)} numbers for {len(responses)} responses.")
+    try:
+        found = _entries(reward(copy.deepcopy(readable(reward, prompts)), list(responses)))
+    except Exception as error:
+        if not getattr(reward, "is_model", False):  # a function, of which only its author knows more
+            error.add_note(f"This is from the reward {name!r}.")
+        raise
+    if not isinstance(found, list):
+        raise ValueError(f"The reward {name!r} returned {found!r}. It must return one number for each response.")
+    if len(found) != len(responses):
+        raise ValueError(
+            f"The reward {name!r} returned {len(found)} numbers for {len(responses)} responses. It must return one "
+            "for each, in their order."
+        )
+    values = list(map(_number, found))
     for i, value in enumerate(values):
-        if not math.isfinite(value):
+        if value is None or not math.isfinite(value):
             row = "" if numbers is None else f" of row {numbers[i]}"
             raise ValueError(
-                f"The reward {name!r} returned {value} for the response {responses[i][:80]!r}{row}. It must return "
-                "one finite number for each response."
+                f"The reward {name!r} returned {found[i]!r} for the response {responses[i][:80]!r}{row}. It must "
+                "return one finite number for each response."
             )
-    return values
+    return cast(list[float], values)
+
+
+def _entries(found: Any) -> Any:
+    """What a reward returned as a list, also of a tensor, an array or a generator; anything else as it is."""
+    found = found.tolist() if hasattr(found, "tolist") else found
+    listed = isinstance(found, Iterable) and not isinstance(found, str | bytes | Mapping | Set)
+    return list(found) if listed else found
+
+
+def _number(value: Any) -> float | None:
+    """A number, or the one in a tensor, an array or a list; `None` for anything else."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return float(value) if isinstance(value, Real) else None
 
 
 @functools.cache

@@ -221,6 +221,7 @@ def _table(rows: Table | None) -> str:
 
 def _cell(value: Any) -> str:
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = "-" if text in ("nan", "None") else text
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class EvaluateArguments(DecodingArguments):
     preferences: list[str] | None = option(None, "The grid: vectors or mappings by objective, as JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
     output_dir: str = option("", f"Where {RESULTS} goes.")
+    restart: bool = option(False, "Remove rows of another configuration, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +60,15 @@ def main(argv: list[str]) -> None:
         prompts,
         rewards=sources,
         path=folder / RESULTS,
-        configuration={"rewards": {name: source.configuration() for name, source in sources.items()}},
+        restart=arguments.restart,
         on_start=start,
     )
     say(_means(summarize(table, objectives), objectives))
     say(f"Measures and figures: trl-parm plot --results {folder / RESULTS} --references '[...]' --output_dir {folder}")
+
+
+def _with_error(mean: float, error: float) -> str:
+    return f"{mean:.3g} (one prompt)" if math.isnan(error) else f"{mean:.3g} ± {error:.2g}"
 
 
 def _means(summary: list[dict[str, Any]], objectives: list[str]) -> str:
@@ -72,7 +78,7 @@ def _means(summary: list[dict[str, Any]], objectives: list[str]) -> str:
         {
             "method": row["method"],
             "preference": "-" if row["preference"] is None else ", ".join(f"{w:.2f}" for w in row["preference"]),
-            **{name: f"{row[name]:.3g} ± {row[f'{name}_error']:.2g}" for name in objectives},
+            **{name: _with_error(row[name], row[f"{name}_error"]) for name in objectives},
         }
         for row in summary
     ]

@@ -31,14 +31,13 @@ class ExportArguments:
 def main(argv: list[str]) -> None:
     arguments: ExportArguments = parse("export", ExportArguments, argv, __doc__)
     import torch
-    from peft import AutoPeftModelForCausalLM
     from transformers.utils import find_adapter_config_file
 
-    from peft_pblora import get_objectives, save_as_lora
+    from peft_pblora import get_objectives, load_adapter, save_as_lora
 
     if find_adapter_config_file(arguments.adapter) is None:
         raise ValueError(f"There is no adapter at {arguments.adapter!r}. Name a folder or an id on the Hub.")
-    model: Any = AutoPeftModelForCausalLM.from_pretrained(arguments.adapter, dtype=arguments.dtype)
+    model: Any = load_adapter(None, arguments.adapter, dtype=arguments.dtype)
     preferences = grid(arguments.preferences, arguments.grid_steps, get_objectives(model))
     folders = save_as_lora(model, arguments.output_dir, torch.tensor(preferences), rank=arguments.rank)
     write_run(Path(arguments.output_dir), "export", arguments)

@@ -92,6 +92,7 @@ class GenerateArguments(DecodingArguments):
     )
     preferences: list[str] | None = option(None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}.")
     output: str | None = option(None, "A JSONL file for the responses; else they are printed.")
+    restart: bool = option(False, "Remove responses of another configuration, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +116,8 @@ def main(argv: list[str]) -> None:
     if not preferences and not entry.method.control:
         raise ValueError(f"The method {entry.name!r} needs `preferences`.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
-    table = arguments.evaluate([method], preferences, prompts, rewards=unscored, path=arguments.output)
+    options = {"rewards": unscored, "path": arguments.output, "restart": arguments.restart}
+    table = arguments.evaluate([method], preferences, prompts, **options)
     if arguments.output:
         write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
         say(f"{len(table)} responses in {arguments.output}")

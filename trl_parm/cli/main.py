@@ -17,6 +17,7 @@ VERBS = {
     "train": "train an autoregressive reward model",
     "generate": "decode prompts with a method",
     "evaluate": "decode and score prompts with all methods at all preferences",
+    "rescore": "other rewards for the responses of an evaluation",
     "plot": "measures, tables and figures of an evaluation",
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK):
+        if os.environ.get(TRACEBACK) or getattr(error, "__notes__", None):  # a note says whose code it is
             raise
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2

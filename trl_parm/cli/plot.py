@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,18 +101,19 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
             names[new] = old
         for row in rows:
             row["method"] = shown[row["method"]]
-            if row["preference"] is not None and set(order) == set(wanted):
-                row["preference"] = [row["preference"][order.index(name)] for name in wanted]
+            if row["preference"] is not None:  # which has no weight for a reward that was no objective
+                weights = dict(zip(order, row["preference"], strict=True))
+                row["preference"] = [weights.get(name, 0.0) for name in wanted]
     return [row for rows in tables for row in rows], wanted, names
 
 
 def _objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
     """The objectives in the order in which the preferences of a file are."""
-    from trl_parm.records import configuration_path
+    from trl_parm.records import configuration_path, read_configuration
 
     beside = configuration_path(path)
     if beside.exists():
-        return json.loads(beside.read_text(encoding="utf-8"))["objectives"]
+        return list(read_configuration(path)["objectives"])
     if otherwise is None:
         raise ValueError(f"{beside} is missing, which names the objectives. Give them with `objectives`.")
     return otherwise

@@ -26,6 +26,7 @@ class RelabelArguments:
     ranked: bool = option(False, "Also write chosen and rejected for each objective.")
     seed: int = option(0, "Of the split.")
     batch_size: int = option(32, "Pairs that are scored and written at once.")
+    restart: bool = option(False, "Remove scores of other pairs or rewards, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
         self.data, self.rewards = decoded(self.data), decoded(self.rewards)

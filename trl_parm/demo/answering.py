@@ -170,7 +170,7 @@ class Answering:
 
     def _written(self, tokens: torch.Tensor, whole: bool = False) -> Answer:
         """The answer of one row, without the beginning of a character if there is more to come."""
-        length = text_length(tokens, self.models.base.generation_config)
+        length = text_length(tokens, self.models.base.generation_config.eos_token_id)
         text = cast(str, self.models.tokenizer.decode(tokens[:length], skip_special_tokens=True))
         return Answer(text if whole else text.rstrip("�"), length)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         rank_correlations,
     )
     from .plots import draw_fronts, plot_front
+    from .rescoring import rescore
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
@@ -37,5 +38,6 @@ __all__, __getattr__, __dir__ = lazy_names(
             "rank_correlations",
         ),
         "plots": ("draw_fronts", "plot_front"),
+        "rescoring": ("rescore",),
     },
 )  # fmt: skip

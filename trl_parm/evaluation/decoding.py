@@ -21,8 +21,11 @@ GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": 1.0
 SETTINGS = {setting.name: setting.default for setting in fields(Sampling)}
 """Settings of sampling, each with the value that has no effect."""
 REFUSED = ("num_beams", "num_return_sequences", "assistant_model", "typical_p", "epsilon_cutoff", "eta_cutoff")
-WITHOUT_EFFECT = (*GREEDY, *SETTINGS, *REFUSED, "max_length", "use_cache", "transformers_version")
-"""What a model's generation config says of something else than the distribution of a token."""
+WITHOUT_EFFECT = (
+    *GREEDY, *SETTINGS, *REFUSED, "max_length", "use_cache", "transformers_version", "bos_token_id", "eos_token_id",
+    "pad_token_id", "decoder_start_token_id",
+)  # fmt: skip
+"""What a model's generation config says of something else than the distribution of a token, or where a text ends."""
 
 
 @dataclass(frozen=True)
@@ -150,17 +153,14 @@ def acting_settings(config: GenerationConfig) -> dict[str, Any] | None:
     found = {
         name: value
         for name, value in config.to_diff_dict().items()
-        if value not in (None, False)
-        and name not in WITHOUT_EFFECT
-        and not name.startswith(("_", "output_"))
-        and not name.endswith("_token_id")
+        if value not in (None, False) and name not in WITHOUT_EFFECT and not name.startswith(("_", "output_"))
     }
     return found or None
 
 
-def text_length(tokens: torch.Tensor, config: Any) -> int:
-    """How many of a row's new tokens are its text, the first end token of a generation config included."""
-    if config.eos_token_id is None:
+def text_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int:
+    """How many of a row's new tokens are its text, the first end token included."""
+    if ends is None:
         return len(tokens)
-    ends = torch.isin(tokens, torch.as_tensor(config.eos_token_id, device=tokens.device)).nonzero()
-    return int(ends[0]) + 1 if len(ends) else len(tokens)
+    found = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).nonzero()
+    return int(found[0]) + 1 if len(found) else len(tokens)

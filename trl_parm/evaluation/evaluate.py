@@ -16,24 +16,20 @@ from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora import as_preference, name_preference
-from peft_pblora.preference import Preference, check_columns
+from peft_pblora.preference import Preference, check_columns, check_objectives
 from trl_parm.decoding import BASE, Guided
+from trl_parm.identity import describe_model, short_hash
 from trl_parm.noise import row_seed
 from trl_parm.records import Records, plain
+from trl_parm.reward_models import reward_configuration
 from trl_parm.rewards import Reward, score
 from trl_parm.texts import PromptText, prompt_key
 
 from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length
-from .fronts import OF_OBJECTIVE, SUMMARY
+from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
 from .methods import Entry, with_fingerprints
 from .models import Models
-
-
-COLUMNS = (
-    "method", "preference", "label", "prompt", "response", "tokens", "seconds", "seed", "extra_parameters",
-    "extra_bytes",
-)  # fmt: skip
-"""Columns of the table beside the rewards."""
+from .rescoring import COLUMNS, DECODED
 
 
 def sweep(
@@ -49,6 +45,7 @@ def sweep(
     template: str | None = None,
     max_prompt_length: int | None = None,
     on_batch: Callable[[Run], Any] = lambda run: None,
+    restart: bool = False,
     **generation: Any,
 ) -> Dataset:
     """Decodes every prompt in every run and scores the responses.
@@ -66,14 +63,17 @@ def sweep(
         seed (`int`, *optional*, defaults to 0): Of the noise of all prompts.
         path (`str` or `Path`, *optional*): A JSONL file for the rows, from which a run that was killed goes on. Runs,
             preferences and prompts may be added to it later.
-        configuration (`Mapping`, *optional*): What else the rows depend on, such as the names of the models. A file of
-            another one is refused; only entries of its key `methods`, by method, may be added.
+        configuration (`Mapping`, *optional*): What the rows depend on beside these arguments, such as the methods'
+            settings. A file of another configuration is refused; only entries of its key `methods`, by method, may be
+            added.
         template (`str`, *optional*): How the base model reads a prompt; see [`encode_prompts`].
         max_prompt_length (`int`, *optional*): Most tokens of a prompt, whose end is kept.
         on_batch (`Callable`, *optional*): Called after each batch, for progress bars.
+        restart (`bool`, *optional*, defaults to `False`): Remove rows of another configuration from the file, instead
+            of refusing it: those of the methods that differ, or all.
         **generation: For `generate`, such as `max_new_tokens`. Decoding is greedy, or with `do_sample=True` sampled
             with the settings of [`Sampling`]. What the base model's generation config says beside that, such as a
-            repetition penalty, acts on the log-probabilities of every method.
+            repetition penalty or an end token, acts on every method in the place of its own model's.
 
     Returns:
         `datasets.Dataset` with one row for each run and prompt, in their order: `method`, `preference` (weights or
@@ -88,7 +88,8 @@ def sweep(
         tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
         on_batch, **generation,
     )  # fmt: skip
-    with Records(path, {**table.configuration, **(configuration or {})}, growing=["methods"]) as records:
+    whole = {**table.configuration, "model": describe_model(model), **(configuration or {})}
+    with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
         table.fill(records, table.runs, lambda: (model, table.runs))
         return table.data(records)
 
@@ -102,6 +103,7 @@ def evaluate(
     path: str | Path | None,
     configuration: Mapping[str, Any] | None = None,
     on_start: Callable[[str], Any] = lambda name: None,
+    restart: bool = False,
     **options: Any,
 ) -> Dataset:
     """As [`sweep`], of methods by name at all preferences of a grid.
@@ -115,8 +117,9 @@ def evaluate(
         preferences (`Sequence[Preference]`): The grid, points of the simplex of the rewards.
         prompts, path: As in [`sweep`].
         rewards (`Mapping[str, Reward]`): Objective name → reward, or `None` where nothing is to be scored.
-        configuration (`Mapping`, *optional*): What the rows depend on beside what is given here, such as the rewards'.
+        configuration (`Mapping`, *optional*): What the rows depend on beside what is given here.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
+        restart: As in [`sweep`].
         **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `on_batch` and arguments of `generate`, as in
             [`sweep`].
 
@@ -135,11 +138,17 @@ def evaluate(
     whole = {
         **table.configuration,
         "base": with_fingerprints(models.name),
-        "loading": plain({key: value for key, value in models.kwargs.items() if key != "device_map"}),
+        "loading": plain(
+            {
+                key: value
+                for key, value in {"attn_implementation": None, **models.kwargs}.items()
+                if key != "device_map"
+            }
+        ),
         **(configuration or {}),
         "methods": {entry.name: entry.configuration() for entry in entries},
     }
-    with Records(path, whole, growing=["methods"]) as records:
+    with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
         for entry in entries:
             on_start(entry.name)
             with models.borrowed():
@@ -172,40 +181,56 @@ class _Table:
         on_batch: Callable[[Run], Any] = lambda run: None,
         **generation: Any,
     ) -> None:
-        self.tokenizer, self.base_config = tokenizer, base_config
+        self.tokenizer, self.settings = tokenizer, acting_settings(base_config) or {}
         self.runs, self.prompts, self.keys = list(runs), list(prompts), list(map(prompt_key, prompts))
         self.rewards, self.objectives = rewards, list(rewards)
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
         self.sampling, self.generation = split_settings(generation)
+        self.ends = self.generation.get("eos_token_id", base_config.eos_token_id)
+        chat = tokenizer.chat_template if template is None else None
         self.configuration = {
             "objectives": self.objectives,
+            "rewards": {name: reward_configuration(reward) for name, reward in rewards.items()},
             "seed": seed,
             "sampling": self.sampling,
             "generation": self.generation,
-            "generation_config": acting_settings(base_config),
+            "generation_config": self.settings or None,
+            "end_tokens": self.ends,
             "template": template,
+            "chat_template": chat and short_hash(chat.encode()),
             "max_prompt_length": max_prompt_length,
         }
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
+        if self.objectives:  # none are needed where nothing is scored
+            check_objectives(self.objectives)
+        for name in (run.method for run in self.runs):
+            if not (isinstance(name, str) and name.strip() and name.isprintable()):
+                raise ValueError(f"The name of a method is {name!r}, but it must be a text of one line, in quotes.")
         check_columns(self.objectives, COLUMNS)
         check_columns(self.objectives, SUMMARY, OF_OBJECTIVE)  # what the table is summed up to
         for method, weights in _repeated((run.method, run.weights(self.objectives)) for run in self.runs):
             raise ValueError(f"The method {method!r} is given twice at the preference {weights}. Give each run once.")
 
+    def stored(self, row: Mapping[str, Any]) -> tuple:
+        """The cell of a row in a file, which must have all columns."""
+        judged = [name for name, reward in self.rewards.items() if reward is not None]
+        check_scores(row, (*judged, *DECODED))
+        return row_cell(row)
+
     def data(self, records: Records) -> Dataset:
         """The rows of all runs, which are there."""
-        done = {_cell(row): row for row in records.rows}
+        done = {row_cell(row): row for row in records.rows}
         return Dataset.from_list([dict(done[cell]) for run in self.runs for cell in self._cells(run)])
 
     def fill(
         self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]
     ) -> None:
         """Decodes what the records lack of some runs, and only then loads the base model and theirs."""
-        batches = [list(records.missing(self._cells(run), _cell, self.batch_size)) for run in runs]
+        batches = [list(records.missing(self._cells(run), row_cell, self.batch_size)) for run in runs]
         lacking = any(todo for of_run in batches for _, todo in of_run)
         base, runs = load() if lacking else (cast(Any, None), runs)
         for run, of_run in zip(runs, batches):
@@ -239,7 +264,7 @@ class _Table:
                 "prompt": prompt,
                 "response": responses[i],
                 **{name: values[i] for name, values in scores.items()},
-                "tokens": text_length(tokens[i], self.base_config),
+                "tokens": text_length(tokens[i], self.ends),
                 "seconds": seconds / len(prompts),
                 "seed": seeds[i],
                 "extra_parameters": run.extra_parameters,
@@ -255,6 +280,7 @@ class _Table:
         where texts are sampled, that is the noise of each prompt."""
         # log π of every method, so that a repetition penalty and its like act on all of them alike.
         model = model if isinstance(model, Guided) else Guided(model, BASE)
+        own = dict.fromkeys(acting_settings(cast(Any, model.generation_config)) or {})  # the base's act instead
         length = cast(torch.Tensor, inputs["input_ids"]).shape[1]
         noise = [] if self.sampling is None else [RowSampling(seeds, length, **self.sampling)]
         start = _now(model.device)
@@ -263,19 +289,13 @@ class _Table:
             **arguments,
             logits_processor=noise,
             pad_token_id=self.tokenizer.pad_token_id,
-            **GREEDY,
-            **self.generation,
+            **{**own, **self.settings, **GREEDY, "eos_token_id": self.ends, **self.generation},
         )
         return output[:, length:], _now(model.device) - start
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
-
-
-def _cell(row: Mapping[str, Any]) -> tuple:
-    weights = row["preference"]
-    return row["method"], None if weights is None else tuple(weights), prompt_key(row["prompt"])
 
 
 def _now(device: torch.device) -> float:

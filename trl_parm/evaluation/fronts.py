@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,31 @@ from .metrics import bootstrap, mean_and_error
 SUMMARY = ("method", "preference", "label")
 OF_OBJECTIVE = ("{}", "{}_error", "{}_low", "{}_high", "α {}")
 """The columns of a summary, and of each objective in it and in the file of a figure's numbers."""
+
+
+COSTS = ("tokens", "seconds", "extra_parameters", "extra_bytes")
+
+
+def row_cell(row: Mapping[str, Any]) -> tuple[str, tuple | None, str]:
+    """What a row of a table is of: the method, the preference and the prompt. Raises `KeyError`, `TypeError` or
+    `ValueError` for what is no such row."""
+    weights = row["preference"]
+    if weights is not None and not (weights and all(_is_number(weight) for weight in weights)):
+        raise ValueError(f"its preference is {weights!r}")
+    if not isinstance(row["method"], str) or not isinstance(row["response"], str):
+        raise TypeError(f"its method is {row['method']!r}, its response {row['response']!r}")
+    return row["method"], None if weights is None else tuple(weights), prompt_key(row["prompt"])
+
+
+def check_scores(row: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises `KeyError` or `ValueError` unless a row has a finite number in each of some columns."""
+    for name in names:
+        if not _is_number(row[name]):
+            raise ValueError(f"its {name!r} is {row[name]!r}, no finite number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,13 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
     Raises:
         ValueError: no rows, a missing column, or cells that are missing or there twice.
     """
-    cells = _cells(table, objectives)
+    cells = _cells(table, objectives, COSTS)
+    for weights in (weights for _, weights in cells if weights is not None):
+        if len(weights) != len(objectives):
+            raise ValueError(
+                f"A preference has {len(weights)} weights, {list(weights)}, but there are {len(objectives)} "
+                f"objectives ({', '.join(objectives)}). Give a weight of 0 to a reward that was no objective."
+            )
     first, prompts = next(iter(cells))[0], list(next(iter(cells.values())))
     points: dict[str, list[tuple | None]] = {}
     for (method, weights), rows in cells.items():
@@ -112,19 +145,25 @@ def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> 
     return summary
 
 
-def _cells(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> dict[tuple, dict[str, Mapping]]:
-    """The rows of each method and preference, by prompt."""
+def _cells(
+    table: Iterable[Mapping[str, Any]], objectives: Sequence[str], costs: Sequence[str] = ()
+) -> dict[tuple, dict[str, Mapping]]:
+    """The rows of each method and preference, by prompt, which have all numbers that are asked for."""
     cells: dict[tuple, dict[str, Mapping]] = {}
-    for row in table:
-        missing = [name for name in (*objectives, "method", "preference", "prompt") if name not in row]
-        if missing:
-            raise ValueError(f"The table lacks the columns {missing}; it has {sorted(row)}.")
-        weights = None if row["preference"] is None else tuple(row["preference"])
-        cell, prompt = cells.setdefault((row["method"], weights), {}), prompt_key(row["prompt"])
+    for number, row in enumerate(table, 1):
+        for columns in ((*objectives, "method", "preference", "prompt"), ("label", *costs)):
+            if missing := [name for name in columns if name not in row]:
+                raise ValueError(f"The table lacks the columns {missing}; its row {number} has {sorted(row)}.")
+        try:
+            method, weights, prompt = row_cell({"response": "", **row})
+            check_scores(row, (*objectives, *costs))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The table's row {number}, of {row['method']!r}, is none: {error}.") from None
+        cell = cells.setdefault((method, weights), {})
         if prompt in cell:
             raise ValueError(
-                f"The table has {row['method']!r} at {weights or 'no preference'} twice for the prompt {prompt[:80]}. "
-                "Give each run once, and files with runs of one name as files of their own."
+                f"The table has {method!r} at {weights or 'no preference'} twice for the prompt {prompt[:80]}. Give "
+                "each run once, and files with runs of one name as files of their own."
             )
         cell[prompt] = row
     if not cells:

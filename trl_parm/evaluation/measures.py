@@ -71,7 +71,7 @@ def differences(
 
     Returns:
         `list[dict]` with `method`, `minus`, `measure`, `reference`, `value`, `low`, `high` and `differs`, whether the
-        interval leaves out 0.
+        interval leaves out 0; `None` for a single prompt.
 
     Raises:
         ValueError: no such method.
@@ -89,7 +89,8 @@ def differences(
                 np.concatenate([rewards, other], axis=1), resamples, seed=seed,
             )  # fmt: skip
             head = {"method": method, "minus": against, "measure": name, "reference": reference}
-            rows.append({**head, "value": value, "low": low, "high": high, "differs": low > 0 or high < 0})
+            differs = None if math.isnan(low) else low > 0 or high < 0
+            rows.append({**head, "value": value, "low": low, "high": high, "differs": differs})
     return rows
 
 
@@ -145,11 +146,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Writes rows to a CSV file with a head, numbers in full. Only a file of its own or of figures is replaced."""
+    """Writes rows to a CSV file with a head, numbers in full, and nothing where there is no number. Only a file of its
+    own or of figures is replaced."""
     with output_file(path, WRITER) as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: "" if _is_nan(value) else value for key, value in row.items()} for row in rows)
 
 
 def _statistics(
@@ -171,7 +173,13 @@ def _statistics(
     return statistics
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _text(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

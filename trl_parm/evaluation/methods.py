@@ -13,16 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft_pblora.preference import Preference
-from peft_pblora.switch import backbone_of
 from trl_parm import decoding as formulas
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
-from trl_parm.records import fingerprint
+from trl_parm.identity import known_by
 from trl_parm.reward_models import ModelReward, RewardSource
 from trl_parm.rewards import readable
 
 from .decoding import Batch, ModelAt, Run
 from .models import Guide, Models, backbone_name, own_prompt
+
+
+MODELS = ("arm", "arms", "policies", "policy", "reference")
+"""Settings that name models, one or one for each objective."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,14 @@ class Entry:
         return cls(name, method, settings)
 
     def configuration(self) -> dict[str, Any]:
-        """What its rows depend on, with a fingerprint of every local folder among its settings."""
-        return {"make": self.method.make.__name__, **with_fingerprints(self.settings)}
+        """What its rows depend on: its settings, and what its models and rewards are now."""
+        found = {"make": self.method.make.__name__, **self.settings}
+        found |= {name: with_fingerprints(found[name]) for name in MODELS if name in found}
+        if "rewards" in found:
+            found["rewards"] = {
+                name: RewardSource.of(r).configuration() for name, r in self.settings["rewards"].items()
+            }
+        return found
 
     def runs(self, preferences: Sequence[Preference]) -> list[Run]:
         """One run for each preference, or one for a control."""
@@ -78,10 +87,10 @@ class Entry:
 
 
 def with_fingerprints(value: Any) -> Any:
-    """The value, with a hash beside each name of a local folder in it."""
+    """Names of models, each with a hash of its folder or its commit on the Hub beside it."""
     if isinstance(value, Mapping):
         return {key: with_fingerprints(entry) for key, entry in value.items()}
-    found = fingerprint(value) if isinstance(value, str) else None
+    found = known_by(value) if isinstance(value, str) else None
     return value if found is None else {"path": value, "fingerprint": found}
 
 
@@ -171,7 +180,6 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
             if owner is not None:
                 owner.base_model.set_adapter([])
             made[weights] = rewarded_soup(cast(dict, named), weights, owner)
-            cast(Any, backbone_of(made[weights])).generation_config = models.base.generation_config
         return made[weights]
 
     return model_at

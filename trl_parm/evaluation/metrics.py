@@ -103,13 +103,15 @@ def rank_correlations(preferences: ArrayLike, rewards: ArrayLike) -> np.ndarray:
 
 
 class Interval(NamedTuple):
-    """An estimate and its confidence interval."""
+    """An estimate and its confidence interval, whose ends are NaN where one prompt allows none."""
 
     estimate: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.estimate:.2f} (one prompt: no interval)"
         return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-import peft_pblora  # noqa: F401 - registers its methods with PEFT
+from peft_pblora import load_adapter
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
@@ -140,13 +140,12 @@ class Models:
         taken = any(home == key[0] for home, _ in self._adapted)
         below = self._load(backbone) if taken and key not in self._adapted else self.whole(backbone)
         inside = name.replace(".", "_")  # where dots would mean submodules
+        on = self._adapted.get(key, below)
         try:
-            if key not in self._adapted:
-                self._adapted[key] = PeftModel.from_pretrained(below, name, adapter_name=inside)
-            elif inside not in self._adapted[key].peft_config:
-                self._adapted[key].load_adapter(name, adapter_name=inside)
+            if inside not in getattr(on, "peft_config", ()):
+                self._adapted[key] = load_adapter(on, name, inside)
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = shorten(str(error), 300, placeholder="…")
+            reason = shorten(str(error), 400, placeholder="…")
             raise ValueError(f"The adapter {name!r} does not fit the model {backbone!r}: {reason}") from error
         model = self._adapted[key].eval()
         cast(Any, model.base_model).set_adapter([])
@@ -166,7 +165,7 @@ class Models:
         backbone = backbone_name(name)
         model: Any = self._load(backbone or name)
         if backbone:
-            model = PeftModel.from_pretrained(model, name)
+            model = load_adapter(model, name)
         return cast(PreTrainedModel, self.keep(model.eval()))
 
     def keep(self, model: Any) -> Any:
@@ -195,6 +194,8 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, name: str) -> PreTrainedModel:
+        if backbone := _read(backbone_name, name, "model"):
+            return cast(PreTrainedModel, load_adapter(self._load(backbone), name).get_base_model().eval())
         model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
             model.to("cuda")

@@ -13,11 +13,14 @@ from typing import Any, cast
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from peft_pblora.loading import check_checkpoint
 from peft_pblora.output import output_file
 from trl_parm.records import differences, lock, plain
 
@@ -120,6 +123,14 @@ def check_record(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
             f"The checkpoint {checkpoint} is of another training: {'; '.join(found)}. Resume with what it was trained "
             "with, or train anew into another `output_dir`."
         )
+
+
+def check_adapter_of(checkpoint: str | Path, model: Any, adapter: str | None) -> None:
+    """Raises `ValueError` for a checkpoint whose adapter is damaged; transformers would train on with what it has."""
+    folder = Path(checkpoint, "" if adapter == "default" else adapter or "")  # where PEFT puts it
+    saved = any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    if adapter and saved and isinstance(model, PeftModel):
+        check_checkpoint(model, folder, adapter)
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -168,8 +168,9 @@ class PreferenceARMTrainer(_BaseTrainer):
         It gives the folder of the checkpoint to resume from, as `train` is asked to; `None` for none.
 
         Raises:
-            ValueError: another process trains into the folder, there is no complete checkpoint, or it is of another
-                run: with another base model, other data, objectives or their order, β, learning rate, seed, ...
+            ValueError: another process trains into the folder, there is no complete checkpoint, its adapter is
+                damaged, or it is of another run: with another base model, other data, objectives or their order, β,
+                learning rate, seed, ...
         """
         folder, checkpoint, error = cast(str, self.args.output_dir), resume_from_checkpoint or None, None
         with ExitStack() as stack:
@@ -181,6 +182,7 @@ class PreferenceARMTrainer(_BaseTrainer):
                         checkpoint = checkpoints.last_complete_checkpoint(folder)
                     if checkpoint:
                         checkpoints.check_record(checkpoint, self._describe_run())
+                        checkpoints.check_adapter_of(checkpoint, self.model, self.adapter)
                 except ValueError as refusal:
                     error = str(refusal)
             checkpoint, error = broadcast_object_list([checkpoint, error])

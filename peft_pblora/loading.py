@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters from files that may be damaged: what PEFT warns of, or does not see, is an error here."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, cast
+
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper, load_peft_weights
+from torch import nn
+
+from .config import PreferenceConfig
+
+
+SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.", ".unilora_theta_d.")
+"""Parts of the names of weights that some methods of PEFT keep once for all layers, and so not in every place."""
+
+
+def load_adapter(
+    model: Any,
+    folder: str | Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    **kwargs: Any,
+) -> PeftModel:
+    """Loads an adapter of any method, as `PeftModel.from_pretrained` and `load_adapter` do, but whole or not at all.
+
+    Args:
+        model (`PreTrainedModel`, `PeftModel` or `None`): What it is put on; `None` loads the backbone that it names.
+        folder (`str` or `Path`): The adapter: a folder or an id on the Hub.
+        adapter_name (`str`, *optional*, defaults to `"default"`): Its name in the model, which has none of this name.
+        is_trainable (`bool`, *optional*, defaults to `False`): Whether it shall be trained.
+        config (`PeftConfig`, *optional*): In the place of that in the folder, for a model without adapters.
+        **kwargs: For PEFT's loading, such as `revision`; without a model those of the backbone's, such as `dtype`.
+
+    Returns:
+        `PeftModel`: `model` itself, if it is one.
+
+    Raises:
+        ValueError: a file that can't be read or has no tensors, weights that are NaN or infinite or no floating-point
+            numbers, tensors that are missing, have another shape than the configuration (such as its number of
+            objectives) and the model ask for, or have no place. The model is as it was then.
+    """
+    folder = str(folder)
+    check_weights(folder, **{key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs})
+    names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
+    if adapter_name in names:
+        raise ValueError(f"The model has an adapter {adapter_name!r} already. Give another `adapter_name`.")
+    try:
+        with refused(folder):
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
+                loaded = model
+            else:
+                kwargs |= {"adapter_name": adapter_name, "is_trainable": is_trainable, "config": config, **kwargs}
+                if model is None:
+                    loaded = cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs))
+                else:
+                    loaded = PeftModel.from_pretrained(model, folder, **kwargs)
+        check_adapter(loaded, folder, adapter_name)
+    except BaseException:
+        if isinstance(model, PeftModel):
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+        elif model is not None and not names:
+            _take_off(model)
+        raise
+    return loaded
+
+
+def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Checks an adapter that was loaded from a folder, and has not been trained since: its weights are set once more.
+
+    Raises:
+        ValueError: as of [`load_adapter`].
+    """
+    folder, config = str(folder), cast(Any, model.peft_config[adapter_name])
+    tensors = check_weights(
+        folder, key_mapping=getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
+    )
+    if isinstance(config, PreferenceConfig | LoraConfig):
+        _refuse(folder, "no floating-point numbers", (k for k, v in tensors.items() if not v.is_floating_point()))
+    if config.is_prompt_learning:
+        return
+    with refused(folder):
+        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+    prefix = cast(Any, PEFT_TYPE_TO_PREFIX_MAPPING).get(config.peft_type, "")
+    missing = [key for key in result.missing_keys if prefix in key and adapter_name in key.split(".")]
+    _refuse(folder, "missing", (key for key in missing if not any(part in key for part in SHARED)))
+    _refuse(folder, "for another model: nothing here is called so", result.unexpected_keys)
+
+
+def check_checkpoint(model: PeftModel, folder: str | Path, adapter_name: str) -> None:
+    """Checks the file of an adapter that the same adapter of a model has been saved to, before it is loaded again.
+
+    Raises:
+        ValueError: as of [`load_adapter`].
+    """
+    folder, tensors = str(folder), check_weights(folder)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    _refuse(folder, "missing", own.keys() - tensors.keys())
+    shared = own.keys() & tensors.keys()
+    _refuse(folder, "of another type", (k for k in shared if not tensors[k].is_floating_point()))
+    here = (key for key in shared if own[key].numel())  # other processes may have the rest
+    _refuse(folder, "of another shape", (key for key in here if own[key].shape != tensors[key].shape))
+
+
+def check_weights(folder: str | Path, **kwargs: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file, on the CPU. Raises `ValueError` if it can't be read, has none, or has some
+    that are not finite."""
+    folder = str(folder)
+    if Path(folder).is_dir() and _file(folder) == folder and "subfolder" not in kwargs:
+        raise ValueError(f"The adapter {folder!r} has no {SAFETENSORS_WEIGHTS_NAME}. Save it anew, or get it again.")
+    with refused(folder):
+        tensors = load_peft_weights(folder, device="cpu", **kwargs)
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"The adapter {_file(folder)!r} has no tensors. Save it anew, or get the file again.")
+    numbers = {k: v for k, v in tensors.items() if v.is_floating_point() or v.is_complex()}
+    _refuse(folder, "NaN or infinite", (k for k, v in numbers.items() if not torch.isfinite(v.float()).all()))
+    return tensors
+
+
+@contextmanager
+def refused(folder: str) -> Iterator[None]:
+    """Makes one `ValueError` of what PEFT raises where an adapter can't be read or does not fit."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("size mismatch")), " ".join(lines))
+        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason or type(error).__name__
+        reason = shorten(reason, 300, placeholder="…").rstrip(".")
+        raise ValueError(
+            f"The adapter {_file(folder)!r} can't be loaded: {reason}. Get the file again, or name the model and the "
+            "configuration, such as its number of objectives, that it was saved with."
+        ) from error
+
+
+def _refuse(folder: str, fault: str, names: Iterable[str]) -> None:
+    found = sorted(names)
+    if found:
+        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise ValueError(
+            f"The adapter {_file(folder)!r} is damaged: {len(found)} of its tensors are {fault} ({some}). Save it "
+            "anew, or get the file again."
+        )
+
+
+def _file(folder: str) -> str:
+    """The file with an adapter's weights, or its name on the Hub."""
+    paths = (Path(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+    return next((str(path) for path in paths if path.is_file()), folder)
+
+
+def _take_off(model: nn.Module) -> None:
+    """Takes the layers of a broken adapter off a model that had none before."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            below = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            model.set_submodule(name, cast(nn.Module, below))
+    vars(model).pop("peft_config", None)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged adapters are refused, with the file and what is wrong, by all that load them; whole ones load as before."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_export import write_official_adapter
+
+from peft_pblora import MoSLoraConfig, check_adapter, load_adapter
+from trl_parm.cli.main import main
+from trl_parm.demo.loading import load_models
+from trl_parm.evaluation.models import Models
+
+
+IDS = torch.arange(2, 10)[None]
+
+
+def lora(model, **config):
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return adapted.eval()
+
+
+KINDS = {
+    "pblora": lambda base: tiny_arm(base),
+    "moslora": lambda base: get_peft_model(base, MoSLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),
+    "lora": lora,
+    "dora": lambda base: lora(base, use_dora=True),
+    "lora with a head": lambda base: lora(base, modules_to_save=["lm_head"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def backbone(base):
+    model = tiny_llama()
+    model.config._name_or_path = model.name_or_path = str(base)
+    return model
+
+
+def saved(base, kind="pblora", name="adapter"):
+    folder = base.parent / name
+    model = KINDS[kind](backbone(base))
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def change(edit):
+    """A change of the tensors in an adapter's file; `edit` gets their names and the last of them."""
+
+    def damage(folder):
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        edit(tensors, max(tensors))
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return damage
+
+
+def cut(size):
+    def damage(folder):
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:size])
+
+    return damage
+
+
+def pickled(folder):
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"no pickle")
+
+
+DAMAGES = {
+    "truncated": (cut(-20), "can't be loaded"),
+    "empty": (cut(0), "can't be loaded"),
+    "a pointer to a file": (lambda f: (f / "adapter_model.safetensors").write_text("version"), "can't be loaded"),
+    "a broken pickle": (pickled, "adapter_model.bin' can't be loaded"),
+    "no file": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+    "no tensors": (change(lambda tensors, last: tensors.clear()), "has no tensors"),
+    "one missing": (change(lambda tensors, last: tensors.pop(last)), "1 of its tensors are missing|there is no "),
+    "one renamed": (
+        change(lambda t, last: t.update({last.replace("layers.1", "layers.7"): t.pop(last)})), "missing|no |nothing"
+    ),
+    "one too many": (
+        change(lambda t, last: t.update({last.replace("layers.1", "layers.7") + "x": t[last].clone()})), "nothing here"
+    ),
+    "integers": (change(lambda tensors, last: tensors.update({last: tensors[last].int()})), "no floating-point"),
+    "another shape": (change(lambda t, last: t.update({last: t[last][:1].clone()})), "size mismatch"),
+    "NaN": (change(lambda tensors, last: tensors[last].view(-1)[0].fill_(torch.nan)), "1 of its tensors are NaN"),
+    "infinite": (change(lambda tensors, last: tensors[last].fill_(-torch.inf)), "NaN or infinite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_adapters_load_as_by_peft(base, kind):
+    folder, model = saved(base, kind)
+    expected = PeftModel.from_pretrained(tiny_llama(), folder).eval()(IDS).logits
+    for on in (tiny_llama(), None):
+        assert torch.equal(load_adapter(on, folder)(IDS).logits, expected)
+    other = load_adapter(lora(tiny_llama()), folder, "other") if kind in ("lora", "dora") else None
+    if other is not None:
+        other.set_adapter("other")
+        assert torch.equal(other(IDS).logits, expected)
+    check_adapter(model, folder)
+
+
+def test_adapters_of_the_authors_code_load(tmp_path):
+    write_official_adapter(tmp_path / "official", k=3, r1=4, r2=2)
+    expected = PeftModel.from_pretrained(tiny_llama(1), tmp_path / "official").eval()(IDS).logits
+    assert torch.equal(load_adapter(tiny_llama(1), tmp_path / "official", "theirs").eval()(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["pblora", "lora", "lora with a head"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_refused_and_leaves_nothing(base, kind, damage):
+    folder, _ = saved(base, kind)
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    model = tiny_llama()
+    names, expected = [name for name, _ in model.named_modules()], model(IDS).logits
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_adapter(model, folder)
+    assert str(folder) in str(refusal.value)
+    assert [name for name, _ in model.named_modules()] == names
+    assert torch.equal(model(IDS).logits, expected)
+    taken = tiny_arm(tiny_llama()) if kind == "pblora" else lora(tiny_llama())
+    expected = taken(IDS).logits
+    with pytest.raises(ValueError, match=message):
+        load_adapter(taken, folder, "second")
+    assert list(taken.peft_config) == ["default"]
+    assert torch.equal(taken(IDS).logits, expected)
+
+
+def test_another_number_of_objectives_is_refused(base):
+    folder, _ = saved(base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "objectives": ["a", "b", "c"]}))
+    with pytest.raises(ValueError, match="size mismatch.*its number of objectives"):
+        load_adapter(tiny_llama(), folder)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="can't be loaded"):
+        load_adapter(tiny_llama(), folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one missing", "NaN", "another shape"])
+@pytest.mark.parametrize("kind", ["pblora", "lora"])
+def test_all_that_load_refuse(base, kind, damage, capsys):
+    folder, _ = saved(base, kind)
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    for load in (Models(str(base)).guide, Models(str(base)).apart, lambda name: Models(name).base):
+        with pytest.raises(ValueError, match=message):
+            load(str(folder))
+    if kind == "pblora":
+        with pytest.raises(ValueError, match=message):
+            load_models(str(folder), str(base))
+        out = base.parent / "exported"
+        assert main(["export", "--adapter", str(folder), "--output_dir", str(out), "--grid_steps", "2"]) == 2
+        assert "adapter_model.safetensors" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_a_name_that_is_taken_is_refused(base):
+    folder, _ = saved(base)
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        load_adapter(tiny_arm(tiny_llama()), folder)
