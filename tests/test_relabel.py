@@ -379,7 +379,10 @@ def broken(prompts, responses):
     [
         ({"rewards": {"odd": broken}}, "The reward 'odd' returned nan for the response 'w2 w2 ' of row 1"),
         ({"pairs": [{"prompt": "w1", "chosen": "w2"}]}, "A pair lacks rejected; it has prompt, chosen"),
-        ({"pairs": [{"chosen": "w1", "rejected": "w2"}]}, "A pair lacks prompt"),
+        (
+            {"pairs": [{"chosen": "w1", "rejected": "w2"}]},
+            "no `prompt` in row 0 of the pairs, whose responses are plain texts",
+        ),
         ({"pairs": []}, "There are no pairs"),
         ({"rewards": {}}, "There are no pairs, or no rewards"),
         ({"rewards": {"prompt": longer}}, "would make a column that is called"),

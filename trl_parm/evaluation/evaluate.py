@@ -21,6 +21,7 @@ from trl_parm.decoding import BASE, Guided
 from trl_parm.noise import row_seed
 from trl_parm.records import Records, plain
 from trl_parm.rewards import Reward, score
+from trl_parm.shapes import read_text
 from trl_parm.texts import PromptText, prompt_key
 
 from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length
@@ -173,7 +174,9 @@ class _Table:
         **generation: Any,
     ) -> None:
         self.tokenizer, self.base_config = tokenizer, base_config
-        self.runs, self.prompts, self.keys = list(runs), list(prompts), list(map(prompt_key, prompts))
+        self.runs = list(runs)
+        self.prompts = [read_text(prompt, f"row {number} of `prompts`") for number, prompt in enumerate(prompts)]
+        self.keys = list(map(prompt_key, self.prompts))
         self.rewards, self.objectives = rewards, list(rewards)
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
@@ -189,6 +192,7 @@ class _Table:
         }
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
+        encode_prompts(tokenizer, self.prompts, template)  # which refuses what it can't read
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
         check_columns(self.objectives, COLUMNS)

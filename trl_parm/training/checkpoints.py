@@ -23,7 +23,7 @@ from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream
-from .tokenization import COLUMNS, FEATURES, PairReader
+from .tokenization import COLUMNS, WEIGHT, PairReader
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +34,7 @@ LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
     "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
     "target_margin", "length_normalized", "aggregation", "global_weight", "concentration", "preference_per",
-    "train_preferences",
+    "train_preferences", "weight_column", "append_end_token",
 )  # fmt: skip
 """Arguments that must stay: those of the loss and its preferences, and those that an optimizer's state holds."""
 PASSING = {
@@ -132,7 +132,8 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 
 def _beginning(reader: PairReader, rows: Iterable[Any]) -> Dataset:
-    return Dataset.from_list([reader(row) for row in islice(rows, 8)], features=FEATURES)
+    pairs = [reader(row, number) for number, row in enumerate(islice(rows, 8))]
+    return Dataset.from_list(pairs, features=reader.features)
 
 
 def _hash_pairs(data: Dataset) -> str:
@@ -141,6 +142,8 @@ def _hash_pairs(data: Dataset) -> str:
             for column in COLUMNS:
                 yield pc.list_value_length(table[column]).to_numpy()
                 yield pc.list_flatten(table[column]).to_numpy()
+            if WEIGHT in table.column_names:
+                yield table[WEIGHT].to_numpy()
 
     return _hash(parts())
 

@@ -69,10 +69,18 @@ class PreferenceARMConfig(_BaseConfig):
         label_columns (`dict[str, str]`, *optional*):
             Objective → column of a labelled data set (`response_0`, `response_1`) that says which response is better.
             A column named like the objective if not given.
-        max_length (`int`, *optional*, defaults to 1024): Most tokens of prompt and response together; `None` for any.
+        max_length (`int`, *optional*, defaults to 1024):
+            Most tokens of prompt and response together; `None` for any. The model's number of positions, where it has
+            one, is a limit too.
         truncation_mode (`str`, *optional*, defaults to `"filter"`):
             What becomes of longer pairs: `"filter"` leaves them out, `"cut_prompt"` cuts the start of their prompt. A
             response is never cut, since summed log-probabilities would favour the cut one.
+        append_end_token (`bool`, *optional*, defaults to `False`):
+            Append the end token to responses that have none, as those of some chat templates. It is always appended to
+            plain texts.
+        weight_column (`str`, *optional*):
+            The column with a number, 0 or larger, that each pair counts for: l_i is the weighted mean over pairs.
+            Every data set needs it then.
         share_prompt (`bool`, *optional*, defaults to `False`):
             Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention.
         pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
@@ -110,6 +118,8 @@ class PreferenceARMConfig(_BaseConfig):
     label_columns: dict | str | None = None
     max_length: int | None = 1024
     truncation_mode: str = "filter"
+    append_end_token: bool = False
+    weight_column: str | None = None
     share_prompt: bool = False
     pad_to_multiple_of: int | None = None
     dataset_num_proc: int | None = None

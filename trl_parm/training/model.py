@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -20,6 +20,19 @@ from .config import PreferenceARMConfig
 
 
 logger = logging.get_logger(__name__)
+
+
+class Limits(NamedTuple):
+    """What a model can read: tokens that it has embeddings for, and places in a text; `None` for any."""
+
+    vocabulary: int | None = None
+    positions: int | None = None
+
+
+def limits_of(model: Any) -> Limits:
+    """The limits of a model's embeddings, and of the positions that its configuration names."""
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return Limits(embeddings, getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 
 def check_device(args: PreferenceARMConfig) -> None:

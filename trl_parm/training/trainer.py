@@ -35,6 +35,7 @@ from .data import (
     join_sources,
     name_sources,
     only_objective,
+    read_in_order,
 )
 from .log_probs import Responses
 from .losses import count_labels
@@ -43,6 +44,7 @@ from .model import (
     adapt_model,
     check_device,
     disable_dropout,
+    limits_of,
     load_model,
     load_tokenizer,
     trained_adapter,
@@ -127,9 +129,10 @@ class PreferenceARMTrainer(_BaseTrainer):
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
-        joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args)
+        self.limits = limits_of(model)
+        joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args, self.limits)
         if isinstance(joined, JointPreferenceStream):
-            cast(Any, args.accelerator_config).dispatch_batches = False
+            read_in_order(args)
         pad_token_id = cast(int, tokenizer.pad_token_id)
         collator = PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.share_prompt)
         super().__init__(
@@ -137,7 +140,7 @@ class PreferenceARMTrainer(_BaseTrainer):
             args=args,
             data_collator=data_collator or collator,
             train_dataset=joined,
-            eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args),
+            eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args, self.limits),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -209,27 +212,27 @@ class PreferenceARMTrainer(_BaseTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The part of a step's loss Σ_i α_i l_i that one batch adds, at the preference that the step draws."""
-        step, labels = self.state.global_step, inputs["pair_labels"]
+        step, labels, weights = self.state.global_step, inputs["pair_labels"], inputs.get("pair_weights")
         if self.args.preference_per == "pair":
             preference = self.preference_sampler.for_pairs(step, inputs["pair_ids"])
         else:
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
-        counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
+        counts = cast(torch.Tensor, num_items_in_batch) if whole else count_labels(labels, weights)
         if self.args.disable_dropout and model.training and not self._noise_checked:
             log_probs = without_noise(lambda: self._log_probs(model, inputs, preference), labels.device)
             self._noise_checked = True
         else:
             log_probs = self._log_probs(model, inputs, preference)
         margins = log_probs[0] - log_probs[1]
-        loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
+        loss, losses = self.arm_loss(margins, labels, preference, counts, whole, weights)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at step {step}; log-probabilities of the responses: "
                 f"{log_probs[0].tolist()} and {log_probs[1].tolist()}. Lower the learning rate, or use bf16 instead "
                 "of fp16."
             )
-        self.train_metrics.add(preference.to(margins), log_probs, losses, labels)
+        self.train_metrics.add(preference.to(margins), log_probs, losses, labels, weights)
         return (loss, {"margins": margins}) if return_outputs else loss
 
     def _log_probs(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
@@ -265,7 +268,8 @@ class PreferenceARMTrainer(_BaseTrainer):
             has_adapter = is_peft_model(self.accelerator.unwrap_model(model))
             untrained = [self._margins(model, inputs, None)] if has_adapter else []
             margins = [self._margins(model, inputs, preference) for preference in self.eval_preferences.values()]
-        values = [inputs["pair_labels"], torch.stack(margins, -1), *untrained]
+        weights = inputs.get("pair_weights", torch.ones_like(margins[0]))
+        values = [inputs["pair_labels"], torch.stack(margins, -1), weights, *untrained]
         rows = [pairs.unflatten(0, (-1, self._pairs_of_a_row)) for pairs in values]
         # It leaves out the rows that fill up the last batch of several processes.
         gathered = self.accelerator.gather_for_metrics(rows)
@@ -276,7 +280,7 @@ class PreferenceARMTrainer(_BaseTrainer):
         """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | JointPreferenceDataset):
             tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args)
+            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args, self.limits)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
@@ -331,14 +335,15 @@ class PreferenceARMTrainer(_BaseTrainer):
             self._saves_checkpoint = False
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Labelled pairs of each objective, and pairs, of the whole step, divided by the number of processes.
+        """Labelled pairs of each objective, and pairs, or their weights, of the whole step by the number of processes.
 
         Each process adds up its pairs by these, and the mean over processes, which DDP takes of gradients, is then the
         loss of one big batch.
         """
         if not batch_samples:
             return None
-        counts = torch.stack([count_labels(batch["pair_labels"]) for batch in batch_samples]).sum(0).to(device)
+        of_batches = [count_labels(batch["pair_labels"], batch.get("pair_weights")) for batch in batch_samples]
+        counts = torch.stack(of_batches).sum(0).to(device)
         counts = cast(torch.Tensor, self.accelerator.reduce(counts, "mean"))
         self._distances_ahead = None
         if self.args.aggregation == "tchebycheff" and len(batch_samples) > 1:
@@ -352,7 +357,7 @@ class PreferenceARMTrainer(_BaseTrainer):
             preference = self.preference_sampler.for_step(self.state.global_step)
             margins = self._margins(self.model_wrapped, inputs, preference)
             losses = self.arm_loss.of_pairs(margins, inputs["pair_labels"])
-            return self.arm_loss.distances(losses, inputs["pair_labels"], counts)
+            return self.arm_loss.distances(losses, inputs["pair_labels"], counts, inputs.get("pair_weights"))
 
     def _distances_of_step(self, distances: torch.Tensor) -> torch.Tensor:
         """l_i − z*_i of the whole optimisation step, from what one of its batches adds."""
