@@ -203,7 +203,8 @@ class _Table:
     def data(self, records: Records) -> Dataset:
         """The rows of all runs, which are there."""
         done = {_cell(row): row for row in records.rows}
-        return Dataset.from_list([dict(done[cell]) for run in self.runs for cell in self._cells(run)])
+        rows = [dict(done[cell]) for run in self.runs for cell in self._cells(run)]
+        return Dataset.from_list(rows, on_mixed_types="use_json")  # texts and conversations
 
     def fill(
         self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]

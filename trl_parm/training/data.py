@@ -191,6 +191,8 @@ class JointPreferenceDataset(torch.utils.data.Dataset):
         return [max(lengths[i % len(lengths)] for lengths in tokens) for i in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, list]:
+        if index >= len(self):
+            raise IndexError(index)  # which ends a loop over the rows
         pairs = []
         for number, dataset in enumerate(self.datasets):
             pair = {**dataset[index % len(dataset)], "pair_id": pair_id(number, index % len(dataset))}
