@@ -122,9 +122,7 @@ def relabel(
         _write(path, splits[name])
     for objective, path in ranked_files.items():
         _write(path, as_ranked(splits["train"], objective))
-    return DatasetDict(
-        {name: Dataset.from_list(chosen, on_mixed_types="use_json") for name, chosen in splits.items()}
-    )
+    return DatasetDict({name: Dataset.from_list(chosen, on_mixed_types="use_json") for name, chosen in splits.items()})
 
 
 def as_pair(row: Mapping[str, Any], number: int = 0, told: Counter[str] | None = None) -> dict[str, Any]:

@@ -52,9 +52,13 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
-    """The ids of a text without an end token at their end that the text doesn't have."""
-    end, end_id = cast(str | None, tokenizer.eos_token), tokenizer.eos_token_id
-    return ids[:-1] if end and ids[-1:] == [end_id] and not text.rstrip().endswith(end) else ids
+    """The ids of a text, perhaps cut on the left, without an end token that the tokenizer has appended to it."""
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        return ids
+    bare = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    common = min(len(bare), len(ids) - 1)
+    appended = ids[-1 - common : -1] == bare[-common:] if common else not bare
+    return ids[:-1] if appended else ids
 
 
 def in_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

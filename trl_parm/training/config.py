@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import HubStrategy
@@ -204,12 +205,19 @@ class PairData:
     where: dict[str, Any] | None = None
 
     def load(self) -> Dataset | IterableDataset:
-        """Loads the pairs. Raises `ValueError` if the file is missing or columns are."""
+        """Loads the pairs. Raises `ValueError` if the file is missing, empty or damaged, or columns are missing."""
         kind = FILE_KINDS.get(Path(self.path).suffix)
         if kind and not Path(self.path).exists():
             raise ValueError(f"There is no data at {self.path!r}. Give an existing file, or an id on the Hub.")
         source: dict[str, Any] = {"path": kind, "data_files": self.path} if kind else {"path": self.path}
-        data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
+        try:
+            data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
+            if kind and self.streaming and next(iter(data), None) is None:
+                raise ValueError("it has no row")
+        except (DatasetGenerationError, StopIteration, ValueError) as error:
+            if not kind:
+                raise
+            raise ValueError(_damage(Path(self.path), kind, error.__cause__ or error)) from error
         wanted = {*(self.columns or {}), *(self.where or {})}
         if data.column_names and not wanted <= set(data.column_names):
             raise ValueError(
@@ -275,6 +283,27 @@ class ARMArguments:
         return get_quantization_config(
             ModelConfig(load_in_4bit=self.load_in_4bit, use_bnb_nested_quant=True, dtype="bfloat16")
         )
+
+
+def _damage(path: Path, kind: str, error: BaseException) -> str:
+    """What is wrong with a file that can't be loaded, and what to do."""
+    if not path.read_bytes().strip():
+        return f"The data at {str(path)!r} is empty. Give it at least one pair."
+    if kind == "json":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not _is_object(line):
+                    return (
+                        f"Line {number} of {str(path)!r} is no JSON object: {line.strip()[:80]!r}. Mend or remove it."
+                    )
+    return f"The data at {str(path)!r} can't be read: {error}. Give a whole {kind} file."
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _from_json(value: Any) -> Any:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pyarrow import ArrowInvalid
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
@@ -249,7 +250,7 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
         while True:
             outcomes: Counter[tuple[str, ...]] = Counter()
             kept, weight = 0, 0.0
-            for i, row in enumerate(dataset):
+            for i, row in enumerate(_readable(reader.name, dataset)):
                 pair = reader(cast(dict, row), i)
                 outcome = tuple(pair.pop(OUTCOMES))
                 outcomes[outcome] += 1
@@ -275,6 +276,14 @@ def read_in_order(args: PreferenceARMConfig) -> None:
         )
         args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
         args.dataloader_persistent_workers = False
+
+
+def _readable(name: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a data set. Raises `ValueError` where a file that it streams is damaged."""
+    try:
+        yield from rows
+    except ArrowInvalid as error:
+        raise ValueError(f"The data set {name!r} can't be read to its end: {error}. Mend that row.") from error
 
 
 def pair_id(dataset: int, index: int) -> int:

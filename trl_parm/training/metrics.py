@@ -43,7 +43,7 @@ class TrainMetrics:
             rejected = torch.where(label > 0, second, first)
             weight = preference[..., i]
             self._add(f"preference/{name}", weight, torch.ones_like(weight))
-            self._add(f"loss/{name}", losses[:, i], weighted(known[:, None], weights)[:, 0])
+            self._add(f"loss/{name}", losses[:, i], weighted(known[:, None].float(), weights)[:, 0])
             self._add(f"logps/chosen/{name}", chosen, known)
             self._add(f"logps/rejected/{name}", rejected, known)
             self._add(f"rewards/chosen/{name}", beta * chosen, known)
