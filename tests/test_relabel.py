@@ -399,7 +399,8 @@ def broken(prompts, responses):
 def test_bad_relabelling(tmp_path, options, message):
     options = {"pairs": PAIRS, "rewards": BOTH, **options}
     with pytest.raises(ValueError, match=message):
-        relabel(Dataset.from_list(options.pop("pairs")), options.pop("rewards"), tmp_path / "out", **options)
+        pairs = Dataset.from_list(options.pop("pairs"), on_mixed_types="use_json")
+        relabel(pairs, options.pop("rewards"), tmp_path / "out", **options)
     assert not (tmp_path / "out/train.jsonl").exists()
 
 

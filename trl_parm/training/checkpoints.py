@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from peft_pblora.output import output_file
+from peft_pblora.output import check_output, is_written_by, output_file
 from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
@@ -30,6 +30,9 @@ logger = logging.get_logger(__name__)
 
 RECORD = "training.json"
 """In each checkpoint: what it was trained with."""
+WRITER = "train"
+TRAINED = ("adapter_config.json", "config.json", "*.safetensors", "*.bin")
+"""What a training writes at its end, among others."""
 LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
     "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
@@ -52,6 +55,21 @@ def locked(folder: str | Path) -> Iterator[None]:
     with (folder / LOCK).open("ab") as file:
         lock(file, folder)
         yield
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises `ValueError` if a folder holds a model, or checkpoints, that no training of ours has written."""
+    folder = Path(folder)
+    for path in sorted(path for pattern in TRAINED for path in folder.glob(pattern)):
+        check_output(path, WRITER)
+    for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        # A kill before anything was noted leaves no more than an empty folder and what it was writing.
+        empty = path.is_dir() and all(entry.name.endswith(".partial") for entry in path.iterdir())
+        if not empty and not is_written_by(path, WRITER):
+            raise ValueError(
+                f"The output {folder} holds {path.name}, which was not written by {WRITER!r}. Nothing is replaced: "
+                "name another output, or move that away."
+            )
 
 
 def last_complete_checkpoint(folder: str | Path) -> str:

@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from peft_pblora import PreferenceConfig, set_preference
 from peft_pblora.card import save_card
+from peft_pblora.output import output_files
 
 from . import checkpoints
 from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
@@ -51,6 +52,9 @@ from .model import (
     without_noise,
 )
 from .preferences import PreferenceSampler, name_preferences
+
+
+CARD = "README.md"
 
 
 class PreferenceARMTrainer(_BaseTrainer):
@@ -171,14 +175,16 @@ class PreferenceARMTrainer(_BaseTrainer):
         It gives the folder of the checkpoint to resume from, as `train` is asked to; `None` for none.
 
         Raises:
-            ValueError: another process trains into the folder, there is no complete checkpoint, or it is of another
-                run: with another base model, other data, objectives or their order, β, learning rate, seed, ...
+            ValueError: another process trains into the folder, it holds a model or checkpoints that no training of
+                ours has written, there is no complete checkpoint, or it is of another run: with another base model,
+                other data, objectives or their order, β, learning rate, seed, ...
         """
         folder, checkpoint, error = cast(str, self.args.output_dir), resume_from_checkpoint or None, None
         with ExitStack() as stack:
             if self.is_world_process_zero():
                 try:
                     if not self._claimed:
+                        checkpoints.check_folder(folder)
                         stack.enter_context(checkpoints.locked(folder))
                     if checkpoint is True:
                         checkpoint = checkpoints.last_complete_checkpoint(folder)
@@ -317,15 +323,26 @@ class PreferenceARMTrainer(_BaseTrainer):
         rewrite(self, cast(str, self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As transformers', with our card. The arguments stand in it as YAML, so that no pickle need hold them."""
-        folder = Path(cast(str, output_dir or self.args.output_dir))
+        """As transformers', with our card, over nothing but what a training has written.
+
+        The arguments stand in the card as YAML, so that no pickle need hold them. Raises `ValueError` if a file would
+        be replaced that was not written by a training, or another process trains into the output folder.
+        """
+        own = cast(str, self.args.output_dir)
+        folder = Path(output_dir or own)
         facts = facts_with(self, None if self._saves_checkpoint else new_sample(self))
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        alone = checkpoints.locked(own) if folder == Path(own) and not self._claimed else nullcontext()
+        with alone, output_files(folder, checkpoints.WRITER) as work:
+            super()._save(str(work), state_dict)
+            (work / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self._saves_checkpoint:
-                checkpoints.write_record(folder, self._describe_run())
-            save_card(folder, self.adapter_config, facts, subfolder_of(self))
+                checkpoints.write_record(work, self._describe_run())
+            if (folder / CARD).exists():  # which `save_card` goes on with
+                (work / CARD).unlink(missing_ok=True)
+        save_card(folder, self.adapter_config, facts, subfolder_of(self))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saves_checkpoint = True
