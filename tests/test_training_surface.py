@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pair_data import labelled, pairs
 from peft import LoraConfig
 from training_runs import LORA, PBLORA, config, trainer, two_sets
+from transformers import BartForConditionalGeneration, BertForMaskedLM
 
 from trl_parm import PreferenceARMTrainer
 from trl_parm.training import data
@@ -89,6 +90,24 @@ def broken_llama():
     model = tiny_llama()
     model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
     return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            BartForConditionalGeneration,
+            "BartForConditionalGeneration is an encoder-decoder, but .* causal language",
+        ),
+        (BertForMaskedLM, "BertForMaskedLM is no language model that writes, but a reward model must be a causal"),
+    ],
+)
+def test_models_that_are_no_causal_language_models_are_refused(tmp_path, tokenizer, model, message):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = model.config_class(**sizes, intermediate_size=32, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "out", tokenizer, model(config), pairs(3), peft_config=None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_positions_of_the_model_are_a_limit_of_length(tmp_path, tokenizer):

@@ -43,6 +43,7 @@ from .losses import count_labels
 from .metrics import EvalMetrics, TrainMetrics
 from .model import (
     adapt_model,
+    check_causal,
     check_device,
     disable_dropout,
     limits_of,
@@ -115,6 +116,7 @@ class PreferenceARMTrainer(_BaseTrainer):
         # PEFT draws the adapter's weights, so the seed comes before the model.
         set_seed(args.seed)
         model = load_model(model, args, quantization_config)
+        check_causal(model)
         tokenizer = load_tokenizer(model, processing_class, args)
         model = adapt_model(model, args, peft_config)
         if args.disable_dropout:
