@@ -11,6 +11,7 @@ from training_runs import LORA, trainer
 
 from trl_parm import token_rewards
 from trl_parm.cli.common import load_data
+from trl_parm.cli.generate import DecodingArguments
 from trl_parm.evaluation import Run, sweep
 from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.relabel import relabel
@@ -229,6 +230,27 @@ def test_templates_get_contents_in_the_form_that_they_read(tokenizer, template, 
     tokenizer.chat_template = TEMPLATES[template]
     ids = encode_prompts(tokenizer, [[user(content)]])["input_ids"][0]
     assert " ".join(tokenizer.convert_ids_to_tokens(ids)) == "user w1"
+
+
+def test_a_prompt_that_fills_the_model_is_refused(tokenizer):
+    model, prompts = tiny_llama(max_position_embeddings=8), ["w1", "w1 w2 w3 w4 w5"]
+    with pytest.raises(ValueError, match="row 1 of `prompts` has 8 tokens, but the base model has 8 positions"):
+        sweep(model, tokenizer, prompts, [Run("base")], {"short": brevity}, max_new_tokens=1)
+    sweep(model, tokenizer, prompts, [Run("base")], {"short": brevity}, max_prompt_length=7, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None}, "`prompt` of row 1 of the prompts' data is None"),
+        ({"prompt": 3}, "`prompt` of row 1 of the prompts' data is 3"),
+        ({"prompt": "w2", "images": ["1.png"]}, "`images` of row 1 of the prompts' data has what is no text"),
+    ],
+)
+def test_prompts_of_a_file_name_the_row(tmp_path, row, message):
+    path = write(tmp_path, [{"prompt": "w1"}, row])
+    with pytest.raises(ValueError, match=message):
+        DecodingArguments(model_name_or_path="model", prompts_data=path).read_prompts()
 
 
 def test_a_table_of_texts_and_conversations():

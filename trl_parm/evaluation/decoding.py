@@ -113,7 +113,18 @@ def encode_prompts(
         ValueError: a template without `{prompt}`; a prompt that is neither text nor messages, has no tokens, or that
             the chat template refuses; a conversation of several messages without chat template.
     """
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    tokenizer.padding_side = "left"
+    return tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts, template, max_length)}, return_tensors="pt")
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptText],
+    template: str | None = None,
+    max_length: int | None = None,
+) -> list[list[int]]:
+    """The ids of each prompt; arguments and errors as of [`encode_prompts`]."""
+    tokenizer.truncation_side = "left"
     chat = template is None and tokenizer.chat_template is not None
     fit: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
     found = []
@@ -128,7 +139,7 @@ def encode_prompts(
         if not ids:
             raise ValueError(f"{where} has no tokens, so that there is nothing to go on from. Leave it out.")
         found.append(ids)
-    return tokenizer.pad({"input_ids": found}, return_tensors="pt")
+    return found
 
 
 def split_settings(generation: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:

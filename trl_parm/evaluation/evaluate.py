@@ -24,10 +24,20 @@ from trl_parm.rewards import Reward, score
 from trl_parm.shapes import read_text
 from trl_parm.texts import PromptText, prompt_key
 
-from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length
+from .decoding import (
+    GREEDY,
+    Batch,
+    RowSampling,
+    Run,
+    acting_settings,
+    encode_prompts,
+    prompt_ids,
+    split_settings,
+    text_length,
+)
 from .fronts import OF_OBJECTIVE, SUMMARY
 from .methods import Entry, with_fingerprints
-from .models import Models
+from .models import Models, positions_of
 
 
 COLUMNS = (
@@ -82,12 +92,13 @@ def sweep(
         divided evenly), `seed` (of the prompt), `extra_parameters` and `extra_bytes`.
 
     Raises:
-        ValueError: no prompts, or one twice; a run twice; a preference off the simplex; a reward that is not finite or
-            of the wrong number; a file of another configuration.
+        ValueError: no prompts, one twice, one that is neither text nor messages or is too long for the base model; a
+            run twice; a preference off the simplex; a reward that is not finite or of the wrong number; a file of
+            another configuration.
     """
     table = _Table(
         tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
-        on_batch, **generation,
+        on_batch, positions_of(model.config), **generation,
     )  # fmt: skip
     with Records(path, {**table.configuration, **(configuration or {})}, growing=["methods"]) as records:
         table.fill(records, table.runs, lambda: (model, table.runs))
@@ -132,7 +143,9 @@ def evaluate(
     if len(runs) < len(entries):
         raise ValueError("Two methods have the same name. Give each a `name` of its own.")
     every = [run for of_method in runs.values() for run in of_method]
-    table = _Table(models.tokenizer, models.generation_config, every, prompts, rewards, **options)
+    table = _Table(
+        models.tokenizer, models.generation_config, every, prompts, rewards, positions=models.positions, **options
+    )
     whole = {
         **table.configuration,
         "base": with_fingerprints(models.name),
@@ -156,7 +169,8 @@ def _load(models: Models, entry: Entry, runs: Sequence[Run]) -> tuple[PreTrained
 
 
 class _Table:
-    """A row for each run and prompt. The arguments are those of [`sweep`], and the base model's generation config.
+    """A row for each run and prompt. The arguments are those of [`sweep`], the base model's generation config, and its
+    number of positions.
     `configuration` is what the rows depend on beside the models, as JSON."""
 
     def __init__(
@@ -171,6 +185,7 @@ class _Table:
         template: str | None = None,
         max_prompt_length: int | None = None,
         on_batch: Callable[[Run], Any] = lambda run: None,
+        positions: int | None = None,
         **generation: Any,
     ) -> None:
         self.tokenizer, self.base_config = tokenizer, base_config
@@ -192,7 +207,12 @@ class _Table:
         }
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
-        encode_prompts(tokenizer, self.prompts, template)  # which refuses what it can't read
+        for number, ids in enumerate(prompt_ids(tokenizer, self.prompts, template, max_prompt_length)):
+            if positions is not None and len(ids) >= positions:
+                raise ValueError(
+                    f"row {number} of `prompts` has {len(ids)} tokens, but the base model has {positions} positions. "
+                    "Leave it out, or set `max_prompt_length`, which keeps the end of a prompt."
+                )
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
         check_columns(self.objectives, COLUMNS)
