@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that stop and go on: the same losses and the same weights, bit by bit, of the same run alone."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from pair_data import labelled, pairs
+from peft import get_peft_model
 from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, write_run
 from transformers import TrainerCallback
 
@@ -192,7 +194,10 @@ def files(folder) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != checkpoints.LOCK}
 
 
-FOREIGN = ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "checkpoint-1/optimizer.pt")
+FOREIGN = (
+    "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt",
+    "checkpoint-1/optimizer.pt",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -204,6 +209,15 @@ def test_a_training_does_not_begin_where_a_model_of_somebody_is(tmp_path, tokeni
         run.train()
     assert run.state.global_step == 0
     assert files(tmp_path) == {tmp_path / name: b"mine"}
+
+
+def test_a_named_adapter_does_not_begin_where_one_of_somebody_is(tmp_path, tokenizer):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/adapter_config.json").write_text("mine")
+    model = get_peft_model(tiny_llama(), copy.deepcopy(PBLORA), adapter_name="mine")
+    with pytest.raises(ValueError, match="mine/adapter_config.json was not written by 'train'"):
+        trainer(tmp_path, tokenizer, model, peft_config=None).train()
+    assert files(tmp_path) == {tmp_path / "mine/adapter_config.json": b"mine"}
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer_config.json", "training_args.bin"])

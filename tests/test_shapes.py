@@ -281,3 +281,14 @@ def test_streams_of_mixed_rows(tmp_path, tokenizer):
     run = trainer(tmp_path, tokenizer, data={"helpful": stream}, peft_config=LORA)
     found = [words(tokenizer, row["pairs"][0]) for row in run.train_dataset]
     assert found == [expected for _, expected in SHAPES.values()]
+
+
+@pytest.mark.parametrize("change", [{"chosen": None}, {"images": ["1.png"]}, {"prompt": 3}])
+def test_the_first_row_of_a_stream_is_refused_before_anything_is_written(tmp_path, tokenizer, change):
+    stream = IterableDataset.from_generator(lambda: iter([{**ONE, **change}, ONE]))
+    with pytest.raises(ValueError, match="of row 0 of the data set 'helpful'"):
+        trainer(tmp_path / "out", tokenizer, data={"helpful": stream}, peft_config=LORA)
+    assert not (tmp_path / "out").exists()
+    empty = IterableDataset.from_generator(lambda: iter([ONE])).filter(lambda row: False)
+    with pytest.raises(ValueError, match="The data set 'helpful' is empty"):
+        trainer(tmp_path / "out", tokenizer, data={"helpful": empty}, peft_config=LORA)

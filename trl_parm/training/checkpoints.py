@@ -31,8 +31,11 @@ logger = logging.get_logger(__name__)
 RECORD = "training.json"
 """In each checkpoint: what it was trained with."""
 WRITER = "train"
-TRAINED = ("adapter_config.json", "config.json", "*.safetensors", "*.bin")
-"""What a training writes at its end, among others."""
+TRAINED = (
+    "adapter_config.json", "config.json", "generation_config.json", "*.safetensors*", "*.bin", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+)  # fmt: skip
+"""What a training writes at its end: the model and its tokenizer."""
 LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
     "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
@@ -57,10 +60,14 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
 
 
-def check_folder(folder: str | Path) -> None:
-    """Raises `ValueError` if a folder holds a model, or checkpoints, that no training of ours has written."""
+def check_folder(folder: str | Path, subfolder: str = "") -> None:
+    """Raises `ValueError` if a folder holds a model, or checkpoints, that no training of ours has written.
+
+    `subfolder` is where below it the adapter comes.
+    """
     folder = Path(folder)
-    for path in sorted(path for pattern in TRAINED for path in folder.glob(pattern)):
+    places = {folder, folder / subfolder}
+    for path in sorted(path for place in places for pattern in TRAINED for path in place.glob(pattern)):
         check_output(path, WRITER)
     for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
         # A kill before anything was noted leaves no more than an empty folder and what it was writing.

@@ -126,6 +126,11 @@ def join_sources(
     ]
     pairs = list(zip(readers, data_sets, strict=True))
     if any(isinstance(data, IterableDataset) for data in data_sets):
+        for reader, data in pairs:  # at least their first rows can be refused before anything is written
+            first = next(iter(_readable(reader.name, data)), None)
+            if first is None:
+                reader.report(Counter())  # which refuses it
+            reader(cast(dict, first))
         return JointPreferenceStream(pairs)
     with args.main_process_first(desc="tokenizing"):
         prepared = [reader.read(cast(Dataset, data), args.dataset_num_proc) for reader, data in pairs]

@@ -186,7 +186,7 @@ class PreferenceARMTrainer(_BaseTrainer):
             if self.is_world_process_zero():
                 try:
                     if not self._claimed:
-                        checkpoints.check_folder(folder)
+                        checkpoints.check_folder(folder, subfolder_of(self))
                         stack.enter_context(checkpoints.locked(folder))
                     if checkpoint is True:
                         checkpoint = checkpoints.last_complete_checkpoint(folder)
