@@ -87,7 +87,7 @@ def output_file(path: str | Path, writer: str | None = None, binary: bool = Fals
         path (`str` or `Path`): Where the file shall stand.
         writer (`str`, *optional*):
             Who writes: an older file is replaced if it is as this writer wrote it, and refused otherwise. Without it
-            any file is replaced, for callers that have looked at what stands there.
+            any file is replaced, for callers that have looked at what stands there; whose it was, it stays.
         binary (`bool`, *optional*, defaults to `False`): Give a file for bytes instead of one for text in UTF-8.
 
     Raises:
@@ -99,6 +99,7 @@ def output_file(path: str | Path, writer: str | None = None, binary: bool = Fals
     if writer is not None:
         check_output(path, writer)
     _check_place(path)
+    owner = _owner(path) if writer is None else writer
     staging = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         with staging.open("xb") if binary else staging.open("x", encoding="utf-8") as file:
@@ -106,10 +107,35 @@ def output_file(path: str | Path, writer: str | None = None, binary: bool = Fals
         with _alone(path.parent):
             if writer is not None:
                 _refuse_foreign(path, writer)  # again, since the work has taken its time
-                _note(path.parent, writer, {Path(path.name): staging})
+            if owner is not None:
+                _note(path.parent, owner, {Path(path.name): staging})
             staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_files(path: str | Path, writer: str) -> Iterator[Path]:
+    """Gives a fresh folder whose files come into the folder `path` only if the block ends without an error.
+
+    What else is in that folder stays. Raises `ValueError` if a file there would be replaced that is not as this writer
+    wrote it, or if it can't be written to.
+    """
+    path = Path(os.path.realpath(path))
+    _check_place(path / NOTES)
+    work = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=path))
+    try:
+        yield work
+        files = {path / file.relative_to(work): file for file in work.rglob("*") if file.is_file()}
+        with _alone(path):
+            for target in files:
+                _refuse_foreign(target, writer)
+            for target, file in files.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _note(target.parent, writer, {Path(target.name): file})
+                file.replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -171,6 +197,19 @@ def _is_noted(path: Path, folder: Path, writer: str, notes: set[str]) -> bool:
     if path.is_dir():
         return any(path.iterdir())
     return path.is_file() and _line(writer, path, path.relative_to(folder)) in notes
+
+
+def _owner(path: Path) -> str | None:
+    """Who has noted a file as it is, if anybody."""
+    if not path.is_file():
+        return None
+    end = _line("", path, Path(path.name))
+    return next((line.removesuffix(end) for line in _notes(path.parent) if line.endswith(end)), None)
+
+
+def is_written_by(folder: str | Path, writer: str) -> bool:
+    """Whether a writer has written into a folder."""
+    return any(line.startswith(f"{writer} ") for line in _notes(Path(folder)))
 
 
 def _notes(folder: Path) -> set[str]:

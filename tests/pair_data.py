@@ -46,10 +46,10 @@ def split_by_objective(data: Dataset) -> dict[str, Dataset]:
     return found
 
 
-def prepared(data: Dataset, name: str, tokenizer, max_length=None, cut_prompt=False, label_columns=None) -> Dataset:
+def prepared(data: Dataset, name: str, tokenizer, label_columns=None, **options) -> Dataset:
     """The data set as the trainer prepares it."""
     columns = label_columns or {objective: objective for objective in OBJECTIVES}
-    return PairReader(name, data.column_names, OBJECTIVES, columns, tokenizer, max_length, cut_prompt).read(data)
+    return PairReader(name, data.column_names, OBJECTIVES, columns, tokenizer, **options).read(data)
 
 
 def naive_log_probs(model, prompt: list[int], response: list[int]) -> float:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of responses: chunked, from logits, with shared prompts; against a forward for each token."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import tiny_arm, tiny_gpt2, tiny_llama
@@ -12,6 +14,8 @@ from transformers import (
     BloomForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MptConfig,
     MptForCausalLM,
 )
@@ -235,10 +239,15 @@ def bloom():
     return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
 
 
-def mpt():
+def mpt(longest=2048):
     """It takes its positions from the order of tokens."""
     torch.manual_seed(0)
-    return MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4))
+    return MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=longest))
+
+
+def mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +256,8 @@ def mpt():
         (without_mask, "it does not follow mask and positions"),
         (gpt_neo, "it does not follow mask and positions"),
         (mpt, "it does not follow mask and positions"),
+        (partial(mpt, 32), "which the model can't take: RuntimeError: The size of tensor"),
+        (mamba, "needs attention to all tokens, but the model has ..linear_attention.."),
         (bloom, "which the model can't take: ValueError: too many values to unpack"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_pblora import output
-from peft_pblora.output import NOTES, file_name, output_file, output_folder
+from peft_pblora.output import NOTES, file_name, output_file, output_files, output_folder
 
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +55,30 @@ def test_folder_appears_when_complete(tmp_path):
     with output_folder(target) as folder:
         (folder / "b").write_text("2")
     assert names(target) == ["b"]
+
+
+def write_files(path, text="new", names=("a", "deep/b")):
+    with output_files(path, "us") as folder:
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+
+
+def test_files_come_into_a_folder_together_and_leave_the_others(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    write_files(tmp_path)
+    write_files(tmp_path, "newer", ["a"])
+    found = {name: text for name, text in content(tmp_path).items() if NOTES not in name}
+    assert found == {"a": b"newer", "deep/b": b"new", "mine": b"mine"}
+    with pytest.raises(ValueError, match=f"mine was not written by 'us'.* {REFUSED}"):
+        write_files(tmp_path, "last", ["a", "mine"])
+    with pytest.raises(RuntimeError), output_files(tmp_path, "us") as folder:
+        (folder / "a").write_text("broken")
+        raise RuntimeError
+    assert {name: text for name, text in content(tmp_path).items() if NOTES not in name} == found
+    with output_file(tmp_path / "a") as file:  # whose it was, it stays
+        file.write("changed by ours")
+    write_files(tmp_path)
 
 
 def test_nothing_half_written_stays_behind(tmp_path):

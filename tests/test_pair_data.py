@@ -5,10 +5,16 @@ from itertools import islice
 
 import pytest
 import torch
+from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset, IterableDataset
 from pair_data import OBJECTIVES, ROLES, labelled, pairs, prepared
+from pyarrow import ArrowInvalid
+from tokenizers.processors import TemplateProcessing
 
+from trl_parm import token_rewards
+from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.training import tokenization
+from trl_parm.training.config import PairData
 from trl_parm.training.data import JointPreferenceDataset, JointPreferenceStream, PreferenceCollator, pair_id
 from trl_parm.training.tokenization import PairReader
 
@@ -135,7 +141,7 @@ def test_pairs_without_anything_to_learn_are_left_out_and_counted(tokenizer, lin
     ("change", "message"),
     [
         (lambda d: d.remove_columns("response_1"), r"lacks the columns \['response_1'\]"),
-        (lambda d: d.remove_columns("prompt"), r"lacks the columns \['prompt'\]"),
+        (lambda d: d.remove_columns("prompt"), "no `prompt` in row 0 of the data set 'mixed', whose responses are"),
         (lambda d: d.remove_columns(["helpful", "harmless"]), "has no column with the labels of an objective"),
         (lambda d: d.select([]), "is empty. Give it at least one pair"),
         (
@@ -148,6 +154,164 @@ def test_pairs_without_anything_to_learn_are_left_out_and_counted(tokenizer, lin
 def test_bad_data_is_refused(tokenizer, change, message):
     with pytest.raises(ValueError, match=message):
         prepared(change(labelled(3)), "mixed", tokenizer)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("pairs.jsonl", "", "is empty. Give it at least one pair"),
+        ("pairs.jsonl", " \n\n", "is empty. Give it at least one pair"),
+        ("pairs.csv", "", "is empty. Give it at least one pair"),
+        ("pairs.jsonl", '{"prompt": "w1"}\n\nxx{"\n{}\n', "Line 3 of .*pairs.jsonl' is no JSON object: 'xx{"),
+        ("pairs.jsonl", '{"prompt": "w1"}\n{"prompt": "w', "Line 2 of .* is no JSON object"),
+        ("pairs.jsonl", '{"prompt": "w1"}\n3\n', "Line 2 of .* is no JSON object: '3'"),
+        ("pairs.parquet", "w1 w2", "pairs.parquet' can't be read: .*Give a whole parquet file"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_refused(tmp_path, name, text, message, streaming):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PairData(str(tmp_path / name), streaming=streaming).load()
+
+
+def test_damage_that_a_stream_meets_on_its_way_names_the_data_set(tokenizer):
+    def rows():
+        yield from pairs(2)
+        raise ArrowInvalid("JSON parse error: Invalid value. in row 2")
+
+    broken = IterableDataset.from_generator(rows)
+    joint = JointPreferenceStream([(readers(tokenizer)[0], broken)])
+    with pytest.raises(ValueError, match="'helpful' can't be read to its end: .*in row 2"):
+        list(joint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen_ids": [5, 64]}, "token id 64 in row 1 of the data set 'helpful' .* embeddings for 64 tokens"),
+        ({"prompt_ids": [-1]}, "token id -1 in row 1"),
+        ({"rejected_ids": None}, "`rejected_ids` of row 1 of .* is None, but it must be a list of token ids"),
+        ({"chosen_ids": ["w1"]}, "`chosen_ids` of row 1 .* must be a list of token ids"),
+    ],
+)
+def test_ids_that_the_model_does_not_have_are_refused(tokenizer, change, message):
+    good = {"prompt_ids": [5], "chosen_ids": [6, 1], "rejected_ids": [7, 1]}
+    reader = PairReader("helpful", list(good), OBJECTIVES, {}, tokenizer, vocabulary=64)
+    assert reader(good)["outcomes"] == []
+    with pytest.raises(ValueError, match=message):
+        reader({**good, **change}, 1)
+
+
+BETWEEN = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} "
+    "{% if m['role'] == 'assistant' and not loop.last %}<eos> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+ROLE = (
+    "{% for m in messages %}{{ '<eos>' if m['role'] == 'user' else '.' }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}. {% endif %}"
+)
+ENDLESS = (
+    "helpful: of 1 pairs 1 have a response without end token, so that its end is not learned; "
+    "`append_end_token=True` appends it."
+)
+
+
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize(
+    ("template", "prompt", "first", "second"),
+    [
+        (BETWEEN, "user w0 assistant w9 <eos> user w8 assistant", "w1", "w2"),
+        (ROLE, "<eos> w0 . w9 <eos> w8 .", "w1", "w2"),
+    ],
+)
+def test_end_tokens_of_the_prompt_cut_nothing_and_a_missing_one_is_said(
+    tokenizer, lines, append, template, prompt, first, second
+):
+    tokenizer.chat_template = template
+    user, answer = ({"role": role, "content": "{}"} for role in ("user", "assistant"))
+    turns = [{**user, "content": "w0"}, {**answer, "content": "w9"}, {**user, "content": "w8"}]
+    row = {"prompt": turns, "chosen": [{**answer, "content": "w1"}], "rejected": [{**answer, "content": "w2"}]}
+    found = prepared(Dataset.from_list([row]), "helpful", tokenizer, append_end_token=append)[0]
+    end = " <eos>" if append else ""
+    texts = [" ".join(tokenizer.convert_ids_to_tokens(found[c])) for c in ("prompt_ids", "first_ids", "second_ids")]
+    assert texts == [prompt, first + end, second + end]
+    assert lines == ([] if append else [ENDLESS])
+
+
+def test_only_the_end_after_the_last_turn_cuts_a_response(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template + "{% if not add_generation_prompt %}<pad> {% endif %}"
+    user, answer = {"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}
+    row = {"prompt": [user], "chosen": [answer, user, answer], "rejected": [answer]}
+    found = prepared(Dataset.from_list([row]), "helpful", tokenizer)[0]
+    texts = [" ".join(tokenizer.convert_ids_to_tokens(found[c])) for c in ("first_ids", "second_ids")]
+    assert texts == ["w5 <eos> user w4 <eos> assistant w5 <eos>", "w5 <eos>"]
+
+
+def appending_tokenizer():
+    """A tokenizer that appends an end token to every text by itself."""
+    found = tiny_tokenizer()
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", found.eos_token_id)]
+    )
+    return found
+
+
+def test_tokenizers_that_append_an_end_token(tokenizer, lines):
+    appending = appending_tokenizer()
+    assert appending("w1")["input_ids"][-1] == appending.eos_token_id
+    for conversational in (False, True):
+        data = pairs(4, conversational=conversational)
+        assert prepared(data, "helpful", appending)[:] == prepared(data, "helpful", tokenizer)[:]
+    assert not lines
+    for chat_template in (tokenizer.chat_template, None):
+        appending.chat_template = tokenizer.chat_template = chat_template
+        prompts = ["w1 w2", "w3", "w4 <eos>"]
+        ours, theirs = (encode_prompts(t, prompts).data for t in (appending, tokenizer))
+        assert {name: tensor.tolist() for name, tensor in ours.items()} == {
+            name: tensor.tolist() for name, tensor in theirs.items()
+        }
+    arm = tiny_llama()
+    ours, theirs = (token_rewards(arm, t, "w1 w2", "w3", reference=arm).to_dicts() for t in (appending, tokenizer))
+    assert ours == theirs
+
+
+def test_a_prompt_whose_end_changes_before_a_response_is_said(tokenizer, lines):
+    tokenizer.chat_template = tokenizer.chat_template.replace("'assistant '", "'assistant w33 '")  # an empty thought
+    found = prepared(pairs(2, conversational=True), "helpful", tokenizer)
+    assert tokenizer.convert_ids_to_tokens(found[0]["prompt_ids"])[-1] == "assistant"
+    assert "2 lost the end of the prompt, which the tokenizer or its template writes otherwise" in lines[0]
+
+
+def test_texts_that_repeat_their_prompt_are_said(tokenizer, lines):
+    row = {"prompt": "w1 w2", "chosen": "w1 w2 w3", "rejected": "w1 w2 w4"}
+    assert len(prepared(Dataset.from_list([row]), "helpful", tokenizer)) == 1
+    assert "1 have responses that begin with their prompt, and were read as they are" in lines[0]
+
+
+def weighed(weights, tokenizer):
+    data = pairs(len(weights)).add_column("w", weights)
+    reader = PairReader("helpful", data.column_names, OBJECTIVES, {}, tokenizer, weight_column="w")
+    return reader.read(data)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf"), None])
+def test_weights_that_are_none_are_refused(tokenizer, weight):
+    assert weighed([1.0, 0.0], tokenizer)["weight"][:] == [1.0, 0.0]
+    with pytest.raises(ValueError, match="The weight in column 'w' of row 1 of .* must be a number, 0 or larger"):
+        weighed([1.0, weight], tokenizer)
+
+
+def test_weights_that_are_all_zero_or_missing_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="All weights in column 'w' of the data set 'helpful' are 0"):
+        weighed([0.0, 0.0], tokenizer)
+    data = pairs(2).add_column("w", [0.0, 0.0]).to_iterable_dataset()
+    reader = PairReader("helpful", ["prompt", "chosen", "rejected", "w"], OBJECTIVES, {}, tokenizer, weight_column="w")
+    with pytest.raises(ValueError, match="All weights in column 'w'"):
+        list(JointPreferenceStream([(reader, data)]))
+    with pytest.raises(ValueError, match="lacks the `weight_column` 'w'; it has .* where all pairs count alike"):
+        PairReader("helpful", ["prompt", "chosen", "rejected"], OBJECTIVES, {}, tokenizer, weight_column="w")
 
 
 def test_no_pair_is_left_when_all_are_too_long(tokenizer):

@@ -399,20 +399,50 @@ def broken(prompts, responses):
     [
         ({"rewards": {"odd": broken}}, "The reward 'odd' returned nan for the response 'w2 w2 ' of row 1"),
         ({"pairs": [{"prompt": "w1", "chosen": "w2"}]}, "A pair lacks rejected; it has prompt, chosen"),
-        ({"pairs": [{"chosen": "w1", "rejected": "w2"}]}, "A pair lacks prompt"),
+        (
+            {"pairs": [{"chosen": "w1", "rejected": "w2"}]},
+            "no `prompt` in row 0 of the pairs, whose responses are plain texts",
+        ),
         ({"pairs": []}, "There are no pairs"),
         ({"rewards": {}}, "There are no pairs, or no rewards"),
         ({"rewards": {"prompt": longer}}, "would make a column that is called"),
         ({"rewards": {"a": longer, "a_score_0": longer}}, "would make a column that is called"),
         ({"test_size": 20}, "ask for 20 of 20 pairs"),
+        (
+            {"pairs": [{**row, "prompt": "w1"} for row in PAIRS]},
+            "20 pairs have 1 prompts, .* splits \\['test'\\] leave none to train on. Set `test_size`",
+        ),
+        ({"template": "user {prompt}", "pairs": [*PAIRS, {**PAIRS[0], "prompt": CHAT}]}, "has 3 messages"),
         ({"tie_margin": -1.0}, "`tie_margin` is -1.0"),
     ],
 )
 def test_bad_relabelling(tmp_path, options, message):
     options = {"pairs": PAIRS, "rewards": BOTH, **options}
     with pytest.raises(ValueError, match=message):
-        relabel(Dataset.from_list(options.pop("pairs")), options.pop("rewards"), tmp_path / "out", **options)
+        pairs = Dataset.from_list(options.pop("pairs"), on_mixed_types="use_json")
+        relabel(pairs, options.pop("rewards"), tmp_path / "out", **options)
     assert not (tmp_path / "out/train.jsonl").exists()
+
+
+def test_a_template_makes_texts_of_messages_that_training_reads_as_texts(tmp_path, tokenizer):
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    rows = [{"prompt": said("user", "w1"), "chosen": said("assistant", "w2"), "rejected": said("assistant", "w3 w4")}]
+    found = relabel(Dataset.from_list(rows), {"long": longer}, tmp_path, 0, template="user {prompt} assistant ")[
+        "train"
+    ]
+    assert found[0]["prompt"] == "user w1 assistant "
+    assert (found[0]["raw_prompt"], found[0]["response_0"], found[0]["response_1"]) == (
+        rows[0]["prompt"],
+        "w2",
+        "w3 w4",
+    )
+    pair = prepared(found, "pairs", tokenizer, label_columns={"helpful": "long"})[0]
+    assert (
+        " ".join(tokenizer.convert_ids_to_tokens(pair["prompt_ids"] + pair["first_ids"]))
+        == "user w1 assistant w2 <eos>"
+    )
 
 
 def test_scores_of_other_pairs_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that stop and go on: the same losses and the same weights, bit by bit, of the same run alone."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ import torch
 from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from pair_data import labelled, pairs
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, write_run
 from transformers import TrainerCallback
 
 from peft_pblora import PBLoraConfig
+from peft_pblora.card import add_results
 from trl_parm.cli import train
 from trl_parm.training import checkpoints
 from trl_parm.training.checkpoints import last_complete_checkpoint
@@ -211,6 +214,72 @@ def test_a_checkpoint_that_does_not_say_its_run_is_resumed_with_a_warning(tmp_pa
     ]
 
 
+def files(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != checkpoints.LOCK}
+
+
+FOREIGN = (
+    "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt",
+    "checkpoint-1/optimizer.pt",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_training_does_not_begin_where_a_model_of_somebody_is(tmp_path, tokenizer, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    run = trainer(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match="was not written by 'train'.* Nothing is replaced"):
+        run.train()
+    assert run.state.global_step == 0
+    assert files(tmp_path) == {tmp_path / name: b"mine"}
+
+
+def test_a_named_adapter_does_not_begin_where_one_of_somebody_is(tmp_path, tokenizer):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/adapter_config.json").write_text("mine")
+    model = get_peft_model(tiny_llama(), copy.deepcopy(PBLORA), adapter_name="mine")
+    with pytest.raises(ValueError, match="mine/adapter_config.json was not written by 'train'"):
+        trainer(tmp_path, tokenizer, model, peft_config=None).train()
+    assert files(tmp_path) == {tmp_path / "mine/adapter_config.json": b"mine"}
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "tokenizer_config.json", "training_args.bin"])
+def test_saving_replaces_and_removes_nothing_of_somebody(tmp_path, tokenizer, name):
+    run = trainer(tmp_path / "run", tokenizer)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    if name == "training_args.bin":
+        run.save_model(str(tmp_path / "out"))
+    else:
+        with pytest.raises(ValueError, match=f"{name} was not written by 'train'"):
+            run.save_model(str(tmp_path / "out"))
+        assert files(tmp_path / "out") == {tmp_path / "out" / name: b"mine"}
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_a_training_goes_over_what_one_has_written(tmp_path, tokenizer):
+    """Its card completed meanwhile, but nothing else changed; and after a kill before a checkpoint was noted."""
+    for _ in range(2):
+        run = trainer(tmp_path, tokenizer, save_strategy="steps", save_steps=2)
+        run.train()
+        run.save_model()
+        run.create_model_card("Mine")
+        add_results(tmp_path, [["measure", "value"], ["accuracy", 0.5]])
+    (tmp_path / "checkpoint-9/.killed.partial").mkdir(parents=True)
+    trainer(tmp_path, tokenizer).train()
+    with (tmp_path / "adapter_config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match="adapter_config.json was not written by 'train', or was changed"):
+        trainer(tmp_path, tokenizer).train()
+
+
+def test_a_card_of_the_users_own_stays(tmp_path, tokenizer):
+    (tmp_path / "README.md").write_text("My words.")
+    trainer(tmp_path, tokenizer).save_model()
+    assert (tmp_path / "README.md").read_text().startswith("My words.\n\n")
+
+
 HOLD = """
 import sys
 from trl_parm.training.checkpoints import locked
@@ -228,6 +297,8 @@ def test_two_trainings_into_one_folder_are_refused(tmp_path, tokenizer):
         run = trainer(tmp_path, tokenizer)
         with pytest.raises(ValueError, match=f"Another process is writing {tmp_path}. Wait for it, or name another"):
             run.train()
+        with pytest.raises(ValueError, match=f"Another process is writing {tmp_path}"):
+            run.save_model()
         assert run.state.global_step == 0
         other.kill()
     run.train()

@@ -12,10 +12,8 @@ from datasets import Dataset
 from pair_data import OBJECTIVES, labelled, pairs, prepared
 from peft import PeftModel, get_peft_model
 from training_runs import LORA, PBLORA, config, trained, trainer, two_sets, without_ranks
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-)
+from transformers import AutoModelForCausalLM, BloomConfig
+from transformers.utils import logging
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from trl_parm import PreferenceARMTrainer
@@ -72,6 +70,41 @@ def test_train_on_every_format(tmp_path, tokenizer, form):
     plain = {name: pairs(n, conversational=form != "token ids") for name, n in (("helpful", 6), ("harmless", 4))}
     data = {name: changed(rows, name) for name, rows in plain.items()}
     torch.testing.assert_close(trained(tmp_path, tokenizer, data=data), trained(tmp_path, tokenizer, data=plain))
+
+
+def epoch_of(run) -> tuple[list[tuple], list[int]]:
+    """The texts and the numbers of all pairs of an epoch."""
+    texts, numbers = [], []
+    for batch in run.get_train_dataloader():
+        numbers += batch["pair_ids"].tolist()
+        texts += [tuple(row) for row in batch["input_ids"][: len(batch["pair_ids"])].tolist()]
+    return texts, numbers
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shards", [(1, 1), (2, 2), (2, 0), (3, 1)])
+def test_streams_give_each_pair_once_an_epoch_whatever_the_workers(tmp_path, tokenizer, caplog, shards, workers):
+    sets = {name: pairs(6, 9 * i) for i, name in enumerate(OBJECTIVES)}
+    data = {
+        name: rows.to_iterable_dataset(num_shards=n) if n else rows
+        for (name, rows), n in zip(sets.items(), shards, strict=True)
+    }
+    logging.get_logger("trl_parm").addHandler(caplog.handler)
+    run = trainer(
+        tmp_path, tokenizer, data=data, dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0, dataloader_prefetch_factor=2 if workers else None,
+    )  # fmt: skip
+    logging.get_logger("trl_parm").removeHandler(caplog.handler)
+    assert ("`dataloader_num_workers` is 0 instead of 2" in caplog.text) == (workers > 0)
+    for _ in range(2):
+        texts, numbers = epoch_of(run)
+        assert len(texts) == len(set(numbers)) == 12
+
+
+def test_workers_read_data_sets_that_are_no_streams(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer, data=two_sets(6, 6), dataloader_num_workers=2)
+    assert len(set(epoch_of(run)[1])) == 12
+    assert run.args.dataloader_num_workers == 2
 
 
 def test_train_on_streams_equals_train_on_data_sets(tmp_path, tokenizer):

@@ -42,6 +42,57 @@ def test_loss_of_a_step_equals_the_naive_twin(tmp_path, tokenizer, form, prefere
     assert loss == pytest.approx(sum(s / n for s, n in zip(sums, counts)), rel=1e-5)
 
 
+WEIGHTS = {"helpful": [3.0, 0.5, 0.0, 1.0], "harmless": [1.0, 0.0, 2.0, 0.25]}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "changes", [{}, {"preference_per": "pair"}, {"global_weight": 0.5}, {"aggregation": "tchebycheff"}]
+)
+def test_weights_of_pairs_make_a_weighted_mean(tmp_path, tokenizer, changes, accumulation):
+    """The loss of a step from float64 margins, pair by pair; a pair of weight 0 adds nothing."""
+    data = {name: pairs(4, 9 * i).add_column("w", WEIGHTS[name]) for i, name in enumerate(OBJECTIVES)}
+    run = trainer(
+        tmp_path, tokenizer, tiny_arm(), data, data, None, weight_column="w", beta=0.3, max_steps=1,
+        per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, **changes,
+    )  # fmt: skip
+    rows = [pair for i in range(4) for pair in run.train_dataset[i]["pairs"]]
+    model = copy.deepcopy(run.model).eval()
+    sums, total, extra = [0.0, 0.0], [sum(WEIGHTS[name]) for name in OBJECTIVES], 0.0
+    for pair in rows:
+        sampler = run.preference_sampler
+        alone = changes.get("preference_per") == "pair"
+        alpha = sampler.for_pairs(0, torch.tensor([pair["pair_id"]]))[0] if alone else sampler.for_step(0)
+        set_preference(model, alpha)
+        i = pair["labels"].index(1)
+        loss = math.log(1 + math.exp(-0.3 * naive_margins(model, [pair])[0]))
+        sums[i] += pair["weight"] * alpha[i].item() * loss
+        extra += pair["weight"] * alpha[i].item() * loss / sum(total)  # β is the same for both objectives
+    means = [s / n for s, n in zip(sums, total)]
+    expected = max(means) if "aggregation" in changes else sum(means) + changes.get("global_weight", 0) * extra
+    run.train()
+    entry = run.state.log_history[0]
+    assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+    if not changes:
+        α = [entry[f"preference/{name}"] for name in OBJECTIVES]
+        assert [entry[f"loss/{name}"] for name in OBJECTIVES] == pytest.approx([m / a for m, a in zip(means, α)])
+
+
+def test_evaluation_weighs_its_losses(tmp_path, tokenizer):
+    weights = [2.0, 0.0, 1.0]
+    data = {name: pairs(3).add_column("w", weights) for name in OBJECTIVES}
+    run = trainer(tmp_path, tokenizer, tiny_arm(), data, data, None, weight_column="w")
+    found, model = run.evaluate(), copy.deepcopy(run.model).eval()
+    set_preference(model, {"helpful": 1.0, "harmless": 0.0})
+    margins = naive_margins(model, prepared(data["helpful"], "helpful", tokenizer))
+    losses = [math.log(1 + math.exp(-0.1 * margin)) for margin in margins]
+    expected = sum(w * loss for w, loss in zip(weights, losses)) / sum(weights)
+    assert found["eval_helpful_loss@helpful"] == pytest.approx(expected, rel=1e-5)
+    assert found["eval_helpful_accuracy@helpful"] == pytest.approx(sum(m > 0 for m in margins) / 3)
+    with pytest.raises(ValueError, match="'helpful' lacks the `weight_column` 'w'"):
+        run.evaluate(two_sets(2, 2))
+
+
 def test_labels_give_the_loss_of_split_data_sets_in_fewer_sequences(tmp_path, tokenizer):
     data = labelled(4, helpful=lambda i: i % 2, harmless=lambda i: 0)
     losses, rows = [], []

@@ -6,12 +6,15 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_arm, tiny_llama
+from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pair_data import labelled, pairs
+from peft import LoraConfig
 from training_runs import LORA, PBLORA, config, trainer, two_sets
+from transformers import BartForConditionalGeneration, BertForMaskedLM
 
 from trl_parm import PreferenceARMTrainer
+from trl_parm.training import data
 
 
 def test_defaults_of_the_arguments(tokenizer, tmp_path, monkeypatch):
@@ -75,10 +78,60 @@ def identical(n: int) -> Dataset:
     return Dataset.from_list([{**row, "rejected": row["chosen"]} for row in pairs(n)])
 
 
+def ids_beyond(token: int) -> dict[str, Dataset]:
+    rows = Dataset.from_dict({"prompt_ids": [[5]] * 3, "chosen_ids": [[6], [7], [token]], "rejected_ids": [[8]] * 3})
+    return {"helpful": rows, "harmless": pairs(3)}
+
+
+GPT2 = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+
+
 def broken_llama():
     model = tiny_llama()
     model.model.layers[0].self_attn.o_proj.weight.data[0, 0] = torch.nan
     return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            BartForConditionalGeneration,
+            "BartForConditionalGeneration is an encoder-decoder, but .* causal language",
+        ),
+        (BertForMaskedLM, "BertForMaskedLM is no language model that writes, but a reward model must be a causal"),
+    ],
+)
+def test_models_that_are_no_causal_language_models_are_refused(tmp_path, tokenizer, model, message):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = model.config_class(**sizes, intermediate_size=32, encoder_ffn_dim=32, decoder_ffn_dim=32)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "out", tokenizer, model(config), pairs(3), peft_config=None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_positions_of_the_model_are_a_limit_of_length(tmp_path, tokenizer):
+    rows = [*pairs(3), {**pairs(1)[0], "prompt": " ".join(["w4"] * 70)}]
+    for changes in ({}, {"max_length": None}):
+        run = trainer(tmp_path, tokenizer, tiny_gpt2(), {"reward": Dataset.from_list(rows)}, None, GPT2, **changes)
+        assert len(run.train_dataset) == 3
+    run.train()
+    cut = {"truncation_mode": "cut_prompt", "max_steps": 1, "per_device_train_batch_size": 4}
+    run = trainer(tmp_path, tokenizer, tiny_gpt2(), {"reward": Dataset.from_list(rows)}, None, GPT2, **cut)
+    assert run.train_dataset.lengths()[3] == 64
+    run.train()
+
+
+def test_an_objective_that_evaluation_has_no_label_for_is_said(tmp_path, tokenizer, monkeypatch):
+    lines = []
+    monkeypatch.setattr(data.logger, "warning", lines.append)
+    ties = labelled(3, helpful=lambda i: -1)
+    metrics = trainer(tmp_path, tokenizer, data=labelled(3), evaluation=ties).evaluate()
+    assert lines == [
+        "No pair of `eval_dataset` has a label for ['helpful']: all are ties or missing. Give labels to at least one "
+        "pair, or leave the objective out."
+    ]
+    assert "eval_harmless_accuracy@helpful" in metrics
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, tokenizer):
@@ -114,6 +167,12 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
         ({"data": {"helpful": pairs(3), "harmless": identical(3)}}, ValueError, "since both responses are the same"),
         ({"data": labelled(3, harmless=lambda i: 2)}, ValueError, "is 2, but it must be 0 or 1"),
         ({"max_length": 2}, ValueError, "longer than 2 tokens"),
+        (
+            {"data": labelled(3, helpful=lambda i: -1)},
+            ValueError,
+            r"No pair of `train_dataset` has a label for \['helpful'\]: all are ties or missing",
+        ),
+        ({"data": ids_beyond(64)}, ValueError, "token id 64 in row 2 of the data set 'helpful'"),
         ({"activation_offloading": True}, ValueError, "where this run computes already"),
         ({"beta": {"helpful": 0.1}}, ValueError, "`beta` names the objectives"),
         ({"beta": 0.0}, ValueError, "every β must be positive"),

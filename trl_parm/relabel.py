@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from trl import extract_prompt
-from trl.data_utils import is_conversational
+from transformers.utils import logging
 
 from peft_pblora.output import check_output, file_name, output_file
 from peft_pblora.preference import check_columns, check_objectives
@@ -22,8 +22,11 @@ from peft_pblora.preference import check_columns, check_objectives
 from .records import Records
 from .reward_models import RewardSource, reward_configuration
 from .rewards import Reward, score
+from .shapes import CONTEXT, REPEATED, read_pair
 from .texts import as_text, fill, prompt_key
 
+
+logger = logging.get_logger(__name__)
 
 WRITER = "relabel"
 RESPONSES = ("response_0", "response_1")
@@ -55,7 +58,8 @@ def relabel(
 
     Args:
         pairs (`Dataset`): `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and
-            `rejected`, as in TRL: texts or messages. Messages may have their prompt in both responses instead.
+            `rejected`, as in TRL: texts or messages, see [`trl_parm.shapes.read_pair`]. Messages may have their
+            prompt in both responses. `tools` and `chat_template_kwargs` are handed on.
         rewards (`Mapping`): Objective → [`RewardSource`], or a function of prompts and responses; higher is better.
         folder (`str` or `Path`): Where to write.
         test_size, validation_size (`float`, *optional*): Pairs in these splits: a share below 1, or a number.
@@ -81,14 +85,16 @@ def relabel(
             reward that is not finite, scores of another configuration, or a file in the place of a split that was not
             written here.
     """
-    rows = [as_pair(cast(dict, row)) for row in pairs]
+    told: Counter[str] = Counter()
+    rows = [as_pair(cast(dict, row), number, told) for number, row in enumerate(pairs)]
+    for repeats, count in told.items():
+        logger.warning(f"Of {len(rows)} pairs {count} {REPEATED[repeats]}.")
     if not rows or not rewards:
         raise ValueError("There are no pairs, or no rewards. Give at least one of each.")
     check_columns(check_objectives(rewards), ("prompt", "raw_prompt", *RESPONSES), ("{}", "{}_score_0", "{}_score_1"))
     if tie_margin < 0:
         raise ValueError(f"`tie_margin` is {tie_margin}, but it must be 0 or larger.")
-    if template is not None:
-        fill(template, prompt="")  # before anything is scored
+    written = [_as_text(row, template) if template is not None else row for row in rows]  # before anything is scored
     numbers = _split(rows, {"validation": validation_size, "test": test_size}, seed)
     folder = Path(folder)
     files = {name: folder / f"{name}.jsonl" for name, chosen in numbers.items() if chosen}
@@ -110,40 +116,53 @@ def relabel(
                     records.append(_scored(objective, reward, rows, todo))
                 on_batch(size)
         scores = {_cell(row): row["scores"] for row in records.rows}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(written):
         for objective in rewards:
             first, second = scores[objective, number]
             label = -1 if abs(first - second) <= tie_margin else int(second > first)
             row |= {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
-        if template is not None:
-            row |= {"prompt": fill(template, prompt=row["prompt"]), "raw_prompt": row["prompt"]}
-    splits = {name: [rows[i] for i in numbers[name]] for name in files}
+    splits = {name: [written[i] for i in numbers[name]] for name in files}
     for name, path in files.items():
         _write(path, splits[name])
     for objective, path in ranked_files.items():
         _write(path, as_ranked(splits["train"], objective))
-    return DatasetDict({name: Dataset.from_list(chosen) for name, chosen in splits.items()})
+    return DatasetDict({name: Dataset.from_list(chosen, on_mixed_types="use_json") for name, chosen in splits.items()})
 
 
-def as_pair(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row in one of the known formats as `prompt`, `response_0` and `response_1`. Raises `ValueError` for others."""
+def as_pair(row: Mapping[str, Any], number: int = 0, told: Counter[str] | None = None) -> dict[str, Any]:
+    """A row in one of the known formats as `prompt`, `response_0` and `response_1`, with what goes to a chat template.
+
+    `told` counts the pairs whose responses repeat the prompt, by the keys of [`trl_parm.shapes.REPEATED`].
+
+    Raises:
+        ValueError: as [`read_pair`], or a response that has no plain text for rewards to judge: it calls tools.
+    """
+    where = f"row {number} of the pairs"
     names = RESPONSES if RESPONSES[0] in row else ("chosen", "rejected")
-    found: dict[str, Any] = {name: row[name] for name in ("prompt", *names) if row.get(name) is not None}
-    if set(found) == {"chosen", "rejected"} and is_conversational(found):
-        found = extract_prompt(found)
-    missing = [name for name in ("prompt", *names) if name not in found]
+    missing = [name for name in names if name not in row]
     if missing:
         raise ValueError(
             f"A pair lacks {', '.join(missing)}; it has {', '.join(row)}. Pairs need `prompt`, `response_0` and "
             "`response_1`, or `prompt`, `chosen` and `rejected`."
         )
-    return {new: found[old] for new, old in zip(("prompt", *RESPONSES), ("prompt", *names), strict=True)}
+    prompt, *responses, repeats = read_pair(row, names, where)
+    for name, response in zip(names, responses):
+        if not isinstance(response, str) and any(message.get("tool_calls") for message in response):
+            raise ValueError(
+                f"`{name}` of {where} calls tools, and rewards judge plain text. Leave such rows out, or give the "
+                "calls as text."
+            )
+    context = {name: row[name] for name in CONTEXT if row.get(name) is not None}
+    if repeats and told is not None:
+        told[repeats] += 1
+    return {**dict(zip(("prompt", *RESPONSES), (prompt, *responses))), **context}
 
 
 def as_ranked(rows: Iterable[Mapping[str, Any]], objective: str) -> list[dict[str, Any]]:
     """Labelled rows as `prompt`, `chosen` and `rejected` of one objective; ties are left out."""
     return [
         {"prompt": row["prompt"], "chosen": row[RESPONSES[label]], "rejected": row[RESPONSES[1 - label]]}
+        | {name: row[name] for name in CONTEXT if name in row}
         for row in rows
         if (label := row[objective]) >= 0
     ]
@@ -165,6 +184,12 @@ def agreement(data: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> l
             found[f"as {other}"] = float((own == others)[both].mean()) if both.any() else float("nan")
         rows.append(found)
     return rows
+
+
+def _as_text(row: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """A pair of plain texts, with the prompt in its template, and as it was. Raises `ValueError` as [`fill`] does."""
+    texts = {name: fill("{response}", response=row[name]) for name in RESPONSES}
+    return {"prompt": fill(template, prompt=row["prompt"]), **texts, "raw_prompt": row["prompt"]}
 
 
 def _cell(row: Mapping[str, Any]) -> tuple[str, int]:
@@ -211,4 +236,10 @@ def _split(rows: list[dict[str, Any]], sizes: Mapping[str, float], seed: int) ->
     for group in order:
         name = next((name for name, size in wanted.items() if len(numbers[name]) < size), "train")
         numbers[name] += group
+    if not numbers["train"]:
+        raise ValueError(
+            f"The {len(rows)} pairs have {len(prompts)} prompts, and those of one prompt stay together, so that the "
+            f"splits {[name for name, size in wanted.items() if size]} leave none to train on. Set `test_size` and "
+            "`validation_size` to 0, or give pairs of more prompts."
+        )
     return {name: sorted(found) for name, found in numbers.items()}

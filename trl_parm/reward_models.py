@@ -30,6 +30,7 @@ from .identity import known_by
 from .records import plain
 from .rewards import Reward
 from .sources import describe_function
+from .templates import in_form
 from .texts import PromptText, as_messages, fill
 
 
@@ -180,7 +181,10 @@ class ModelReward:
         self.tokenizer.padding_side = "right"
         template = self.source.template
         if template is None:
-            chats = [as_messages(p, "user") + as_messages(r, "assistant") for p, r in zip(prompts, responses)]
+            chats = [
+                in_form(self.tokenizer, as_messages(p, "user") + as_messages(r, "assistant"))
+                for p, r in zip(prompts, responses)
+            ]
             return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
         if "{prompt}" in template:
             texts = [fill(template, prompt=p, response=r) for p, r in zip(prompts, responses)]

@@ -10,7 +10,7 @@ from typing import Any
 
 
 PromptText = str | Sequence[Mapping[str, Any]]
-"""A prompt or a response: a text, or messages with `role` and `content`."""
+"""A prompt or a response: a text, or messages with `role` and `content`, a text too or a list of text parts."""
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -19,8 +19,13 @@ def as_text(messages: PromptText) -> str:
     if isinstance(messages, str):
         return messages
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {m['content']}" for m in messages)
+        return content_text(messages[0]["content"])
+    return "\n\n".join(f"{SPEAKERS.get(m['role'], m['role'])}: {content_text(m['content'])}" for m in messages)
+
+
+def content_text(content: str | Sequence[Mapping[str, str]]) -> str:
+    """The content of a message, of which text parts are joined as they are."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def prompt_key(prompt: PromptText) -> str:

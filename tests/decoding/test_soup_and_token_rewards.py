@@ -278,3 +278,19 @@ def test_texts_are_escaped_and_characters_of_several_tokens_are_kept():
 def test_bad_token_rewards(make, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         make(tokenizer)
+
+
+def test_token_rewards_set_the_preference_of_no_other_adapter():
+    """Of one with other objectives neither, whichever is active."""
+    arm, tokenizer = tiny_arm(), tiny_tokenizer()
+    other = PBLoraConfig(objectives=["a", "b", "c"], target_modules=["q_proj"], init_weights=False)
+    arm.add_adapter("other", other)
+    set_preference(arm, [0.2, 0.3, 0.5], "other")
+    set_preference(arm, [0.3, 0.7], "default")
+    alone = token_rewards(tiny_arm(), tokenizer, "w1 w2", "w3", [0.6, 0.4]).total
+    for active, preference in (("default", [0.6, 0.4]), ("other", [0.1, 0.1, 0.8])):
+        arm.set_adapter(active)
+        assert token_rewards(arm, tokenizer, "w1 w2", "w3", [0.6, 0.4], adapter_name="default").total == alone
+        assert token_rewards(arm, tokenizer, "w1 w2", "w3", preference).total.log_ratio != 0
+        assert get_preference(arm, "other").tolist() == pytest.approx([0.2, 0.3, 0.5])
+        assert get_preference(arm, "default").tolist() == pytest.approx([0.3, 0.7])

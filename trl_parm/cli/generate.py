@@ -53,14 +53,21 @@ class DecodingArguments:
     def read_prompts(self) -> list[Any]:
         """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
         from trl_parm.noise import row_seed
+        from trl_parm.shapes import MEDIA, read_text, refuse_media
         from trl_parm.texts import prompt_key
 
         prompts: Any = self.prompts
-        if not prompts:
+        if prompts:
+            prompts = [read_text(prompt, f"row {number} of `prompts`") for number, prompt in enumerate(prompts)]
+        else:
             data, column = load_data(self.prompts_data), self.prompt_column
             if column not in data.column_names:
                 raise ValueError(f"The prompts' data has no column {column!r}; it has {', '.join(data.column_names)}.")
-            prompts = data[column][:]
+            prompts = []
+            rows: Any = data.select_columns([name for name in data.column_names if name in (column, *MEDIA)])
+            for number, row in enumerate(rows):
+                refuse_media(row, f"row {number} of the prompts' data")
+                prompts.append(read_text(row[column], f"`{column}` of row {number} of the prompts' data"))
         found = {prompt_key(prompt): prompt for prompt in prompts}
         if self.num_prompts is None:
             return list(found.values())

@@ -14,10 +14,6 @@ from trl_parm.arguments import parse
 from .common import say
 
 
-TRAINED = ("adapter_config.json", "config.json", "*.safetensors", "*.bin", "checkpoint-*")
-"""What a trainer writes, and loses when it writes it again."""
-
-
 def main(argv: list[str]) -> None:
     """Trains, evaluates and saves a reward model, with its card and the resolved arguments beside it.
 
@@ -29,13 +25,14 @@ def main(argv: list[str]) -> None:
     from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
     from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
+    from trl_parm.training.checkpoints import check_folder
     from trl_parm.training.config import ARMArguments
 
     arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), argv)
     if not sys.stderr.isatty():
         config.disable_tqdm = True
     folder = Path(str(config.output_dir))
-    _check_folder(folder)
+    check_folder(folder)
     data = arguments.load(arguments.train_data)
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
@@ -73,17 +70,6 @@ def describe() -> str:
     texts = ["usage: trl-parm train [--config FILE.yaml] [--KEY VALUE ...]", __doc__ or ""]
     texts += [f"{name}: {found[name]}" for name in ("PairData", "ARMArguments", "PreferenceARMConfig")]
     return "\n\n".join([*texts, "All arguments of transformers.TrainingArguments are keys too."])
-
-
-def _check_folder(folder: Path) -> None:
-    """A trainer replaces what is called as its files, so they must be those of an earlier run of this command."""
-    found = next((path for pattern in TRAINED for path in sorted(folder.glob(pattern))), None)
-    runs = [path.read_text(encoding="utf-8", errors="replace") for path in folder.glob("run*.yaml")]
-    if found is not None and not any(text.startswith("verb: train\n") for text in runs):
-        raise ValueError(
-            f"The output {folder} holds {found.name}, which `trl-parm train` did not write. Nothing is replaced: name "
-            "another output, or move that away."
-        )
 
 
 def _checkpoint(folder: Path) -> str | None:

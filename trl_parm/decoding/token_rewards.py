@@ -12,6 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.preference import Preference
+from trl_parm.shapes import read_response, read_text
+from trl_parm.templates import tokenize_chat, tokenize_text
+from trl_parm.texts import PromptText
 
 from .reading import New, parts_of
 from .terms import LM, check_evaluates
@@ -100,8 +103,8 @@ class TokenRewards(Sequence[TokenReward]):
 def token_rewards(
     arm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, str]],
-    response: str,
+    prompt: PromptText,
+    response: PromptText,
     preference: Preference | None = None,
     reference: PreTrainedModel | Preference | None = None,
     adapter_name: str | None = None,
@@ -112,7 +115,7 @@ def token_rewards(
         arm (`PreTrainedModel` or `PeftModel`): The reward model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         prompt (`str` or `list[dict]`): A text, read as it is, or messages for the chat template.
-        response (`str`): The text to judge.
+        response (`str` or `list[dict]`): The text to judge, also as a message.
         preference (`Preference`, *optional*): α of shape `(k,)`; the one set in the ARM if not given.
         reference (`PreTrainedModel` or `Preference`, *optional*):
             What to compare with: another model, or the same one at another preference; without its adapter if not
@@ -123,7 +126,8 @@ def token_rewards(
         [`TokenRewards`]: One entry for each token of the response.
 
     Raises:
-        ValueError: an empty prompt or response, or no reference for an ARM without adapter.
+        ValueError: an empty prompt or response, one that is neither text nor messages, several messages or calls of
+            tools as a response, or no reference for an ARM without adapter.
 
     Example:
 
@@ -132,15 +136,15 @@ def token_rewards(
     print(rewards.to_terminal())
     ```
     """
+    prompt, text = read_text(prompt, "`prompt`"), read_response(response, "`response`")
     if isinstance(prompt, str):
-        prompt_ids = tokenizer(prompt)["input_ids"]
+        prompt_ids = tokenize_text(tokenizer, prompt)
     else:
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
-        prompt_ids = cast(Any, encoded)["input_ids"]
-    response_ids = cast(list[int], tokenizer(response, add_special_tokens=False)["input_ids"])
+        prompt_ids = tokenize_chat(tokenizer, prompt, "`prompt`", add_generation_prompt=True)
+    response_ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
     if not prompt_ids or not response_ids:
         raise ValueError("`prompt` and `response` must have at least one token each.")
-    ids = torch.tensor([[*cast(list[int], prompt_ids), *response_ids]])
+    ids = torch.tensor([[*prompt_ids, *response_ids]])
     guide = LM(arm, preference, adapter_name)
     if isinstance(reference, torch.nn.Module):
         other = LM(cast(PreTrainedModel, reference))

@@ -13,6 +13,8 @@ from transformers import BatchEncoding, GenerationConfig, LogitsProcessor, PreTr
 from peft_pblora import as_preference
 from peft_pblora.preference import Preference
 from trl_parm.noise import Sampling
+from trl_parm.shapes import read_text
+from trl_parm.templates import tokenize_chat, without_end
 from trl_parm.texts import PromptText, as_messages, fill
 
 
@@ -111,18 +113,36 @@ def encode_prompts(
         max_length (`int`, *optional*): Most tokens; of a longer prompt the end is kept.
 
     Raises:
-        ValueError: a template without `{prompt}`, or a conversation of several messages without chat template.
+        ValueError: a template without `{prompt}`; a prompt that is neither text nor messages, has no tokens, or that
+            the chat template refuses; a conversation of several messages without chat template.
     """
-    tokenizer.padding_side = tokenizer.truncation_side = "left"
+    tokenizer.padding_side = "left"
+    return tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts, template, max_length)}, return_tensors="pt")
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[PromptText],
+    template: str | None = None,
+    max_length: int | None = None,
+) -> list[list[int]]:
+    """The ids of each prompt; arguments and errors as of [`encode_prompts`]."""
+    tokenizer.truncation_side = "left"
+    chat = template is None and tokenizer.chat_template is not None
     fit: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    if template is not None or tokenizer.chat_template is None:
-        texts = [fill(template or "{prompt}", prompt=prompt) for prompt in prompts]
-        return tokenizer(texts, return_tensors="pt", padding=True, **fit)
-    chats = [as_messages(prompt, "user") for prompt in prompts]
-    encoded = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True, **fit
-    )
-    return cast(BatchEncoding, encoded)
+    found = []
+    for number, prompt in enumerate(prompts):
+        where = f"row {number} of `prompts`"
+        prompt = read_text(prompt, where)
+        if chat:
+            ids = tokenize_chat(tokenizer, as_messages(prompt, "user"), where, add_generation_prompt=True, **fit)
+        else:
+            text = fill(template or "{prompt}", prompt=prompt)
+            ids = without_end(tokenizer, text, cast(list[int], tokenizer(text, **fit)["input_ids"]))
+        if not ids:
+            raise ValueError(f"{where} has no tokens, so that there is nothing to go on from. Leave it out.")
+        found.append(ids)
+    return found
 
 
 def split_settings(generation: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:

@@ -23,12 +23,23 @@ from trl_parm.noise import row_seed
 from trl_parm.records import Records, plain
 from trl_parm.reward_models import reward_configuration
 from trl_parm.rewards import Reward, score
+from trl_parm.shapes import read_text
 from trl_parm.texts import PromptText, prompt_key
 
-from .decoding import GREEDY, Batch, RowSampling, Run, acting_settings, encode_prompts, split_settings, text_length
+from .decoding import (
+    GREEDY,
+    Batch,
+    RowSampling,
+    Run,
+    acting_settings,
+    encode_prompts,
+    prompt_ids,
+    split_settings,
+    text_length,
+)
 from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
 from .methods import Entry, with_fingerprints
-from .models import Models
+from .models import Models, positions_of
 from .rescoring import COLUMNS, DECODED
 
 
@@ -81,12 +92,13 @@ def sweep(
         divided evenly), `seed` (of the prompt), `extra_parameters` and `extra_bytes`.
 
     Raises:
-        ValueError: no prompts, or one twice; a run twice; a preference off the simplex; a reward that is not finite or
-            of the wrong number; a file of another configuration.
+        ValueError: no prompts, one twice, one that is neither text nor messages or is too long for the base model; a
+            run twice; a preference off the simplex; a reward that is not finite or of the wrong number; a file of
+            another configuration.
     """
     table = _Table(
         tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
-        on_batch, **generation,
+        on_batch, positions_of(model.config), **generation,
     )  # fmt: skip
     whole = {**table.configuration, "model": describe_model(model), **(configuration or {})}
     with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
@@ -134,7 +146,9 @@ def evaluate(
     if len(runs) < len(entries):
         raise ValueError("Two methods have the same name. Give each a `name` of its own.")
     every = [run for of_method in runs.values() for run in of_method]
-    table = _Table(models.tokenizer, models.generation_config, every, prompts, rewards, **options)
+    table = _Table(
+        models.tokenizer, models.generation_config, every, prompts, rewards, positions=models.positions, **options
+    )
     whole = {
         **table.configuration,
         "base": with_fingerprints(models.name),
@@ -164,7 +178,8 @@ def _load(models: Models, entry: Entry, runs: Sequence[Run]) -> tuple[PreTrained
 
 
 class _Table:
-    """A row for each run and prompt. The arguments are those of [`sweep`], and the base model's generation config.
+    """A row for each run and prompt. The arguments are those of [`sweep`], the base model's generation config, and its
+    number of positions.
     `configuration` is what the rows depend on beside the models, as JSON."""
 
     def __init__(
@@ -179,10 +194,13 @@ class _Table:
         template: str | None = None,
         max_prompt_length: int | None = None,
         on_batch: Callable[[Run], Any] = lambda run: None,
+        positions: int | None = None,
         **generation: Any,
     ) -> None:
         self.tokenizer, self.settings = tokenizer, acting_settings(base_config) or {}
-        self.runs, self.prompts, self.keys = list(runs), list(prompts), list(map(prompt_key, prompts))
+        self.runs = list(runs)
+        self.prompts = [read_text(prompt, f"row {number} of `prompts`") for number, prompt in enumerate(prompts)]
+        self.keys = list(map(prompt_key, self.prompts))
         self.rewards, self.objectives = rewards, list(rewards)
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
@@ -203,6 +221,12 @@ class _Table:
         }
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
+        for number, ids in enumerate(prompt_ids(tokenizer, self.prompts, template, max_prompt_length)):
+            if positions is not None and len(ids) >= positions:
+                raise ValueError(
+                    f"row {number} of `prompts` has {len(ids)} tokens, but the base model has {positions} positions. "
+                    "Leave it out, or set `max_prompt_length`, which keeps the end of a prompt."
+                )
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
         if self.objectives:  # none are needed where nothing is scored
@@ -224,7 +248,8 @@ class _Table:
     def data(self, records: Records) -> Dataset:
         """The rows of all runs, which are there."""
         done = {row_cell(row): row for row in records.rows}
-        return Dataset.from_list([dict(done[cell]) for run in self.runs for cell in self._cells(run)])
+        rows = [dict(done[cell]) for run in self.runs for cell in self._cells(run)]
+        return Dataset.from_list(rows, on_mixed_types="use_json")  # texts and conversations
 
     def fill(
         self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]

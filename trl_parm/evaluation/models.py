@@ -78,6 +78,11 @@ def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
     return Prompt(batch.inputs, guide=found[0]).arguments if found else {}
 
 
+def positions_of(config: Any) -> int | None:
+    """How many positions a model has, by its configuration."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 class Models:
     """Loads models by name, a folder or an id on the Hub, and forgets those of a method when it is done.
 
@@ -116,6 +121,11 @@ class Models:
             return GenerationConfig.from_pretrained(self.name)
         except OSError:
             return GenerationConfig.from_model_config(_read(AutoConfig.from_pretrained, self.name, "model"))
+
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the base model has, if it says so."""
+        return positions_of(_read(AutoConfig.from_pretrained, self.name, "model"))
 
     def guide(self, name: str, template: str | None = None, backbone: str | None = None) -> Guide:
         """A model that guides the base model: a whole one, or an adapter, see `adapter`."""

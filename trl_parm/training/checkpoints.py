@@ -21,23 +21,29 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from peft_pblora.loading import check_checkpoint
-from peft_pblora.output import output_file
+from peft_pblora.output import check_output, is_written_by, output_file
 from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream
-from .tokenization import COLUMNS, FEATURES, PairReader
+from .tokenization import COLUMNS, WEIGHT, PairReader
 
 
 logger = logging.get_logger(__name__)
 
 RECORD = "training.json"
 """In each checkpoint: what it was trained with."""
+WRITER = "train"
+TRAINED = (
+    "adapter_config.json", "config.json", "generation_config.json", "*.safetensors*", "*.bin", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+)  # fmt: skip
+"""What a training writes at its end: the model and its tokenizer."""
 LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
     "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
     "target_margin", "length_normalized", "aggregation", "global_weight", "concentration", "preference_per",
-    "train_preferences",
+    "train_preferences", "weight_column", "append_end_token",
 )  # fmt: skip
 """Arguments that must stay: those of the loss and its preferences, and those that an optimizer's state holds."""
 PASSING = {
@@ -55,6 +61,25 @@ def locked(folder: str | Path) -> Iterator[None]:
     with (folder / LOCK).open("ab") as file:
         lock(file, folder)
         yield
+
+
+def check_folder(folder: str | Path, subfolder: str = "") -> None:
+    """Raises `ValueError` if a folder holds a model, or checkpoints, that no training of ours has written.
+
+    `subfolder` is where below it the adapter comes.
+    """
+    folder = Path(folder)
+    places = {folder, folder / subfolder}
+    for path in sorted(path for place in places for pattern in TRAINED for path in place.glob(pattern)):
+        check_output(path, WRITER)
+    for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+        # A kill before anything was noted leaves no more than an empty folder and what it was writing.
+        empty = path.is_dir() and all(entry.name.endswith(".partial") for entry in path.iterdir())
+        if not empty and not is_written_by(path, WRITER):
+            raise ValueError(
+                f"The output {folder} holds {path.name}, which was not written by {WRITER!r}. Nothing is replaced: "
+                "name another output, or move that away."
+            )
 
 
 def last_complete_checkpoint(folder: str | Path) -> str:
@@ -143,7 +168,8 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
 
 
 def _beginning(reader: PairReader, rows: Iterable[Any]) -> Dataset:
-    return Dataset.from_list([reader(row) for row in islice(rows, 8)], features=FEATURES)
+    pairs = [reader(row, number) for number, row in enumerate(islice(rows, 8))]
+    return Dataset.from_list(pairs, features=reader.features)
 
 
 def _hash_pairs(data: Dataset) -> str:
@@ -152,6 +178,8 @@ def _hash_pairs(data: Dataset) -> str:
             for column in COLUMNS:
                 yield pc.list_value_length(table[column]).to_numpy()
                 yield pc.list_flatten(table[column]).to_numpy()
+            if WEIGHT in table.column_names:
+                yield table[WEIGHT].to_numpy()
 
     return _hash(parts())
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftConfig
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import HubStrategy
@@ -69,10 +70,18 @@ class PreferenceARMConfig(_BaseConfig):
         label_columns (`dict[str, str]`, *optional*):
             Objective → column of a labelled data set (`response_0`, `response_1`) that says which response is better.
             A column named like the objective if not given.
-        max_length (`int`, *optional*, defaults to 1024): Most tokens of prompt and response together; `None` for any.
+        max_length (`int`, *optional*, defaults to 1024):
+            Most tokens of prompt and response together; `None` for any. The model's number of positions, where it has
+            one, is a limit too.
         truncation_mode (`str`, *optional*, defaults to `"filter"`):
             What becomes of longer pairs: `"filter"` leaves them out, `"cut_prompt"` cuts the start of their prompt. A
             response is never cut, since summed log-probabilities would favour the cut one.
+        append_end_token (`bool`, *optional*, defaults to `False`):
+            Append the end token to responses that have none, as those of some chat templates. It is always appended to
+            plain texts.
+        weight_column (`str`, *optional*):
+            The column with a number, 0 or larger, that each pair counts for: l_i is the weighted mean over pairs.
+            Every data set needs it then.
         share_prompt (`bool`, *optional*, defaults to `False`):
             Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention.
         pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
@@ -110,6 +119,8 @@ class PreferenceARMConfig(_BaseConfig):
     label_columns: dict | str | None = None
     max_length: int | None = 1024
     truncation_mode: str = "filter"
+    append_end_token: bool = False
+    weight_column: str | None = None
     share_prompt: bool = False
     pad_to_multiple_of: int | None = None
     dataset_num_proc: int | None = None
@@ -194,12 +205,19 @@ class PairData:
     where: dict[str, Any] | None = None
 
     def load(self) -> Dataset | IterableDataset:
-        """Loads the pairs. Raises `ValueError` if the file is missing or columns are."""
+        """Loads the pairs. Raises `ValueError` if the file is missing, empty or damaged, or columns are missing."""
         kind = FILE_KINDS.get(Path(self.path).suffix)
         if kind and not Path(self.path).exists():
             raise ValueError(f"There is no data at {self.path!r}. Give an existing file, or an id on the Hub.")
         source: dict[str, Any] = {"path": kind, "data_files": self.path} if kind else {"path": self.path}
-        data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
+        try:
+            data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
+            if kind and self.streaming and next(iter(data), None) is None:
+                raise ValueError("it has no row")
+        except (DatasetGenerationError, StopIteration, ValueError) as error:
+            if not kind:
+                raise
+            raise ValueError(_damage(Path(self.path), kind, error.__cause__ or error)) from error
         wanted = {*(self.columns or {}), *(self.where or {})}
         if data.column_names and not wanted <= set(data.column_names):
             raise ValueError(
@@ -265,6 +283,27 @@ class ARMArguments:
         return get_quantization_config(
             ModelConfig(load_in_4bit=self.load_in_4bit, use_bnb_nested_quant=True, dtype="bfloat16")
         )
+
+
+def _damage(path: Path, kind: str, error: BaseException) -> str:
+    """What is wrong with a file that can't be loaded, and what to do."""
+    if not path.read_bytes().strip():
+        return f"The data at {str(path)!r} is empty. Give it at least one pair."
+    if kind == "json":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not _is_object(line):
+                    return (
+                        f"Line {number} of {str(path)!r} is no JSON object: {line.strip()[:80]!r}. Mend or remove it."
+                    )
+    return f"The data at {str(path)!r} can't be read: {error}. Give a whole {kind} file."
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _from_json(value: Any) -> Any:

@@ -4,21 +4,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pyarrow import ArrowInvalid
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 from trl.trainer.utils import pad
 
 from .config import FILE_KINDS, PairData, PreferenceARMConfig
+from .model import Limits
 from .preferences import mix
-from .tokenization import COLUMNS, KEPT, PairReader, is_labelled
+from .tokenization import COLUMNS, OUTCOMES, WEIGHT, PairReader, is_kept, is_labelled
 
+
+logger = logging.get_logger(__name__)
 
 Pairs = Dataset | IterableDataset
 """One data set of pairs."""
@@ -59,7 +64,7 @@ def name_sources(argument: str, given: PairSources | None, split: str) -> dict[s
 
 def only_objective(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
     """The one objective of a model without a preference-conditioned adapter. Raises `ValueError` for several."""
-    names = {name for name, data in sources.items() if not has_labels(data)}
+    names = {name for name, data in sources.items() if not has_labels(name, data)}
     if len(names) < len(sources):
         names |= set(label_columns or {})
     if len(names) > 1:
@@ -82,15 +87,17 @@ def join_sources(
     objectives: list[str],
     tokenizer: PreTrainedTokenizerBase,
     args: PreferenceARMConfig,
+    limits: Limits,
     once: bool = False,
 ) -> JointPreferenceDataset | JointPreferenceStream:
     """The data sets of [`name_sources`], tokenized and zipped. With `once`, streams are read into memory.
 
     Raises:
-        ValueError: the objectives of the data are not those of the adapter, or a data set has no usable pair.
+        ValueError: the objectives of the data are not those of the adapter, a data set has no usable pair, or no pair
+            has a label for one of the objectives.
     """
     if ALONE in sources:
-        labelled = has_labels(sources[ALONE])
+        labelled = has_labels(argument, sources[ALONE])
         if len(objectives) > 1 and not labelled:
             raise ValueError(
                 f"`{argument}` is one data set with `chosen` and `rejected`, but the adapter was made for "
@@ -99,10 +106,14 @@ def join_sources(
         sources = {"pairs" if labelled else objectives[0]: sources[ALONE]}
     label_columns = cast(dict, args.label_columns) or {objective: objective for objective in objectives}
     cut_prompt = args.truncation_mode == "cut_prompt"
+    longest = min((n for n in (args.max_length, limits.positions) if n is not None), default=None)
     readers = [
-        PairReader(name, columns_of(data), objectives, label_columns, tokenizer, args.max_length, cut_prompt)
+        PairReader(
+            name, columns_of(name, data), objectives, label_columns, tokenizer, longest, cut_prompt,
+            args.append_end_token, args.weight_column, limits.vocabulary,
+        )
         for name, data in sources.items()
-    ]
+    ]  # fmt: skip
     found = {objective for reader in readers for objective in reader.own_objectives}
     if found != set(objectives):
         raise ValueError(
@@ -115,15 +126,28 @@ def join_sources(
     ]
     pairs = list(zip(readers, data_sets, strict=True))
     if any(isinstance(data, IterableDataset) for data in data_sets):
+        for reader, data in pairs:  # at least their first rows can be refused before anything is written
+            first = next(iter(_readable(reader.name, data)), None)
+            if first is None:
+                reader.report(Counter())  # which refuses it
+            reader(cast(dict, first))
         return JointPreferenceStream(pairs)
     with args.main_process_first(desc="tokenizing"):
-        return JointPreferenceDataset(
-            [reader.read(cast(Dataset, data), args.dataset_num_proc) for reader, data in pairs], once
+        prepared = [reader.read(cast(Dataset, data), args.dataset_num_proc) for reader, data in pairs]
+    labelled = {objectives[i] for data in prepared for row in data["labels"] for i, label in enumerate(row) if label}
+    if labelled != set(objectives):
+        message = (
+            f"No pair of `{argument}` has a label for {sorted(set(objectives) - labelled)}: all are ties or missing. "
+            "Give labels to at least one pair, or leave the objective out."
         )
+        if not once:
+            raise ValueError(message)
+        logger.warning(message)
+    return JointPreferenceDataset(prepared, once)
 
 
 def join_evaluation(
-    given: Any, objectives: list[str], tokenizer: PreTrainedTokenizerBase, args: PreferenceARMConfig
+    given: Any, objectives: list[str], tokenizer: PreTrainedTokenizerBase, args: PreferenceARMConfig, limits: Limits
 ) -> Any:
     """What evaluation iterates over: [`join_sources`] of the pairs, or of each of several evaluations by its name."""
     if given is None:
@@ -131,21 +155,24 @@ def join_evaluation(
     several = isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values())
     if not several:
         given = name_sources("eval_dataset", given, "test")
-        ranked = not any(has_labels(data) for data in given.values())
+        ranked = not any(has_labels(name, data) for name, data in given.items())
         several = ranked and len(objectives) == 1 and not {ALONE, objectives[0]} & set(given)
     if several:
-        return {name: join_evaluation(data, objectives, tokenizer, args) for name, data in given.items()}
-    return join_sources("eval_dataset", given, objectives, tokenizer, args, once=True)
+        return {name: join_evaluation(data, objectives, tokenizer, args, limits) for name, data in given.items()}
+    return join_sources("eval_dataset", given, objectives, tokenizer, args, limits, once=True)
 
 
-def columns_of(data: Pairs) -> list[str]:
-    """Column names, of a stream by its first row."""
-    return data.column_names or list(next(iter(data), {}))
+def columns_of(name: str, data: Pairs) -> list[str]:
+    """Column names, of a stream by its first row. Raises `ValueError` for a stream without any."""
+    found = data.column_names or list(next(iter(data), {}))
+    if not found:
+        raise ValueError(f"The data set {name!r} is empty. Give it at least one pair.")
+    return found
 
 
-def has_labels(data: Pairs) -> bool:
+def has_labels(name: str, data: Pairs) -> bool:
     """Whether a data set has labels for each objective, rather than a chosen response."""
-    return is_labelled(columns_of(data))
+    return is_labelled(columns_of(name, data))
 
 
 class JointPreferenceDataset(torch.utils.data.Dataset):
@@ -170,6 +197,8 @@ class JointPreferenceDataset(torch.utils.data.Dataset):
         return [max(lengths[i % len(lengths)] for lengths in tokens) for i in range(len(self))]
 
     def __getitem__(self, index: int) -> dict[str, list]:
+        if index >= len(self):
+            raise IndexError(index)  # which ends a loop over the rows
         pairs = []
         for number, dataset in enumerate(self.datasets):
             pair = {**dataset[index % len(dataset)], "pair_id": pair_id(number, index % len(dataset))}
@@ -224,16 +253,42 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
     def _pairs(self, number: int, ended: list[bool]) -> Iterator[dict[str, Any]]:
         reader, dataset = self.sources[number]
         while True:
-            outcomes: Counter[str] = Counter()
-            for row in dataset:
-                pair = reader(cast(dict, row))
-                outcome = pair.pop("outcome")
-                if outcome in KEPT:
-                    yield {**pair, "pair_id": pair_id(number, sum(outcomes[kept] for kept in KEPT))}
+            outcomes: Counter[tuple[str, ...]] = Counter()
+            kept, weight = 0, 0.0
+            for i, row in enumerate(_readable(reader.name, dataset)):
+                pair = reader(cast(dict, row), i)
+                outcome = tuple(pair.pop(OUTCOMES))
                 outcomes[outcome] += 1
+                if is_kept(outcome):
+                    yield {**pair, "pair_id": pair_id(number, kept)}
+                    kept, weight = kept + 1, weight + pair.get(WEIGHT, 1.0)
             if not ended[number] or not outcomes:
                 reader.report(outcomes)
+                reader.check_weights(weight)
             ended[number] = True
+
+
+def read_in_order(args: PreferenceARMConfig) -> None:
+    """Sets the arguments so that the training process reads its streams itself, each pair once in an epoch.
+
+    Workers would read shards of their own of each stream, all of what is none, and number the pairs alike.
+    """
+    cast(Any, args.accelerator_config).dispatch_batches = False
+    if args.dataloader_num_workers:
+        logger.warning(
+            f"Streams are read without workers, so that each pair comes once in an epoch: `dataloader_num_workers` is "
+            f"0 instead of {args.dataloader_num_workers}."
+        )
+        args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
+        args.dataloader_persistent_workers = False
+
+
+def _readable(name: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a data set. Raises `ValueError` where a file that it streams is damaged."""
+    try:
+        yield from rows
+    except ArrowInvalid as error:
+        raise ValueError(f"The data set {name!r} can't be read to its end: {error}. Mend that row.") from error
 
 
 def pair_id(dataset: int, index: int) -> int:
@@ -249,8 +304,8 @@ class PreferenceCollator:
     `(pairs, k)` and `pair_ids` of shape `(pairs,)`. `segments` says what a token belongs to: 0 the prompt, 1 the first
     response, 2 the second, −1 padding. There are two rows for each pair, all first responses and then all second ones;
     with `share_prompt` one row holds prompt, first and second response. `pair_labels` is +1 where the first response
-    is the better one for an objective, −1 where the second is, 0 where there is no label. The pairs of one joint row
-    stand together.
+    is the better one for an objective, −1 where the second is, 0 where there is no label. `pair_weights` of shape
+    `(pairs,)` is what they count for, where pairs have weights. The pairs of one joint row stand together.
 
     Args:
         pad_token_id (`int`): Id for padding.
@@ -268,11 +323,14 @@ class PreferenceCollator:
         rows = [[(part, pair[COLUMNS[part]]) for part in parts] for parts in kinds for pair in pairs]
         ids = [[token for _, tokens in row for token in tokens] for row in rows]
         segments = [[part for part, tokens in row for _ in tokens] for row in rows]
+        weighted = any(WEIGHT in pair for pair in pairs)
+        weights = {"pair_weights": torch.tensor([pair[WEIGHT] for pair in pairs])} if weighted else {}
         return {
             "input_ids": self._pad(ids, self.pad_token_id),
             "segments": self._pad(segments, PADDING),
             "pair_labels": torch.tensor([pair["labels"] for pair in pairs], dtype=torch.float32),
             "pair_ids": torch.tensor([pair["pair_id"] for pair in pairs]),
+            **weights,
         }
 
     def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:

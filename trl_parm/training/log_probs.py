@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import PreferenceARMConfig
 from .data import FIRST, PADDING, PROMPT, SECOND, PreferenceCollator
-from .model import in_evaluation
+from .model import in_evaluation, limits_of
 
 
 LOGITS_AT_ONCE = {"cpu": 2**22}
@@ -39,8 +39,7 @@ class Responses:
         if self.share_prompt:
             self._mask_dtype = _mask_dtype(model)
             self._in_float32 = model.dtype == torch.float32 and not (args.bf16 or args.fp16)
-            positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            self._longest = min((n for n in (args.max_length, positions) if n), default=None)
+            self._longest = min((n for n in (args.max_length, limits_of(model).positions) if n), default=None)
 
     def log_probs(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """log π of both responses of each pair of a [`PreferenceCollator`]'s batch, summed, or the mean of a token.
@@ -68,8 +67,8 @@ class Responses:
         pair = dict(zip(("prompt_ids", "first_ids", "second_ids"), ids[drawn].tolist(), strict=True))
         example = {"pairs": [{**pair, "labels": [], "pair_id": 0}]}
         with in_evaluation(model), torch.no_grad():
-            separate = self._of_tokens(model, example, False, ids.device)
             try:
+                separate = self._of_tokens(model, example, False, ids.device)
                 shared = self._of_tokens(model, example, True, ids.device)
             except torch.OutOfMemoryError:
                 raise

@@ -6,8 +6,8 @@ PARM (arXiv 2505.06274, section 3; GenARM, arXiv 2410.08193, eq. 8, is the case 
     l_i = −log σ( z_i β_i [log π(y1|x) − log π(y2|x)] ),  z_i = +1 where y1 is better for objective i, −1 where y2 is
     L   = Σ_i α_i l_i
 
-Every reduction takes the number of labelled pairs of the whole optimisation step, so that gradient accumulation and
-several processes add up to the loss of one big batch.
+Every reduction takes the number of labelled pairs, or the sum of their weights, of the whole optimisation step, so
+that gradient accumulation and several processes add up to the loss of one big batch.
 """
 
 from __future__ import annotations
@@ -86,7 +86,12 @@ def tchebycheff(distances: torch.Tensor, preference: torch.Tensor, whole: torch.
 
 
 def global_loss(
-    margins: torch.Tensor, labels: torch.Tensor, beta: torch.Tensor, preference: torch.Tensor, count: torch.Tensor
+    margins: torch.Tensor,
+    labels: torch.Tensor,
+    beta: torch.Tensor,
+    preference: torch.Tensor,
+    count: torch.Tensor,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """UniARM's global term (arXiv 2602.09538) in our reading of the paper's description.
 
@@ -99,11 +104,13 @@ def global_loss(
         labels (`torch.Tensor` of shape `(pairs, k)`): z_i, 0 for no label.
         beta (`torch.Tensor` of shape `(k,)`): β_i.
         preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
-        count (`torch.Tensor` of shape `()`): Pairs with any label in the whole optimisation step.
+        count (`torch.Tensor` of shape `()`): Pairs with any label in the whole optimisation step, or their weights.
+        weights (`torch.Tensor` of shape `(pairs,)`, *optional*): What each pair counts for.
     """
     weight = (preference * labels).sum(-1)
     strength = (preference * beta).sum(-1)
-    return (weight.abs() * -F.logsigmoid(strength * weight.sign() * margins)).sum() / count.clamp(min=_TINY)
+    losses = weight.abs() * -F.logsigmoid(strength * weight.sign() * margins)
+    return (losses if weights is None else weights * losses).sum() / count.clamp(min=_TINY)
 
 
 def accuracies(margins: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -140,9 +147,12 @@ class ARMLoss:
         beta = self.beta.to(margins)
         return pair_losses(margins, labels, beta, self.target_margin, self.label_smoothing, self.hinge)
 
-    def distances(self, losses: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def distances(
+        self, losses: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """What these pairs add to l_i − z*_i of a step, shape `(k,)`; arguments as for `aggregate`."""
-        return objective_losses(losses - self.ideal.to(losses) * (labels != 0), counts[:-1].to(losses))
+        distances = losses - self.ideal.to(losses) * (labels != 0)
+        return objective_losses(weighted(distances, weights), counts[:-1].to(losses))
 
     def aggregate(
         self,
@@ -151,6 +161,7 @@ class ARMLoss:
         preference: torch.Tensor,
         counts: torch.Tensor,
         whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One number from the losses of pairs.
 
@@ -160,12 +171,13 @@ class ARMLoss:
             counts (`torch.Tensor` of shape `(k + 1,)`): From [`count_labels`], of the whole optimisation step.
             whole (`Callable`, *optional*):
                 From the `distances` of these pairs to those of the whole step, where the step has more pairs.
+            weights (`torch.Tensor` of shape `(pairs,)`, *optional*): What each pair counts for, in `counts` too.
         """
         preference = preference.to(losses)
         if self.by_maximum:
-            distances = self.distances(losses, labels, counts)
+            distances = self.distances(losses, labels, counts, weights)
             return tchebycheff(distances, preference, whole and whole(distances.detach()))
-        counts = counts[:-1].to(losses)
+        losses, counts = weighted(losses, weights), counts[:-1].to(losses)
         if preference.ndim == 2:
             return objective_losses(losses, counts, preference).sum()
         return (preference * objective_losses(losses, counts)).sum()
@@ -177,17 +189,26 @@ class ARMLoss:
         preference: torch.Tensor,
         counts: torch.Tensor,
         whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        weights: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a batch with its global term, and that of each pair, shape `(pairs, k)`."""
         losses = self.of_pairs(margins, labels)
-        total = self.aggregate(losses, labels, preference, counts, whole)
+        total = self.aggregate(losses, labels, preference, counts, whole, weights)
         if self.global_weight:
             beta, preference = self.beta.to(margins), preference.to(margins)
-            total = total + self.global_weight * global_loss(margins, labels, beta, preference, counts[-1])
+            total = total + self.global_weight * global_loss(margins, labels, beta, preference, counts[-1], weights)
         return total, losses
 
 
-def count_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Labelled pairs of each objective and, last, pairs with any label, shape `(k + 1,)`, of labels `(pairs, k)`."""
+def weighted(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Values of pairs, shape `(pairs, k)`, times what each pair counts for, shape `(pairs,)`; 1 if not given."""
+    return values if weights is None else values * weights.to(values)[:, None]
+
+
+def count_labels(labels: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Labelled pairs of each objective and, last, pairs with any label, shape `(k + 1,)`, of labels `(pairs, k)`.
+
+    With weights of shape `(pairs,)` it is their sums in the place of numbers.
+    """
     known = labels != 0
-    return torch.cat([known.sum(0), known.any(1).sum()[None]]).float()
+    return weighted(torch.cat([known, known.any(1, keepdim=True)], 1).float(), weights).sum(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .losses import ARMLoss, accuracies
+from .losses import ARMLoss, accuracies, count_labels, weighted
 
 
 class TrainMetrics:
@@ -20,7 +20,12 @@ class TrainMetrics:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(
-        self, preference: torch.Tensor, log_probs: torch.Tensor, losses: torch.Tensor, labels: torch.Tensor
+        self,
+        preference: torch.Tensor,
+        log_probs: torch.Tensor,
+        losses: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
     ) -> None:
         """Adds a batch of pairs.
 
@@ -28,6 +33,7 @@ class TrainMetrics:
             preference (`torch.Tensor` of shape `(k,)` or `(pairs, k)`): α.
             log_probs (`torch.Tensor` of shape `(2, pairs)`): log π of the two responses.
             losses, labels (`torch.Tensor` of shape `(pairs, k)`): l of each pair, and its labels.
+            weights (`torch.Tensor` of shape `(pairs,)`, *optional*): What each pair counts for in the mean of losses.
         """
         first, second = log_probs
         correct = accuracies(first - second, labels)
@@ -37,7 +43,7 @@ class TrainMetrics:
             rejected = torch.where(label > 0, second, first)
             weight = preference[..., i]
             self._add(f"preference/{name}", weight, torch.ones_like(weight))
-            self._add(f"loss/{name}", losses[:, i], known)
+            self._add(f"loss/{name}", losses[:, i], weighted(known[:, None].float(), weights)[:, 0])
             self._add(f"logps/chosen/{name}", chosen, known)
             self._add(f"logps/rejected/{name}", rejected, known)
             self._add(f"rewards/chosen/{name}", beta * chosen, known)
@@ -46,9 +52,9 @@ class TrainMetrics:
             self._add(f"rewards/accuracies/{name}", correct[:, i], known)
 
     def _add(self, name: str, values: torch.Tensor, known: torch.Tensor) -> None:
-        """Adds those of the values that are `known` to the mean of this name."""
+        """Adds values to the mean of this name, each as often as it is `known`."""
         known = known.to(values)
-        pair = torch.stack([torch.where(known > 0, values, 0.0).sum(), known.sum()]).detach()
+        pair = torch.stack([torch.where(known > 0, values * known, 0.0).sum(), known.sum()]).detach()
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def pop_means(self, accelerator: Any) -> dict[str, float]:
@@ -76,18 +82,27 @@ class EvalMetrics:
     def __init__(self, objectives: Sequence[str], preferences: Mapping[str, torch.Tensor], arm_loss: ARMLoss) -> None:
         self.objectives, self.preferences, self.arm_loss = objectives, preferences, arm_loss
         self._values: dict[str, list[float]] = defaultdict(list)
+        self._weights = torch.zeros(len(objectives), dtype=torch.float64)
 
-    def add(self, labels: torch.Tensor, margins: torch.Tensor, untrained: torch.Tensor | None = None) -> None:
+    def add(
+        self,
+        labels: torch.Tensor,
+        margins: torch.Tensor,
+        weights: torch.Tensor,
+        untrained: torch.Tensor | None = None,
+    ) -> None:
         """Adds a batch of pairs.
 
         Args:
             labels (`torch.Tensor` of shape `(pairs, k)`): Their labels.
             margins (`torch.Tensor` of shape `(pairs, preferences)`): log π(y1|x) − log π(y2|x) at each preference.
+            weights (`torch.Tensor` of shape `(pairs,)`): What each pair counts for in the losses.
             untrained (`torch.Tensor` of shape `(pairs,)`, *optional*): The same without the adapter.
         """
+        self._weights += count_labels(labels, weights)[:-1].double().cpu()
         for name, margin in zip(self.preferences, margins.unbind(-1), strict=True):
             values = {
-                "loss": self.arm_loss.of_pairs(margin, labels),
+                "loss": weighted(self.arm_loss.of_pairs(margin, labels), weights),
                 "accuracy": accuracies(margin, labels),
                 "margin": margin[:, None] * labels,
             }
@@ -99,7 +114,10 @@ class EvalMetrics:
 
     def means(self) -> dict[str, float]:
         """`loss`, and the mean of each `<objective>_<kind>@<preference>` that has any pair with a label."""
-        means = {name: sum(values) / len(values) for name, values in self._values.items() if values}
+        counts = {name: float(len(values)) for name, values in self._values.items()}
+        for objective, weight in zip(self.objectives, self._weights.tolist(), strict=True):
+            counts |= {f"{objective}_loss@{name}": weight for name in self.preferences}
+        means = {name: sum(values) / counts[name] for name, values in self._values.items() if counts[name]}
         one = torch.ones(1, len(self.objectives) + 1)
         losses = []
         for name, preference in self.preferences.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
@@ -20,6 +20,32 @@ from .config import PreferenceARMConfig
 
 
 logger = logging.get_logger(__name__)
+
+
+class Limits(NamedTuple):
+    """What a model can read: tokens that it has embeddings for, and places in a text; `None` for any."""
+
+    vocabulary: int | None = None
+    positions: int | None = None
+
+
+def limits_of(model: Any) -> Limits:
+    """The limits of a model's embeddings, and of the positions that its configuration names."""
+    embeddings, config = getattr(model.get_input_embeddings(), "num_embeddings", None), model.config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")  # MPT's
+    return Limits(embeddings, next((n for name in names if (n := getattr(config, name, None))), None))
+
+
+def check_causal(model: Any) -> None:
+    """Raises `ValueError` for a model that does not write a text from left to right."""
+    base = model.get_base_model() if is_peft_model(model) else model
+    encoder = getattr(base.config, "is_encoder_decoder", False)
+    if encoder or not base.can_generate():
+        kind = "an encoder-decoder" if encoder else "no language model that writes"
+        raise ValueError(
+            f"The model {type(base).__name__} is {kind}, but a reward model must be a causal language model: it "
+            "judges each token by those before it. Load one with `AutoModelForCausalLM`."
+        )
 
 
 def check_device(args: PreferenceARMConfig) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,23 +11,32 @@ from typing import Any, cast
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.data_utils import _tokenize, common_prefix_length, is_conversational
+from trl.data_utils import common_prefix_length
+
+from trl_parm.shapes import REPEATED, read_context, read_pair
+from trl_parm.templates import tokenize_chat, without_end
 
 
 logger = logging.get_logger(__name__)
 
 COLUMNS = ("prompt_ids", "first_ids", "second_ids", "labels")
 """Columns of a tokenized pair: the prompt, the two responses, and +1, −1 or 0 for each objective."""
+WEIGHT, OUTCOMES = "weight", "outcomes"
+"""Further columns: what the pair counts for in the loss, where that was asked for, and what became of it."""
 RANKED, LABELLED = ("chosen", "rejected"), ("response_0", "response_1")
-FEATURES = Features({column: List(Value("int32")) for column in COLUMNS} | {"outcome": Value("string")})
-KEPT = ("", "cut")
-"""Outcomes of pairs that stay."""
-OUTCOMES = {
+KEPT = {
     "cut": "lost the start of the prompt to fit into {max_length} tokens",
+    **REPEATED,
+    "merged": "lost the end of the prompt, which the tokenizer or its template writes otherwise before a response",
+    "endless": "have a response without end token, so that its end is not learned; `append_end_token=True` appends it",
+}
+"""What is said of pairs that stay."""
+LEFT_OUT = {
     "too long": "were left out, being longer than {max_length} tokens",
     "identical": "were left out, since both responses are the same",
     "unlabelled": "were left out, having no label for any objective",
 }
+"""What is said of pairs that don't."""
 
 
 class PairReader:
@@ -38,9 +46,9 @@ class PairReader:
     *Labelled*: `response_0` and `response_1`, and for each objective a column that says which of them is better: 0 or
     1, −1 for a tie, `None` or NaN where the label is missing. Ties and missing labels add nothing to the loss.
 
-    In both, `prompt` and responses are texts or lists of messages, or ids already (`prompt_ids`, and `_ids` after the
-    names of the responses). A prompt inside `chosen` and `rejected` is found for messages only: in plain text the
-    longest common beginning may end in the middle of a word.
+    In both, `prompt` and responses are texts or lists of messages, see [`trl_parm.shapes.read_pair`], or ids already
+    (`prompt_ids`, and `_ids` after the names of the responses). A prompt inside the responses is found for messages
+    only: in plain text the longest common beginning may end in the middle of a word.
 
     Args:
         name (`str`): Name of the data set, for messages.
@@ -50,6 +58,9 @@ class PairReader:
         tokenizer (`PreTrainedTokenizerBase`): Plain text gets its end token appended; messages its chat template.
         max_length (`int`, *optional*): Most tokens of prompt and response together; longer pairs are left out.
         cut_prompt (`bool`, *optional*, defaults to `False`): Cut the start of their prompts instead.
+        append_end_token (`bool`, *optional*, defaults to `False`): To responses that have none.
+        weight_column (`str`, *optional*): The column of what a pair counts for.
+        vocabulary (`int`, *optional*): How many tokens the model has embeddings for.
 
     Raises:
         ValueError: columns are missing.
@@ -64,16 +75,21 @@ class PairReader:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         cut_prompt: bool = False,
+        append_end_token: bool = False,
+        weight_column: str | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.name, self.objectives, self.tokenizer = name, list(objectives), tokenizer
-        self.max_length, self.cut_prompt = max_length, cut_prompt
+        self.max_length, self.cut_prompt, self.append_end_token = max_length, cut_prompt, append_end_token
+        self.weight_column, self.vocabulary = weight_column, vocabulary
+        self.special = frozenset(tokenizer.all_special_ids)
         self.labelled = is_labelled(columns)
         self.responses = LABELLED if self.labelled else RANKED
         self.tokenized = f"{self.responses[0]}_ids" in columns
         self.label_columns = {o: c for o, c in label_columns.items() if c in columns}
-        wanted = [f"{column}_ids" if self.tokenized else column for column in ("prompt", *self.responses)]
         # The prompt of a conversation may stand in its responses.
-        missing = [c for c in wanted if c not in columns and (c != "prompt" or self.labelled)]
+        wanted = [f"{c}_ids" for c in ("prompt", *self.responses)] if self.tokenized else [*self.responses]
+        missing = [column for column in wanted if column not in columns]
         if missing:
             raise ValueError(
                 f"The data set {name!r} lacks the columns {missing}; it has {sorted(columns)}. A preference data set "
@@ -86,34 +102,50 @@ class PairReader:
                 f"{sorted(label_columns.values())} in {sorted(columns)}. Name them, such as "
                 "`label_columns={'helpful': 'better_response_id'}`."
             )
+        if weight_column is not None and weight_column not in columns:
+            raise ValueError(
+                f"The data set {name!r} lacks the `weight_column` {weight_column!r}; it has {sorted(columns)}. Give "
+                "every data set one, of ones where all pairs count alike."
+            )
 
     @property
     def own_objectives(self) -> list[str]:
         """The objectives that this data set has labels for."""
         return list(self.label_columns) if self.labelled else [self.name]
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The pair of a row, with its outcome: empty, or a key of `OUTCOMES`. One that is left out has no ids.
+    @property
+    def features(self) -> Features:
+        """Columns of a pair."""
+        found: dict[str, Any] = {column: List(Value("int32")) for column in COLUMNS}
+        found[OUTCOMES] = List(Value("string"))
+        return Features(found | ({WEIGHT: Value("float32")} if self.weight_column else {}))
 
-        Both responses are treated alike: a cut one would win by its length.
+    def __call__(self, row: Mapping[str, Any], number: int = 0) -> dict[str, Any]:
+        """The pair of a row, with its outcomes, keys of `KEPT` and `LEFT_OUT`. One that is left out has no ids.
+
+        Both responses are treated alike: a cut one would win by its length. `number` is the row's, for messages.
 
         Raises:
-            ValueError: a label that is none, or a prompt that is not given.
+            ValueError: a label that is none, a prompt that is not given, a part that is no text, an id that the model
+                has no embedding for, a weight that is not 0 or larger.
         """
-        prompt, first, second = self._ids(row)
-        labels = [self._label(row, objective) for objective in self.objectives]
+        where = f"row {number} of the data set {self.name!r}"
+        prompt, first, second, outcomes = self._ids(row, where)
+        labels = [self._label(row, objective, where) for objective in self.objectives]
         longest = max(len(first), len(second))
-        outcome = ""
         if not any(labels):
-            outcome = "unlabelled"
+            outcomes = ["unlabelled"]
         elif first == second:
-            outcome = "identical"
+            outcomes = ["identical"]
         elif self.max_length is not None and len(prompt) + longest > self.max_length:
-            outcome = "cut" if self.cut_prompt and longest < self.max_length else "too long"
-        if outcome == "cut":
-            prompt = prompt[longest - cast(int, self.max_length) :]
-        columns = (prompt, first, second, labels) if outcome in KEPT else ([], [], [], [])
-        return {**dict(zip(COLUMNS, columns, strict=True)), "outcome": outcome}
+            if self.cut_prompt and longest < self.max_length:
+                prompt = prompt[longest - self.max_length :]
+                outcomes.append("cut")
+            else:
+                outcomes = ["too long"]
+        columns = (prompt, first, second, labels) if is_kept(outcomes) else ([], [], [], [])
+        pair = {**dict(zip(COLUMNS, columns, strict=True)), OUTCOMES: outcomes}
+        return {**pair, WEIGHT: self._weight(row, where)} if self.weight_column else pair
 
     def read(self, dataset: Dataset, num_proc: int | None = None) -> Dataset:
         """The pairs of a whole data set that are not left out. Raises `ValueError` if there is none."""
@@ -121,85 +153,134 @@ class PairReader:
             self.report(Counter())  # which refuses it; there would be no column of outcomes
         pairs = dataset.map(
             self,
+            with_indices=True,
             remove_columns=dataset.column_names,
-            features=FEATURES,
+            features=self.features,
             num_proc=num_proc,
             desc=f"Tokenizing {self.name}",
         )
-        outcomes = pairs["outcome"][:]
-        self.report(Counter(outcomes))
-        return pairs.select([i for i, o in enumerate(outcomes) if o in KEPT]).remove_columns("outcome")
+        outcomes = pairs[OUTCOMES][:]
+        kept = pairs.select([i for i, found in enumerate(outcomes) if is_kept(found)]).remove_columns(OUTCOMES)
+        self.report(Counter(map(tuple, outcomes)))
+        if self.weight_column:
+            self.check_weights(sum(kept[WEIGHT][:]))
+        return kept
 
-    def report(self, outcomes: Counter[str]) -> None:
-        """Says in one line what was left out or cut. Raises `ValueError` if there was nothing, or nothing is left."""
+    def report(self, outcomes: Counter[tuple[str, ...]]) -> None:
+        """Says in one line what was left out or done to pairs, from how many had which outcomes.
+
+        Raises `ValueError` if there are none, or none left.
+        """
         if not outcomes:
             raise ValueError(f"The data set {self.name!r} is empty. Give it at least one pair.")
+        counts: Counter[str] = Counter()
+        for of_pair, number in outcomes.items():
+            counts.update(dict.fromkeys(of_pair, number))
         done = [
-            f"{outcomes[name]} {text.format(max_length=self.max_length)}"
-            for name, text in OUTCOMES.items()
-            if outcomes[name]
+            f"{counts[name]} {text.format(max_length=self.max_length)}"
+            for name, text in {**KEPT, **LEFT_OUT}.items()
+            if counts[name]
         ]
-        line = f"{self.name}: of {sum(outcomes.values())} pairs {'; '.join(done)}."
-        if not any(outcomes[name] for name in KEPT):
+        line = f"{self.name}: of {outcomes.total()} pairs {'; '.join(done)}."
+        if not any(map(is_kept, outcomes)):
             raise ValueError(f"No pair of the data set {self.name!r} is left. {line}")
         if done:
             logger.warning(line)
 
-    def _label(self, row: Mapping[str, Any], objective: str) -> int:
+    def check_weights(self, total: float) -> None:
+        """Raises `ValueError` if the weights of all pairs are 0."""
+        if not total:
+            raise ValueError(
+                f"All weights in column {self.weight_column!r} of the data set {self.name!r} are 0, so that nothing "
+                "would be learned from it. Give a positive weight to at least one pair, or leave the data set out."
+            )
+
+    def _weight(self, row: Mapping[str, Any], where: str) -> float:
+        value = row.get(cast(str, self.weight_column))
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"The weight in column {self.weight_column!r} of {where} is {value!r}, but it must be a number, 0 or "
+                "larger. A pair of weight 0 adds nothing to the loss."
+            )
+        return float(value)
+
+    def _label(self, row: Mapping[str, Any], objective: str, where: str) -> int:
         if not self.labelled:
             return int(objective == self.name)
         column = self.label_columns.get(objective)
-        value = None if column is None else row[column]
+        value = None if column is None else row.get(column)
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return 0
         if value not in (0, 1, -1):
             raise ValueError(
-                f"A label in column {column!r} of the data set {self.name!r} is {value!r}, but it must be 0 or 1 (the "
-                "better response), -1 (a tie) or None (missing)."
+                f"The label in column {column!r} of {where} is {value!r}, but it must be 0 or 1 (the better "
+                "response), -1 (a tie) or None (missing)."
             )
         return {0: 1, 1: -1, -1: 0}[int(value)]
 
-    def _ids(self, row: Mapping[str, Any]) -> tuple[list[int], list[int], list[int]]:
-        """Ids of the prompt and of both responses, each of which ends in the end token.
-
-        The boundary is the longest prefix that the prompt shares with both texts: a tokenizer may merge the prompt's
-        last token with the response's first.
-        """
-        first, second = (row[f"{name}_ids" if self.tokenized else name] for name in self.responses)
+    def _ids(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int], list[int], list[str]]:
+        """Ids of the prompt and of both responses, each of which ends in the end token, and what is to be said."""
         if self.tokenized:
-            return row["prompt_ids"], first, second
-        if "prompt" in row:
-            prompt = row["prompt"]
+            prompt, *responses = (self._given(row, name, where) for name in ("prompt", *self.responses))
+            notes = []
         else:
-            prompt, first, second = self._split(row, first, second)
-        tools, kwargs = row.get("tools"), dict(row.get("chat_template_kwargs") or {})
-        if tools:
-            kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-        end, end_id = cast(str, self.tokenizer.eos_token), cast(int, self.tokenizer.eos_token_id)
-        texts = []
-        for response in (first, second):
-            text = prompt + (response if isinstance(prompt, list) else response.removesuffix(end) + end)
-            ids = _tokenize(self.tokenizer, text, **kwargs)["input_ids"]
-            # What a chat template writes after the last end token, `generate` would never produce.
-            texts.append(ids[: len(ids) - ids[::-1].index(end_id)] if end_id in ids else ids)
-        ids = _tokenize(self.tokenizer, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-        start = min(common_prefix_length(ids, text) for text in texts)
-        return texts[0][:start], texts[0][start:], texts[1][start:]
+            prompt, responses, notes = self._tokenize(row, where)
+        end = cast(int, self.tokenizer.eos_token_id)
+        ended = [response[-1:] == [end] or (self.tokenized and end in response) for response in responses]
+        if not all(ended) and self.append_end_token:
+            responses = [response if done else [*response, end] for response, done in zip(responses, ended)]
+        elif not all(ended):
+            notes.append("endless")
+        found = [*prompt, *responses[0], *responses[1]]
+        if self.vocabulary is not None and found and not 0 <= min(found) <= max(found) < self.vocabulary:
+            wrong = next(token for token in found if not 0 <= token < self.vocabulary)
+            raise ValueError(
+                f"The token id {wrong} in {where} is none of the model's, which has embeddings for {self.vocabulary} "
+                "tokens. Give the model's own tokenizer, or call `model.resize_token_embeddings`."
+            )
+        return prompt, responses[0], responses[1], notes
 
-    def _split(self, row: Mapping[str, Any], first: list[Any], second: list[Any]) -> tuple[list, list, list]:
-        """A conversation's prompt, which is the messages that both begin with, and the responses after it."""
-        if not is_conversational(cast(dict, row)):
-            raise ValueError(
-                f"The data set {self.name!r} has plain texts without `prompt`. A prompt can be told from the "
-                "responses only in conversations; give a `prompt` column."
-            )
-        start = min(common_prefix_length(first, second), len(first) - 1, len(second) - 1)
-        if start < 1:
-            raise ValueError(
-                f"Two conversations of the data set {self.name!r} don't begin with the same prompt and end in a "
-                f"response each: {first} and {second}. Give a `prompt` column."
-            )
-        return first[:start], first[start:], second[start:]
+    def _given(self, row: Mapping[str, Any], name: str, where: str) -> list[int]:
+        ids = row.get(f"{name}_ids")
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"`{name}_ids` of {where} is {str(ids)[:80]}, but it must be a list of token ids.")
+        return ids
+
+    def _tokenize(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[list[int]], list[str]]:
+        """The boundary is the longest prefix that the prompt shares with both texts: a tokenizer may merge the
+        prompt's last token with the response's first."""
+        prompt, *responses, repeats = read_pair(row, self.responses, where)
+        notes = [repeats] if repeats else []
+        if isinstance(prompt, str):
+            end = cast(str, self.tokenizer.eos_token)
+            texts = [self._of_text(prompt + response.removesuffix(end) + end) for response in responses]
+            ids = without_end(self.tokenizer, prompt, self._of_text(prompt))
+        else:
+            kwargs = read_context(row)
+            texts = [tokenize_chat(self.tokenizer, prompt + response, where, **kwargs) for response in responses]
+            ids = tokenize_chat(self.tokenizer, prompt, where, add_generation_prompt=True, **kwargs)
+        start = min(common_prefix_length(ids, text) for text in texts)
+        if start < len(ids):
+            notes.append("merged")
+        return texts[0][:start], [self._ended(text[start:]) for text in texts], notes
+
+    def _of_text(self, text: str) -> list[int]:
+        return cast(list[int], self.tokenizer(text)["input_ids"])
+
+    def _ended(self, response: list[int]) -> list[int]:
+        """A response up to the end token of its last turn: what a template or a tokenizer writes after that,
+        `generate` would never produce."""
+        for place, token in enumerate(response):
+            if token == self.tokenizer.eos_token_id:
+                rest = [other for other in response[place:] if other not in self.special]
+                if not cast(str, self.tokenizer.decode(rest)).strip():
+                    return response[: place + 1]
+        return response
+
+
+def is_kept(outcomes: Sequence[str]) -> bool:
+    """Whether a pair with these outcomes stays."""
+    return all(outcome in KEPT for outcome in outcomes)
 
 
 def is_labelled(columns: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from peft_pblora import PreferenceConfig, set_preference
 from peft_pblora.card import save_card
+from peft_pblora.output import output_files
 
 from . import checkpoints
 from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
@@ -35,20 +36,26 @@ from .data import (
     join_sources,
     name_sources,
     only_objective,
+    read_in_order,
 )
 from .log_probs import Responses
 from .losses import count_labels
 from .metrics import EvalMetrics, TrainMetrics
 from .model import (
     adapt_model,
+    check_causal,
     check_device,
     disable_dropout,
+    limits_of,
     load_model,
     load_tokenizer,
     trained_adapter,
     without_noise,
 )
 from .preferences import PreferenceSampler, name_preferences
+
+
+CARD = "README.md"
 
 
 class PreferenceARMTrainer(_BaseTrainer):
@@ -109,6 +116,7 @@ class PreferenceARMTrainer(_BaseTrainer):
         # PEFT draws the adapter's weights, so the seed comes before the model.
         set_seed(args.seed)
         model = load_model(model, args, quantization_config)
+        check_causal(model)
         tokenizer = load_tokenizer(model, processing_class, args)
         model = adapt_model(model, args, peft_config)
         if args.disable_dropout:
@@ -127,9 +135,10 @@ class PreferenceARMTrainer(_BaseTrainer):
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
-        joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args)
+        self.limits = limits_of(model)
+        joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args, self.limits)
         if isinstance(joined, JointPreferenceStream):
-            cast(Any, args.accelerator_config).dispatch_batches = False
+            read_in_order(args)
         pad_token_id = cast(int, tokenizer.pad_token_id)
         collator = PreferenceCollator(pad_token_id, args.pad_to_multiple_of, args.share_prompt)
         super().__init__(
@@ -137,7 +146,7 @@ class PreferenceARMTrainer(_BaseTrainer):
             args=args,
             data_collator=data_collator or collator,
             train_dataset=joined,
-            eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args),
+            eval_dataset=join_evaluation(eval_dataset, self.objectives, tokenizer, args, self.limits),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
@@ -168,15 +177,16 @@ class PreferenceARMTrainer(_BaseTrainer):
         It gives the folder of the checkpoint to resume from, as `train` is asked to; `None` for none.
 
         Raises:
-            ValueError: another process trains into the folder, there is no complete checkpoint, its adapter is
-                damaged, or it is of another run: with another base model, other data, objectives or their order, β,
-                learning rate, seed, ...
+            ValueError: another process trains into the folder, it holds a model or checkpoints that no training of
+                ours has written, there is no complete checkpoint, its adapter is damaged, or it is of another run:
+                with another base model, other data, objectives or their order, β, learning rate, seed, ...
         """
         folder, checkpoint, error = cast(str, self.args.output_dir), resume_from_checkpoint or None, None
         with ExitStack() as stack:
             if self.is_world_process_zero():
                 try:
                     if not self._claimed:
+                        checkpoints.check_folder(folder, subfolder_of(self))
                         stack.enter_context(checkpoints.locked(folder))
                     if checkpoint is True:
                         checkpoint = checkpoints.last_complete_checkpoint(folder)
@@ -211,27 +221,27 @@ class PreferenceARMTrainer(_BaseTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The part of a step's loss Σ_i α_i l_i that one batch adds, at the preference that the step draws."""
-        step, labels = self.state.global_step, inputs["pair_labels"]
+        step, labels, weights = self.state.global_step, inputs["pair_labels"], inputs.get("pair_weights")
         if self.args.preference_per == "pair":
             preference = self.preference_sampler.for_pairs(step, inputs["pair_ids"])
         else:
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
-        counts = count_labels(labels) if num_items_in_batch is None else cast(torch.Tensor, num_items_in_batch)
+        counts = cast(torch.Tensor, num_items_in_batch) if whole else count_labels(labels, weights)
         if self.args.disable_dropout and model.training and not self._noise_checked:
             log_probs = without_noise(lambda: self._log_probs(model, inputs, preference), labels.device)
             self._noise_checked = True
         else:
             log_probs = self._log_probs(model, inputs, preference)
         margins = log_probs[0] - log_probs[1]
-        loss, losses = self.arm_loss(margins, labels, preference, counts, whole)
+        loss, losses = self.arm_loss(margins, labels, preference, counts, whole, weights)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at step {step}; log-probabilities of the responses: "
                 f"{log_probs[0].tolist()} and {log_probs[1].tolist()}. Lower the learning rate, or use bf16 instead "
                 "of fp16."
             )
-        self.train_metrics.add(preference.to(margins), log_probs, losses, labels)
+        self.train_metrics.add(preference.to(margins), log_probs, losses, labels, weights)
         return (loss, {"margins": margins}) if return_outputs else loss
 
     def _log_probs(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
@@ -267,7 +277,8 @@ class PreferenceARMTrainer(_BaseTrainer):
             has_adapter = is_peft_model(self.accelerator.unwrap_model(model))
             untrained = [self._margins(model, inputs, None)] if has_adapter else []
             margins = [self._margins(model, inputs, preference) for preference in self.eval_preferences.values()]
-        values = [inputs["pair_labels"], torch.stack(margins, -1), *untrained]
+        weights = inputs.get("pair_weights", torch.ones_like(margins[0]))
+        values = [inputs["pair_labels"], torch.stack(margins, -1), weights, *untrained]
         rows = [pairs.unflatten(0, (-1, self._pairs_of_a_row)) for pairs in values]
         # It leaves out the rows that fill up the last batch of several processes.
         gathered = self.accelerator.gather_for_metrics(rows)
@@ -278,7 +289,7 @@ class PreferenceARMTrainer(_BaseTrainer):
         """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | JointPreferenceDataset):
             tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args)
+            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args, self.limits)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
@@ -315,15 +326,26 @@ class PreferenceARMTrainer(_BaseTrainer):
         rewrite(self, cast(str, self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As transformers', with our card. The arguments stand in it as YAML, so that no pickle need hold them."""
-        folder = Path(cast(str, output_dir or self.args.output_dir))
+        """As transformers', with our card, over nothing but what a training has written.
+
+        The arguments stand in the card as YAML, so that no pickle need hold them. Raises `ValueError` if a file would
+        be replaced that was not written by a training, or another process trains into the output folder.
+        """
+        own = cast(str, self.args.output_dir)
+        folder = Path(output_dir or own)
         facts = facts_with(self, None if self._saves_checkpoint else new_sample(self))
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        alone = checkpoints.locked(own) if folder == Path(own) and not self._claimed else nullcontext()
+        with alone, output_files(folder, checkpoints.WRITER) as work:
+            super()._save(str(work), state_dict)
+            (work / TRAINING_ARGS_NAME).unlink(missing_ok=True)
             if self._saves_checkpoint:
-                checkpoints.write_record(folder, self._describe_run())
-            save_card(folder, self.adapter_config, facts, subfolder_of(self))
+                checkpoints.write_record(work, self._describe_run())
+            if (folder / CARD).exists():  # which `save_card` goes on with
+                (work / CARD).unlink(missing_ok=True)
+        save_card(folder, self.adapter_config, facts, subfolder_of(self))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._saves_checkpoint = True
@@ -333,14 +355,15 @@ class PreferenceARMTrainer(_BaseTrainer):
             self._saves_checkpoint = False
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Labelled pairs of each objective, and pairs, of the whole step, divided by the number of processes.
+        """Labelled pairs of each objective, and pairs, or their weights, of the whole step by the number of processes.
 
         Each process adds up its pairs by these, and the mean over processes, which DDP takes of gradients, is then the
         loss of one big batch.
         """
         if not batch_samples:
             return None
-        counts = torch.stack([count_labels(batch["pair_labels"]) for batch in batch_samples]).sum(0).to(device)
+        of_batches = [count_labels(batch["pair_labels"], batch.get("pair_weights")) for batch in batch_samples]
+        counts = torch.stack(of_batches).sum(0).to(device)
         counts = cast(torch.Tensor, self.accelerator.reduce(counts, "mean"))
         self._distances_ahead = None
         if self.args.aggregation == "tchebycheff" and len(batch_samples) > 1:
@@ -354,7 +377,7 @@ class PreferenceARMTrainer(_BaseTrainer):
             preference = self.preference_sampler.for_step(self.state.global_step)
             margins = self._margins(self.model_wrapped, inputs, preference)
             losses = self.arm_loss.of_pairs(margins, inputs["pair_labels"])
-            return self.arm_loss.distances(losses, inputs["pair_labels"], counts)
+            return self.arm_loss.distances(losses, inputs["pair_labels"], counts, inputs.get("pair_weights"))
 
     def _distances_of_step(self, distances: torch.Tensor) -> torch.Tensor:
         """l_i − z*_i of the whole optimisation step, from what one of its batches adds."""
