@@ -6,11 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
-from .common import load_data, progress, say
+from .common import Progress, load_data, say
 
 
 SETTINGS = (
@@ -26,9 +27,9 @@ class DecodingArguments:
 
     model_name_or_path: str = option("", "The frozen base model: a folder or Hub id.")
     dtype: str = option("auto", "Of weights, such as bfloat16; auto: as they were saved.")
-    model_kwargs: dict | str | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
+    model_kwargs: dict | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
     template: str | None = option(None, "How the base reads a prompt: a text with {prompt}. Its chat template if not.")
-    prompts: list[str] | None = option(None, "The prompts themselves.")
+    prompts: list[str | list] | None = option(None, "The prompts themselves; a conversation as JSON in a flag.")
     prompts_data: dict | str | None = option(
         None, "A data set of prompts: a file or Hub id, or {path: , split: , where: }."
     )
@@ -45,15 +46,17 @@ class DecodingArguments:
     min_p: float | None = option(None, "Of sampling; without effect if not given.")
 
     def __post_init__(self) -> None:
-        self.model_kwargs, self.prompts_data = decoded(self.model_kwargs), decoded(self.prompts_data)
         required(self, "model_name_or_path")
         if bool(self.prompts) == bool(self.prompts_data):
             raise ValueError("Give either `prompts` or `prompts_data`.")
+        for prompt in self.prompts or ():
+            if not isinstance(prompt, str) and not (prompt and all(map(_is_message, prompt))):
+                raise ValueError(f"A prompt is {prompt!r}, but it must be a text, or messages with role and content.")
 
     def read_prompts(self) -> list[Any]:
         """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
         from trl_parm.noise import row_seed
-        from trl_parm.texts import prompt_key
+        from trl_parm.texts import as_messages, prompt_key
 
         prompts: Any = self.prompts
         if not prompts:
@@ -61,6 +64,8 @@ class DecodingArguments:
             if column not in data.column_names:
                 raise ValueError(f"The prompts' data has no column {column!r}; it has {', '.join(data.column_names)}.")
             prompts = data[column][:]
+        if any(not isinstance(prompt, str) for prompt in prompts):  # one column has one type
+            prompts = [as_messages(prompt, "user") for prompt in prompts]
         found = {prompt_key(prompt): prompt for prompt in prompts}
         if self.num_prompts is None:
             return list(found.values())
@@ -78,7 +83,7 @@ class DecodingArguments:
         models = Models(self.model_name_or_path, self.dtype, **kwargs)
         settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-        with progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
+        with Progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
             options["on_batch"] = lambda run: bar.update()
             return evaluate(models, methods, preferences, prompts, **settings, **options)
 
@@ -90,12 +95,13 @@ class GenerateArguments(DecodingArguments):
     method: dict | str | None = option(
         "base", "A method: its name, or {method: parm, arm: , beta: }, as JSON in a flag."
     )
-    preferences: list[str] | None = option(None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}.")
+    preferences: list[list | dict] | None = option(
+        None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}."
+    )
     output: str | None = option(None, "A JSONL file for the responses; else they are printed.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.method, self.preferences = decoded(self.method), decoded(self.preferences)
         if not all(isinstance(preference, Mapping) for preference in self.preferences or []):
             raise ValueError(
                 f"`preferences` are {self.preferences}, but each must name its objectives, such as "
@@ -106,7 +112,8 @@ class GenerateArguments(DecodingArguments):
 def main(argv: list[str]) -> None:
     arguments: GenerateArguments = parse("generate", GenerateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
-    from trl_parm.records import beside, write_run
+    from trl_parm.records import beside, read_rows, write_run
+    from trl_parm.texts import as_text
 
     method: Any = arguments.method
     preferences: list[Any] = arguments.preferences or []
@@ -115,10 +122,19 @@ def main(argv: list[str]) -> None:
     if not preferences and not entry.method.control:
         raise ValueError(f"The method {entry.name!r} needs `preferences`.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
+    output = Path(arguments.output) if arguments.output else None
+    before = len(read_rows(output)) if output and output.is_file() and output.stat().st_size else 0
     table = arguments.evaluate([method], preferences, prompts, rewards=unscored, path=arguments.output)
     if arguments.output:
         write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
-        say(f"{len(table)} responses in {arguments.output}")
+        every = len(read_rows(arguments.output))
+        say(f"{len(table)} responses in {output}: {every - before} new, {len(table) - every + before} were there.")
+        if every > len(table):
+            say(f"It keeps {every - len(table)} more, of other prompts, methods or preferences.")
         return
     for row in table:
-        say(f"# {row['method']}, {row['label']}: {row['prompt']}\n{row['response']}\n")
+        say(f"# {row['method']}, {row['label']}: {as_text(row['prompt'])}\n{row['response']}\n")
+
+
+def _is_message(given: Any) -> bool:
+    return isinstance(given, Mapping) and {"role", "content"} <= set(given)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
 from .common import say, write_run
 
@@ -25,7 +26,7 @@ class PlotArguments:
 
     results: list[str] | None = option(None, "Files that evaluate has written.")
     output_dir: str = option("", "Where tables and figures go.")
-    references: list[str] | None = option(
+    references: list[list | dict] | None = option(
         None, "Reference points of the hypervolume: vectors or mappings, as JSON in a flag."
     )
     objectives: list[str] | None = option(None, "Columns with rewards; those that were evaluated if not given.")
@@ -38,7 +39,6 @@ class PlotArguments:
     card: str | None = option(None, "The folder of an adapter, whose card gets the measures and the first figure.")
 
     def __post_init__(self) -> None:
-        self.references = decoded(self.references)
         required(self, "results", "output_dir")
 
 
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
         say(f"The card in {arguments.card} has the measures and the figure.")
     say(text)
     if not references:
-        say("No hypervolume: it needs a reference point, such as --references '[-3, -5]'.")
+        point = shlex.quote(json.dumps(dict.fromkeys(objectives, 0), ensure_ascii=False))
+        say(f"No hypervolume: it needs a reference point, which is worse than all that counts: --references {point}")
     say(f"Tables are in {folder / TABLES[0]}, figures in {', '.join(path.name for path in figures)}.")
 
 

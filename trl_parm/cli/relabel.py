@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
-from .common import load_data, load_rewards, progress, say, write_run
+from .common import Progress, load_data, load_rewards, say, write_run
 
 
 @dataclass
@@ -17,7 +17,7 @@ class RelabelArguments:
     """Arguments of [`trl_parm.relabel.relabel`]."""
 
     data: dict | str | None = option(None, "Pairs: a file or Hub id, or {path: , split: }.")
-    rewards: dict | str | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
+    rewards: dict | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
     output_dir: str = option("", "Where the splits go.")
     test_size: float = option(0.1, "Pairs in the test split: a share below 1, or a number.")
     validation_size: float = option(0.0, "The same for the validation split.")
@@ -28,7 +28,6 @@ class RelabelArguments:
     batch_size: int = option(32, "Pairs that are scored and written at once.")
 
     def __post_init__(self) -> None:
-        self.data, self.rewards = decoded(self.data), decoded(self.rewards)
         required(self, "data", "rewards", "output_dir")
 
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
         write_run(folder, "relabel", arguments)
         say(f"{objective}: {rewards[objective].source}")
 
-    with progress(len(rewards) * len(pairs), "pair") as bar:
+    with Progress(len(rewards) * len(pairs), "pair") as bar:
         splits = relabel(pairs, rewards, folder, on_start=start, on_batch=bar.update, **options)
     say(", ".join(f"{len(rows)} pairs in {folder / f'{name}.jsonl'}" for name, rows in splits.items()))
     labelled: list[Any] = [row for rows in splits.values() for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -218,7 +219,7 @@ class ARMArguments:
 
     Args:
         model_name_or_path (`str`): The ARM's backbone.
-        train_data (`list[PairData]`): The data sets, each as a mapping in YAML; see [`PairData`].
+        train_data (`list[PairData]`): The data sets, each in YAML as a path or a mapping; see [`PairData`].
         eval_data (`list[PairData]`, *optional*): The same for evaluation.
         objectives (`list[str]`, *optional*): Names and order of the objectives; those of the data if not given.
         adapter (`str`, *optional*, defaults to `"pblora"`): `"pblora"`, `"svdlora"`, `"moslora"` or `"lora"`.
@@ -240,8 +241,8 @@ class ARMArguments:
 
     def __post_init__(self) -> None:
         self.adapter_kwargs = _from_json(self.adapter_kwargs)
-        self.train_data = [_as_pair_data(entry) for entry in self.train_data]
-        self.eval_data = [_as_pair_data(entry) for entry in self.eval_data]
+        self.train_data = [as_pair_data(entry) for entry in self.train_data]
+        self.eval_data = [as_pair_data(entry) for entry in self.eval_data]
         if self.adapter not in ADAPTERS:
             raise ValueError(f"`adapter` is {self.adapter!r}, but it must be one of {', '.join(ADAPTERS)}.")
 
@@ -271,11 +272,12 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _as_pair_data(entry: PairData | dict[str, Any]) -> PairData:
+def as_pair_data(entry: PairData | Mapping[str, Any] | str) -> PairData:
+    """A data set as it stands in YAML: a path, or a mapping. Raises `ValueError` for a mapping of another kind."""
     if isinstance(entry, PairData):
         return entry
     try:
-        return PairData(**entry)
+        return PairData(entry) if isinstance(entry, str) else PairData(**entry)
     except TypeError:
         others = [name for name in PairData.__dataclass_fields__ if name != "path"]
         raise ValueError(
