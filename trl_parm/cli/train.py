@@ -90,7 +90,8 @@ def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
         values = _whole_numbers(pairs)
         if not set(LABELLED) <= set(values):
             continue
-        own = [column for column, seen in values.items() if seen and seen <= {-1, 0, 1}]
+        labels = [column for column, seen in values.items() if seen and seen <= {-1, 0, 1}]
+        own = [column for column in labels if not any(response in column for response in LABELLED)]
         if not own:
             raise ValueError(
                 f"The labelled data set {name!r} has no column of labels, which are 0, 1 or -1; it has "
