@@ -134,6 +134,14 @@ def test_card_of_a_saved_adapter(arm, base, tmp_path):
     assert not arm.get_base_model().lm_head.training
 
 
+@pytest.mark.parametrize("objectives", [["a"], ["a", "b"], ["a", "b", "c"], list("abcdef")])
+def test_a_sample_has_every_objective(base, objectives):
+    arm = tiny_arm(AutoModelForCausalLM.from_pretrained(base), objectives)
+    names = [name for name, _ in make_sample(arm, AutoTokenizer.from_pretrained(base), PROMPT)["answers"]]
+    between = ["uniform"] if len(objectives) > 1 else []
+    assert names == ["(the base model alone)", objectives[0], *between, *objectives[1:]]
+
+
 def test_the_card_s_code_runs_and_gives_the_card_s_answer(arm, base, tmp_path):
     card = saved_with_sample(arm, base, tmp_path / "arm")
     code = code_of(card, tmp_path / "arm")
