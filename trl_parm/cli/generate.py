@@ -7,12 +7,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl_parm.arguments import option, parse, required
 
 from .common import Progress, load_data, say
 
+
+if TYPE_CHECKING:
+    from trl_parm.evaluation.models import Models
 
 SETTINGS = (
     "batch_size", "seed", "template", "max_prompt_length", "max_new_tokens", "do_sample", "temperature", "top_k",
@@ -74,14 +77,27 @@ class DecodingArguments:
         chosen = set(sorted(found, key=lambda key: row_seed(self.seed, ["choice", key]))[: self.num_prompts])
         return [prompt for key, prompt in found.items() if key in chosen]
 
-    def evaluate(self, methods: list[Any], preferences: list[Any], prompts: list[Any], **options: Any) -> Any:
-        """[`evaluate`](trl_parm.evaluation.evaluate.evaluate) with these arguments, and a progress bar."""
-        from trl_parm.evaluation.evaluate import Entry, evaluate
+    def models(self) -> Models:
+        """The base model and what it is to be loaded with."""
         from trl_parm.evaluation.models import Models
 
-        kwargs: Any = self.model_kwargs or {}
-        models = Models(self.model_name_or_path, self.dtype, **kwargs)
+        return Models(self.model_name_or_path, self.dtype, **(self.model_kwargs or {}))
+
+    def evaluate(
+        self,
+        methods: list[Any],
+        preferences: list[Any],
+        prompts: list[Any],
+        models: Models | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """[`evaluate`](trl_parm.evaluation.evaluate.evaluate) with these arguments, or another seed, and a bar."""
+        from trl_parm.evaluation.evaluate import Entry, evaluate
+
+        models = models or self.models()
         settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
+        settings["seed"] = self.seed if seed is None else seed
         runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
         with Progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
             options["on_batch"] = lambda run: bar.update()

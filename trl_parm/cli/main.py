@@ -18,6 +18,7 @@ from trl_parm.version import __version__
 
 
 VERBS = {
+    "make_pairs": "sample answers of a model, and pair the best and the worst by each reward",
     "relabel": "label pairs of responses with reward models",
     "train": "train an autoregressive reward model",
     "generate": "decode prompts with a method",
@@ -42,7 +43,7 @@ TRACEBACK = "TRL_PARM_TRACEBACK"
 def main(argv: list[str] | None = None) -> int:
     """Runs a command, by default that of the process, and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    verb = argv[0] if argv else ""
+    verb = argv[0].replace("-", "_") if argv and not argv[0].startswith("-") else "".join(argv[:1])
     if verb == "--version":
         print(f"trl-parm {__version__}")
         return 0

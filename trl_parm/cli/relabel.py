@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 from trl_parm.arguments import option, parse, required
 
 from .common import Progress, load_data, load_rewards, say, write_run
+
+
+SHARED = ("test_size", "validation_size", "tie_margin", "ranked", "seed")
+"""Arguments of verbs that label pairs."""
 
 
 @dataclass
@@ -33,20 +38,29 @@ class RelabelArguments:
 
 def main(argv: list[str]) -> None:
     arguments: RelabelArguments = parse("relabel", RelabelArguments, argv, __doc__)
+    rewards = load_rewards(arguments.rewards)
+    pairs, folder = load_data(arguments.data), Path(arguments.output_dir)
+    options = {name: getattr(arguments, name) for name in ("template", "batch_size")}
+    label(pairs, rewards, folder, arguments, "relabel", **options)
+
+
+def label(
+    pairs: Any, rewards: Mapping[str, Any], folder: Path, arguments: Any, verb: str, **options: Any
+) -> dict[str, Path]:
+    """[`relabel`](trl_parm.relabel.relabel) with the arguments of a verb; returns the file of each split."""
     from trl_parm.evaluation.measures import markdown
     from trl_parm.relabel import agreement, relabel
 
-    rewards = load_rewards(arguments.rewards)
-    pairs = load_data(arguments.data)
-    folder = Path(arguments.output_dir)
-    options = {name: value for name, value in vars(arguments).items() if name not in ("data", "rewards", "output_dir")}
+    options |= {name: getattr(arguments, name) for name in SHARED}
 
     def start(objective: str) -> None:
-        write_run(folder, "relabel", arguments)
+        write_run(folder, verb, arguments)
         say(f"{objective}: {rewards[objective].source}")
 
     with Progress(len(rewards) * len(pairs), "pair") as bar:
         splits = relabel(pairs, rewards, folder, on_start=start, on_batch=bar.update, **options)
-    say(", ".join(f"{len(rows)} pairs in {folder / f'{name}.jsonl'}" for name, rows in splits.items()))
+    files = {name: folder / f"{name}.jsonl" for name in splits}
+    say(", ".join(f"{len(rows)} pairs in {files[name]}" for name, rows in splits.items()))
     labelled: list[Any] = [row for rows in splits.values() for row in rows]
     say(markdown(agreement(labelled, list(rewards))))
+    return files
