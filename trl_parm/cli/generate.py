@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from trl_parm.evaluation.models import Models
 
 SETTINGS = (
-    "batch_size", "seed", "template", "max_prompt_length", "max_new_tokens", "do_sample", "temperature", "top_k",
+    "batch_size", "seed", "template", "max_prompt_length", "escape_control_tokens",
+    "max_new_tokens", "do_sample", "temperature", "top_k",
     "top_p", "min_p",
 )  # fmt: skip
 """Arguments of [`evaluate`](trl_parm.evaluation.evaluate.evaluate) that are the same for all methods."""
@@ -39,6 +40,7 @@ class DecodingArguments:
     prompt_column: str = option("prompt", "Its column.")
     num_prompts: int | None = option(None, "So many of them, chosen by the seed.")
     max_prompt_length: int | None = option(None, "Most tokens of a prompt; its end stays.")
+    escape_control_tokens: bool = option(False, "Read text of control tokens, such as <|im_end|>, in prompts as text.")
     seed: int = option(0, "Of the noise of all prompts, and of their choice.")
     batch_size: int = option(16, "Prompts decoded at once.")
     max_new_tokens: int = option(128, "Most tokens of a response.")

@@ -100,7 +100,7 @@ class TokenRewards(Sequence[TokenReward]):
 def token_rewards(
     arm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, str]],
+    prompt: str | list[dict[str, str]] | list[int],
     response: str,
     preference: Preference | None = None,
     reference: PreTrainedModel | Preference | None = None,
@@ -111,7 +111,7 @@ def token_rewards(
     Args:
         arm (`PreTrainedModel` or `PeftModel`): The reward model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompt (`str` or `list[dict]`): A text, read as it is, or messages for the chat template.
+        prompt (`str`, `list[dict]` or `list[int]`): A text, read as it is, messages for the chat template, or ids.
         response (`str`): The text to judge.
         preference (`Preference`, *optional*): α of shape `(k,)`; the one set in the ARM if not given.
         reference (`PreTrainedModel` or `Preference`, *optional*):
@@ -134,6 +134,8 @@ def token_rewards(
     """
     if isinstance(prompt, str):
         prompt_ids = tokenizer(prompt)["input_ids"]
+    elif prompt and isinstance(prompt[0], int):
+        prompt_ids = prompt
     else:
         encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
         prompt_ids = cast(Any, encoded)["input_ids"]

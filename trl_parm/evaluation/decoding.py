@@ -15,6 +15,8 @@ from peft_pblora.preference import Preference
 from trl_parm.noise import Sampling
 from trl_parm.texts import PromptText, as_messages, fill
 
+from .control_tokens import encode_escaped
+
 
 # A model may bring settings of sampling along, whose noise would not be the prompt's own.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -34,12 +36,14 @@ class Batch:
         prompts (`list`): The prompts as given.
         inputs (`BatchEncoding`): What the base model reads: `input_ids` and `attention_mask`, padded on the left.
         weights (`dict[str, float]`): α by objective; empty for a control.
+        escape_control_tokens (`bool`): As in [`encode_prompts`], for guides with a template of their own.
     """
 
     preference: torch.Tensor | None
     prompts: list[PromptText]
     inputs: BatchEncoding
     weights: dict[str, float]
+    escape_control_tokens: bool = False
 
 
 ModelAt = Callable[[Batch], Any]
@@ -97,6 +101,7 @@ def encode_prompts(
     prompts: Sequence[PromptText],
     template: str | None = None,
     max_length: int | None = None,
+    escape_control_tokens: bool = False,
 ) -> BatchEncoding:
     """Tokenizes a batch of prompts, padded on the left.
 
@@ -106,10 +111,14 @@ def encode_prompts(
         template (`str`, *optional*): A text with `{prompt}` in it, such as `"USER: {prompt} ASSISTANT:"`; if not
             given, the tokenizer's chat template, and without one the prompt as it is.
         max_length (`int`, *optional*): Most tokens; of a longer prompt the end is kept.
+        escape_control_tokens (`bool`, *optional*, defaults to `False`):
+            Read the text of a control token in a prompt as text; see [`encode_escaped`].
 
     Raises:
         ValueError: a template without `{prompt}`, or a conversation of several messages without chat template.
     """
+    if escape_control_tokens:
+        return encode_escaped(tokenizer, prompts, template, max_length)
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     fit: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
     if template is not None or tokenizer.chat_template is None:

@@ -48,6 +48,7 @@ def sweep(
     configuration: Mapping[str, Any] | None = None,
     template: str | None = None,
     max_prompt_length: int | None = None,
+    escape_control_tokens: bool = False,
     on_batch: Callable[[Run], Any] = lambda run: None,
     **generation: Any,
 ) -> Dataset:
@@ -70,6 +71,7 @@ def sweep(
             another one is refused; only entries of its key `methods`, by method, may be added.
         template (`str`, *optional*): How the base model reads a prompt; see [`encode_prompts`].
         max_prompt_length (`int`, *optional*): Most tokens of a prompt, whose end is kept.
+        escape_control_tokens (`bool`, *optional*, defaults to `False`): As in [`encode_prompts`].
         on_batch (`Callable`, *optional*): Called after each batch, for progress bars.
         **generation: For `generate`, such as `max_new_tokens`. Decoding is greedy, or with `do_sample=True` sampled
             with the settings of [`Sampling`]. What the base model's generation config says beside that, such as a
@@ -86,7 +88,7 @@ def sweep(
     """
     table = _Table(
         tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
-        on_batch, **generation,
+        escape_control_tokens, on_batch, **generation,
     )  # fmt: skip
     with Records(path, {**table.configuration, **(configuration or {})}, growing=["methods"]) as records:
         table.fill(records, table.runs, lambda: (model, table.runs))
@@ -117,8 +119,8 @@ def evaluate(
         rewards (`Mapping[str, Reward]`): Objective name → reward, or `None` where nothing is to be scored.
         configuration (`Mapping`, *optional*): What the rows depend on beside what is given here, such as the rewards'.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
-        **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `on_batch` and arguments of `generate`, as in
-            [`sweep`].
+        **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `escape_control_tokens`, `on_batch` and
+            arguments of `generate`, as in [`sweep`].
 
     Returns:
         `datasets.Dataset` as that of [`sweep`], by method, preference and prompt.
@@ -169,6 +171,7 @@ class _Table:
         seed: int = 0,
         template: str | None = None,
         max_prompt_length: int | None = None,
+        escape_control_tokens: bool = False,
         on_batch: Callable[[Run], Any] = lambda run: None,
         **generation: Any,
     ) -> None:
@@ -177,6 +180,7 @@ class _Table:
         self.rewards, self.objectives = rewards, list(rewards)
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
+        self.escape_control_tokens = escape_control_tokens
         self.sampling, self.generation = split_settings(generation)
         self.configuration = {
             "objectives": self.objectives,
@@ -186,6 +190,7 @@ class _Table:
             "generation_config": acting_settings(base_config),
             "template": template,
             "max_prompt_length": max_prompt_length,
+            "escape_control_tokens": escape_control_tokens or None,  # as in files of before there was a choice
         }
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
@@ -223,9 +228,10 @@ class _Table:
         weights = run.weights(self.objectives)
         α = None if run.preference is None else as_preference(run.preference, self.objectives)
         named = {} if α is None else dict(zip(self.objectives, α.tolist(), strict=True))
-        inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length).to(base.device)
+        escape = self.escape_control_tokens
+        inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length, escape).to(base.device)
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
-        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named))
+        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named, escape))
         model, arguments = found if isinstance(found, tuple) else (found, {})
         tokens, seconds = self._generate(model, arguments, inputs, seeds)
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
