@@ -45,6 +45,7 @@ class PlotArguments:
 def main(argv: list[str]) -> None:
     arguments: PlotArguments = parse("plot", PlotArguments, argv, __doc__)
     from peft_pblora import add_results
+    from peft_pblora.card.files import WRITER as FIGURE
     from peft_pblora.output import check_output
     from trl_parm.evaluation.fronts import summarize
     from trl_parm.evaluation.measures import WRITER
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"`name` is {arguments.name!r}, which is the name of a table. Name the figures otherwise.")
     for path in planned:
         check_output(path, WRITER)  # before any of them is written
+    if arguments.card:
+        check_output(Path(arguments.card, planned[len(TABLES)].name), FIGURE)
     tables = _tables(rows, names, objectives, references, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     text = _write(tables, folder)
