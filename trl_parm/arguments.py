@@ -11,7 +11,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, field
 from types import NoneType, UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -62,7 +62,7 @@ class Parser(TrlParser):
     """
 
     def __init__(self, classes: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(classes, **kwargs)
+        super().__init__(cast(Any, classes), **kwargs)
         hints = {name: hint for of in classes for name, hint in get_type_hints(of).items()}
         self.hints = {name: JSON.get(name, hint) if hint is not float else hint for name, hint in hints.items()}
         self.fields = {field.name: field for of in classes for field in dataclasses.fields(of)}

@@ -59,8 +59,8 @@ def label(
 
     with Progress(len(rewards) * len(pairs), "pair") as bar:
         splits = relabel(pairs, rewards, folder, on_start=start, on_batch=bar.update, **options)
-    files = {name: folder / f"{name}.jsonl" for name in splits}
-    say(", ".join(f"{len(rows)} pairs in {files[name]}" for name, rows in splits.items()))
+    files = {str(name): folder / f"{name}.jsonl" for name in splits}
+    say(", ".join(f"{len(rows)} pairs in {files[str(name)]}" for name, rows in splits.items()))
     labelled: list[Any] = [row for rows in splits.values() for row in rows]
     say(markdown(agreement(labelled, list(rewards))))
     return files

@@ -5,7 +5,7 @@ cluster."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
     required(arguments, "train_data")
     data = arguments.load(arguments.train_data)
     if not (config.label_columns or arguments.objectives):
-        config.label_columns = find_labels(data or {})
+        config.label_columns = found = find_labels(data or {})
+        if found and config.process_index == 0:
+            say(f"Objectives, by the columns with labels: {', '.join(found)}. `label_columns` names others.")
         unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
         if unnamed and not config.label_columns and arguments.adapter != "lora":
             raise ValueError(f"The data {unnamed[0]!r} name no `objective`, which chosen and rejected are for.")
@@ -78,7 +80,8 @@ def main(argv: list[str]) -> None:
 
 
 def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
-    """Objective → column for labelled data sets whose columns nobody named: those of whole numbers from -1 to 1.
+    """Objective → column for labelled data sets whose columns nobody named: those of whole numbers from -1 to 1, unless
+    they are named after one of the responses.
 
     Raises:
         ValueError: a labelled data set without such a column.
@@ -98,8 +101,6 @@ def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
                 f"{', '.join(values)}. Name them with `label_columns`, such as {{helpful: better_response_id}}."
             )
         found |= {column: column for column in own}
-    if found:
-        say(f"Objectives, by the columns with labels: {', '.join(found)}. `label_columns` names others.")
     return found or None
 
 
@@ -113,7 +114,7 @@ def _whole_numbers(pairs: Any) -> dict[str, set[Any]]:
     return {name: {*pairs.unique(name)} - {None} if name in whole else set() for name in pairs.column_names}
 
 
-def _outcome(folder: Path, accuracies: list[list[str]] | None) -> str:
+def _outcome(folder: Path, accuracies: Sequence[Sequence[Any]] | None) -> str:
     """Where the model is, and how often it ranks held-out pairs rightly, as in its card."""
     from trl_parm.evaluation.measures import markdown
 

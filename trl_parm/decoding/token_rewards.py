@@ -137,7 +137,7 @@ def token_rewards(
     elif prompt and isinstance(prompt[0], int):
         prompt_ids = prompt
     else:
-        encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(cast(Any, prompt), add_generation_prompt=True, return_dict=True)
         prompt_ids = cast(Any, encoded)["input_ids"]
     response_ids = cast(list[int], tokenizer(response, add_special_tokens=False)["input_ids"])
     if not prompt_ids or not response_ids:

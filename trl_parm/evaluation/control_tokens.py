@@ -34,7 +34,7 @@ def encode_escaped(
     if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
         raise ValueError("`escape_control_tokens` needs a newer transformers (5.24): pip install -U transformers")
     encode: Any = tokenizer.apply_chat_template
-    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
+    options: dict[str, Any] = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
     around: tuple[list[int], list[int]] = [], []
     chats = [as_messages(prompt, "user") for prompt in prompts]
     if template is not None or tokenizer.chat_template is None:

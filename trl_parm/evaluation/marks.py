@@ -56,7 +56,7 @@ def mark(axes: Axes, extents: Sequence[tuple[float, float, float]], references: 
     for x, y in near:
         axes.scatter(x, y, marker="x", s=55, color="black", linewidth=1.6, zorder=5)
     for number, point in enumerate(point for point in references if point not in near):
-        edge = [float(np.clip(value, *limit)) for value, limit in zip(point, limits)]
+        edge = float(np.clip(point[0], *limits[0])), float(np.clip(point[1], *limits[1]))
         inwards = [np.sign(at - value) for at, value in zip(edge, point)]
         axes.annotate(
             f"× {point[0]:g}, {point[1]:g}", edge, fontsize=8, textcoords="offset points", zorder=7,
