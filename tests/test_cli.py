@@ -258,6 +258,39 @@ BAD = [
     ("evaluate", {"prompts_data": {"path": "nowhere.jsonl"}}, "There is no data at 'nowhere.jsonl'"),
     ("evaluate", {"prompts_data": {"file": "x"}}, "it needs `path`"),
     ("evaluate", {"prompts_data": 5}, "`prompts_data` is 5, but it must be a text or a mapping"),
+    ("evaluate", {"rewards": {"helpful": 5}}, "The reward of 'helpful': `source` is 5, but it must be a text"),
+    ("evaluate", {"rewards": {5: "trl_parm.rewards:brevity"}}, "`objectives` is [5], but it must be a list of one or"),
+    (
+        "evaluate",
+        {"rewards": {"": "trl_parm.rewards:brevity"}},
+        "`objectives` is [''], but it must be a list of one or",
+    ),
+    (
+        "evaluate",
+        {"rewards": {"a": {"source": "b:c", "negate": "maybe"}}},
+        "`negate` is 'maybe', but it must be true or",
+    ),
+    ("evaluate", {"methods": [{"method": ["parm"]}]}, "A method is ['parm'], but it must be one of base"),
+    ("evaluate", {"methods": [{"method": "base", "name": 5}]}, "The `name` of a method is 5, but it must be a text"),
+    ("evaluate", {"methods": [{"method": "parm", "arm": 5}]}, "The method 'PARM': `arm` is 5, but it must be a text"),
+    (
+        "evaluate",
+        {"methods": [{"method": "parm", "arm": "x", "beta": True}]},
+        "`beta` is True, but it must be a number",
+    ),
+    ("evaluate", {"methods": [{"method": "genarm", "arms": "x"}]}, "`arms` is 'x', but it must be a mapping"),
+    ("evaluate", {"model_kwargs": {"dtype": "float32"}}, "`model_kwargs` has dtype, which is a key of its own"),
+    ("evaluate", {"prompts_data": {"path": 5}}, "A data set: `path` is 5, but it must be a text"),
+    (
+        "train",
+        {"train_data": [{"path": "x", "streaming": "yes"}]},
+        "A data set: `streaming` is 'yes', but it must be tr",
+    ),
+    (
+        "train",
+        {"train_data": [{"path": "x", "columns": ["a"]}]},
+        "A data set: `columns` is ['a'], but it must be a map",
+    ),
     ("relabel", {"data": "nowhere.jsonl"}, "There is no data at 'nowhere.jsonl'"),
     ("relabel", {"data": ["a", "b"]}, "`data` is ['a', 'b'], but it must be a text or a mapping"),
     ("relabel", {"test_size": 30}, "ask for 30 of 24 pairs"),
@@ -274,12 +307,12 @@ BAD = [
     (
         "generate",
         {"prompts": [[1, 2]]},
-        "A prompt is [1, 2], but it must be a text, or messages with role and content",
+        "Prompt 1 is [1, 2], but it must be a text, or messages with role and content",
     ),
     (
         "generate",
         {"prompts": ['[{"role": "user"}]']},
-        "A prompt is [{'role': 'user'}], but it must be a text, or mess",
+        "Prompt 1 is [{'role': 'user'}], but it must be a text, or mess",
     ),
     ("generate", {"prompts": None}, "Give either `prompts` or `prompts_data`"),
     ("generate", {"output": 5}, "`output` is 5, but it must be a text"),
@@ -346,6 +379,32 @@ def test_bad_words_are_one_line_and_exit_code_2(capfd, words, message):
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_configuration_with_keys_that_are_lost_is_refused(tmp_path, capfd):
+    path = tmp_path / "a.yaml"
+    for text, message in (
+        ("seed: 1\nseed: 2", "has the key `seed` 2 times. Give it once"),
+        ("5: 1", "has the key '5', but a key must be a text"),
+        ("? [a]\n: 1", "but a key must be a text"),
+        ("", "must contain a YAML mapping"),
+        ("a: [", "The configuration file is no YAML"),
+    ):
+        path.write_text(text)
+        assert run("generate", "--config", path) == 2
+        assert message in capfd.readouterr().err
+    assert run("generate", "--config", path, "--config", path) == 2
+    assert "--config stands there twice" in capfd.readouterr().err
+    path.write_bytes(b"\xff\xfe")
+    assert run("generate", "--config", path) == 2
+    assert "The configuration file is no YAML" in capfd.readouterr().err
+
+
+def test_prompts_of_a_file_are_checked(tmp_path, folder, capfd):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": null}\n')
+    assert run("generate", "--model_name_or_path", folder / "base", "--prompts_data", path) == 2
+    assert "Prompt 2 is None, but it must be a text, or messages" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_plots_of_damaged_results(folder, tmp_path, capfd):

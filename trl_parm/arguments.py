@@ -8,8 +8,10 @@ import difflib
 import json
 import math
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, field
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
 
@@ -115,7 +117,11 @@ def parse(verb: str, classes: Any, argv: Sequence[str], description: str | None 
     words = [word for given in argv for word in (given.split("=", 1) if given.startswith("--config=") else [given])]
     if words[-1:] == ["--config"]:
         raise ValueError("--config names no file.")
+    if words.count("--config") > 1:
+        raise ValueError("--config stands there twice. Put all keys into one file, or give them as flags.")
     try:
+        if "--config" in words:
+            _check_keys(Path(words[words.index("--config") + 1]))
         found = parser.parse_args_and_config(words)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The configuration file is no YAML: {error}") from None
@@ -149,11 +155,36 @@ def read(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def check_fields(given: Mapping[str, Any], owner: Any, of: str) -> dict[str, Any]:
+    """The settings of a mapping by the types that a dataclass or a function has for them; others stay as they are.
+
+    Raises:
+        ValueError: as [`read`], with what the mapping is `of` before it.
+    """
+    hints = get_type_hints(owner)
+    try:
+        return {name: read(name, value, hints[name]) if name in hints else value for name, value in given.items()}
+    except ValueError as error:
+        raise ValueError(f"{of}: {error}") from None
+
+
 def required(arguments: Any, *names: str) -> None:
     """Raises `ValueError` unless these arguments were given."""
     missing = [name for name in names if getattr(arguments, name) in (None, "", [], {})]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, in the configuration or as a flag.")
+
+
+def _check_keys(path: Path) -> None:
+    """Raises `ValueError` for keys that are no texts, or are there twice, of which YAML would take the last."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    keys = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    for key in keys:
+        if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
+            raise ValueError(f"{path} has the key {key.value!r}, but a key must be a text.")
+    for key, count in Counter(key.value for key in keys).items():
+        if count > 1:
+            raise ValueError(f"{path} has the key `{key}` {count} times. Give it once.")
 
 
 def _as_list(name: str, value: Any, entries: Kinds) -> list[Any] | None:

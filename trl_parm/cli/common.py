@@ -10,6 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from trl_parm.arguments import check_fields
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,11 +87,15 @@ def load_data(given: Any) -> Dataset:
 
 def load_rewards(given: Any) -> dict[str, Any]:
     """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there."""
+    from peft_pblora.preference import check_objectives
     from trl_parm.reward_models import RewardSource
 
     if not isinstance(given, Mapping):
         raise ValueError(f"`rewards` is {given!r}, but it must map each objective to a reward.")
-    sources = {name: RewardSource.of(source) for name, source in given.items()}
+    sources = {}
+    for name in check_objectives(given):
+        source = {"source": given[name]} if not isinstance(given[name], Mapping) else given[name]
+        sources[name] = RewardSource.of(check_fields(source, RewardSource, f"The reward of {name!r}"))
     for source in sources.values():
         if not source.is_model:
             source.load()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +54,9 @@ class DecodingArguments:
         required(self, "model_name_or_path")
         if bool(self.prompts) == bool(self.prompts_data):
             raise ValueError("Give either `prompts` or `prompts_data`.")
-        for prompt in self.prompts or ():
-            if not isinstance(prompt, str) and not (prompt and all(map(_is_message, prompt))):
-                raise ValueError(f"A prompt is {prompt!r}, but it must be a text, or messages with role and content.")
+        _check_prompts(self.prompts or ())
+        if "dtype" in (self.model_kwargs or {}):
+            raise ValueError("`model_kwargs` has dtype, which is a key of its own: `dtype`.")
 
     def read_prompts(self) -> list[Any]:
         """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
@@ -69,6 +69,7 @@ class DecodingArguments:
             if column not in data.column_names:
                 raise ValueError(f"The prompts' data has no column {column!r}; it has {', '.join(data.column_names)}.")
             prompts = data[column][:]
+            _check_prompts(prompts)
         if any(not isinstance(prompt, str) for prompt in prompts):  # one column has one type
             prompts = [as_messages(prompt, "user") for prompt in prompts]
         found = {prompt_key(prompt): prompt for prompt in prompts}
@@ -154,5 +155,12 @@ def main(argv: list[str]) -> None:
         say(f"# {row['method']}, {row['label']}: {as_text(row['prompt'])}\n{row['response']}\n")
 
 
-def _is_message(given: Any) -> bool:
-    return isinstance(given, Mapping) and {"role", "content"} <= set(given)
+def _check_prompts(prompts: Iterable[Any]) -> None:
+    """Raises `ValueError` for one that is neither a text nor messages."""
+    for number, given in enumerate(prompts, 1):
+        messages = given if isinstance(given, list) and given else [None]
+        known = all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages)
+        if not isinstance(given, str) and not known:
+            raise ValueError(
+                f"Prompt {number} is {given!r}, but it must be a text, or messages with role and content."
+            )

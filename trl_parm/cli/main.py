@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name}: interrupted; {left}", file=sys.stderr, flush=True)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK) or _is_of_others(error):
+        # A note says in whose code it was.
+        if os.environ.get(TRACEBACK) or getattr(error, "__notes__", None) or _is_of_others(error):
             raise
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2

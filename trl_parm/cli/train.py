@@ -80,8 +80,8 @@ def main(argv: list[str]) -> None:
 
 
 def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
-    """Objective → column for labelled data sets whose columns nobody named: those of whole numbers from -1 to 1, unless
-    they are named after one of the responses.
+    """Objective → column for labelled data sets whose columns nobody named: those of whole numbers from -1 to 1 that
+    are not named after one of the responses.
 
     Raises:
         ValueError: a labelled data set without such a column.

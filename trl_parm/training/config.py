@@ -21,6 +21,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig
 from peft_pblora.card import PROMPT
+from trl_parm.arguments import check_fields
 
 from .losses import ARMLoss
 
@@ -277,7 +278,8 @@ def as_pair_data(entry: PairData | Mapping[str, Any] | str) -> PairData:
     if isinstance(entry, PairData):
         return entry
     try:
-        return PairData(entry) if isinstance(entry, str) else PairData(**entry)
+        settings = {"path": entry} if isinstance(entry, str) else entry
+        return PairData(**check_fields(settings, PairData, "A data set"))
     except TypeError:
         others = [name for name in PairData.__dataclass_fields__ if name != "path"]
         raise ValueError(
