@@ -35,7 +35,7 @@ CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}
 RANGES = {
     **dict.fromkeys(POSITIVE, (1, math.inf)),
     **dict.fromkeys(("test_size", "validation_size", "tie_margin", "temperature", "learning_rate"), (0, math.inf)),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "top_k", "least_gap"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "num_train_epochs", "top_k", "least_gap"), (0, math.inf)),
     "seed": (0, 2**32 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -229,7 +229,7 @@ def _is(value: Any, kinds: Kinds) -> bool:
     if isinstance(value, bool):
         return bool in kinds
     whole = isinstance(value, int) and float in kinds
-    return (whole or isinstance(value, tuple(kinds))) and value == value  # NaN is no number
+    return (whole or isinstance(value, tuple(kinds))) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _named(kinds: Kinds) -> str:

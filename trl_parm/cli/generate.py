@@ -126,6 +126,9 @@ class GenerateArguments(DecodingArguments):
                 f"`preferences` are {self.preferences}, but each must name its objectives, such as "
                 '{"helpful": 0.7, "harmless": 0.3}.'
             )
+        for name, weight in (pair for preference in self.preferences or [] for pair in dict(preference).items()):
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise ValueError(f"`preferences`: {name!r} has the weight {weight!r}, but a weight must be a number.")
 
 
 def main(argv: list[str]) -> None:

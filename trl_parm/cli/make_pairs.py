@@ -13,7 +13,7 @@ from trl_parm.arguments import option, parse, required
 
 from .common import load_rewards, say, write_run
 from .generate import DecodingArguments
-from .relabel import label
+from .relabel import check_sizes, label
 
 
 ANSWERS = "answers"
@@ -37,6 +37,7 @@ class MakePairsArguments(DecodingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         required(self, "rewards", "output_dir")
+        check_sizes(self)
         if self.num_answers < 2:
             raise ValueError(f"`num_answers` is {self.num_answers}, but a pair needs 2 or more.")
         if not self.do_sample:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,10 @@ def main(argv: list[str]) -> None:
     from trl_parm.evaluation.measures import WRITER
     from trl_parm.evaluation.plots import draw_fronts, figure_files
 
+    if arguments.card and not Path(arguments.card, "adapter_config.json").is_file():
+        raise ValueError(
+            f"There is no adapter in {arguments.card!r}, whose card could get the figure. Name its folder."
+        )
     rows, objectives, names = read_results(arguments.results or [], arguments.objectives)
     rows = _chosen(rows, names, arguments.methods)
     references = [_point(given, objectives) for given in arguments.references or []]
@@ -150,7 +155,7 @@ def _point(given: Any, objectives: list[str]) -> list[float]:
             raise ValueError(f"A reference point names {list(given)}, but the objectives are {objectives}.")
         given = [given[name] for name in objectives]
     try:
-        return [float(value) for value in given]
+        return [math.nan if isinstance(value, bool) else float(value) for value in given]
     except (TypeError, ValueError):
         raise ValueError(f"A reference point is {given!r}, but it must be a list of numbers.") from None
 
@@ -167,6 +172,8 @@ def _tables(
     from trl_parm.evaluation.measures import correlations, costs, differences, measure
 
     found = arrange(rows, objectives)
+    if arguments.base != PlotArguments.base and arguments.base not in {*names, *names.values()}:
+        raise ValueError(f"`base` is {arguments.base!r}, but the methods are {', '.join(names)}.")
     guided = [front.method for front in found if front.preferences is not None]
     against, base = (
         next((new for new, old in names.items() if name in (new, old)), name)  # of several files the first one's

@@ -34,6 +34,15 @@ class RelabelArguments:
 
     def __post_init__(self) -> None:
         required(self, "data", "rewards", "output_dir")
+        check_sizes(self)
+
+
+def check_sizes(arguments: Any) -> None:
+    """Raises `ValueError` for a size of a split that is neither a share nor a whole number."""
+    for name in ("test_size", "validation_size"):
+        size = getattr(arguments, name)
+        if size >= 1 and size != int(size):
+            raise ValueError(f"`{name}` is {size}, but it must be a share below 1, or a whole number of pairs.")
 
 
 def main(argv: list[str]) -> None:

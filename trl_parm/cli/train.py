@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     from transformers import ProgressCallback
 
     from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
+    from trl_parm.evaluation.models import is_readable
     from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
     from trl_parm.training.config import ARMArguments
@@ -37,6 +38,8 @@ def main(argv: list[str]) -> None:
     from .steps import Steps
 
     arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), argv)
+    required(config, "output_dir")
+    required(arguments, "model_name_or_path")
     folder = Path(str(config.output_dir))
     _check_folder(folder)
     required(arguments, "train_data")
@@ -48,13 +51,19 @@ def main(argv: list[str]) -> None:
         unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
         if unnamed and not config.label_columns and arguments.adapter != "lora":
             raise ValueError(f"The data {unnamed[0]!r} name no `objective`, which chosen and rejected are for.")
+    adapter = arguments.peft_config(config.label_columns)
+    if not is_readable(arguments.model_name_or_path):
+        raise ValueError(
+            f"There is no model to read at {arguments.model_name_or_path!r}: neither in a folder of this name nor on "
+            "the Hub, as far as it can be reached."
+        )
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
         config,
         train_dataset=data,
         eval_dataset=arguments.load(arguments.eval_data),
         quantization_config=arguments.quantization_config(),
-        peft_config=arguments.peft_config(config.label_columns),  # pyright: ignore[reportArgumentType]
+        peft_config=adapter,  # pyright: ignore[reportArgumentType]
     )
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

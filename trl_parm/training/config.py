@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,7 +137,11 @@ class PreferenceARMConfig(_BaseConfig):
             for name, allowed in CHOICES.items()
         ]
         conditions += [
-            ("beta", all(isinstance(b, int | float) and 0 < b < math.inf for b in betas), "every β must be positive"),
+            (
+                "beta",
+                all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b < math.inf for b in betas),
+                "every β must be positive",
+            ),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
             ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
             ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
@@ -260,7 +264,11 @@ class ARMArguments:
         if self.adapter != "lora":
             named = [entry.objective for entry in self.train_data if entry.objective]
             settings["objectives"] = self.objectives or list(dict.fromkeys([*(label_columns or {}), *named]))
-        return ADAPTERS[self.adapter](**{**settings, **cast(dict, self.adapter_kwargs or {})})
+        kind = ADAPTERS[self.adapter]
+        given = check_fields(cast(dict, self.adapter_kwargs or {}), kind, "`adapter_kwargs`")
+        if unknown := set(given) - {field.name for field in fields(kind)}:
+            raise ValueError(f"`adapter_kwargs` has {', '.join(unknown)}, which {kind.__name__} does not know.")
+        return kind(**{**settings, **given})
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """For a backbone in 4 bits (NF4, double quantization, computing in bfloat16)."""
