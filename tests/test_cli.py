@@ -350,7 +350,7 @@ BAD = [
     ),
     (
         "train",
-        {"model_name_or_path": "nowhere"},
+        {"objectives": ["a"], "model_name_or_path": "nowhere"},
         "There is no model to read at 'nowhere'",
     ),
     ("train", {"output_dir": ""}, "output_dir must be given"),
