@@ -172,3 +172,12 @@ def test_an_error_in_a_reward_of_a_user_shows_where(folder, tmp_path, monkeypatc
     assert str(tmp_path / "my_rewards.py") in places
     monkeypatch.delitem(sys.modules, "my_rewards")
     assert run(*words, '{"helpful": "my_rewards:missing"}') == 2
+
+
+def test_long_work_has_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with common.Progress(4, "step", done=1) as progress:
+        progress.update(2, "loss 0.5")
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "3/4" in last
+    assert "loss 0.5" in last
