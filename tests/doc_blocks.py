@@ -36,12 +36,28 @@ FENCE = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 CHEAP = {
+    "make_pairs": [
+        "--num_prompts",
+        "2",
+        "--num_answers",
+        "3",
+        "--max_new_tokens",
+        "4",
+        "--keep_unfinished",
+        "--rewards",
+        '{"positive": "doc_blocks:letters", "concise": "doc_blocks:letters"}',
+    ],
     "train": ["--max_steps", "2"],
     "evaluate": ["--num_prompts", "2", "--max_new_tokens", "3"],
     "generate": ["--max_new_tokens", "3"],
     "plot": ["--resamples", "20"],
 }
 """Flags that a command gets here, after its own, since it is to show that it runs."""
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward that tells the tiny model's responses, which have no words, apart."""
+    return [float(len(response)) for response in responses]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from pair_data import pairs
 from peft import PeftConfig, PeftModel, get_peft_model
+from test_cli import write_results
 from training_runs import LORA, trainer, two_sets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_pblora import PBLoraConfig, add_results, get_preference, set_preference, write_card
 from peft_pblora.card import MARK, PROMPT, TEMPLATE, render
+from peft_pblora.card.files import QUANTIZED
 from trl_parm import PARMLogitsProcessor, PreferenceARMConfig
 from trl_parm.cli.main import main
 from trl_parm.training import sample
@@ -134,6 +136,14 @@ def test_card_of_a_saved_adapter(arm, base, tmp_path):
     assert not arm.get_base_model().lm_head.training
 
 
+@pytest.mark.parametrize("objectives", [["a"], ["a", "b"], ["a", "b", "c"], list("abcdef")])
+def test_a_sample_has_every_objective(base, objectives):
+    arm = tiny_arm(AutoModelForCausalLM.from_pretrained(base), objectives)
+    names = [name for name, _ in make_sample(arm, AutoTokenizer.from_pretrained(base), PROMPT)["answers"]]
+    between = ["uniform"] if len(objectives) > 1 else []
+    assert names == ["(the base model alone)", objectives[0], *between, *objectives[1:]]
+
+
 def test_the_card_s_code_runs_and_gives_the_card_s_answer(arm, base, tmp_path):
     card = saved_with_sample(arm, base, tmp_path / "arm")
     code = code_of(card, tmp_path / "arm")
@@ -203,7 +213,7 @@ def test_every_method_s_card(row, base, tmp_path):
     model = make_model(row, AutoModelForCausalLM.from_pretrained(base))
     card = saved_with_sample(model, base, tmp_path / "arm")
     check_metadata(card)
-    assert len(answers_of(card)) == 4
+    assert len(answers_of(card)) == 5
     assert card.count("@") == 1
 
 
@@ -343,3 +353,48 @@ def test_the_card_of_a_plain_lora_is_genarm_s(tmp_path, base, tokenizer):
     assert "lin2025parm" not in card
     exec(code_of(card, tmp_path / "arm"), scope := {})
     assert scope["output"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("filled", "stays"),
+    [
+        (lambda card: card, False),
+        (lambda card: card.replace("- PEFT ", "- PEFT 1."), False),
+        (lambda card: card + "\n## Training procedure\n\n" + QUANTIZED + "\n- load_in_4bit: True\n- x: y\n", False),
+        (lambda card: card.replace("[More Information Needed]", "Somebody", 1), True),
+        (lambda card: card + "\n- load_in_4bit: a note of mine\n", True),
+        (lambda card: card.replace("---\n", "---\nlicense: mit\n", 1), True),
+        (lambda card: card.replace("# Model Card for Model ID", "# Model Card for Model ID\n\nMy adapter."), True),
+    ],
+)
+def test_a_template_that_a_user_filled_in_stays(arm, tmp_path, filled, stays):
+    arm.save_pretrained(tmp_path / "arm")
+    given = filled(card_of(tmp_path / "arm"))
+    (tmp_path / "arm/README.md").write_text(given)
+    for _ in range(2):
+        write_card(tmp_path / "arm")
+        card = card_of(tmp_path / "arm")
+        assert (card.startswith(given.rstrip()), MARK not in card) == (stays, stays)
+        assert card.count("import peft_pblora\n") == 1
+
+
+def test_a_figure_of_a_user_is_never_replaced(arm, tmp_path, capsys):
+    arm.save_pretrained(tmp_path / "arm")
+    first, second = tmp_path / "one/fronts.png", tmp_path / "two/fronts.png"
+    for path in (first, second):
+        path.parent.mkdir()
+        path.write_bytes(path.parent.name.encode())
+    beside = tmp_path / "arm/fronts.png"
+    for path in (first, second, second, beside):  # what was copied here is ours
+        add_results(tmp_path / "arm", figure=path)
+    assert beside.read_bytes() == b"two"
+    beside.write_bytes(b"mine")
+    before = card_of(tmp_path / "arm")
+    with pytest.raises(ValueError, match="fronts.png was not written by 'add_results', or was changed"):
+        add_results(tmp_path / "arm", [["a"], ["b"]], figure=first)
+    assert (beside.read_bytes(), card_of(tmp_path / "arm")) == (b"mine", before)
+    results = write_results(tmp_path / "results")
+    words = ["plot", "--results", str(results), "--output_dir", str(tmp_path / "figures"), "--resamples", "5"]
+    assert main([*words, "--card", str(tmp_path / "arm")]) == 2
+    assert "was not written by 'add_results'" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()

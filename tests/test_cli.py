@@ -192,37 +192,187 @@ def bad(folder, verb, **changes):
         "generate": {"model_name_or_path": str(folder / "base"), "prompts": ["w1"]},
         "plot": {"results": [str(folder / "nowhere.jsonl")], "output_dir": str(folder / "bad")},
         "export": {"adapter": str(folder / "arm"), "output_dir": str(folder / "bad"), "grid_steps": 1},
-        "train": {"model_name_or_path": str(folder / "base"), "output_dir": str(folder / "bad"), "use_cpu": True},
-    }
+        "demo": {"arm": str(folder / "arm")},
+        "train": {
+            "model_name_or_path": str(folder / "base"), "output_dir": str(folder / "bad"), "use_cpu": True,
+            "train_data": [str(folder / "pairs.jsonl")],
+        },
+    }  # fmt: skip
     return [verb, "--config", write(folder / "bad.yaml", {**defaults[verb], **changes})]
 
 
-@pytest.mark.parametrize(
-    ("verb", "changes", "message"),
-    [
-        ("evaluate", {"preferences": [[0.5, 0.6]]}, "the weights must sum to 1"),
-        ("evaluate", {"preferences": [{"helpful": 0.5, "funny": 0.5}]}, "`preference` names ['funny']"),
-        ("evaluate", {"grid_steps": None}, "Give `preferences`, points of the simplex, or `grid_steps`"),
-        ("evaluate", {"methods": ["palm"]}, "A method is 'palm', but it must be one of"),
-        ("evaluate", {"rewards": {"helpful": "nosuch:function"}}, "There is no function 'nosuch:function'"),
-        ("evaluate", {"prompt_column": "question"}, "has no column 'question'; it has prompt, response_0"),
-        ("evaluate", {"num_prompts": 9}, "`num_prompts` is 9, but there are 8 distinct prompts"),
-        ("evaluate", {"prompts": ["w1"]}, "Give either `prompts` or `prompts_data`"),
-        ("evaluate", {"metods": ["base"]}, "Unknown arguments from config file: ['--metods'"),
-        ("evaluate", {"rewards": None}, "rewards must be given, in the configuration or as a flag"),
-        ("evaluate", {"methods": ['{"method": ']}, "is no JSON"),
-        ("evaluate", {"model_name_or_path": "nowhere/nothing"}, "nowhere/nothing"),
-        ("relabel", {"data": "nowhere.jsonl"}, "There is no data at 'nowhere.jsonl'"),
-        ("relabel", {"test_size": 30}, "ask for 30 of 24 pairs"),
-        ("generate", {"method": "parm"}, "'PARM' has no arm"),
-        ("generate", {"preferences": ["[0.5, 0.5]"]}, "each must name its objectives"),
-        ("plot", {}, "There are no results at"),
-        ("export", {"adapter": "nowhere"}, "There is no adapter at 'nowhere'"),
-        ("export", {"rank": 2}, "the adapter has rank 5 already"),
-        ("train", {"train_data": [{"path": "nowhere.jsonl"}]}, "There is no data at 'nowhere.jsonl'"),
-        ("train", {"loss_type": "square"}, "must be one of sigmoid, hinge"),
-    ],
-)
+BAD = [
+    ("evaluate", {"preferences": [[0.5, 0.6]]}, "the weights must sum to 1"),
+    ("evaluate", {"preferences": [{"helpful": 0.5, "funny": 0.5}]}, "`preference` names ['funny']"),
+    ("evaluate", {"preferences": "uniform"}, "An entry of `preferences` is 'uniform', but it must be a list or a map"),
+    ("evaluate", {"preferences": [[1, 0, 0]]}, "`preference`"),
+    ("evaluate", {"preferences": ["[1, 0"]}, "`preferences` is '[1, 0', which is no JSON"),
+    ("evaluate", {"grid_steps": None}, "Give `preferences`, points of the simplex, or `grid_steps`"),
+    ("evaluate", {"grid_steps": 0}, "`grid_steps` is 0, but it must be 1 or larger"),
+    ("evaluate", {"grid_steps": 2.5}, "`grid_steps` is 2.5, but it must be a whole number"),
+    ("evaluate", {"methods": ["palm"]}, "A method is 'palm', but it must be one of"),
+    ("evaluate", {"methods": [5]}, "An entry of `methods` is 5, but it must be a text or a mapping"),
+    ("evaluate", {"methods": ['{"method": ']}, "`methods` is '{\"method\": ', which is no JSON"),
+    ("evaluate", {"methods": []}, "methods must be given"),
+    ("evaluate", {"methods": ["base", "base"]}, "Two methods have the same name"),
+    ("evaluate", {"rewards": {"helpful": "nosuch:function"}}, "There is no function 'nosuch:function'"),
+    ("evaluate", {"rewards": None}, "rewards must be given, in the configuration or as a flag"),
+    (
+        "evaluate",
+        {"rewards": "trl_parm.rewards:brevity"},
+        "`rewards` is 'trl_parm.rewards:brevity', but it must be a m",
+    ),
+    ("evaluate", {"rewards": ["a", "b"]}, "`rewards` is ['a', 'b'], but it must be a mapping"),
+    ("evaluate", {"rewards": {"helpful": {"sauce": "x"}}}, "it needs `source`"),
+    ("evaluate", {"prompt_column": "question"}, "has no column 'question'; it has prompt, response_0"),
+    ("evaluate", {"prompt_column": 1}, "`prompt_column` is 1, but it must be a text"),
+    ("evaluate", {"num_prompts": 9}, "`num_prompts` is 9, but there are 8 distinct prompts"),
+    ("evaluate", {"num_prompts": 0}, "`num_prompts` is 0, but it must be 1 or larger"),
+    ("evaluate", {"prompts": ["w1"]}, "Give either `prompts` or `prompts_data`"),
+    ("evaluate", {"metods": ["base"]}, "`metods` is no key of trl-parm evaluate. Did you mean `methods`?"),
+    ("evaluate", {"nothing_alike": 1}, "`nothing_alike` is no key of trl-parm evaluate. `trl-parm evaluate --help`"),
+    ("evaluate", {"model_name_or_path": "nowhere/nothing"}, "nowhere/nothing"),
+    ("evaluate", {"model_name_or_path": None}, "`model_name_or_path` is None, but it must be a text"),
+    ("evaluate", {"batch_size": 0}, "`batch_size` is 0, but it must be 1 or larger"),
+    ("evaluate", {"batch_size": 2.0}, "`batch_size` is 2.0, but it must be a whole number"),
+    ("evaluate", {"batch_size": True}, "`batch_size` is True, but it must be a whole number"),
+    ("evaluate", {"batch_size": "many"}, "argument --batch_size/--batch-size: invalid int value: 'many'"),
+    ("evaluate", {"batch_size": [2]}, "`batch_size` is [2], but it must be a whole number"),
+    ("evaluate", {"batch_size": None}, "`batch_size` is None, but it must be a whole number"),
+    ("evaluate", {"dtype": "float31"}, "`dtype` is 'float31', but it must be one of auto, float32"),
+    ("evaluate", {"dtype": 32}, "`dtype` is 32, but it must be a text"),
+    ("evaluate", {"max_new_tokens": -1}, "`max_new_tokens` is -1, but it must be 1 or larger"),
+    ("evaluate", {"max_prompt_length": 0}, "`max_prompt_length` is 0, but it must be 1 or larger"),
+    ("evaluate", {"seed": -1}, "`seed` is -1, but it must be from 0 to 4294967295"),
+    ("evaluate", {"seed": 1.5}, "`seed` is 1.5, but it must be a whole number"),
+    ("evaluate", {"do_sample": "perhaps"}, "argument --do_sample/--do-sample: Truthy value expected: got perhaps"),
+    ("evaluate", {"do_sample": 2}, "`do_sample` is 2, but it must be true or false"),
+    ("evaluate", {"temperature": float("nan")}, "`temperature` is nan, but it must be a number"),
+    ("evaluate", {"temperature": -1}, "`temperature` is -1, but it must be 0 or larger"),
+    ("evaluate", {"top_p": 1.5}, "`top_p` is 1.5, but it must be from 0 to 1"),
+    ("evaluate", {"top_k": -3}, "`top_k` is -3"),
+    ("evaluate", {"template": "no place"}, "The template 'no place' has no {prompt}"),
+    ("evaluate", {"template": 7}, "`template` is 7, but it must be a text"),
+    ("evaluate", {"output_dir": ""}, "output_dir must be given"),
+    ("evaluate", {"output_dir": 3}, "`output_dir` is 3, but it must be a text"),
+    ("evaluate", {"model_kwargs": "auto"}, "`model_kwargs` is 'auto', but it must be a mapping"),
+    ("evaluate", {"prompts_data": {"path": "nowhere.jsonl"}}, "There is no data at 'nowhere.jsonl'"),
+    ("evaluate", {"prompts_data": {"file": "x"}}, "it needs `path`"),
+    ("evaluate", {"prompts_data": 5}, "`prompts_data` is 5, but it must be a text or a mapping"),
+    ("evaluate", {"rewards": {"helpful": 5}}, "The reward of 'helpful': `source` is 5, but it must be a text"),
+    ("evaluate", {"rewards": {5: "trl_parm.rewards:brevity"}}, "`objectives` is [5], but it must be a list of one or"),
+    (
+        "evaluate",
+        {"rewards": {"": "trl_parm.rewards:brevity"}},
+        "`objectives` is [''], but it must be a list of one or",
+    ),
+    (
+        "evaluate",
+        {"rewards": {"a": {"source": "b:c", "negate": "maybe"}}},
+        "`negate` is 'maybe', but it must be true",
+    ),
+    ("evaluate", {"methods": [{"method": ["parm"]}]}, "A method is ['parm'], but it must be one of base"),
+    ("evaluate", {"methods": [{"method": "base", "name": 5}]}, "The `name` of a method is 5, but it must be a text"),
+    ("evaluate", {"methods": [{"method": "parm", "arm": 5}]}, "The method 'PARM': `arm` is 5, but it must be a text"),
+    (
+        "evaluate",
+        {"methods": [{"method": "parm", "arm": "x", "beta": True}]},
+        "`beta` is True, but it must be a number",
+    ),
+    ("evaluate", {"methods": [{"method": "genarm", "arms": "x"}]}, "`arms` is 'x', but it must be a mapping"),
+    ("evaluate", {"model_kwargs": {"dtype": "float32"}}, "`model_kwargs` has dtype, which is a key of its own"),
+    ("evaluate", {"prompts_data": {"path": 5}}, "A data set: `path` is 5, but it must be a text"),
+    (
+        "train",
+        {"train_data": [{"path": "x", "streaming": "yes"}]},
+        "A data set: `streaming` is 'yes', but it must",
+    ),
+    (
+        "train",
+        {"train_data": [{"path": "x", "columns": ["a"]}]},
+        "A data set: `columns` is ['a'], but it must be a",
+    ),
+    ("relabel", {"data": "nowhere.jsonl"}, "There is no data at 'nowhere.jsonl'"),
+    ("relabel", {"data": ["a", "b"]}, "`data` is ['a', 'b'], but it must be a text or a mapping"),
+    ("relabel", {"test_size": 30}, "ask for 30 of 24 pairs"),
+    ("relabel", {"test_size": -0.5}, "`test_size` is -0.5, but it must be 0 or larger"),
+    ("relabel", {"test_size": "half"}, "argument --test_size/--test-size: invalid float value: 'half'"),
+    ("relabel", {"tie_margin": float("inf")}, "`tie_margin` is inf, but it must be a number"),
+    ("relabel", {"test_size": 5.5}, "`test_size` is 5.5, but it must be a share below 1, or a whole number of pairs"),
+    ("relabel", {"tie_margin": True}, "`tie_margin` is True, but it must be a number"),
+    ("relabel", {"template": "x"}, "has no {prompt}"),
+    ("relabel", {"batch_size": 0}, "`batch_size` is 0, but it must be 1 or larger"),
+    ("generate", {"method": "parm"}, "'PARM' has no arm"),
+    ("generate", {"method": ["base"]}, "`method` is ['base'], but it must be a text or a mapping"),
+    ("generate", {"method": {"method": "parm", "arm": "x", "beat": 1}}, "has beat. Its settings are arm, beta"),
+    ("generate", {"preferences": ["[0.5, 0.5]"]}, "each must name its objectives"),
+    ("generate", {"prompts": [5]}, "An entry of `prompts` is 5, but it must be a text or a list"),
+    (
+        "generate",
+        {"prompts": [[1, 2]]},
+        "row 0 of `prompts` is [1, 2]. Give a text, or a list of messages with `role` and `content`",
+    ),
+    (
+        "generate",
+        {"prompts": ['[{"role": "user"}]']},
+        "row 0 of `prompts` has the message {'role': 'user'}. Give a text, or a list of mess",
+    ),
+    ("generate", {"prompts": None}, "Give either `prompts` or `prompts_data`"),
+    ("generate", {"preferences": [{"helpful": "much"}]}, "has the weight 'much', but a weight must be a number"),
+    ("generate", {"output": 5}, "`output` is 5, but it must be a text"),
+    ("plot", {}, "There are no results at"),
+    ("plot", {"results": 5}, "An entry of `results` is 5, but it must be a text"),
+    ("plot", {"resamples": 0}, "`resamples` is 0, but it must be 1 or larger"),
+    ("plot", {"references": ["0, 0"]}, "An entry of `references` is '0, 0', but it must be a list or a mapping"),
+    ("plot", {"card": "nowhere"}, "There is no adapter in 'nowhere', whose card could get the figure"),
+    ("export", {"adapter": "nowhere"}, "There is no adapter at 'nowhere'"),
+    ("export", {"rank": 2}, "the adapter has rank 5 already"),
+    ("export", {"rank": 0}, "`rank` is 0, but it must be 1 or larger"),
+    ("export", {"dtype": "half"}, "`dtype` is 'half', but it must be one of auto"),
+    ("demo", {"port": 99999}, "`port` is 99999, but it must be from 0 to 65535"),
+    ("demo", {"beta": "[1]"}, "invalid float value: '[1]'"),
+    ("demo", {"beta": True}, "`beta` is True, but it must be a number"),
+    ("train", {"train_data": [{"path": "nowhere.jsonl"}]}, "There is no data at 'nowhere.jsonl'"),
+    ("train", {"train_data": ["nowhere.jsonl"]}, "There is no data at 'nowhere.jsonl'"),
+    ("train", {"train_data": [3]}, "An entry of `train_data` is 3, but it must be a text or a mapping"),
+    ("train", {"train_data": [{"file": "x"}]}, "it needs `path`"),
+    ("train", {"train_data": []}, "train_data must be given"),
+    ("train", {"loss_type": "square"}, "must be one of sigmoid, hinge"),
+    ("train", {"beta": [1, 2]}, "`beta` is [1, 2], but it must be a number or a mapping"),
+    ("train", {"beta": True}, "`beta` is True, but it must be a number or a mapping"),
+    ("train", {"beta": "small"}, "`beta` is 'small', but it must be a number or a mapping"),
+    ("train", {"beta": 0}, "`beta` is 0, but every β must be positive"),
+    ("train", {"beta": {"helpful": True}}, "but every β must be positive"),
+    ("train", {"objectives": ["a"], "adapter_kwargs": {"r1": "big"}}, "`adapter_kwargs`: `r1` is 'big', but"),
+    (
+        "train",
+        {"objectives": ["a"], "adapter_kwargs": {"nosuch": 1}},
+        "`adapter_kwargs` has nosuch, which PBLoraConfig",
+    ),
+    (
+        "train",
+        {"objectives": ["a"], "model_name_or_path": "nowhere"},
+        "There is no model to read at 'nowhere'",
+    ),
+    ("train", {"output_dir": ""}, "output_dir must be given"),
+    ("train", {"learning_rate": float("inf")}, "`learning_rate` is inf, but it must be a number"),
+    ("train", {"num_train_epochs": -1}, "`num_train_epochs` is -1, but it must be 0 or larger"),
+    ("train", {"adapter": "lore"}, "`adapter` is 'lore', but it must be one of pblora"),
+    ("train", {"adapter_kwargs": [4]}, "`adapter_kwargs` is [4], but it must be a mapping"),
+    ("train", {"objectives": [1, 2]}, "An entry of `objectives` is 1, but it must be a text"),
+    ("train", {"label_columns": ["helpful"]}, "`label_columns` is ['helpful'], but it must be a mapping"),
+    ("train", {"eval_preferences": [0.5]}, "`"),
+    ("train", {"max_length": 0}, "`max_length` is 0, but it must be 1 or larger"),
+    ("train", {"per_device_train_batch_size": 0}, "`per_device_train_batch_size` is 0, but it must be 1 or larger"),
+    ("train", {"gradient_accumulation_steps": 1.5}, "`gradient_accumulation_steps` is 1.5, but it must be a whole"),
+    ("train", {"learning_rate": "fast"}, "invalid float value: 'fast'"),
+    ("train", {"lr_scheduler_kwargs": 3}, "`lr_scheduler_kwargs` is 3, but it must be a text or a mapping"),
+    ("train", {"max_step": 3}, "`max_step` is no key of trl-parm train. Did you mean `max_steps`?"),
+    ("train", {"resume": "yesterday"}, "argument --resume: Truthy value expected"),
+]
+
+
+@pytest.mark.parametrize(("verb", "changes", "message"), BAD)
 def test_bad_input_is_one_line_and_exit_code_2(folder, capfd, verb, changes, message):
     assert main(bad(folder, verb, **changes)) == 2
     lines = capfd.readouterr().err.strip().splitlines()
@@ -234,10 +384,11 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capfd, verb, changes, mes
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "the verb '' is not known; there are relabel, train"),
+        ([""], "the verb '' is not known; there are make_pairs, relabel, train"),
+        (["plot", "--results", "x", "--output_dir", "y", "z"], "'z' belongs to no key"),
         (["evalute"], "Did you mean 'evaluate'?"),
         (["plot", "--results"], "expected at least one argument (see trl-parm plot --help)"),
-        (["plot", "--results", "x", "--output_dir", "y", "--nosuch", "1"], "nosuch"),
+        (["plot", "--results", "x", "--output_dir", "y", "--nosuch", "1"], "`nosuch` is no key of trl-parm plot"),
         (["plot", "--config"], "--config names no file"),
         (["plot", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["plot", "--config=nowhere.yaml"], "nowhere.yaml"),
@@ -248,6 +399,35 @@ def test_bad_words_are_one_line_and_exit_code_2(capfd, words, message):
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_configuration_with_keys_that_are_lost_is_refused(tmp_path, capfd):
+    path = tmp_path / "a.yaml"
+    for text, message in (
+        ("seed: 1\nseed: 2", "has the key `seed` 2 times. Give it once"),
+        ("5: 1", "has the key '5', but a key must be a text"),
+        ("? [a]\n: 1", "but a key must be a text"),
+        ("", "must contain a YAML mapping"),
+        ("a: [", "The configuration file is no YAML"),
+    ):
+        path.write_text(text)
+        assert run("generate", "--config", path) == 2
+        assert message in capfd.readouterr().err
+    assert run("generate", "--config", path, "--config", path) == 2
+    assert "--config stands there twice" in capfd.readouterr().err
+    path.write_bytes(b"\xff\xfe")
+    assert run("generate", "--config", path) == 2
+    assert "The configuration file is no YAML" in capfd.readouterr().err
+
+
+def test_prompts_of_a_file_are_checked(tmp_path, folder, capfd):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": null}\n')
+    assert run("generate", "--model_name_or_path", folder / "base", "--prompts_data", path) == 2
+    assert (
+        "row 1 of the prompts' data is None. Give a text, or a list of messages"
+        in capfd.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_plots_of_damaged_results(folder, tmp_path, capfd):
@@ -268,8 +448,9 @@ def test_plots_of_damaged_results(folder, tmp_path, capfd):
     assert "no method 'MOD'; they have PARM" in capfd.readouterr().err
     assert not (tmp_path / "figures").exists()
     path.write_text(path.read_text() + '{"method": "PARM", "pref')
-    with pytest.warns(UserWarning, match="hypervolume is 0"):
-        assert main([*words, "--references", "[9, 9]"]) == 0
+    capfd.readouterr()
+    assert main([*words, "--references", "[9, 9]"]) == 0
+    assert capfd.readouterr().err.count("hypervolume is 0") == 1
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     assert main(words) == 2
     assert "differ in 1 prompts" in capfd.readouterr().err
@@ -429,8 +610,8 @@ def test_help_imports_neither_torch_nor_transformers():
     """So it answers at once. Each verb's help names its keys."""
     code = (
         "import sys; from trl_parm.cli.main import VERBS, main\n"
-        "for words in ([], *([verb] for verb in VERBS)):\n"
-        "    try: main([*words, '--help'])\n"
+        "for words in ([], ['--help'], *([verb, '--help'] for verb in VERBS)):\n"
+        "    try: main(words)\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "print('imported:', sorted({'torch', 'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)))\n"
     )

@@ -8,6 +8,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
@@ -488,5 +489,26 @@ def test_two_sessions_over_http(answering):
             guided = re.sub("<[^>]+>", "", outputs[2].replace("​", ""))
             assert twin(changed(weights=own))[1] in guided
         assert "The prompt is empty" in visitors[0].predict("", 0.5, 12, 0.8, 4, 0.5, 0.5, api_name="/ask")[0]
+    finally:
+        page.blocks.close()
+
+
+def test_the_page_takes_no_files(answering, monkeypatch, tmp_path):
+    """Not by gradio's own endpoints either, which are there whether a page has a use for them or not."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    page = Page(answering)
+    url = page.launch(block=False)
+    try:
+        for path in ("upload", "component_server", "process_recording", "queue/join", "nothing"):
+            answer = httpx.post(f"{url}gradio_api/{path}", files={"files": ("a.txt", b"mine")})
+            assert (answer.status_code, answer.text) == (413, "This page takes no files."), path
+        mixed = {"Content-Type": "Multipart/Mixed; boundary=x"}
+        assert httpx.post(f"{url}gradio_api/upload/", content=b"--x", headers=mixed).status_code == 413
+        assert httpx.post(f"{url}gradio_api/upload", content=b"mine").status_code == 413
+        long = httpx.post(f"{url}gradio_api/queue/join", json={"data": ["x" * 600_000]})
+        assert (long.status_code, "at most 500000 bytes" in long.text) == (413, True)
+        assert httpx.post(f"{url}gradio_api/queue/join", content=iter([b"x"])).status_code == 413
+        assert httpx.get(url).status_code == 200
+        assert not [path for path in (tmp_path / "uploads").rglob("*") if path.is_file() and path.suffix == ".txt"]
     finally:
         page.blocks.close()

@@ -33,9 +33,9 @@ def positions(axes) -> set[tuple]:
 
 def test_a_plane_shows_every_point_interval_and_reference():
     rows, names = summary(grid=[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
-    figure = _one_plane(rows, names, [(-5.0, -6.0), (-7.0, -8.0)])
+    figure = _one_plane(rows, names, [(-2.0, -3.0), (-1.0, -2.0)])
     axes = figure.axes[0]
-    assert {(-5.0, -6.0), (-7.0, -8.0)} | {(round(r["o0"], 9), round(r["o1"], 9)) for r in rows} <= positions(axes)
+    assert {(-2.0, -3.0), (-1.0, -2.0)} | {(round(r["o0"], 9), round(r["o1"], 9)) for r in rows} <= positions(axes)
     assert len(axes.containers) == 3
     texts = {text.get_text() for text in figure.legends[0].get_texts()}
     assert texts == {"Base", "PARM", "GenARM", "95 % interval", "reference points"}
@@ -50,14 +50,57 @@ def test_a_plane_shows_every_point_interval_and_reference():
 
 def test_three_objectives_have_a_plane_for_each_pair_and_a_view_in_space():
     rows, names = summary(3, grid=[[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.4, 0.3, 0.3]])
-    figure = _planes(rows, names, [(-5.0, -6.0, -7.0)])
+    figure = _planes(rows, names, [(-1.0, -2.0, -3.0)])
     shown = [(a.get_xlabel().split()[0], a.get_ylabel().split()[0]) for a in figure.axes[:3]]
     assert shown == [("o0", "o1"), ("o0", "o2"), ("o1", "o2")]
-    assert (-6.0, -7.0) in positions(figure.axes[2])
+    assert (-2.0, -3.0) in positions(figure.axes[2])
     shades = [c.get_array() for c in figure.axes[2].collections if c.get_array() is not None]
     assert [list(s) for s in shades] == [[0, 1, 0, 0.3]] * 2
     axes = _space(rows, names, []).axes[0]
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_zlabel()) == ("o0", "o1", "o2")
+
+
+def coinciding() -> list[dict]:
+    """A control and two methods, of which most points are in one place."""
+    rows, _ = summary(grid=[[w, 1 - w] for w in (0.0, 0.25, 0.75, 1.0)])
+    for row in rows:
+        value = 2.0 if row["preference"] == [1.0, 0.0] else 1.0
+        row |= {f"{name}{end}": value for name in ("o0", "o1") for end in ("", "_low", "_high")}
+    return rows
+
+
+def test_far_reference_points_do_not_press_the_points_together():
+    """The points fill a third of the plane at least; a point that is too far is an arrow at the edge with numbers."""
+    rows, names = coinciding(), ["o0", "o1"]
+    axes = _one_plane(rows, names, [(-0.9, 0.5), (-60.0, 1.5), (50.0, 70.0)]).axes[0]
+    assert (-0.9, 0.5) in positions(axes)
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert low < 1 < 2 < high
+        assert high - low < 3.2
+    arrows = {text.get_text(): text.xy for text in axes.texts if text.arrow_patch is not None}
+    assert list(arrows) == ["× -60, 1.5", "× 50, 70"]
+    assert arrows["× -60, 1.5"] == (axes.get_xlim()[0], 1.5)
+    assert arrows["× 50, 70"] == (axes.get_xlim()[1], axes.get_ylim()[1])
+
+
+def test_a_far_reference_point_is_told_beside_a_view_in_space():
+    rows, names = summary(3, grid=[[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.4, 0.3, 0.3]])
+    figure = _space(rows, names, [(-50.0, -50.0, -50.0)])
+    assert figure.axes[0].get_xlim()[0] > -10
+    assert "reference point -50, -50, -50, outside" in {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_coinciding_points_can_all_be_seen():
+    """One label for points in one place; marks get smaller from method to method, and controls are rings."""
+    rows = coinciding()
+    alone = [row for row in rows if row["method"] != "GenARM"]
+    labels = [text.get_text() for text in _one_plane(alone, ["o0", "o1"], []).axes[0].texts]
+    assert labels == ["0, 0.25, 0.75", "1"]
+    axes = _one_plane(rows, ["o0", "o1"], []).axes[0]
+    dots = [marks for marks in axes.collections if hasattr(marks, "get_sizes") and len(marks.get_sizes())]
+    control, first, second = dots
+    assert len(control.get_facecolor()) == 0
+    assert control.get_sizes()[0] > first.get_sizes()[0] > second.get_sizes()[0]
 
 
 def test_four_objectives_have_six_planes():

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import suppress
@@ -23,6 +24,10 @@ from .text import FOLDER, MARK, CardFacts, Table, render, usage
 
 TEMPLATE = "# Model Card for Model ID"
 """How the empty card begins that PEFT saves with every adapter."""
+QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
+OF_PEFT = {"base_model", "library_name", "pipeline_tag", "tags"}
+"""The metadata that PEFT writes into it."""
+WRITER = "add_results"
 FILES = ("*.safetensors", "*.json", "*.jinja", "*.md", "*.png", "*.txt", "*.model", "LICENSE*")
 """What an upload consists of: weights, tokenizer, card. Pickles, a trainer's `*.bin` and `*.pt`, stay behind."""
 NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
@@ -68,12 +73,12 @@ def add_results(
         measures (`Table`, *optional*):
             Rows of plain values, the head first: `[["measure", "value"], ["hypervolume above (0, -40)", 18.8]]`.
         figure (`str` or `Path`, *optional*):
-            A PNG, such as a Pareto front. It is copied into this folder, and left behind where the adapter is loaded
-            and saved elsewhere.
+            A PNG, such as a Pareto front. It is copied into this folder, in the place of one that was copied here
+            before, and left behind where the adapter is loaded and saved elsewhere.
         **facts: Further [`CardFacts`], such as `license="apache-2.0"`.
 
     Raises:
-        ValueError: as [`write_card`], or no such figure.
+        ValueError: as [`write_card`]; no such figure, or another file of its name in the folder.
     """
     if measures is not None:
         facts["measures"] = measures
@@ -82,8 +87,10 @@ def add_results(
         if not picture.is_file():
             raise ValueError(f"There is no figure at {str(figure)!r}. Name a PNG file.")
         facts["figure"], beside = picture.name, Path(folder, picture.name)
-        if beside.parent.is_dir() and picture.resolve() != beside.resolve():
-            shutil.copyfile(picture, beside)
+        content = picture.read_bytes()
+        if beside.parent.is_dir() and not (beside.is_file() and beside.read_bytes() == content):
+            with output_file(beside, WRITER, binary=True) as file:
+                file.write(content)
     write_card(folder, **facts)
 
 
@@ -131,7 +138,7 @@ def push_to_hub(
             for path in (path for pattern in FILES for path in saved.glob(pattern) if path.is_file()):
                 shutil.copyfile(path, folder / path.name)
         card = folder / "README.md"
-        empty = not card.is_file() or TEMPLATE in card.read_text(encoding="utf-8")
+        empty = not card.is_file() or is_template(card.read_text(encoding="utf-8"))
         if empty and isinstance(PeftConfig.from_pretrained(str(folder / subfolder)), PreferenceConfig):
             write_card(folder, subfolder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -152,13 +159,25 @@ def save_card(folder: str | Path, config: Any, facts: CardFacts, subfolder: str 
     """Writes [`render`]'s card as `README.md`. Words of a user's own stay; if they lack it, [`usage`] is added."""
     path = Path(folder, "README.md")
     found = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if found and MARK not in found and TEMPLATE not in found:
+    if found and MARK not in found and not is_template(found):
         if "import peft_pblora" not in found:
-            path.write_text(f"{found.rstrip()}\n\n{usage(config, facts, subfolder)}\n", encoding="utf-8")
+            with output_file(path) as file:
+                file.write(f"{found.rstrip()}\n\n{usage(config, facts, subfolder)}\n")
         return
     tags = (ModelCard(found).data.tags or []) if found else []
     with output_file(path) as file:
         file.write(str(render(config, _public(folder, config, facts), tags, subfolder)))
+
+
+def is_template(text: str) -> bool:
+    """Whether a card is the template that PEFT saves with every adapter, and nobody has filled anything in."""
+    if TEMPLATE not in text:
+        return False
+    card, template = ModelCard(text), ModelCard.from_template(ModelCardData()).text
+    known = {*map(str.strip, template.splitlines()), "## Training procedure", "### Framework versions", ""}
+    written = re.sub(re.escape(QUANTIZED) + r"(\s*\n- .*)*", "", card.text)
+    own = {line.strip() for line in written.splitlines() if not re.fullmatch(r"- PEFT [\w.+]+", line)} - known
+    return not own and set(card.data.to_dict()) <= OF_PEFT
 
 
 def exported_card(config: Any, preference: torch.Tensor) -> ModelCard:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
 from .common import grid, load_rewards, say, write_run
 from .generate import DecodingArguments
@@ -21,19 +22,17 @@ RESULTS = "results.jsonl"
 class EvaluateArguments(DecodingArguments):
     """Arguments of [`trl_parm.evaluation.evaluate.evaluate`]."""
 
-    methods: list[str] | None = option(
+    methods: list[dict | str] | None = option(
         None, "Methods: names, or {method: parm, name: , arm: , beta: }, as JSON in a flag."
     )
-    rewards: dict | str | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
-    preferences: list[str] | None = option(None, "The grid: vectors or mappings by objective, as JSON in a flag.")
+    rewards: dict | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
+    preferences: list[list | dict] | None = option(None, "The grid: vectors or mappings by objective, JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
     output_dir: str = option("", f"Where {RESULTS} goes.")
     restart: bool = option(False, "Remove rows of another configuration, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.methods, self.preferences = decoded(self.methods), decoded(self.preferences)
-        self.rewards = decoded(self.rewards)
         required(self, "methods", "rewards", "output_dir")
 
 
@@ -64,7 +63,8 @@ def main(argv: list[str]) -> None:
         on_start=start,
     )
     say(_means(summarize(table, objectives), objectives))
-    say(f"Measures and figures: trl-parm plot --results {folder / RESULTS} --references '[...]' --output_dir {folder}")
+    plot = ["trl-parm", "plot", "--results", str(folder / RESULTS), "--output_dir", str(folder)]
+    say(f"Measures and figures: {shlex.join(plot)}")
 
 
 def _with_error(mean: float, error: float) -> str:

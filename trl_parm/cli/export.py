@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
 from .common import grid, say, write_run
 
@@ -18,13 +18,12 @@ class ExportArguments:
 
     adapter: str = option("", "The adapter: a folder or Hub id.")
     output_dir: str = option("", "Where the LoRAs go, each in a folder of its own.")
-    preferences: list[str] | None = option(None, "Vectors or mappings by objective, as JSON in a flag.")
+    preferences: list[list | dict] | None = option(None, "Vectors or mappings by objective, as JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
     rank: int | None = option(None, "Pad to this rank, for engines that know certain ranks.")
     dtype: str = option("auto", "Of the backbone while it is loaded.")
 
     def __post_init__(self) -> None:
-        self.preferences = decoded(self.preferences)
         required(self, "adapter", "output_dir")
 
 

@@ -6,15 +6,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
+from trl_parm.shapes import read_text
 
-from .common import load_data, progress, say
+from .common import Progress, load_data, say
 
+
+if TYPE_CHECKING:
+    from trl_parm.evaluation.models import Models
 
 SETTINGS = (
-    "batch_size", "seed", "template", "max_prompt_length", "max_new_tokens", "do_sample", "temperature", "top_k",
+    "batch_size", "seed", "template", "max_prompt_length", "escape_control_tokens",
+    "max_new_tokens", "do_sample", "temperature", "top_k",
     "top_p", "min_p",
 )  # fmt: skip
 """Arguments of [`evaluate`](trl_parm.evaluation.evaluate.evaluate) that are the same for all methods."""
@@ -26,15 +32,16 @@ class DecodingArguments:
 
     model_name_or_path: str = option("", "The frozen base model: a folder or Hub id.")
     dtype: str = option("auto", "Of weights, such as bfloat16; auto: as they were saved.")
-    model_kwargs: dict | str | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
+    model_kwargs: dict | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
     template: str | None = option(None, "How the base reads a prompt: a text with {prompt}. Its chat template if not.")
-    prompts: list[str] | None = option(None, "The prompts themselves.")
+    prompts: list[str | list] | None = option(None, "The prompts themselves; a conversation as JSON in a flag.")
     prompts_data: dict | str | None = option(
         None, "A data set of prompts: a file or Hub id, or {path: , split: , where: }."
     )
     prompt_column: str = option("prompt", "Its column.")
     num_prompts: int | None = option(None, "So many of them, chosen by the seed.")
     max_prompt_length: int | None = option(None, "Most tokens of a prompt; its end stays.")
+    escape_control_tokens: bool = option(False, "Read text of control tokens, such as <|im_end|>, in prompts as text.")
     seed: int = option(0, "Of the noise of all prompts, and of their choice.")
     batch_size: int = option(16, "Prompts decoded at once.")
     max_new_tokens: int = option(128, "Most tokens of a response.")
@@ -45,15 +52,18 @@ class DecodingArguments:
     min_p: float | None = option(None, "Of sampling; without effect if not given.")
 
     def __post_init__(self) -> None:
-        self.model_kwargs, self.prompts_data = decoded(self.model_kwargs), decoded(self.prompts_data)
         required(self, "model_name_or_path")
         if bool(self.prompts) == bool(self.prompts_data):
             raise ValueError("Give either `prompts` or `prompts_data`.")
+        for number, prompt in enumerate(self.prompts or ()):
+            read_text(prompt, f"row {number} of `prompts`")  # before anything is loaded
+        if "dtype" in (self.model_kwargs or {}):
+            raise ValueError("`model_kwargs` has dtype, which is a key of its own: `dtype`.")
 
     def read_prompts(self) -> list[Any]:
         """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
         from trl_parm.noise import row_seed
-        from trl_parm.shapes import MEDIA, read_text, refuse_media
+        from trl_parm.shapes import MEDIA, refuse_media
         from trl_parm.texts import prompt_key
 
         prompts: Any = self.prompts
@@ -76,16 +86,29 @@ class DecodingArguments:
         chosen = set(sorted(found, key=lambda key: row_seed(self.seed, ["choice", key]))[: self.num_prompts])
         return [prompt for key, prompt in found.items() if key in chosen]
 
-    def evaluate(self, methods: list[Any], preferences: list[Any], prompts: list[Any], **options: Any) -> Any:
-        """[`evaluate`](trl_parm.evaluation.evaluate.evaluate) with these arguments, and a progress bar."""
-        from trl_parm.evaluation.evaluate import Entry, evaluate
+    def models(self) -> Models:
+        """The base model and what it is to be loaded with."""
         from trl_parm.evaluation.models import Models
 
-        kwargs: Any = self.model_kwargs or {}
-        models = Models(self.model_name_or_path, self.dtype, **kwargs)
+        return Models(self.model_name_or_path, self.dtype, **(self.model_kwargs or {}))
+
+    def evaluate(
+        self,
+        methods: list[Any],
+        preferences: list[Any],
+        prompts: list[Any],
+        models: Models | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """[`evaluate`](trl_parm.evaluation.evaluate.evaluate) with these arguments, or another seed, and a bar."""
+        from trl_parm.evaluation.evaluate import Entry, evaluate
+
+        models = models or self.models()
         settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
+        settings["seed"] = self.seed if seed is None else seed
         runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-        with progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
+        with Progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
             options["on_batch"] = lambda run: bar.update()
             return evaluate(models, methods, preferences, prompts, **settings, **options)
 
@@ -97,24 +120,29 @@ class GenerateArguments(DecodingArguments):
     method: dict | str | None = option(
         "base", "A method: its name, or {method: parm, arm: , beta: }, as JSON in a flag."
     )
-    preferences: list[str] | None = option(None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}.")
+    preferences: list[list | dict] | None = option(
+        None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}."
+    )
     output: str | None = option(None, "A JSONL file for the responses; else they are printed.")
     restart: bool = option(False, "Remove responses of another configuration, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.method, self.preferences = decoded(self.method), decoded(self.preferences)
         if not all(isinstance(preference, Mapping) for preference in self.preferences or []):
             raise ValueError(
                 f"`preferences` are {self.preferences}, but each must name its objectives, such as "
                 '{"helpful": 0.7, "harmless": 0.3}.'
             )
+        for name, weight in (pair for preference in self.preferences or [] for pair in dict(preference).items()):
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise ValueError(f"`preferences`: {name!r} has the weight {weight!r}, but a weight must be a number.")
 
 
 def main(argv: list[str]) -> None:
     arguments: GenerateArguments = parse("generate", GenerateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
-    from trl_parm.records import beside, write_run
+    from trl_parm.records import beside, read_rows, write_run
+    from trl_parm.texts import as_text
 
     method: Any = arguments.method
     preferences: list[Any] = arguments.preferences or []
@@ -123,11 +151,16 @@ def main(argv: list[str]) -> None:
     if not preferences and not entry.method.control:
         raise ValueError(f"The method {entry.name!r} needs `preferences`.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
+    output = Path(arguments.output) if arguments.output else None
+    before = len(read_rows(output)) if output and output.is_file() and output.stat().st_size else 0
     options = {"rewards": unscored, "path": arguments.output, "restart": arguments.restart}
     table = arguments.evaluate([method], preferences, prompts, **options)
     if arguments.output:
         write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
-        say(f"{len(table)} responses in {arguments.output}")
+        every = len(read_rows(arguments.output))
+        say(f"{len(table)} responses in {output}: {every - before} new, {len(table) - every + before} were there.")
+        if every > len(table):
+            say(f"It keeps {every - len(table)} more, of other prompts, methods or preferences.")
         return
     for row in table:
-        say(f"# {row['method']}, {row['label']}: {row['prompt']}\n{row['response']}\n")
+        say(f"# {row['method']}, {row['label']}: {as_text(row['prompt'])}\n{row['response']}\n")

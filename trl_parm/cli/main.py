@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
+import sysconfig
+import traceback
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 from trl_parm.version import __version__
 
 
 VERBS = {
+    "make_pairs": "sample answers of a model, and pair the best and the worst by each reward",
     "relabel": "label pairs of responses with reward models",
     "train": "train an autoregressive reward model",
     "generate": "decode prompts with a method",
@@ -24,6 +30,13 @@ VERBS = {
 }
 """Verb → what it does. Each is a module of this package with a function `main`."""
 HELP = {"-h", "--help"}
+GOES_ON = {
+    "train": "the same command with --resume true goes on from its last checkpoint",
+    "export": "what was not complete is not there",
+    "plot": "what was not complete is not there",
+    "demo": "the page is closed",
+}
+"""What an interrupted command has left, of those that don't just go on."""
 TRACEBACK = "TRL_PARM_TRACEBACK"
 """Set in the environment, an error ends with where it came from instead of one line."""
 
@@ -31,11 +44,11 @@ TRACEBACK = "TRL_PARM_TRACEBACK"
 def main(argv: list[str] | None = None) -> int:
     """Runs a command, by default that of the process, and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    verb = argv[0] if argv else ""
+    verb = argv[0].replace("-", "_") if argv and not argv[0].startswith("-") else "".join(argv[:1])
     if verb == "--version":
         print(f"trl-parm {__version__}")
         return 0
-    if verb in HELP:
+    if not argv or verb in HELP:
         print(overview())
         return 0
     name = f"trl-parm {verb}" if verb in VERBS else "trl-parm"
@@ -45,18 +58,19 @@ def main(argv: list[str] | None = None) -> int:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"the verb {verb!r} is not known; there are {', '.join(VERBS)}.{hint}")
         module = importlib.import_module(f"{__package__}.{verb}")
-        if not HELP & set(argv):
-            _prepare()
-        module.main(argv[1:])
+        with _plain_output(quiet=not HELP & set(argv)):
+            module.main(argv[1:])
         return 0
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        left = GOES_ON.get(verb, "the same command goes on from here")
+        print(f"{name}: interrupted; {left}", file=sys.stderr, flush=True)
         return 130
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if os.environ.get(TRACEBACK) or getattr(error, "__notes__", None):  # a note says whose code it is
+        # A note says whose code it was.
+        if os.environ.get(TRACEBACK) or getattr(error, "__notes__", None) or _is_of_others(error):
             raise
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
@@ -75,10 +89,37 @@ def overview() -> str:
     )
 
 
-def _prepare() -> None:
-    """Before anything heavy is imported: no progress bars in a file, and no warnings that a user can't act on."""
-    if not sys.stderr.isatty():
+@contextlib.contextmanager
+def _plain_output(quiet: bool) -> Iterator[None]:
+    """Every warning as one line, the first time it is given, but none that a user can't act on; and, since this is
+    before anything heavy is imported, no frames of progress bars in a file."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        text = " ".join(str(message).split())
+        if text not in seen:
+            seen.add(text)
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    if quiet and not sys.stderr.isatty():
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ[name] = "1"
-    # transformers announces renamed arguments of its version 6; TRL and PEFT still use the old names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with warnings.catch_warnings():
+        # transformers announces renamed arguments of its version 6; TRL and PEFT still use the old names.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        warnings.showwarning = show
+        yield
+
+
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, was raised in a user's own code, such as a reward: then he needs to see
+    where."""
+    ours = [Path(__file__).parents[2] / name for name in ("trl_parm", "peft_pblora")]
+    theirs = map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))
+    known = [Path(folder).resolve() for folder in (*ours, *theirs)]
+    while error is not None:
+        files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+        if any(file.is_file() and not any(file.is_relative_to(folder) for folder in known) for file in files):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False

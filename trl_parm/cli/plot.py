@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
 from .common import say, write_run
 
@@ -24,7 +27,7 @@ class PlotArguments:
 
     results: list[str] | None = option(None, "Files that evaluate has written.")
     output_dir: str = option("", "Where tables and figures go.")
-    references: list[str] | None = option(
+    references: list[list | dict] | None = option(
         None, "Reference points of the hypervolume: vectors or mappings, as JSON in a flag."
     )
     objectives: list[str] | None = option(None, "Columns with rewards; those that were evaluated if not given.")
@@ -37,18 +40,22 @@ class PlotArguments:
     card: str | None = option(None, "The folder of an adapter, whose card gets the measures and the first figure.")
 
     def __post_init__(self) -> None:
-        self.references = decoded(self.references)
         required(self, "results", "output_dir")
 
 
 def main(argv: list[str]) -> None:
     arguments: PlotArguments = parse("plot", PlotArguments, argv, __doc__)
     from peft_pblora import add_results
+    from peft_pblora.card.files import WRITER as FIGURE
     from peft_pblora.output import check_output
     from trl_parm.evaluation.fronts import summarize
     from trl_parm.evaluation.measures import WRITER
     from trl_parm.evaluation.plots import draw_fronts, figure_files
 
+    if arguments.card and not Path(arguments.card, "adapter_config.json").is_file():
+        raise ValueError(
+            f"There is no adapter in {arguments.card!r}, whose card could get the figure. Name its folder."
+        )
     rows, objectives, names = read_results(arguments.results or [], arguments.objectives)
     rows = _chosen(rows, names, arguments.methods)
     references = [_point(given, objectives) for given in arguments.references or []]
@@ -58,6 +65,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"`name` is {arguments.name!r}, which is the name of a table. Name the figures otherwise.")
     for path in planned:
         check_output(path, WRITER)  # before any of them is written
+    if arguments.card:
+        check_output(Path(arguments.card, planned[len(TABLES)].name), FIGURE)
     tables = _tables(rows, names, objectives, references, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     text = _write(tables, folder)
@@ -70,7 +79,8 @@ def main(argv: list[str]) -> None:
         say(f"The card in {arguments.card} has the measures and the figure.")
     say(text)
     if not references:
-        say("No hypervolume: it needs a reference point, such as --references '[-3, -5]'.")
+        point = shlex.quote(json.dumps(dict.fromkeys(objectives, 0), ensure_ascii=False))
+        say(f"No hypervolume: it needs a reference point, which is worse than all that counts: --references {point}")
     say(f"Tables are in {folder / TABLES[0]}, figures in {', '.join(path.name for path in figures)}.")
 
 
@@ -146,7 +156,7 @@ def _point(given: Any, objectives: list[str]) -> list[float]:
             raise ValueError(f"A reference point names {list(given)}, but the objectives are {objectives}.")
         given = [given[name] for name in objectives]
     try:
-        return [float(value) for value in given]
+        return [math.nan if isinstance(value, bool) else float(value) for value in given]
     except (TypeError, ValueError):
         raise ValueError(f"A reference point is {given!r}, but it must be a list of numbers.") from None
 
@@ -163,6 +173,8 @@ def _tables(
     from trl_parm.evaluation.measures import correlations, costs, differences, measure
 
     found = arrange(rows, objectives)
+    if arguments.base != PlotArguments.base and arguments.base not in {*names, *names.values()}:
+        raise ValueError(f"`base` is {arguments.base!r}, but the methods are {', '.join(names)}.")
     guided = [front.method for front in found if front.preferences is not None]
     against, base = (
         next((new for new, old in names.items() if name in (new, old)), name)  # of several files the first one's

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
-from .common import load_data, load_rewards, progress, say, write_run
+from .common import Progress, load_data, load_rewards, say, write_run
+
+
+SHARED = ("test_size", "validation_size", "tie_margin", "ranked", "seed")
+"""Arguments of verbs that label pairs."""
 
 
 @dataclass
@@ -17,7 +22,7 @@ class RelabelArguments:
     """Arguments of [`trl_parm.relabel.relabel`]."""
 
     data: dict | str | None = option(None, "Pairs: a file or Hub id, or {path: , split: }.")
-    rewards: dict | str | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
+    rewards: dict | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
     output_dir: str = option("", "Where the splits go.")
     test_size: float = option(0.1, "Pairs in the test split: a share below 1, or a number.")
     validation_size: float = option(0.0, "The same for the validation split.")
@@ -29,26 +34,43 @@ class RelabelArguments:
     restart: bool = option(False, "Remove scores of other pairs or rewards, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
-        self.data, self.rewards = decoded(self.data), decoded(self.rewards)
         required(self, "data", "rewards", "output_dir")
+        check_sizes(self)
+
+
+def check_sizes(arguments: Any) -> None:
+    """Raises `ValueError` for a size of a split that is neither a share nor a whole number."""
+    for name in ("test_size", "validation_size"):
+        size = getattr(arguments, name)
+        if size >= 1 and size != int(size):
+            raise ValueError(f"`{name}` is {size}, but it must be a share below 1, or a whole number of pairs.")
 
 
 def main(argv: list[str]) -> None:
     arguments: RelabelArguments = parse("relabel", RelabelArguments, argv, __doc__)
+    rewards = load_rewards(arguments.rewards)
+    pairs, folder = load_data(arguments.data), Path(arguments.output_dir)
+    options = {name: getattr(arguments, name) for name in ("template", "batch_size")}
+    label(pairs, rewards, folder, arguments, "relabel", **options)
+
+
+def label(
+    pairs: Any, rewards: Mapping[str, Any], folder: Path, arguments: Any, verb: str, **options: Any
+) -> dict[str, Path]:
+    """[`relabel`](trl_parm.relabel.relabel) with the arguments of a verb; returns the file of each split."""
     from trl_parm.evaluation.measures import markdown
     from trl_parm.relabel import agreement, relabel
 
-    rewards = load_rewards(arguments.rewards)
-    pairs = load_data(arguments.data)
-    folder = Path(arguments.output_dir)
-    options = {name: value for name, value in vars(arguments).items() if name not in ("data", "rewards", "output_dir")}
+    options |= {name: getattr(arguments, name) for name in SHARED}
 
     def start(objective: str) -> None:
-        write_run(folder, "relabel", arguments)
+        write_run(folder, verb, arguments)
         say(f"{objective}: {rewards[objective].source}")
 
-    with progress(len(rewards) * len(pairs), "pair") as bar:
+    with Progress(len(rewards) * len(pairs), "pair") as bar:
         splits = relabel(pairs, rewards, folder, on_start=start, on_batch=bar.update, **options)
-    say(", ".join(f"{len(rows)} pairs in {folder / f'{name}.jsonl'}" for name, rows in splits.items()))
+    files = {str(name): folder / f"{name}.jsonl" for name in splits}
+    say(", ".join(f"{len(rows)} pairs in {files[str(name)]}" for name, rows in splits.items()))
     labelled: list[Any] = [row for rows in splits.values() for row in rows]
     say(markdown(agreement(labelled, list(rewards))))
+    return files

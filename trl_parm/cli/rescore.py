@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl_parm.arguments import decoded, option, parse, required
+from trl_parm.arguments import option, parse, required
 
-from .common import load_rewards, progress, say
+from .common import Progress, load_rewards, say
 
 
 @dataclass
@@ -15,13 +15,12 @@ class RescoreArguments:
     """Arguments of [`trl_parm.evaluation.rescoring.rescore`]."""
 
     results: str = option("", "What evaluate, or generate, has written.")
-    rewards: dict | str | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
+    rewards: dict | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
     output: str = option("", "A JSONL file for the rows with these rewards; the old one stays as it is.")
     batch_size: int = option(16, "Responses that are scored and written at once.")
     restart: bool = option(False, "Remove rows of another configuration, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
-        self.rewards = decoded(self.rewards)
         required(self, "results", "rewards", "output")
 
 
@@ -31,7 +30,7 @@ def main(argv: list[str]) -> None:
     from trl_parm.records import beside, read_rows, write_run
 
     rewards = load_rewards(arguments.rewards)
-    with progress(len(read_rows(arguments.results)), "row") as bar:
+    with Progress(len(read_rows(arguments.results)), "row") as bar:
         table = rescore(
             arguments.results, rewards, arguments.output, arguments.batch_size, arguments.restart, bar.update
         )

@@ -5,11 +5,12 @@ cluster."""
 from __future__ import annotations
 
 import ast
-import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from trl_parm.arguments import parse
+from trl_parm.arguments import parse, required
 
 from .common import say
 
@@ -22,26 +23,48 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(describe())
         return
+    from transformers import ProgressCallback
+
     from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
+    from trl_parm.evaluation.models import is_readable
     from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
     from trl_parm.training.checkpoints import check_folder
     from trl_parm.training.config import ARMArguments
 
+    from .steps import Steps
+
     arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), argv)
-    if not sys.stderr.isatty():
-        config.disable_tqdm = True
+    required(config, "output_dir")
+    required(arguments, "model_name_or_path")
     folder = Path(str(config.output_dir))
     check_folder(folder)
+    required(arguments, "train_data")
     data = arguments.load(arguments.train_data)
+    if not (config.label_columns or arguments.objectives):
+        config.label_columns = found = find_labels(data or {})
+        if found and config.process_index == 0:
+            say(f"Objectives, by the columns with labels: {', '.join(found)}. `label_columns` names others.")
+        unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
+        if unnamed and not config.label_columns and arguments.adapter != "lora":
+            raise ValueError(f"The data {unnamed[0]!r} name no `objective`, which chosen and rejected are for.")
+    adapter = arguments.peft_config(config.label_columns)
+    if not is_readable(arguments.model_name_or_path):
+        raise ValueError(
+            f"There is no model to read at {arguments.model_name_or_path!r}: neither in a folder of this name nor on "
+            "the Hub, as far as it can be reached."
+        )
     trainer = PreferenceARMTrainer(
         arguments.model_name_or_path,
         config,
         train_dataset=data,
         eval_dataset=arguments.load(arguments.eval_data),
         quantization_config=arguments.quantization_config(),
-        peft_config=arguments.peft_config(config.label_columns),  # pyright: ignore[reportArgumentType]
+        peft_config=adapter,  # pyright: ignore[reportArgumentType]
     )
+    if not config.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Steps())
     trainer.card |= data_facts(trainer, list(data or ()), [entry.path for entry in arguments.train_data])
     trainer.card["run"] = "# trl-parm train --config this.yaml\n" + run_yaml(arguments, config)
     with trainer.claim_output(_checkpoint(folder) if arguments.resume else None) as checkpoint:
@@ -49,17 +72,62 @@ def main(argv: list[str]) -> None:
             write_run(folder / "run.yaml", "train", asdict(arguments) | config.to_dict())
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.eval_dataset is not None:
-            metrics = trainer.evaluate()
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
+            trainer.save_metrics("eval", trainer.evaluate())
         trainer.save_state()
         trainer.save_model(config.output_dir)
         trainer.create_model_card()
         if config.push_to_hub:
             trainer.push_to_hub()
+        if trainer.is_world_process_zero():
+            say(_outcome(folder, trainer.card.get("accuracies")))
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
+    """Objective → column for labelled data sets whose columns nobody named: those of whole numbers from -1 to 1 that
+    are not named after one of the responses.
+
+    Raises:
+        ValueError: a labelled data set without such a column.
+    """
+    from trl_parm.training.tokenization import LABELLED
+
+    found: dict[str, str] = {}
+    for name, pairs in data.items():
+        values = _whole_numbers(pairs)
+        if not set(LABELLED) <= set(values):
+            continue
+        labels = [column for column, seen in values.items() if seen and seen <= {-1, 0, 1}]
+        own = [column for column in labels if not any(response in column for response in LABELLED)]
+        if not own:
+            raise ValueError(
+                f"The labelled data set {name!r} has no column of labels, which are 0, 1 or -1; it has "
+                f"{', '.join(values)}. Name them with `label_columns`, such as {{helpful: better_response_id}}."
+            )
+        found |= {column: column for column in own}
+    return found or None
+
+
+def _whole_numbers(pairs: Any) -> dict[str, set[Any]]:
+    """The columns of a data set, each with its values if they are whole numbers; of a stream those at its start."""
+    from datasets import Dataset
+
+    if not hasattr(pairs, "unique"):
+        pairs = Dataset.from_list(list(pairs.take(1000)))
+    whole = {name for name, kind in pairs.features.items() if str(getattr(kind, "dtype", "")).startswith("int")}
+    return {name: {*pairs.unique(name)} - {None} if name in whole else set() for name in pairs.column_names}
+
+
+def _outcome(folder: Path, accuracies: Sequence[Sequence[Any]] | None) -> str:
+    """Where the model is, and how often it ranks held-out pairs rightly, as in its card."""
+    from trl_parm.evaluation.measures import markdown
+
+    head, *rows = accuracies or [[]]
+    table = markdown([dict(zip(head, row)) for row in rows])
+    said = f"Share of held-out pairs that it ranks rightly (relative to the untrained model):\n\n{table}\n\n"
+    return f"{said if rows else ''}The model is in {folder}; its card, README.md, shows how to use it."
 
 
 def describe() -> str:

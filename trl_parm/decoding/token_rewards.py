@@ -103,7 +103,7 @@ class TokenRewards(Sequence[TokenReward]):
 def token_rewards(
     arm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: PromptText,
+    prompt: PromptText | list[int],
     response: PromptText,
     preference: Preference | None = None,
     reference: PreTrainedModel | Preference | None = None,
@@ -114,7 +114,7 @@ def token_rewards(
     Args:
         arm (`PreTrainedModel` or `PeftModel`): The reward model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        prompt (`str` or `list[dict]`): A text, read as it is, or messages for the chat template.
+        prompt (`str`, `list[dict]` or `list[int]`): A text, read as it is, messages for the chat template, or ids.
         response (`str` or `list[dict]`): The text to judge, also as a message.
         preference (`Preference`, *optional*): α of shape `(k,)`; the one set in the ARM if not given.
         reference (`PreTrainedModel` or `Preference`, *optional*):
@@ -136,8 +136,10 @@ def token_rewards(
     print(rewards.to_terminal())
     ```
     """
-    prompt, text = read_text(prompt, "`prompt`"), read_response(response, "`response`")
-    if isinstance(prompt, str):
+    text = read_response(response, "`response`")
+    if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
+        prompt_ids = cast(list[int], prompt)
+    elif isinstance(prompt := read_text(prompt, "`prompt`"), str):
         prompt_ids = tokenize_text(tokenizer, prompt)
     else:
         prompt_ids = tokenize_chat(tokenizer, prompt, "`prompt`", add_generation_prompt=True)

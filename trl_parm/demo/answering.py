@@ -42,10 +42,15 @@ TIMED = 4
 
 
 class Answering:
-    """Answers questions with one set of models, for any number of threads that ask."""
+    """Answers questions with one set of models, for any number of threads that ask.
 
-    def __init__(self, models: Models) -> None:
-        self.models = models
+    Args:
+        models ([`Models`]): The models.
+        escape_control_tokens (`bool`, *optional*, defaults to `False`): Read the text of a control token as text.
+    """
+
+    def __init__(self, models: Models, escape_control_tokens: bool = False) -> None:
+        self.models, self.escape_control_tokens = models, escape_control_tokens
         self.measures = measures_of(models.objectives)
         # A fast tokenizer may not be used by two threads at once, and the worker uses the models' own.
         self._tokenizer, self._tokenizing = copy.deepcopy(models.tokenizer), threading.Lock()
@@ -82,7 +87,7 @@ class Answering:
                 f"The prompt has {len(prompt)} characters, but at most {MOST_CHARACTERS} fit. Shorten it."
             )
         with self._tokenizing:
-            inputs = encode_prompts(self._tokenizer, [prompt])
+            inputs = encode_prompts(self._tokenizer, [prompt], escape_control_tokens=self.escape_control_tokens)
         tokens = cast(torch.Tensor, inputs["input_ids"]).shape[1]
         context = getattr(self.models.base.config.get_text_config(), "max_position_embeddings", None) or math.inf
         most = min(MOST_PROMPT_TOKENS, context - question.max_new_tokens)
@@ -200,6 +205,8 @@ class Answering:
     def _token_rewards(self, prompt: str, text: str, preference: torch.Tensor) -> TokenRewards:
         arm = self.models.arm
         asked: Any = prompt if arm.tokenizer.chat_template is None else [{"role": "user", "content": prompt}]
+        if self.escape_control_tokens:
+            asked = encode_prompts(arm.tokenizer, [prompt], escape_control_tokens=True)["input_ids"][0].tolist()
         return token_rewards(arm.model, arm.tokenizer, asked, text, preference, adapter_name=arm.adapter_name)
 
 

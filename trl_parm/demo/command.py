@@ -25,6 +25,7 @@ class DemoArguments:
     dtype: str = option("auto", "Of the weights, such as float32.")
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int | None = option(None, "Port; the first free one from 7860 if not given.")
+    escape_control_tokens: bool = option(False, "Read text of control tokens, such as <|im_end|>, in prompts as text.")
     share: bool = option(False, "Make a public link through gradio's servers.")
 
     def __post_init__(self) -> None:
@@ -54,7 +55,8 @@ def serve(arguments: DemoArguments) -> None:
     from .page import Page
 
     guidance_strength(arguments.beta)  # before anything is loaded
-    page = Page(Answering(load_models(arguments.arm, arguments.model, arguments.dtype)), arguments.beta)
+    models = load_models(arguments.arm, arguments.model, arguments.dtype)
+    page = Page(Answering(models, arguments.escape_control_tokens), arguments.beta)
     try:
         page.launch(arguments.host, arguments.port, arguments.share)
     finally:

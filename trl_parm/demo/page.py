@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from . import markup
 from .answering import MOST_NEW_TOKENS, Answering
 from .picture import picture
 from .questions import Entry, Question, Reply, add
 from .simplex import rescale, uniform
+from .uploads import NoUploads
 
 
 EXAMPLES = (
@@ -83,6 +85,7 @@ class Page:
         _, url, _ = self.blocks.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=not block, quiet=not block,
             footer_links=[], ssr_mode=False, theme=theme, css_paths=STYLE,
+            app_kwargs={"middleware": [Middleware(NoUploads)]},
         )  # fmt: skip
         return url
 

@@ -17,6 +17,8 @@ from trl_parm.shapes import read_text
 from trl_parm.templates import tokenize_chat, without_end
 from trl_parm.texts import PromptText, as_messages, fill
 
+from .control_tokens import escaped_ids
+
 
 # A model may bring settings of sampling along, whose noise would not be the prompt's own.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -39,12 +41,14 @@ class Batch:
         prompts (`list`): The prompts as given.
         inputs (`BatchEncoding`): What the base model reads: `input_ids` and `attention_mask`, padded on the left.
         weights (`dict[str, float]`): α by objective; empty for a control.
+        escape_control_tokens (`bool`): As in [`encode_prompts`], for guides with a template of their own.
     """
 
     preference: torch.Tensor | None
     prompts: list[PromptText]
     inputs: BatchEncoding
     weights: dict[str, float]
+    escape_control_tokens: bool = False
 
 
 ModelAt = Callable[[Batch], Any]
@@ -102,6 +106,7 @@ def encode_prompts(
     prompts: Sequence[PromptText],
     template: str | None = None,
     max_length: int | None = None,
+    escape_control_tokens: bool = False,
 ) -> BatchEncoding:
     """Tokenizes a batch of prompts, padded on the left.
 
@@ -111,13 +116,16 @@ def encode_prompts(
         template (`str`, *optional*): A text with `{prompt}` in it, such as `"USER: {prompt} ASSISTANT:"`; if not
             given, the tokenizer's chat template, and without one the prompt as it is.
         max_length (`int`, *optional*): Most tokens; of a longer prompt the end is kept.
+        escape_control_tokens (`bool`, *optional*, defaults to `False`):
+            Read the text of a control token in a prompt as text; see [`escaped_ids`].
 
     Raises:
         ValueError: a template without `{prompt}`; a prompt that is neither text nor messages, has no tokens, or that
             the chat template refuses; a conversation of several messages without chat template.
     """
     tokenizer.padding_side = "left"
-    return tokenizer.pad({"input_ids": prompt_ids(tokenizer, prompts, template, max_length)}, return_tensors="pt")
+    ids = prompt_ids(tokenizer, prompts, template, max_length, escape_control_tokens)
+    return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
 
 
 def prompt_ids(
@@ -125,8 +133,12 @@ def prompt_ids(
     prompts: Sequence[PromptText],
     template: str | None = None,
     max_length: int | None = None,
+    escape_control_tokens: bool = False,
 ) -> list[list[int]]:
     """The ids of each prompt; arguments and errors as of [`encode_prompts`]."""
+    if escape_control_tokens:
+        prompts = [read_text(prompt, f"row {number} of `prompts`") for number, prompt in enumerate(prompts)]
+        return escaped_ids(tokenizer, prompts, template, max_length)
     tokenizer.truncation_side = "left"
     chat = template is None and tokenizer.chat_template is not None
     fit: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}

@@ -55,6 +55,7 @@ def sweep(
     configuration: Mapping[str, Any] | None = None,
     template: str | None = None,
     max_prompt_length: int | None = None,
+    escape_control_tokens: bool = False,
     on_batch: Callable[[Run], Any] = lambda run: None,
     restart: bool = False,
     **generation: Any,
@@ -79,6 +80,7 @@ def sweep(
             added.
         template (`str`, *optional*): How the base model reads a prompt; see [`encode_prompts`].
         max_prompt_length (`int`, *optional*): Most tokens of a prompt, whose end is kept.
+        escape_control_tokens (`bool`, *optional*, defaults to `False`): As in [`encode_prompts`].
         on_batch (`Callable`, *optional*): Called after each batch, for progress bars.
         restart (`bool`, *optional*, defaults to `False`): Remove rows of another configuration from the file, instead
             of refusing it: those of the methods that differ, or all.
@@ -98,7 +100,7 @@ def sweep(
     """
     table = _Table(
         tokenizer, model.generation_config, runs, prompts, rewards, batch_size, seed, template, max_prompt_length,
-        on_batch, positions_of(model.config), **generation,
+        escape_control_tokens, on_batch, positions_of(model.config), **generation,
     )  # fmt: skip
     whole = {**table.configuration, "model": describe_model(model), **(configuration or {})}
     with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
@@ -132,8 +134,8 @@ def evaluate(
         configuration (`Mapping`, *optional*): What the rows depend on beside what is given here.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
         restart: As in [`sweep`].
-        **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `on_batch` and arguments of `generate`, as in
-            [`sweep`].
+        **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `escape_control_tokens`, `on_batch` and
+            arguments of `generate`, as in [`sweep`].
 
     Returns:
         `datasets.Dataset` as that of [`sweep`], by method, preference and prompt.
@@ -193,6 +195,7 @@ class _Table:
         seed: int = 0,
         template: str | None = None,
         max_prompt_length: int | None = None,
+        escape_control_tokens: bool = False,
         on_batch: Callable[[Run], Any] = lambda run: None,
         positions: int | None = None,
         **generation: Any,
@@ -204,6 +207,7 @@ class _Table:
         self.rewards, self.objectives = rewards, list(rewards)
         self.batch_size, self.seed, self.on_batch = batch_size, seed, on_batch
         self.template, self.max_prompt_length = template, max_prompt_length
+        self.escape_control_tokens = escape_control_tokens
         self.sampling, self.generation = split_settings(generation)
         self.ends = self.generation.get("eos_token_id", base_config.eos_token_id)
         chat = tokenizer.chat_template if template is None else None
@@ -218,10 +222,13 @@ class _Table:
             "template": template,
             "chat_template": chat and short_hash(chat.encode()),
             "max_prompt_length": max_prompt_length,
+            "escape_control_tokens": escape_control_tokens or None,  # as in files of before there was a choice
         }
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
-        for number, ids in enumerate(prompt_ids(tokenizer, self.prompts, template, max_prompt_length)):
+        for number, ids in enumerate(
+            prompt_ids(tokenizer, self.prompts, template, max_prompt_length, escape_control_tokens)
+        ):
             if positions is not None and len(ids) >= positions:
                 raise ValueError(
                     f"row {number} of `prompts` has {len(ids)} tokens, but the base model has {positions} positions. "
@@ -273,9 +280,10 @@ class _Table:
         weights = run.weights(self.objectives)
         α = None if run.preference is None else as_preference(run.preference, self.objectives)
         named = {} if α is None else dict(zip(self.objectives, α.tolist(), strict=True))
-        inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length).to(base.device)
+        escape = self.escape_control_tokens
+        inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length, escape).to(base.device)
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
-        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named))
+        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named, escape))
         model, arguments = found if isinstance(found, tuple) else (found, {})
         tokens, seconds = self._generate(model, arguments, inputs, seeds)
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)

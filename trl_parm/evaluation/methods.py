@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
+from trl_parm.arguments import check_fields
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.identity import known_by
@@ -56,7 +57,7 @@ class Entry:
         """From what stands in YAML. Raises `ValueError` for an unknown method, and unknown or missing settings."""
         settings = {"method": given} if isinstance(given, str) else dict(given)
         key = settings.pop("method", None)
-        if key not in METHODS:
+        if not isinstance(key, str) or key not in METHODS:
             raise ValueError(f"A method is {key!r}, but it must be one of {', '.join(METHODS)}.")
         method = METHODS[key]
         name = settings.pop("name", method.title)
@@ -69,7 +70,9 @@ class Entry:
             raise ValueError(
                 f"The method {name!r} {' and '.join(faults)}. Its settings are {', '.join(allowed) or 'nothing'}."
             )
-        return cls(name, method, settings)
+        if not isinstance(name, str):
+            raise ValueError(f"The `name` of a method is {name!r}, but it must be a text.")
+        return cls(name, method, check_fields(settings, method.make, f"The method {name!r}"))
 
     def configuration(self) -> dict[str, Any]:
         """What its rows depend on: its settings, and what its models and rewards are now."""

@@ -66,7 +66,12 @@ def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
     """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`. Raises
     `ValueError` for guides that would read different tokens."""
     found = [
-        encode_prompts(guide.tokenizer, batch.prompts, None if guide.template == CHAT else guide.template)
+        encode_prompts(
+            guide.tokenizer,
+            batch.prompts,
+            None if guide.template == CHAT else guide.template,
+            escape_control_tokens=batch.escape_control_tokens,
+        )
         for guide in guides
         if guide.template is not None
     ]

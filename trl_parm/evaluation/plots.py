@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.tri import Triangulation
 
 from peft_pblora.output import check_output, output_file
 
 from .fronts import SUMMARY
+from .marks import Summary, by_method, column, extent, is_near, label, mark, reach, sizes
 from .measures import WRITER, write_csv
 
 
@@ -33,7 +33,6 @@ OPEN_MARKERS = "*P8"
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (8, 2)), (0, (2, 2)))
 SHADES = "viridis"
 """Colours of α, from 0 to 1; they differ in lightness too."""
-Summary = Sequence[Mapping[str, Any]]
 
 
 def plot_front(
@@ -114,14 +113,9 @@ def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.subplots()
     shades = _plane(axes, summary, objectives, (0, 1), references, connect=True)
-    if len({row["method"] for row in summary if row["preference"] is not None}) == 1:
-        for row in summary:
-            if row["preference"] is not None:
-                axes.annotate(
-                    f"{row['preference'][0]:g}", (row[objectives[0]], row[objectives[1]]), xytext=(7, 6),
-                    textcoords="offset points", fontsize=8, zorder=6,
-                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
-                )  # fmt: skip
+    guided = [row for row in summary if row["preference"] is not None]
+    if len({row["method"] for row in guided}) == 1:
+        label(axes, [((row[objectives[0]], row[objectives[1]]), row["preference"][0]) for row in guided])
     if shades is not None:
         figure.colorbar(shades, ax=axes, label=f"α, weight of {as_text(objectives[0])}", pad=0.01)
     legend(figure, summary, len(references), connect=True)
@@ -156,26 +150,24 @@ def _plane(
     """Draws two of the objectives, and returns what a colour bar can be made of."""
     x, y = objectives[pair[0]], objectives[pair[1]]
     shades = None
-    for rows, (colour, marker, line) in zip(by_method(summary).values(), styles(summary)):
-        xs, ys = _column(rows, x), _column(rows, y)
-        right, up = _reach(rows, x), _reach(rows, y)
+    for rows, (colour, marker, line), size in zip(by_method(summary).values(), styles(summary), sizes(summary)):
+        xs, ys = column(rows, x), column(rows, y)
+        right, up = reach(rows, x), reach(rows, y)
         axes.errorbar(xs, ys, up, right, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45, zorder=1)
         if rows[0]["preference"] is None:
-            axes.scatter(xs, ys, marker=marker, s=110, facecolor="white", edgecolor=colour, linewidth=1.4, zorder=4)
+            axes.scatter(xs, ys, marker=marker, s=size, facecolor="none", edgecolor=colour, linewidth=1.4, zorder=4)
             continue
         if connect:
             along = np.argsort([row["preference"][0] for row in rows])
             axes.plot(xs[along], ys[along], color=colour, lw=1.3, ls=line, zorder=2)
         shades = axes.scatter(
-            xs, ys, c=[row["preference"][pair[0]] for row in rows], cmap=SHADES, vmin=0, vmax=1, marker=marker, s=54,
+            xs, ys, c=[row["preference"][pair[0]] for row in rows], cmap=SHADES, vmin=0, vmax=1, marker=marker, s=size,
             edgecolor=colour, linewidth=1.3, zorder=3,
         )  # fmt: skip
-    for point in references:
-        axes.scatter(point[pair[0]], point[pair[1]], marker="x", s=55, color="black", linewidth=1.6, zorder=5)
+    mark(axes, [extent(summary, name) for name in (x, y)], [(point[pair[0]], point[pair[1]]) for point in references])
     axes.set(xlabel=f"{as_text(x)} (higher is better)", ylabel=f"{as_text(y)} (higher is better)")
     axes.grid(color="0.92", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(0.07)
     return shades
 
 
@@ -184,20 +176,22 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     figure = Figure(figsize=(7.4, 5.8), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d")
     shades = None
-    for rows, (colour, marker, _) in zip(by_method(summary).values(), styles(summary)):
-        points = [_column(rows, name) for name in objectives]
+    for rows, (colour, marker, _), size in zip(by_method(summary).values(), styles(summary), sizes(summary)):
+        points = [column(rows, name) for name in objectives]
         if rows[0]["preference"] is None:
-            axes.scatter(*points, marker=marker, s=100, facecolor="white", edgecolor=colour, linewidth=1.4)
+            axes.scatter(*points, marker=marker, s=size, facecolor="none", edgecolor=colour, linewidth=1.4)
             continue
         weights = np.array([row["preference"] for row in rows])
         if len(rows) > 3:
             triangles = Triangulation(weights[:, 0], weights[:, 1]).triangles
             axes.plot_trisurf(*points, triangles=triangles, color=colour, alpha=0.16, edgecolor=colour, linewidth=0.5)
         shades = axes.scatter(
-            *points, c=weights[:, 2], cmap=SHADES, vmin=0, vmax=1, marker=marker, s=40, edgecolor=colour,
+            *points, c=weights[:, 2], cmap=SHADES, vmin=0, vmax=1, marker=marker, s=size, edgecolor=colour,
             linewidth=1.0, depthshade=False,
         )  # fmt: skip
-    for point in references:
+    extents = [extent(summary, name) for name in objectives]
+    beyond = [point for point in references if not is_near(point, extents)]
+    for point in (point for point in references if point not in beyond):
         axes.scatter(*([value] for value in point), marker="x", s=55, color="black", linewidth=1.6)
     axes.set(**dict(zip(("xlabel", "ylabel", "zlabel"), map(as_text, objectives))))
     axes.xaxis.labelpad = axes.yaxis.labelpad = 9
@@ -205,19 +199,8 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
     axes.set_box_aspect(None, zoom=0.95)
     if shades is not None:
         figure.colorbar(shades, ax=axes, label=f"α, weight of {as_text(objectives[2])}", shrink=0.7, pad=0.07)
-    legend(figure, summary, len(references), crosses=False)
+    legend(figure, summary, len(references) - len(beyond), crosses=False, beyond=beyond)
     return figure
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
-
-
-def _reach(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """How far intervals reach below and above their points, of shape `(2, points)`; nowhere for a single prompt."""
-    middle = _column(rows, name)
-    reach = np.stack([middle - _column(rows, f"{name}_low"), _column(rows, f"{name}_high") - middle])
-    return np.nan_to_num(reach).clip(min=0)
 
 
 def _flat(row: Mapping[str, Any], objectives: Sequence[str]) -> dict[str, Any]:
@@ -240,14 +223,6 @@ def as_text(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def by_method(summary: Summary) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of each method, in the order in which methods first come."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in summary:
-        found.setdefault(row["method"], []).append(row)
-    return found
-
-
 def styles(summary: Summary) -> list[tuple[str, str, Any]]:
     """Colour, marker and line of each method; no two of eight share a colour, of ten a marker. Controls are black."""
     controls = zip(itertools.repeat("black"), itertools.cycle(OPEN_MARKERS), itertools.repeat("none"))
@@ -256,8 +231,15 @@ def styles(summary: Summary) -> list[tuple[str, str, Any]]:
     return [next(controls if control else methods) for control in kinds]
 
 
-def legend(figure: Figure, summary: Summary, references: int, connect: bool = False, crosses: bool = True) -> None:
-    """Below the panels, so that it hides no point."""
+def legend(
+    figure: Figure,
+    summary: Summary,
+    references: int,
+    connect: bool = False,
+    crosses: bool = True,
+    beyond: Sequence[Sequence[float]] = (),
+) -> None:
+    """Below the panels, so that it hides no point. Reference points `beyond` the picture are told in numbers."""
     handles = []
     for (name, rows), (colour, marker, line) in zip(by_method(summary).items(), styles(summary)):
         control = rows[0]["preference"] is None
@@ -272,5 +254,8 @@ def legend(figure: Figure, summary: Summary, references: int, connect: bool = Fa
     if references:
         label = "reference point" if references == 1 else "reference points"
         handles.append(Line2D([], [], color="black", marker="x", ls="none", label=label, markersize=7))
+    for point in beyond:
+        label = f"reference point {', '.join(f'{value:g}' for value in point)}, outside"
+        handles.append(Line2D([], [], color="none", marker="none", ls="none", label=label))
     columns = min(len(handles), 3 if figure.get_figwidth() < 8 else 6)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig
 from peft_pblora.card import PROMPT
+from trl_parm.arguments import check_fields
 
 from .losses import ARMLoss
 
@@ -146,7 +148,11 @@ class PreferenceARMConfig(_BaseConfig):
             for name, allowed in CHOICES.items()
         ]
         conditions += [
-            ("beta", all(isinstance(b, int | float) and 0 < b < math.inf for b in betas), "every β must be positive"),
+            (
+                "beta",
+                all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b < math.inf for b in betas),
+                "every β must be positive",
+            ),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
             ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
             ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
@@ -236,7 +242,7 @@ class ARMArguments:
 
     Args:
         model_name_or_path (`str`): The ARM's backbone.
-        train_data (`list[PairData]`): The data sets, each as a mapping in YAML; see [`PairData`].
+        train_data (`list[PairData]`): The data sets, each in YAML as a path or a mapping; see [`PairData`].
         eval_data (`list[PairData]`, *optional*): The same for evaluation.
         objectives (`list[str]`, *optional*): Names and order of the objectives; those of the data if not given.
         adapter (`str`, *optional*, defaults to `"pblora"`): `"pblora"`, `"svdlora"`, `"moslora"` or `"lora"`.
@@ -258,8 +264,8 @@ class ARMArguments:
 
     def __post_init__(self) -> None:
         self.adapter_kwargs = _from_json(self.adapter_kwargs)
-        self.train_data = [_as_pair_data(entry) for entry in self.train_data]
-        self.eval_data = [_as_pair_data(entry) for entry in self.eval_data]
+        self.train_data = [as_pair_data(entry) for entry in self.train_data]
+        self.eval_data = [as_pair_data(entry) for entry in self.eval_data]
         if self.adapter not in ADAPTERS:
             raise ValueError(f"`adapter` is {self.adapter!r}, but it must be one of {', '.join(ADAPTERS)}.")
 
@@ -276,7 +282,11 @@ class ARMArguments:
         if self.adapter != "lora":
             named = [entry.objective for entry in self.train_data if entry.objective]
             settings["objectives"] = self.objectives or list(dict.fromkeys([*(label_columns or {}), *named]))
-        return ADAPTERS[self.adapter](**{**settings, **cast(dict, self.adapter_kwargs or {})})
+        kind = ADAPTERS[self.adapter]
+        given = check_fields(cast(dict, self.adapter_kwargs or {}), kind, "`adapter_kwargs`")
+        if unknown := set(given) - {field.name for field in fields(kind)}:
+            raise ValueError(f"`adapter_kwargs` has {', '.join(unknown)}, which {kind.__name__} does not know.")
+        return kind(**{**settings, **given})
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """For a backbone in 4 bits (NF4, double quantization, computing in bfloat16)."""
@@ -310,11 +320,13 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
-def _as_pair_data(entry: PairData | dict[str, Any]) -> PairData:
+def as_pair_data(entry: PairData | Mapping[str, Any] | str) -> PairData:
+    """A data set as it stands in YAML: a path, or a mapping. Raises `ValueError` for a mapping of another kind."""
     if isinstance(entry, PairData):
         return entry
     try:
-        return PairData(**entry)
+        settings = {"path": entry} if isinstance(entry, str) else entry
+        return PairData(**check_fields(settings, PairData, "A data set"))
     except TypeError:
         others = [name for name in PairData.__dataclass_fields__ if name != "path"]
         raise ValueError(

@@ -40,7 +40,8 @@ def make_sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: st
             raise ValueError("an adapter is merged into the base model")
         objectives = cast(Any, model.active_peft_config).objectives
         corners = torch.eye(len(objectives))
-        preferences = torch.stack([corners[0], corners.mean(0), corners[-1]]) if len(objectives) > 1 else corners
+        middle = corners.mean(0, keepdim=True) if len(objectives) > 1 else corners[1:]
+        preferences = torch.cat([corners[:1], middle, corners[1:]])
         with in_evaluation(model), torch.no_grad():
             answers = guided_answers(model, tokenizer, prompt, preferences)
         names = ["(the base model alone)", *(name_preference(row, objectives) for row in preferences)]
