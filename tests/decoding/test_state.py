@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor
 from trl_parm.decoding import genarm, parm
+from trl_parm.decoding.terms import language_models
 
 
 IDS = PROMPTS[1:2]
@@ -213,7 +214,7 @@ def test_a_guided_model_leaves_adapters_active_and_a_processor_says_what_it_did(
     assert torch.equal(arm.get_base_model()(IDS).logits, plain)
     # Calls of the `PeftModel` are still the ARM, if the adapter is one of ours.
     assert torch.equal(arm(IDS).logits, plain) == (adapter == "LoRAs")
-    arm.set_adapter(processor._guides()[0].adapter_names[0])
+    arm.set_adapter(guided.terms[0].adapter_names[0])
     with pytest.raises(ValueError, match="was made active, or replaced, after the processor was made"):
         text(arm.get_base_model().generate, logits_processor=[processor])
 
@@ -248,7 +249,7 @@ def test_copies_guide_as_their_originals_and_apart_from_them(copier, adapter):
     original = FORMULAS[adapter][0]()
     processor = GuidedLogitsProcessor(FORMULAS[adapter][1](original))
     base, again = copier((original.get_base_model(), processor))
-    assert again._guides()[0].backbone is base
+    assert language_models(again.formula)[0].backbone is base
     assert torch.equal(text(base.generate, logits_processor=[again]), expected)
 
 
