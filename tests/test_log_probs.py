@@ -23,15 +23,8 @@ from transformers import (
 from peft_pblora import set_preference
 from trl_parm import PreferenceARMConfig
 from trl_parm.training.data import PreferenceCollator
-from trl_parm.training.log_probs import (
-    LOGITS_AT_ONCE,
-    Predictions,
-    ResponseLogProbs,
-    Responses,
-    separate_rows,
-    shared_prompts,
-    token_log_probs,
-)
+from trl_parm.training.layout import Predictions, dense_places, separate_rows, shared_prompts
+from trl_parm.training.log_probs import LOGITS_AT_ONCE, ResponseLogProbs, Responses, token_log_probs
 
 
 PAIRS = [([5, 6, 7], [8, 9, 1], [9, 1]), ([5], [10, 11, 12, 13, 1], [3]), ([2, 3, 4, 5, 6], [7], [8, 4, 4, 1])]
@@ -202,9 +195,78 @@ def test_shared_prompts_do_not_see_the_other_response():
         for query in range(mask.shape[1]):
             for key in range(mask.shape[1]):
                 s, t = segments[row, query].item(), segments[row, key].item()
+                if s == -1:  # what padding sees is nobody's business
+                    continue
                 allowed = key == query or (key < query and t != -1 and not (s == 2 and t == 1))
                 assert mask[row, query, key].item() == allowed
     assert inputs["position_ids"][0].tolist()[:8] == [0, 1, 2, 3, 4, 5, 3, 4]
+
+
+def random_pairs(seed: int, common: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Seven pairs of unlike lengths, whose prompts have so many tokens at their start in common."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(least: int, most: int) -> list[int]:
+        return torch.randint(2, 14, (int(torch.randint(least, most, (), generator=draw)),), generator=draw).tolist()
+
+    start = torch.randint(2, 14, (common,), generator=draw).tolist()
+    pairs = [(start + ids(0, 9) + [14], ids(1, 12), ids(1, 12)) for _ in range(6)]
+    return [*pairs, (pairs[0][0], ids(1, 30), ids(1, 3))]  # a prompt twice, and a long answer
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_arm])
+@pytest.mark.parametrize("common", [0, 1, 7])
+@pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 16}, {"max_length": 40}], ids=str)
+def test_pairs_in_dense_rows_have_the_log_probs_and_gradients_of_separate_ones(make, common, settings):
+    model, pairs = make().eval(), random_pairs(common, common)
+    if make is tiny_arm:
+        set_preference(model, [0.3, 0.7])
+    found, fed = [], []
+
+    def feed(*given, **kwargs):
+        fed.append(kwargs["input_ids"].shape)
+        return model(*given, **kwargs)
+
+    for share in (False, True):
+        model.zero_grad()
+        log_probs = Responses(model, args(share_prompt=share, **settings)).log_probs(feed, batch(share, pairs))
+        (log_probs * torch.linspace(-1, 2, log_probs.numel()).view_as(log_probs)).sum().backward()
+        found.append(
+            (log_probs.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        )
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+    length = max(len(prompt) + len(first) + len(second) for prompt, first, second in pairs)
+    rows, columns = fed[1]
+    assert rows * columns < len(pairs) * length
+    assert rows < len(pairs)
+    assert columns % settings.get("pad_to_multiple_of", 1) == 0
+    assert columns <= max(length, settings.get("max_length", 10**6))
+
+
+def test_rows_stay_apart_where_each_pair_has_a_preference_of_its_own():
+    fed = []
+
+    def feed(*given, **kwargs):
+        fed.append(kwargs["input_ids"].shape)
+        return model(*given, **kwargs)
+
+    model, pairs = tiny_llama(), random_pairs(0, 3)
+    Responses(model, args(share_prompt=True, preference_per="pair")).log_probs(feed, batch(True, pairs))
+    assert fed[0][0] == len(pairs)
+
+
+def test_dense_places_hold_every_token_once_and_the_common_start_once_in_a_row():
+    for seed in range(20):
+        given = batch(True, random_pairs(seed, seed % 4))
+        places = dense_places(given, width=16)
+        inputs, _ = shared_prompts(given, None, places)
+        tokens = (given["segments"] != -1).sum().item()
+        pairs = len(given["input_ids"])
+        held = inputs["attention_mask"].diagonal(dim1=-2, dim2=-1)  # each sees itself
+        assert held.all()
+        assert places.common >= seed % 4
+        filled = places.fill(torch.ones_like(given["input_ids"]), given["segments"])
+        assert filled.sum().item() == tokens - (pairs - places.count) * places.common
 
 
 def test_shared_prompts_need_attention_that_follows_a_mask():

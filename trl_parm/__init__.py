@@ -8,6 +8,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .cpu import optimize_for_cpu, undo_optimize_for_cpu
     from .decoding import *
     from .evaluation import hypervolume, mean_inner_product, pareto_front
     from .training import PreferenceARMConfig, PreferenceARMTrainer
@@ -23,6 +24,7 @@ _DECODING = (
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "cpu": ("optimize_for_cpu", "undo_optimize_for_cpu"),
         "decoding": _DECODING,
         "evaluation": ("hypervolume", "mean_inner_product", "pareto_front"),
         "training": ("PreferenceARMConfig", "PreferenceARMTrainer"),

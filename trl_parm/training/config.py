@@ -85,7 +85,9 @@ class PreferenceARMConfig(_BaseConfig):
             The column with a number, 0 or larger, that each pair counts for: l_i is the weighted mean over pairs.
             Every data set needs it then.
         share_prompt (`bool`, *optional*, defaults to `False`):
-            Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention.
+            Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention. With one
+            preference for a step, rows hold several pairs without padding, and the start that all prompts have in
+            common, such as a chat template's, is read once in a row.
         pad_to_multiple_of (`int`, *optional*): Round batch lengths up.
         dataset_num_proc (`int`, *optional*): Processes that tokenize.
         disable_dropout (`bool`, *optional*, defaults to `True`):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""log π of the responses of a batch under a causal language model: how pairs are fed to it, and what is computed.
+"""log π of the responses of a batch under a causal language model.
 
 Only the tokens of responses get logits, and never a float32 matrix of (rows, tokens, vocabulary).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trl_parm.cpu import PackedLinear
+
 from .config import PreferenceARMConfig
-from .data import FIRST, PADDING, PROMPT, SECOND, PreferenceCollator
+from .data import PADDING, PreferenceCollator
+from .layout import Predictions, dense_places, separate_rows, shared_prompts
 from .model import in_evaluation, limits_of
 
 
@@ -36,8 +39,10 @@ class Responses:
         self.share_prompt, self.length_normalized = args.share_prompt, args.length_normalized
         self.rows_per_pair = 1 if self.share_prompt else 2
         self._sums = ResponseLogProbs(model, chunked=not args.torch_compile)
+        self._packs = self.share_prompt and args.preference_per == "step" and not args.torch_compile
         if self.share_prompt:
             self._mask_dtype = _mask_dtype(model)
+            self._width, self._multiple = model.config.get_text_config().hidden_size, args.pad_to_multiple_of or 1
             self._in_float32 = model.dtype == torch.float32 and not (args.bf16 or args.fp16)
             self._longest = min((n for n in (args.max_length, limits_of(model).positions) if n), default=None)
 
@@ -92,74 +97,12 @@ class Responses:
         return self._sums(model, inputs, replace(predictions, groups=tokens, count=len(tokens)))
 
     def _layout(self, batch: dict[str, torch.Tensor], shared: bool) -> tuple[dict[str, torch.Tensor], Predictions]:
-        return shared_prompts(batch, self._mask_dtype) if shared else separate_rows(batch)
-
-
-def separate_rows(batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Predictions]:
-    """What the model is fed, and what it predicts, where each response has a row of its own.
-
-    The responses are numbered by row: first ones, then second ones. A first token that nothing precedes is left out.
-    """
-    ids, segments = batch["input_ids"], batch["segments"]
-    inputs = {"input_ids": ids, "attention_mask": (segments != PADDING).long()}
-    rows, positions = (segments[:, 1:] > PROMPT).nonzero(as_tuple=True)
-    return inputs, Predictions(rows, positions, ids[rows, positions + 1], rows, len(ids))
-
-
-def shared_prompts(
-    batch: dict[str, torch.Tensor], dtype: torch.dtype | None
-) -> tuple[dict[str, torch.Tensor], Predictions]:
-    """As [`separate_rows`] where one row holds `[prompt | first | second]`.
-
-    Both responses start at the position after the prompt, and neither sees the other. The attention mask is additive
-    and of a `dtype`, as eager attention wants it, or boolean, as scaled dot product attention takes it.
-    """
-    ids, segments = batch["input_ids"], batch["segments"]
-    prompts = (segments == PROMPT).sum(1)
-    firsts = (segments == FIRST).sum(1)
-    order = torch.arange(ids.shape[1], device=ids.device)
-    positions = order - (segments == SECOND) * firsts[:, None]
-    query, key = segments[:, :, None], segments[:, None, :]
-    visible = (order[:, None] >= order) & (key != PADDING) & ~((query == SECOND) & (key == FIRST))
-    visible |= torch.eye(len(order), dtype=torch.bool, device=ids.device)
-    mask = visible[:, None]
-    if dtype is not None:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-    rows, columns = (segments > PROMPT).nonzero(as_tuple=True)
-    # The second response continues the prompt, not the first response.
-    starts = (segments[rows, columns] == SECOND) & (columns == (prompts + firsts)[rows])
-    predictors = torch.where(starts, prompts[rows], columns) - 1
-    known = predictors >= 0
-    rows, columns, predictors = rows[known], columns[known], predictors[known]
-    groups = rows + (segments[rows, columns] == SECOND) * len(ids)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.clamp(min=0)}
-    return inputs, Predictions(rows, predictors, ids[rows, columns], groups, 2 * len(ids))
-
-
-@dataclass
-class Predictions:
-    """Which tokens of a batch are predicted where, and which of them are summed together.
-
-    Args:
-        rows, positions (`torch.Tensor` of shape `(tokens,)`): Where the model predicts the token.
-        targets (`torch.Tensor` of shape `(tokens,)`): The token's id.
-        groups (`torch.Tensor` of shape `(tokens,)`): The response that the token belongs to.
-        count (`int`): Number of responses.
-    """
-
-    rows: torch.Tensor
-    positions: torch.Tensor
-    targets: torch.Tensor
-    groups: torch.Tensor
-    count: int
-
-    def sum(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Sums `(tokens,)` values by response, to shape `(count,)`."""
-        return log_probs.new_zeros(self.count).index_add(0, self.groups.to(log_probs.device), log_probs)
-
-    def lengths(self) -> torch.Tensor:
-        """Predicted tokens of each response, shape `(count,)`."""
-        return torch.bincount(self.groups, minlength=self.count)
+        if not shared:
+            return separate_rows(batch)
+        places = None
+        if self._packs:
+            places = dense_places(batch, self._width, self._longest, self._multiple)
+        return shared_prompts(batch, self._mask_dtype, places)
 
 
 class ResponseLogProbs:
@@ -206,12 +149,12 @@ class _TokenLogProbs(torch.autograd.Function):
     """log_softmax(hidden @ weight.T + bias) at the targets, shape `(tokens,)`, float32.
 
     Its arguments are hidden states `(tokens, size)`, the only ones that get a gradient, weight `(vocab, size)`, bias
-    `(vocab,)` or `None`, and targets `(tokens,)`.
+    `(vocab,)` or `None`, targets `(tokens,)`, and the dtype of products, that of the hidden states if `None`.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
-        dtype = hidden.dtype
+    def forward(ctx, hidden, weight, bias, targets, dtype=None):
+        dtype = dtype or hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -220,12 +163,12 @@ class _TokenLogProbs(torch.autograd.Function):
         log_probs = []
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
-            logits = F.linear(hidden[chunk].to(dtype), weight, bias).float()
+            logits = F.linear(hidden[chunk].to(dtype), weight, bias)
+            every = torch.log_softmax(logits, -1, dtype=torch.float32)
             target = targets[chunk, None]
-            normalizer = torch.logsumexp(logits, -1, keepdim=True)
-            log_probs.append((logits.gather(-1, target) - normalizer)[:, 0])
+            log_probs.append(every.gather(-1, target)[:, 0])
             if gradients is not None:
-                probabilities = logits.sub_(normalizer).exp_().to(dtype)
+                probabilities = every.exp_().to(dtype)
                 gradients[chunk] = (weight[target[:, 0]] - probabilities @ weight).to(hidden.dtype)
         ctx.save_for_backward(gradients)
         return torch.cat(log_probs) if log_probs else hidden.new_zeros(0, dtype=torch.float32)
@@ -234,7 +177,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *outputs):
         (gradients,) = ctx.saved_tensors
-        return gradients * outputs[0][:, None].to(gradients.dtype), None, None, None
+        return gradients * outputs[0][:, None].to(gradients.dtype), None, None, None, None
 
 
 token_log_probs: Any = _TokenLogProbs.apply
@@ -266,7 +209,9 @@ def _log_softmax_at(logits, rows, positions, targets) -> torch.Tensor:
 def _frozen_head(model: nn.Module) -> nn.Linear | None:
     """The output head if it is a plain linear layer that is not trained, and whole in this process."""
     head = cast(Any, model).get_output_embeddings()
-    if type(head) is not nn.Linear or any(p.requires_grad or hasattr(p, "ds_id") for p in head.parameters()):
+    if type(head) not in (nn.Linear, PackedLinear) or any(
+        p.requires_grad or hasattr(p, "ds_id") for p in head.parameters()
+    ):
         return None
     return head
 
@@ -283,8 +228,8 @@ def _answering_head(head: nn.Linear, predictions: Predictions) -> Iterator[list[
 
     def answer(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         at = predictions.rows.to(output.device), predictions.positions.to(output.device)
-        weight, bias = cast(nn.Linear, module).weight, cast(nn.Linear, module).bias
-        values = token_log_probs(inputs.pop()[at], weight, bias, predictions.targets.to(output.device))
+        weight, bias, dtype = cast(Any, module).weight, module.bias, getattr(module, "dtype", None)
+        values = token_log_probs(inputs.pop()[at], weight, bias, predictions.targets.to(output.device), dtype)
         sums = predictions.sum(values)
         answers.append(sums.detach())
         return sums[:, None, None]

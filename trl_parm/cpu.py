@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers that multiply as fast as a CPU can: by oneDNN, with weights that are packed once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+Model = TypeVar("Model", bound=nn.Module)
+DTYPES = (torch.float32, torch.bfloat16)
+FEWEST_ROWS = 4
+"""Products with fewer rows take as long, and on some CPUs longer: they are filled up."""
+
+
+def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Makes the linear layers of a model on a CPU multiply by oneDNN with packed weights, in training too.
+
+    A product with one or a few rows, as in decoding, then costs one reading of the weights; PyTorch's default kernels
+    take up to three times as long in float32. Each plain `nn.Linear` is replaced, in place, by a [`PackedLinear`] with
+    the same parameters, so that adapters, saving, merging and training go on as before, and weights that change are
+    packed anew. It costs the memory of one packed copy of the weights. [`undo_optimize_for_cpu`] takes it back.
+
+    Call it before models are wrapped for distribution, and before you keep hold of single layers. Compiled forwards
+    and autocast use PyTorch's own kernels.
+
+    Args:
+        model (`nn.Module`): Any model on a CPU, with adapters or without.
+        dtype (`torch.dtype`, *optional*):
+            Of the products, float32 or bfloat16; inputs, outputs and parameters keep theirs. If not given, bfloat16
+            for a CPU with units for it (AVX512-BF16 or AMX), which halves the time of a product, and otherwise each
+            layer's own. In bfloat16 log-probabilities differ from float32's in the third digit or so, as on a GPU.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no linear layer that could be packed (quantized or on another device), weights on `meta`, a model
+            that is packed already, another dtype, or a PyTorch without oneDNN.
+    """
+    if not torch.backends.mkldnn.is_available():
+        raise ValueError("This PyTorch has no oneDNN, by which linear layers are packed. Use the model as it is.")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"`dtype` is {dtype}, but products can be made in float32 or bfloat16.")
+    if dtype == torch.bfloat16 and not has_bfloat16_units():
+        warnings.warn(
+            "This CPU has no units for bfloat16, so that its products are slower than in float32 (1.5 to 6 times, as "
+            "measured with AVX2 and AVX512). Leave `dtype` out.",
+            stacklevel=2,
+        )
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError("The model's linear layers are packed already. Call `undo_optimize_for_cpu` first.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("The model has weights on `meta`, which are not there. Load it whole into memory first.")
+    if dtype is None and has_bfloat16_units():
+        dtype = torch.bfloat16
+    small = _of_adapters(model)
+    packed = {m: PackedLinear.of(m, dtype) for m in model.modules() if _can_be_packed(m) and m not in small}
+    if not packed:
+        raise ValueError(
+            f"No linear layer of the {type(model).__name__} could be packed: it needs a plain `nn.Linear` in float32 "
+            "or bfloat16 on a CPU, which is not quantized. Use the model as it is."
+        )
+    _replace(model, packed)
+    return cast(Model, packed.get(cast(Any, model), model))
+
+
+def undo_optimize_for_cpu(model: Model) -> Model:
+    """Puts plain linear layers back, with the parameters as they are now, and returns the model."""
+    plain = {module: module.plain() for module in model.modules() if isinstance(module, PackedLinear)}
+    _replace(model, plain)
+    return cast(Model, plain.get(cast(Any, model), model))
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that multiplies by a packed copy of its weight, made when it is first needed.
+
+    Its parameters are those of the layer that it replaces. The copy is made anew after the weight was replaced, was
+    changed in place, or was asked for as `layer.weight`, since who has it may change its `data` without a trace.
+
+    Attributes:
+        dtype (`torch.dtype` or `None`): Of products; the weight's own if `None`.
+    """
+
+    dtype: torch.dtype | None
+    _packed: torch.Tensor | None
+    _of: tuple[int, int]
+
+    @classmethod
+    def of(cls, linear: nn.Linear, dtype: torch.dtype | None = None) -> PackedLinear:
+        """One with the parameters and all else of a layer."""
+        return cast(PackedLinear, _like(linear, cls, dtype=dtype, _packed=None, _of=(0, 0)))
+
+    def plain(self) -> nn.Linear:
+        """A plain layer with the same parameters."""
+        return _like(self, nn.Linear)
+
+    @property
+    def weight(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._packed = None
+        return self._parameters["weight"]
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.register_parameter("weight", value)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias = cast(torch.Tensor, self._parameters["weight"]), self._parameters["bias"]
+        if (
+            torch.compiler.is_compiling()
+            or type(input) is not torch.Tensor  # such as a fake one
+            or input.dtype not in DTYPES
+            or weight.dtype not in DTYPES
+            or not (weight.is_cpu and input.is_cpu)
+            or torch.is_autocast_enabled("cpu")
+            or not input.numel()
+        ):
+            return F.linear(input, weight, bias)
+        if not torch.is_grad_enabled():
+            return self._product(input)
+        if weight.requires_grad or bias is not None and bias.requires_grad:
+            return F.linear(input, weight, bias)
+        return cast(torch.Tensor, _Product.apply(input, self))
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        packed, bias = self.packed(), self._parameters["bias"]
+        rows = x.numel() // x.shape[-1]
+        given = x.to(packed.dtype)
+        if rows < FEWEST_ROWS:
+            given = F.pad(given.reshape(rows, -1), (0, 0, 0, FEWEST_ROWS - rows))
+        bias = None if bias is None else bias.to(packed.dtype)
+        found = torch.ops.mkldnn._linear_pointwise(given, packed, bias, "none", [], "")
+        if rows < FEWEST_ROWS:
+            found = found[:rows].view(*x.shape[:-1], -1)
+        return found.to(x.dtype)
+
+    def packed(self) -> torch.Tensor:
+        """The packed copy of the weight as it is now."""
+        weight = cast(torch.Tensor, self._parameters["weight"])
+        now = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if self._packed is None or self._of != now:
+            source = weight.detach().to(self.dtype or weight.dtype)
+            self._packed, self._of = torch.ops.mkldnn._reorder_linear_weight(source, 2 * FEWEST_ROWS), now
+        return self._packed
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, products in {self.dtype or 'the dtype of the weight'}"
+
+
+class _Product(torch.autograd.Function):
+    """The product of a [`PackedLinear`] whose input alone gets a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+        ctx.dtype = layer.packed().dtype
+        ctx.save_for_backward(layer._parameters["weight"])
+        return layer._product(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,), (gradient,) = ctx.saved_tensors, gradients
+        return (gradient.to(ctx.dtype) @ weight.to(ctx.dtype)).to(gradient.dtype), None
+
+
+def _can_be_packed(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear:
+        return False
+    weight = module.weight
+    return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype in DTYPES
+
+
+def _of_adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules of PEFT's adapters, which are small, and some of which are asked for their kind."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    containers = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
+    return {module for container in containers if isinstance(container, nn.Module) for module in container.modules()}
+
+
+def _like(linear: nn.Linear, kind: type[nn.Linear], **attributes: Any) -> nn.Linear:
+    """A layer of another class that shares all that a layer has, hooks with their handles too."""
+    new = kind.__new__(kind)
+    new.__dict__.update({n: value for n, value in linear.__dict__.items() if n not in ("dtype", "_packed", "_of")})
+    new.__dict__.update(attributes)
+    return new
+
+
+def _replace(model: nn.Module, new: dict[Any, nn.Linear]) -> None:
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
