@@ -54,12 +54,15 @@ def main() -> None:
     from common import report
 
     commit = subprocess.run(["git", "-C", other, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    kernels = "with packed weights"
+    if args.as_users_call:
+        kernels = f"by default kernels there and `optimize_for_cpu` with products in {args.products} here"
     report(
-        "beside",
+        f"beside_as_called_{args.products}" if args.as_users_call else "beside",
         rows,
         [
             f"Other: commit {commit.stdout.strip()}. Base {args.base}, guide of its own {args.guide}, random weights, "
-            f"float32 with packed weights; {args.tokens} tokens after prompts of 32, whole calls; median [quartiles] "
+            f"float32 {kernels}; {args.tokens} tokens after prompts of 32, whole calls; median [quartiles] "
             f"of the ratio of {args.repeats} paired rounds, and the ratio of the least times.",
         ],
     )
@@ -73,6 +76,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="cases whose name has this text")
+    parser.add_argument(
+        "--as-users-call", action="store_true", help="models as they are loaded, here after `optimize_for_cpu`"
+    )
+    parser.add_argument("--products", default="bfloat16", help="their dtype, for --as-users-call")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -80,7 +87,8 @@ def parse_args() -> argparse.Namespace:
 def start(checkout: Path, args: argparse.Namespace) -> subprocess.Popen:
     """A process that imports the packages of a checkout."""
     command = [sys.executable, __file__, args.other, "--worker", "--base", args.base, "--guide", args.guide]
-    command += ["--tokens", str(args.tokens), "--only", args.only]
+    command += ["--tokens", str(args.tokens), "--only", args.only, "--products", args.products]
+    command += ["--as-users-call"] if args.as_users_call else []
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -107,7 +115,7 @@ def make_cases(args: argparse.Namespace):
     from itertools import count, cycle
 
     import torch
-    from models import load, prompts, use_onednn, with_arm, with_loras
+    from models import load, prompts, with_arm, with_loras
 
     import trl_parm
     from peft_pblora import preference_grid
@@ -119,7 +127,10 @@ def make_cases(args: argparse.Namespace):
 
     def fresh(name):
         model = load(name, torch.float32, cpu)
-        use_onednn(model)
+        if not args.as_users_call:
+            use_onednn(model)
+        elif hasattr(trl_parm, "optimize_for_cpu"):
+            trl_parm.optimize_for_cpu(model, getattr(torch, args.products))
         return model
 
     def shared_copy(model):
@@ -204,6 +215,25 @@ def make_cases(args: argparse.Namespace):
         ),
     }  # fmt: skip
     return cases
+
+
+def use_onednn(model) -> None:
+    """Lets linear layers multiply by oneDNN with packed weights, in the same way in both checkouts."""
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.forward = _Packed(torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8), module.bias)
+
+
+class _Packed:
+    def __init__(self, weight, bias) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x):
+        import torch
+
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 if __name__ == "__main__":

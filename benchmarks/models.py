@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peft_pblora import PBLoraConfig
@@ -60,26 +59,6 @@ def with_loras(model: PreTrainedModel, names: list[str]) -> PeftModel:
     for name in names[1:]:
         adapted.add_adapter(name, config)
     return adapted.eval()
-
-
-def use_onednn(model: nn.Module) -> None:
-    """Lets float32 linear layers of a CPU model multiply by oneDNN, with weights packed once.
-
-    PyTorch gives float32 to MKL, whose product with two rows costs twice one with a single row, and as much as one
-    with sixteen: it hides what reading weights once saves. bfloat16 goes to oneDNN anyway.
-    """
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 8)
-            module.forward = _Packed(packed, module.bias)
-
-
-class _Packed:
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def prompts(rows: int, length: int, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What guidance costs where base and guides share one set of weights, and what a sweep over preferences costs.
 
-    python benchmarks/shared_backbone.py [--models ...] [--dtype float32|bfloat16] [--kernels onednn|torch]
+    python benchmarks/shared_backbone.py [--models ...] [--dtype float32|bfloat16] [--products float32|bfloat16]
 
 Decoding after one prompt, beside the unguided base model at the same batch size: PARM and GenARM in one forward,
 the same by a logits processor, in two, and the authors' way, which we wrote as a naive twin: two forwards, one prompt
@@ -16,13 +16,14 @@ import copy
 import torch
 import torch.nn.functional as F
 from common import device, interleave, paired_ratio, report
-from models import load, prompts, use_onednn, with_arm, with_loras
+from models import load, prompts, with_arm, with_loras
 from transformers import DynamicCache
 
 from peft_pblora import preference_grid
 from peft_pblora.kv_cache import cache_argument
 from peft_pblora.layer import PreferenceLinear
-from trl_parm import PARM, GenARM, GenARMLogitsProcessor, PARMLogitsProcessor
+from trl_parm import PARM, GenARM, GenARMLogitsProcessor, PARMLogitsProcessor, optimize_for_cpu
+from trl_parm.cpu import has_bfloat16_units
 
 
 PROMPT = 32
@@ -35,7 +36,7 @@ def main() -> None:
     rows = []
     for name in args.models:
         rows += measure(name, args)
-    report("shared_backbone", rows, notes(args))
+    report("shared_backbone" + ("_bfloat16" if args.products == "bfloat16" else ""), rows, notes(args))
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["Llama 7B"] if cuda else ["SmolLM2-135M", "Llama 271M"])
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--kernels", default="torch" if cuda else "onednn", choices=["torch", "onednn"])
+    parser.add_argument("--products", default=None if cuda else "float32", help="of `optimize_for_cpu`, which packs")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=5)
@@ -53,8 +54,8 @@ def parse_args() -> argparse.Namespace:
 def measure(name: str, args: argparse.Namespace):
     dtype = getattr(torch, args.dtype)
     base = load(name, dtype, device())
-    if args.kernels == "onednn":
-        use_onednn(base)
+    if args.products:
+        optimize_for_cpu(base, getattr(torch, args.products))
     parm, genarm = with_arm(shared_copy(base)), with_loras(shared_copy(base), ["helpful", "harmless"])
     dense = shared_copy(parm)
     for module in dense.modules():
@@ -67,10 +68,7 @@ def measure(name: str, args: argparse.Namespace):
 
 def shared_copy(model):
     """A model of the same weights, so that several adapted ones fit into memory."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = (getattr(m.__dict__.get("forward"), "weight", None) for m in model.modules())
-    memo |= {id(tensor): tensor for tensor in packed if tensor is not None}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def of_batch(name, batch, base, parm, genarm, dense, args):
@@ -180,8 +178,10 @@ def text(ratio: tuple[float, float, float]) -> str:
 
 
 def notes(args: argparse.Namespace) -> list[str]:
-    kernels = ", linear layers by oneDNN with packed weights" if args.kernels == "onednn" else ""
-    capability = "" if torch.cuda.is_available() else f"; the CPU has {torch.backends.cpu.get_cpu_capability()}"
+    kernels = f", after `optimize_for_cpu` with products in {args.products}" if args.products else ""
+    units = "with" if has_bfloat16_units() else "without"
+    capability = f"; the CPU has {torch.backends.cpu.get_cpu_capability()}, {units} bfloat16 units"
+    capability = "" if torch.cuda.is_available() else capability
     return [
         f"{args.dtype}{kernels}{capability}. `generate`, greedy, {args.tokens} tokens after prompts of {PROMPT}; "
         f"median [quartiles] of {args.repeats} paired rounds. A token: the time of all but the first, whose forward "

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from common import device, interleave, paired_ratio, report
-from models import load, prompts, use_onednn, with_arm
+from models import load, prompts, with_arm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trl_parm import LM, PARM, SpeculativeDecoding
+from trl_parm import LM, PARM, SpeculativeDecoding, optimize_for_cpu
 
 
 LAYERS, SMALL, VOCABULARY = 24, 2, 8192
@@ -81,8 +81,8 @@ def pair(strangeness: float, dtype: torch.dtype):
         layer.self_attn.o_proj.weight.data *= strangeness
         layer.mlp.down_proj.weight.data *= strangeness
     if not torch.cuda.is_available() and dtype == torch.float32:
-        use_onednn(base)
-        use_onednn(small)
+        optimize_for_cpu(base, torch.float32)
+        optimize_for_cpu(small, torch.float32)
     return base, small, with_arm(small)
 
 
@@ -117,7 +117,7 @@ def measure_real(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     base = load("SmolLM2-135M", getattr(torch, args.dtype), device())
     tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
     if not torch.cuda.is_available() and args.dtype == "float32":
-        use_onednn(base)
+        optimize_for_cpu(base, torch.float32)
     arm = with_arm(base)
     for layer in arm.modules():
         if hasattr(layer, "adapters"):

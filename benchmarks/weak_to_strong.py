@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 from common import device, interleave, paired_ratio, report
-from models import load, prompts, use_onednn, with_arm, with_loras
+from models import load, prompts, with_arm, with_loras
 
-from trl_parm import LM, PARM, GenARM, MODWeakToStrong
+from trl_parm import LM, PARM, GenARM, MODWeakToStrong, optimize_for_cpu
 
 
 OBJECTIVES = ["helpful", "harmless", "humorous"]
@@ -109,7 +109,7 @@ def guided(args: argparse.Namespace) -> dict[str, tuple[Callable, int]]:
 def small(name: str, args: argparse.Namespace, seed: int = 0):
     model = load(name, getattr(torch, args.dtype), device(), seed)
     if not torch.cuda.is_available() and args.dtype == "float32":
-        use_onednn(model)
+        optimize_for_cpu(model, torch.float32)
     return model
 
 

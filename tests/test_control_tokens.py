@@ -128,7 +128,7 @@ def test_commands_escape_where_it_is_asked_for(folder, tmp_path, capsys):
 def test_the_demo_escapes_where_it_is_asked_for(folder):
     found = []
     for escape in (False, True):
-        answering = Answering(load_models(str(folder / "arm")), escape)
+        answering = Answering(load_models(str(folder / "arm"), dtype="float32"), escape)
         question = Question(HOSTILE, (0.5, 0.5), max_new_tokens=4, temperature=0)
         ids = answering.check(question)["input_ids"][0].tolist()
         assert (special(chatml(), ids).count("<|im_start|>") == 2) is escape

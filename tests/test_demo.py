@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answering(folder):
-    answering = Answering(load_models(str(folder / "arm"), str(folder / "base")))
+    answering = Answering(load_models(str(folder / "arm"), str(folder / "base"), "float32"))
     yield answering
     answering.close()
 
@@ -275,7 +275,7 @@ def test_bad_questions_are_refused_before_anything_is_decoded(answering, fields,
 
 def test_a_prompt_has_to_fit_into_the_context(folder):
     base = tiny_llama(0, max_position_embeddings=20)
-    models = load_models(str(folder / "arm"), str(folder / "base"))
+    models = load_models(str(folder / "arm"), str(folder / "base"), "float32")
     models.base.config.max_position_embeddings = base.config.max_position_embeddings
     answering = Answering(models)
     assert len(answering.check(changed(prompt="w1 " * 5))["input_ids"][0]) == 8
@@ -288,7 +288,7 @@ def test_a_prompt_has_to_fit_into_the_context(folder):
 
 
 def test_an_adapter_on_a_smaller_model_guides_from_beside_the_base(folder):
-    models = load_models(str(folder / "small_arm"), str(folder / "base"))
+    models = load_models(str(folder / "small_arm"), str(folder / "base"), "float32")
     assert models.base.config.hidden_size == 32
     assert models.arm.model.config.hidden_size == 16
     answering = Answering(models)
@@ -303,7 +303,7 @@ def test_an_adapter_on_a_smaller_model_guides_from_beside_the_base(folder):
 
 
 def test_the_base_is_the_one_that_the_adapter_was_trained_on_if_none_is_given(folder):
-    models = load_models(str(folder / "small_arm"))
+    models = load_models(str(folder / "small_arm"), dtype="float32")
     assert models.base.config.hidden_size == 16
     assert models.objectives == OBJECTIVES
 
@@ -312,7 +312,7 @@ def test_an_adapter_from_another_machine_acts_on_the_base(folder, tmp_path, capl
     arm = tiny_arm(tiny_llama(0), OBJECTIVES)
     arm.peft_config["default"].base_model_name_or_path = "somewhere/else/entirely"
     arm.save_pretrained(tmp_path / "arm")
-    models = load_models(str(tmp_path / "arm"), str(folder / "base"))
+    models = load_models(str(tmp_path / "arm"), str(folder / "base"), "float32")
     assert "somewhere/else/entirely, which is not here" in caplog.text
     answering = Answering(models)
     assert texts(list(answering.ask(QUESTION))[-1]) == twin(QUESTION)

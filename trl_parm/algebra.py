@@ -170,16 +170,15 @@ class LinearCombination(_Combination):
         return list(self._terms)
 
     def __call__(self, step: Step) -> torch.Tensor:
-        total = torch.zeros_like(step.scores, dtype=torch.float32)
+        total = None
         for weight, scorer in self._terms:
             values = scorer(step)
             if isinstance(weight, torch.Tensor):
                 column = of_rows(weight, values)
                 values = torch.where(column == 0, torch.zeros_like(values), column * values)  # 0 · −inf is 0
-            else:
-                values = weight * values
-            total = total + values
-        return total
+                weight = 1.0
+            total = weight * values if total is None else total.add_(values, alpha=weight)
+        return torch.zeros_like(step.scores, dtype=torch.float32) if total is None else total
 
     def __repr__(self) -> str:
         return " + ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms) or "0"

@@ -70,6 +70,25 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
     return cast(Model, packed.get(cast(Any, model), model))
 
 
+def optimize_loaded(model: Model, dtype: str = "auto") -> Model:
+    """As [`optimize_for_cpu`], of a model that was just loaded with a `dtype`, by its name: one that can't be packed,
+    or is on another device, stays as it is. Products are in bfloat16 on a CPU with units, unless it is `float32`.
+    """
+    if products_of(dtype) is None:
+        return model
+    try:
+        return optimize_for_cpu(model, torch.bfloat16 if products_of(dtype) == "bfloat16" else torch.float32)
+    except ValueError:
+        return model
+
+
+def products_of(dtype: str = "auto") -> str | None:
+    """The dtype of products of a model loaded with a `dtype`, by its name; `None` if it is not packed."""
+    if dtype == "auto":
+        return "bfloat16" if has_bfloat16_units() else "float32"
+    return dtype if dtype in ("float32", "bfloat16") else None
+
+
 def undo_optimize_for_cpu(model: Model) -> Model:
     """Puts plain linear layers back, with the parameters as they are now, and returns the model."""
     plain = {module: module.plain() for module in model.modules() if isinstance(module, PackedLinear)}
@@ -182,7 +201,8 @@ class _Product(torch.autograd.Function):
 
 
 def _can_be_packed(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear:
+    # Where another forward was put in its place, as by accelerate's offloading, weights come and go.
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
     weight = module.weight
     return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype in DTYPES

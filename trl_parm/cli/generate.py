@@ -32,6 +32,9 @@ class DecodingArguments:
 
     model_name_or_path: str = option("", "The frozen base model: a folder or Hub id.")
     dtype: str = option("auto", "Of weights, such as bfloat16; auto: as they were saved.")
+    optimize_for_cpu: bool = option(
+        True, "On a CPU, pack weights; bfloat16 where it has units, unless dtype: float32."
+    )
     model_kwargs: dict | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
     template: str | None = option(None, "How the base reads a prompt: a text with {prompt}. Its chat template if not.")
     prompts: list[str | list] | None = option(None, "The prompts themselves; a conversation as JSON in a flag.")
@@ -90,7 +93,7 @@ class DecodingArguments:
         """The base model and what it is to be loaded with."""
         from trl_parm.evaluation.models import Models
 
-        return Models(self.model_name_or_path, self.dtype, **(self.model_kwargs or {}))
+        return Models(self.model_name_or_path, self.dtype, self.optimize_for_cpu, **(self.model_kwargs or {}))
 
     def evaluate(
         self,

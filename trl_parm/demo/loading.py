@@ -39,7 +39,8 @@ def load_models(arm_name: str, base_name: str | None = None, dtype: str = "auto"
     Args:
         arm_name (`str`): The adapter.
         base_name (`str`, *optional*): The base model; the one that the adapter was trained on if not given.
-        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; as they were saved if not given.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; as they were saved if not given. On a CPU they
+            are packed, see [`trl_parm.cpu.optimize_loaded`].
 
     Raises:
         ValueError: something is missing, can't be read or does not fit, or the adapter has no objectives; in one line.
@@ -56,7 +57,7 @@ def load_models(arm_name: str, base_name: str | None = None, dtype: str = "auto"
     if canonical(trained_on) != canonical(base_name) and not is_readable(trained_on):
         logger.warning("%s was trained on %s, which is not here: it acts on %s.", arm_name, trained_on, base_name)
         backbone = base_name
-    models = Loader(base_name, dtype)
+    models = Loader(base_name, dtype, optimize=True)
     arm = models.guide(arm_name, backbone=backbone)
     arm.tokenizer.chat_template = models.tokenizer.chat_template  # it judges what the base model reads
     return Models(base_name, arm_name, models.base, models.tokenizer, arm, list(config.objectives))

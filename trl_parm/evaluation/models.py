@@ -27,7 +27,9 @@ from transformers.utils import find_adapter_config_file
 from peft_pblora import load_adapter
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of
+from trl_parm.cpu import optimize_loaded, products_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
+from trl_parm.records import plain
 
 from .decoding import Batch, encode_prompts
 
@@ -97,12 +99,13 @@ class Models:
     Args:
         base (`str`): The frozen base model.
         dtype (`str`, *optional*, defaults to `"auto"`): Of all weights but adapters; as they were saved if not given.
+        optimize (`bool`, *optional*, defaults to `False`): Pack models that are on a CPU, see [`optimize_loaded`].
         **kwargs: Further arguments of `from_pretrained`, such as `device_map`. Without it models go to the GPU if
             there is one.
     """
 
-    def __init__(self, base: str, dtype: str = "auto", **kwargs: Any) -> None:
-        self.name, self.kwargs = base, {"dtype": dtype, **kwargs}
+    def __init__(self, base: str, dtype: str = "auto", optimize: bool = False, **kwargs: Any) -> None:
+        self.name, self.optimize, self.kwargs = base, optimize, {"dtype": dtype, **kwargs}
         self._whole: dict[str, PreTrainedModel] = {}
         self._adapted: dict[tuple[str, str], PeftModel] = {}
         self._beside: list[torch.nn.Module] = []
@@ -126,6 +129,13 @@ class Models:
             return GenerationConfig.from_pretrained(self.name)
         except OSError:
             return GenerationConfig.from_model_config(_read(AutoConfig.from_pretrained, self.name, "model"))
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What answers depend on beside the weights, as JSON: arguments, and products in bfloat16."""
+        lowered = self.optimize and not torch.cuda.is_available() and products_of(self.kwargs["dtype"]) == "bfloat16"
+        told = {"attn_implementation": None, **self.kwargs} | ({"products": "bfloat16"} if lowered else {})
+        return plain({key: value for key, value in told.items() if key != "device_map"})
 
     @cached_property
     def positions(self) -> int | None:
@@ -214,7 +224,7 @@ class Models:
         model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
             model.to("cuda")
-        return model.eval()
+        return optimize_loaded(model.eval(), self.kwargs["dtype"]) if self.optimize else model.eval()
 
 
 def backbone_name(name: str) -> str | None:

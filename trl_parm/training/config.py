@@ -95,6 +95,10 @@ class PreferenceARMConfig(_BaseConfig):
             random nevertheless is refused at its first step.
         activation_offloading (`bool`, *optional*, defaults to `False`): Keep activations in CPU memory.
         model_init_kwargs (`dict`, *optional*): For `from_pretrained` where the trainer gets a model id.
+        optimize_for_cpu (`bool`, *optional*, defaults to `True`):
+            Where the trainer gets a model id and computes on a CPU, pack the model's weights: products are in bfloat16
+            on a CPU with units for it, unless `model_init_kwargs` has `dtype: float32`; adapter and optimizer stay in
+            float32. For a model that is loaded already call [`trl_parm.optimize_for_cpu`].
         trust_remote_code (`bool`, *optional*, defaults to `False`): Passed on to `from_pretrained`.
         card_prompt (`str`, *optional*):
             A prompt that the base model answers at several preferences when the model is saved, for the model card;
@@ -131,14 +135,15 @@ class PreferenceARMConfig(_BaseConfig):
     disable_dropout: bool = True
     activation_offloading: bool = False
     model_init_kwargs: dict | str | None = None
+    optimize_for_cpu: bool = True
     trust_remote_code: bool = False
     hub_strategy: HubStrategy | str = "end"
     card_prompt: str | None = PROMPT
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not self.fp16:
-            # TRL's default of True is an error on a machine without a bf16 device.
-            self.bf16 = self.use_cpu or is_torch_bf16_gpu_available()
+            # TRL's default of True is an error on a machine without a bf16 device, and slow on a CPU without units.
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         self.beta = _from_json(self.beta)
         for name in ("train_preferences", "eval_preferences"):
