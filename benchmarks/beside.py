@@ -214,7 +214,52 @@ def make_cases(args: argparse.Namespace):
             base, ("PARM", arm, preference), texts(4), custom_generate=speculative
         ),
     }  # fmt: skip
+    if args.as_users_call:
+        cases["a training step of the demo"] = training_step(args)
     return cases
+
+
+def training_step(args):
+    """Forward and backward of SmolLM2 with the demo's adapter, settings and pairs, another batch in every call."""
+    import tempfile
+    from itertools import count
+
+    import torch
+    from models import load
+    from quickstart import OBJECTIVES, PAIRS, by_objective, read_pairs
+    from smollm2 import smollm2
+    from transformers import AutoTokenizer
+
+    import trl_parm
+    from peft_pblora import PBLoraConfig
+
+    model, tokenizer = (
+        load("SmolLM2-135M", torch.float32, torch.device("cpu")),
+        AutoTokenizer.from_pretrained(smollm2()),
+    )
+    if hasattr(trl_parm, "optimize_for_cpu"):
+        trl_parm.optimize_for_cpu(model, getattr(torch, args.products))
+    adapter = PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"use_cpu": True, "bf16": False, "share_prompt": True, "gradient_checkpointing": False}
+    trainer = trl_parm.PreferenceARMTrainer(
+        model,
+        trl_parm.PreferenceARMConfig(
+            tempfile.mkdtemp(), per_device_train_batch_size=4, beta=0.05, report_to="none", **settings
+        ),
+        train_dataset=by_objective(read_pairs(PAIRS)["train"][:200], tokenizer),
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    batches, number = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()], count()
+    trainer.model.train()
+
+    def step():
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batches[next(number) % len(batches)])
+        loss.backward()
+        return loss.detach()
+
+    return step
 
 
 def use_onednn(model) -> None:

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from peft_pblora import PBLoraConfig, preference_grid
 from peft_pblora.output import output_folder
 from trl_parm import BASE, LM, PARM, Guided, PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.cpu import optimize_loaded
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.evaluation import Run, sweep
 from trl_parm.rewards import conciseness, positivity
@@ -91,7 +92,7 @@ def train(
     name: str, tokenizer: PreTrainedTokenizerBase, pairs: dict[str, list[dict]], folder: Path, args: argparse.Namespace
 ) -> tuple[PeftModel, dict[str, float]]:
     """Trains the reward model and returns it with its held-out metrics."""
-    backbone = AutoModelForCausalLM.from_pretrained(name)
+    backbone = optimize_loaded(AutoModelForCausalLM.from_pretrained(name))
     trainer = PreferenceARMTrainer(
         backbone,
         PreferenceARMConfig(
