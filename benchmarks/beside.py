@@ -226,11 +226,14 @@ def training_step(args):
 
     import torch
     from models import load
+
+    import trl_parm
+
+    sys.path.insert(0, str(Path(trl_parm.__file__).parents[1] / "examples"))  # of its own checkout
     from quickstart import OBJECTIVES, PAIRS, by_objective, read_pairs
     from smollm2 import smollm2
     from transformers import AutoTokenizer
 
-    import trl_parm
     from peft_pblora import PBLoraConfig
 
     model, tokenizer = (

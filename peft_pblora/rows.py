@@ -48,6 +48,7 @@ class RowPlan:
         # Numbers that change would be compiled in as constants, sizes of a tensor are not.
         self._sizes = torch.empty(rows, 0 if tokens is None else tokens, 0)
         self._knows_tokens = tokens is not None
+        self._known: dict[torch.Size, list[Entry]] = {}  # by shape: most layers of a forward have one of a few
         for name, part, _ in entries:
             if part.step is not None or not 0 <= part.start <= part.stop <= (groups or rows):
                 raise ValueError(
@@ -64,6 +65,14 @@ class RowPlan:
         """The adapters with their part of a layer's input, `(rows, ..., n)` or, as some models flatten it,
         `(rows * tokens, n)`. Raises `ValueError` as [`check`], unless all adapters act on all rows.
         """
+        if torch.compiler.is_compiling():
+            return self._slices(x)
+        found = self._known.get(x.shape)
+        if found is None:
+            found = self._known[x.shape] = self._slices(x)
+        return found
+
+    def _slices(self, x: torch.Tensor) -> list[Entry]:
         units = self.groups or self.rows
         if all(part.stop - part.start == units for _, part, _ in self.entries):
             return [(name, slice(0, len(x)), condition) for name, _, condition in self.entries]
