@@ -89,8 +89,9 @@ class RowPlan:
 
 
 class _Running(threading.local):
-    plan: RowPlan | None = None
-    through_tuner = False
+    def __init__(self) -> None:  # in every thread; `torch.compile` up to 2.11 would take class attributes for the values
+        self.plan: RowPlan | None = None
+        self.through_tuner = False
 
 
 _running = _Running()
