@@ -25,7 +25,7 @@ from trl_parm.decoding.cache import GuidedCache
 from trl_parm.noise import Sampling, gumbel_noise
 
 
-CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+CUDA = pytest.param("cuda:0", marks=pytest.mark.cuda)
 LENGTH = {"max_new_tokens": 10, "eos_token_id": -1}
 
 
@@ -223,21 +223,22 @@ def test_base_and_guide_on_two_devices(of_base, of_guide, door):
     assert torch.equal(found, plain)
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("way", ["offloaded", "spread"])
-def test_weights_that_accelerate_keeps_elsewhere(way):
-    """In the memory of the CPU, or each layer on another device."""
+@pytest.mark.parametrize("preference", [[1.0, 0.0], ROWS], ids=["one", "rows"])
+@pytest.mark.parametrize("layer", ["cpu", "disk", pytest.param("last GPU", marks=pytest.mark.cuda)])
+def test_weights_that_accelerate_keeps_elsewhere(preference, layer, device, tmp_path):
+    """All of them, or those of a layer, which are brought for a forward, with what the layer is given."""
     twin, arm = tiny_arm(tiny_llama(0)), tiny_arm(tiny_llama(0))
-    plain = text(PARM(twin.get_base_model(), twin, [0.3, 0.7]), "cpu")
+    plain = text(PARM(twin.get_base_model(), twin, preference), "cpu")
     base = arm.get_base_model()
-    if way == "offloaded":
-        cpu_offload(base, execution_device=torch.device("cuda:0"))
+    if layer == "cpu":
+        cpu_offload(base, execution_device=device)
     else:
-        last = torch.cuda.device_count() - 1
-        places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": last or "cpu"}
-        dispatch_model(base, {**places, "model.norm": 0, "lm_head": 0}, main_device=0)
+        there = layer if layer == "disk" else torch.device("cuda", torch.cuda.device_count() - 1)
+        names = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
+        places = {**dict.fromkeys(names, device), "model.layers.1": there}
+        dispatch_model(base, places, main_device=device, offload_dir=tmp_path)
     for cache in ({}, {"use_cache": False}):
-        assert torch.equal(text(PARM(base, arm, [0.3, 0.7]), "cuda:0", **cache), plain)
+        assert torch.equal(text(PARM(base, arm, preference), device, **cache), plain)
 
 
 @pytest.mark.cuda
