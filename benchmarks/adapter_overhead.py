@@ -191,13 +191,17 @@ def memory(size: int) -> str:
     return f"(e) Saved for backward at {size}×{size}, 512 tokens, fp32: {text}; dense delta / PBLoRA = {ratio:.0f}."
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of the layers, square but for the one "
                         "of 2048, which has a narrow twin as k and v")  # fmt: skip
     parser.add_argument("--seconds", type=float, help="for the rounds of one row")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     notes = ["Ratios to the frozen linear alone: median [quartiles] of paired rounds."]

@@ -28,7 +28,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-WHEELS, SITE, REHEARSAL = (ROOT / "build" / name for name in ("gpu-wheels", "gpu-site", "gpu-rehearsal"))
+WHEELS, REHEARSAL = ROOT / "build" / "gpu-wheels", ROOT / "build" / "gpu-rehearsal"
+SITE = ROOT / "build" / "gpu-site" / f"{sys.version_info.major}.{sys.version_info.minor}"
 TESTS = ["tests/test_device.py", "tests/decoding/test_compiled.py", "tests/test_training.py"]
 TINY = ["--dtype", "float32", "--tokens", "3", "--repeats", "2"]
 
@@ -112,6 +113,9 @@ PARTS = [
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     absent = lacking(declared())
+    if absent and SITE.is_dir():
+        sys.path.insert(0, str(SITE))
+        absent = lacking(declared())
     if absent and WHEELS.is_dir():
         install(absent)
         absent = lacking(declared())
@@ -190,12 +194,13 @@ def install(names: Sequence[str]) -> None:
     if wanted:
         command = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(SITE)]
         subprocess.run([sys.executable, *command, "--find-links", str(WHEELS), *wanted], check=False)
-    sys.path.insert(0, str(SITE))
+    if str(SITE) not in sys.path:
+        sys.path.insert(0, str(SITE))
 
 
 def run(parts: Sequence[Part], seconds: float, results: Path, rehearsed: bool) -> int:
     """Runs the parts one after the other, with the table `gpu` of how they went; the exit code."""
-    sys.path[:0] = [str(path) for path in (SITE, ROOT, HERE) if path.is_dir() and str(path) not in sys.path]
+    sys.path += [str(path) for path in (ROOT, HERE) if str(path) not in sys.path]
     from common import report
 
     rows: list[dict[str, object]] = []
@@ -240,7 +245,7 @@ def watch(command: Sequence[str], limit: float) -> tuple[int | None, str]:
     Returns:
         `tuple` of the exit code, `None` if they were ended, and the last line.
     """
-    paths = [str(path) for path in (SITE, ROOT) if path.is_dir()]
+    paths = [str(path) for path in (SITE, ROOT) if str(path) in sys.path]
     given = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join([*paths, *([given] if given else [])]), "PYTHONUNBUFFERED": "1",

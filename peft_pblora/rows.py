@@ -89,7 +89,7 @@ class RowPlan:
 
 
 class _Running(threading.local):
-    def __init__(self) -> None:  # in every thread; `torch.compile` up to 2.11 would take class attributes for the values
+    def __init__(self) -> None:  # in every thread; PyTorch 2.11 would compile attributes of the class as the values
         self.plan: RowPlan | None = None
         self.through_tuner = False
 
