@@ -62,6 +62,9 @@ gpu-wheels:  ## Collect the packages that a machine with a GPU may lack and can'
 		--python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 		-d build/gpu-wheels -r benchmarks/gpu_wheels.txt
 
+test-deepspeed: .venv-deepspeed/.ready  ## Train with DeepSpeed's ZeRO in two CPU processes (its own environment; needs a C++ compiler)
+	$(TEST_ENV) .venv-deepspeed/bin/python -m pytest -m deepspeed tests/test_launch.py
+
 test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the tests of the one against the other
 	$(call remove_made,.venv-wheel build/wheel build/sdist,exit 1;)
 	$(call new_folder,build/wheel)
@@ -123,6 +126,14 @@ $(VENV)/.demo: $(VENV)/.ready
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis \
 		optimum-quanto
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# DeepSpeed compiles an operation for processes on one machine when it is first used.
+.venv-deepspeed/.ready: setup.cfg pyproject.toml constraints.txt
+	test -x .venv-deepspeed/bin/python || { $(call new_venv,.venv-deepspeed); }
+	.venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt deepspeed==0.19.8 \
+		ninja pytest -e '.[eval]'
 	touch $@
 
 # Its torch is a build for CPUs, and the builds of torch's sister packages that come with it may be for CUDA.

@@ -138,10 +138,10 @@ def layer_row(what, tokens, n, m, label, dtypes, seconds) -> dict[str, object]:
     return row
 
 
-def switching(quick: bool) -> str:
-    """(d): a new preference, with the fold it costs, beside one decoding step of a 16-layer model."""
+def switching(quick: bool, layers: int) -> str:
+    """(d): a new preference, with the fold it costs, beside one decoding step of a model of some layers."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16,
+    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
                          num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
     with torch.device(device()):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -160,9 +160,8 @@ def switching(quick: bool) -> str:
 
     times = interleave({"step": step, "switched step": switched}, 20 if quick else 100)
     middle, low, high = paired_ratio(times, "switched step", "step")
-    return (
-        f"(d) A step after a new preference takes {middle:.2f} [{low:.2f}, {high:.2f}] of a step, 16 layers of 1024."
-    )
+    ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"(d) A step after a new preference takes {ratio} of a step, {layers} layers of 1024."
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -196,6 +195,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of the layers, square but for the one "
                         "of 2048, which has a narrow twin as k and v")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=16, help="of the model of which a step is timed")
     parser.add_argument("--seconds", type=float, help="for the rounds of one row")
     return parser.parse_args()
 
@@ -211,7 +211,7 @@ def main() -> None:
 def all_rows(args: argparse.Namespace, notes: list[str]) -> Iterator[dict[str, object]]:
     """The rows, and after them what stands below."""
     yield from layer_rows(args)
-    notes += [switching(args.quick), memory(max(args.sizes))]
+    notes += [switching(args.quick, args.layers), memory(max(args.sizes))]
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ PARTS = [
     ),
     benchmark(
         "adapter_overhead", 60, "adapter_overhead", "--quick", "--sizes", "2048", "4096", "--seconds", "0.5",
-        rehearsal=["--sizes", "64", "--seconds", "0.05"],
+        rehearsal=["--sizes", "64", "--layers", "1", "--seconds", "0.05"],
     ),
     benchmark(
         "compiled_batches", 250, "shared_backbone", *SHARED, "--tokens", "64", "--batch-sizes", "8", "32", "--cache",
