@@ -155,13 +155,22 @@ def declared() -> list[str]:
     return [*config["options"]["install_requires"].split(), "pytest"]
 
 
+def listed() -> list[str]:
+    """The requirements that wheels are collected of."""
+    lines = (HERE / "gpu_wheels.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def lacking(wanted: Sequence[str]) -> list[str]:
-    """Those of some requirements that are not fulfilled, and what they need in turn that is not there at all."""
+    """Those of some requirements that are not fulfilled, and what packages of the list need that is not there at all.
+
+    What comes with torch and others that are on every such machine is theirs to know.
+    """
     try:
         from packaging.requirements import Requirement
     except ImportError:
         return ["packaging"]
-    found, seen = [], set()
+    found, seen, ours = [], set(), {Requirement(line).name for line in listed()}
 
     def look(text: str, version_counts: bool) -> None:
         requirement = Requirement(text)
@@ -174,7 +183,7 @@ def lacking(wanted: Sequence[str]) -> list[str]:
             return
         if version_counts and not requirement.specifier.contains(version, prereleases=True):
             found.append(requirement.name)
-        elif requirement.name not in seen:
+        elif requirement.name in ours - seen:
             seen.add(requirement.name)
             for other in metadata.requires(requirement.name) or ():
                 look(other, False)
@@ -188,9 +197,8 @@ def install(names: Sequence[str]) -> None:
     """Installs what the wheels have of these packages, and of all that is listed with them, beside the others."""
     from packaging.requirements import Requirement
 
-    lines = (HERE / "gpu_wheels.txt").read_text(encoding="utf-8").splitlines()
-    listed = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    wanted = [str(one) for one in listed if one.name in names or lacking([one.name])]
+    known = [Requirement(line) for line in listed()]
+    wanted = [str(one) for one in known if one.name in names or lacking([one.name])]
     if wanted:
         command = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(SITE)]
         subprocess.run([sys.executable, *command, "--find-links", str(WHEELS), *wanted], check=False)

@@ -181,3 +181,12 @@ def test_rehearsed_tables_come_to_a_folder_of_their_own(monkeypatch):
     assert gpu.HERE not in rehearsal.parents
     assert [part.name for part in chosen] == ["tests", "speculative"]
     assert results == gpu.HERE / "results"
+
+
+def test_what_a_listed_package_needs_in_turn_is_looked_for(monkeypatch):
+    needs = {
+        "peft": ["no-such-package-of-ours>=1", "torch>=999", "absent; extra == 'x'"],
+        "torch": ["not-ours-to-know"],
+    }
+    monkeypatch.setattr(gpu.metadata, "requires", needs.get)
+    assert gpu.lacking(["peft>=0.1", "torch"]) == ["no-such-package-of-ours"]
