@@ -17,7 +17,13 @@ remove_made = @for folder in $(1); do \
 	if [ -f $$folder/$(MADE) ] && [ ! -L $$folder ]; then echo "rm -rf $$folder"; rm -rf $$folder; \
 	elif [ -e $$folder ]; then echo "$$folder stays: it was not made here"; $(2) fi; done
 
-.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-wheel findings docs check clean
+# The environment that `make` made, if it did; where torch is there already, the Python that has it.
+GPU_PY ?= $(if $(wildcard $(PY)),$(PY),python3)
+# For which machine wheels are collected.
+GPU_PYTHON_VERSION ?= 3.12
+
+.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-deepspeed test-wheel gpu \
+	gpu-wheels findings docs check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +50,20 @@ test-oldest: .venv-oldest/.ready  ## Run the tests of adapters and decoding on t
 test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
 	.venv-vllm/bin/python tests/vllm_interfaces.py
 	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
+
+gpu:  ## Run tests and benchmarks on a GPU, in nine minutes; REHEARSE=1: tiny, on a CPU; ONLY="part ...": these
+	@$(call new_folder,build/gpu-site)
+	@$(call new_folder,build/gpu-rehearsal)
+	$(GPU_PY) benchmarks/gpu.py $(if $(REHEARSE),--rehearse) $(if $(ONLY),--only $(ONLY))
+
+gpu-wheels:  ## Collect the packages that a machine with a GPU may lack and can't download, into build/gpu-wheels
+	$(call new_folder,build/gpu-wheels)
+	$(GPU_PY) -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		-d build/gpu-wheels -r benchmarks/gpu_wheels.txt
+
+test-deepspeed: .venv-deepspeed/.ready  ## Train with DeepSpeed's ZeRO in two CPU processes (its own environment; needs a C++ compiler)
+	$(TEST_ENV) .venv-deepspeed/bin/python -m pytest -m deepspeed tests/test_launch.py
 
 test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the tests of the one against the other
 	$(call remove_made,.venv-wheel build/wheel build/sdist,exit 1;)
@@ -77,7 +97,8 @@ check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/lint-imports
 
 clean:  ## Remove what make has built; what is in runs stays
-	$(call remove_made,.venv .venv-oldest .venv-vllm .venv-wheel build/wheel build/sdist build/site)
+	$(call remove_made,.venv .venv-oldest .venv-vllm .venv-deepspeed .venv-wheel build/wheel build/sdist build/site \
+		build/gpu-site build/gpu-rehearsal build/gpu-wheels)
 	rm -rf trl_parm.egg-info
 	@if [ -d build ]; then rmdir build 2>/dev/null || echo "build stays: it holds something else"; fi
 	@if [ -e runs ]; then echo "runs stays: it is yours"; fi
@@ -105,6 +126,14 @@ $(VENV)/.demo: $(VENV)/.ready
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis \
 		optimum-quanto
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# DeepSpeed compiles an operation for processes on one machine when it is first used.
+.venv-deepspeed/.ready: setup.cfg pyproject.toml constraints.txt
+	test -x .venv-deepspeed/bin/python || { $(call new_venv,.venv-deepspeed); }
+	.venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	.venv-deepspeed/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt deepspeed==0.19.8 \
+		ninja pytest -e '.[eval]'
 	touch $@
 
 # Its torch is a build for CPUs, and the builds of torch's sister packages that come with it may be for CUDA.

@@ -10,11 +10,11 @@ one token in each of 8 rows, (d) switching the preference, and (e) memory saved 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from common import device, interleave, paired_ratio, report, rounds_for
+from common import argument_parser, device, interleave, paired_ratio, report, rounds_for
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +24,7 @@ from peft_pblora import PBLoraConfig, set_preference
 
 OBJECTIVES = ["helpful", "harmless"]
 R1 = R2 = 4
+SIZES = [512, 1024, 2048, 4096]
 DTYPES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16),
           "bf16 + fp32 adapter": (torch.bfloat16, torch.float32)}  # fmt: skip
 
@@ -105,19 +106,19 @@ def train(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return run
 
 
-def layer_rows(quick: bool) -> list[dict[str, object]]:
-    shapes = [(512, 512), (1024, 1024), (2048, 2048), (2048, 256), (4096, 4096)]
-    shapes = shapes[::2] if quick else shapes
-    rows = []
+def layer_rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    shapes = [(n, m) for n in args.sizes for m in ((n, 256) if n == 2048 else (n,))]
+    shapes = shapes[::2] if args.quick else shapes
+    seconds = args.seconds or (2 if args.quick else 10)
     for what, tokens in (("one token", 1), ("one token in 8 rows", 8), ("training", 2048)):
         for n, m in shapes:
             for label, dtypes in DTYPES.items():
-                rows.append(layer_row(what, tokens, n, m, label, dtypes, quick))
-                print(rows[-1], flush=True)
-    return rows
+                row = layer_row(what, tokens, n, m, label, dtypes, seconds)
+                print(row, flush=True)
+                yield row
 
 
-def layer_row(what, tokens, n, m, label, dtypes, quick) -> dict[str, object]:
+def layer_row(what, tokens, n, m, label, dtypes, seconds) -> dict[str, object]:
     variants = build(n, m, *dtypes)
     batch = {1: 1, 8: 8}.get(tokens, 4)
     x = torch.randn(batch, tokens // batch, n, dtype=dtypes[0], device=device())
@@ -125,7 +126,6 @@ def layer_row(what, tokens, n, m, label, dtypes, quick) -> dict[str, object]:
     if what == "training":
         x.requires_grad_()
     runs = {name: (train if what == "training" else decode)(model, x) for name, model in variants.items()}
-    seconds = 2 if quick else 10
     # The dense twin sweeps the caches and would slow down whatever comes after it: it meets the frozen layer alone.
     dense = {name: runs.pop(name) if name == "dense delta" else runs[name] for name in ("frozen", "dense delta")}
     times = interleave(runs, rounds_for(runs, seconds))
@@ -138,12 +138,13 @@ def layer_row(what, tokens, n, m, label, dtypes, quick) -> dict[str, object]:
     return row
 
 
-def switching(quick: bool) -> str:
-    """(d): a new preference, with the fold it costs, beside one decoding step of a 16-layer model."""
+def switching(quick: bool, layers: int) -> str:
+    """(d): a new preference, with the fold it costs, beside one decoding step of a model of some layers."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=16,
+    config = LlamaConfig(vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
                          num_attention_heads=16, num_key_value_heads=16)  # fmt: skip
-    model = LlamaForCausalLM(config).to(device(), torch.bfloat16)
+    with torch.device(device()):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model = get_peft_model(
         model, PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj", "k_proj", "v_proj"]),
         autocast_adapter_dtype=False,
@@ -159,9 +160,8 @@ def switching(quick: bool) -> str:
 
     times = interleave({"step": step, "switched step": switched}, 20 if quick else 100)
     middle, low, high = paired_ratio(times, "switched step", "step")
-    return (
-        f"(d) A step after a new preference takes {middle:.2f} [{low:.2f}, {high:.2f}] of a step, 16 layers of 1024."
-    )
+    ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    return f"(d) A step after a new preference takes {ratio} of a step, {layers} layers of 1024."
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -181,27 +181,37 @@ def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def memory() -> str:
-    variants = build(4096, 4096, torch.float32, torch.float32)
-    x = torch.randn(1, 512, 4096, device=device(), requires_grad=True)
+def memory(size: int) -> str:
+    variants = build(size, size, torch.float32, torch.float32)
+    x = torch.randn(1, 512, size, device=device(), requires_grad=True)
     sizes = {name: saved_bytes(variants[name].train(), x) for name in ("dense delta", "PEFT LoRA r=8", "PBLoRA")}
     text = ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in sizes.items())
     ratio = sizes["dense delta"] / sizes["PBLoRA"]
-    return f"(e) Saved for backward at 4096×4096, 512 tokens, fp32: {text}; dense delta / PBLoRA = {ratio:.0f}."
+    return f"(e) Saved for backward at {size}×{size}, 512 tokens, fp32: {text}; dense delta / PBLoRA = {ratio:.0f}."
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="of the layers, square but for the one "
+                        "of 2048, which has a narrow twin as k and v")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=16, help="of the model of which a step is timed")
+    parser.add_argument("--seconds", type=float, help="for the rounds of one row")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = layer_rows(args.quick)
-    notes = [
-        "Ratios to the frozen linear alone: median [quartiles] of paired rounds.",
-        switching(args.quick),
-        memory(),
-    ]
-    report("adapter_overhead", rows, notes)
+    args = parse_args()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    notes = ["Ratios to the frozen linear alone: median [quartiles] of paired rounds."]
+    report("adapter_overhead", all_rows(args, notes), notes, args.results, args.table)
+
+
+def all_rows(args: argparse.Namespace, notes: list[str]) -> Iterator[dict[str, object]]:
+    """The rows, and after them what stands below."""
+    yield from layer_rows(args)
+    notes += [switching(args.quick, args.layers), memory(max(args.sizes))]
 
 
 if __name__ == "__main__":

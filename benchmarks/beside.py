@@ -57,19 +57,24 @@ def main() -> None:
     kernels = "with packed weights"
     if args.as_users_call:
         kernels = f"by default kernels there and `optimize_for_cpu` with products in {args.products} here"
+    sys.argv = ["OTHER" if argument == args.other else argument for argument in sys.argv]  # as the table names it
     report(
-        f"beside_as_called_{args.products}" if args.as_users_call else "beside",
+        "beside",
         rows,
         [
             f"Other: commit {commit.stdout.strip()}. Base {args.base}, guide of its own {args.guide}, random weights, "
             f"float32 {kernels}; {args.tokens} tokens after prompts of 32, whole calls; median [quartiles] "
             f"of the ratio of {args.repeats} paired rounds, and the ratio of the least times.",
         ],
+        args.results,
+        args.table,
     )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from common import argument_parser
+
+    parser = argument_parser(__doc__)
     parser.add_argument("other", help="another checkout")
     parser.add_argument("--base", default="Llama 68M")
     parser.add_argument("--guide", default="Llama 17M")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a preference that stays costs, folded, exported or merged, and what static caches and compiled forwards save.
 
-    python benchmarks/fixed_preference.py
+    python benchmarks/fixed_preference.py [--only forms|compiled]
 
 First a separate guide in three forms: with its adapter folded (which it is by itself, once for each α), exported to a
 plain LoRA, and merged into its weights. Then base and guide on one set of weights: eager and compiled, the preference
@@ -16,10 +16,9 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
-from common import device, interleave, paired_ratio, report
-from models import load, prompts, with_arm
+from common import argument_parser, device, interleave, paired_ratio, report
+from models import caches, load, prompts, with_arm
 from peft import PeftModel
-from transformers import CompileConfig
 
 from peft_pblora import preference_grid, save_as_lora, set_preference
 from trl_parm import PARM
@@ -27,26 +26,27 @@ from trl_parm import PARM
 
 PROMPT = 8
 PREFERENCE = [0.3, 0.7]
-EAGER = {"default cache": {}, "static cache": {"cache_implementation": "static", "disable_compile": True}}
 
 
 def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    rows = [row for batch in args.batch_sizes for row in of_forms(batch, args)]
-    rows += [row for batch in args.batch_sizes for row in of_compiled(batch, args)]
-    report("fixed_preference", rows, notes(args))
+    parts = {"forms": of_forms, "compiled": of_compiled}
+    rows = (row for part in args.only for batch in args.batch_sizes for row in parts[part](batch, args))
+    report("fixed_preference", rows, notes(args), args.results, args.table)
 
 
 def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", default="Llama 7B" if cuda else "Llama 68M")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--tokens", type=int, default=128 if cuda else 24)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=["forms", "compiled"], choices=["forms", "compiled"])
+    parser.add_argument("--backend", default="inductor", help="what compiles")
     return parser.parse_args()
 
 
@@ -100,9 +100,7 @@ def of_compiled(batch: int, args: argparse.Namespace):
     base, guided = fresh(args), arm(fresh(args))
     ids, settings = prompts(batch, PROMPT, device()), generation(args.tokens)
     alphas = cycle(preference_grid(["a", "b"], 10))
-    config = CompileConfig(mode="reduce-overhead" if torch.cuda.is_available() else "default", dynamic=False)
-    config._compile_all_devices = True
-    ways = {**EAGER, "compiled": {"cache_implementation": "static", "compile_config": config}}
+    ways = caches(args.backend)
 
     def with_new_alpha(way):
         PARM(guided.get_base_model(), guided, next(alphas)).generate(ids, **settings, **way)

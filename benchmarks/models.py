@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peft_pblora import PBLoraConfig
 
@@ -20,6 +21,7 @@ SHAPES = {
     "Llama 271M": (1024, 16, 16, 2816, 32000),
     "Llama 68M": (512, 8, 8, 1408, 32000),
     "Llama 17M": (256, 4, 4, 704, 32000),
+    "Llama 4M": (64, 2, 4, 128, 32000),
     "Llama 7B": (4096, 32, 32, 11008, 32000),
     "Llama 1.1B": (2048, 22, 32, 5632, 32000),
 }
@@ -27,7 +29,7 @@ SHAPES = {
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """A model of one of the `SHAPES`, or from a folder."""
+    """A model of one of the `SHAPES`, made where it is to be and in its dtype, or from a folder."""
     torch.manual_seed(seed)
     if name not in SHAPES or SHAPES[name] is None:
         from smollm2 import smollm2
@@ -40,7 +42,27 @@ def load(name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> 
         vocab_size=vocabulary, pad_token_id=0, eos_token_id=None, bos_token_id=None, dtype=dtype,
     )  # fmt: skip
     with torch.device(device):
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def shared_copy(model):
+    """A model of the same weights, so that several adapted ones fit into memory."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    packed = (getattr(m.__dict__.get("forward"), "weight", None) for m in model.modules())
+    memo |= {id(tensor): tensor for tensor in packed if tensor is not None}
+    return copy.deepcopy(model, memo)
+
+
+def caches(backend: str = "inductor") -> dict[str, dict[str, object]]:
+    """Kind of cache → what `generate` takes for it. On CUDA compiled forwards are CUDA graphs."""
+    mode = "reduce-overhead" if torch.cuda.is_available() and backend == "inductor" else "default"
+    config = CompileConfig(backend=backend, mode=mode, dynamic=False)
+    config._compile_all_devices = True
+    return {
+        "default cache": {},
+        "static cache": {"cache_implementation": "static", "disable_compile": True},
+        "compiled": {"cache_implementation": "static", "compile_config": config},
+    }
 
 
 def with_arm(model: PreTrainedModel, objectives: int = 2) -> PeftModel:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative decoding of a guided model, weak to strong, beside plain guidance and the unguided base.
 
-    python benchmarks/speculative.py
+    python benchmarks/speculative.py [--base "Llama 7B" --backbone-layers 5]
 
 The base is a Llama of 24 layers; the ARM's backbone has its first two layers, and the base's later ones are scaled
 down, so that how well drafts fit can be chosen (`--strangeness`): at 0.02 base and backbone agree well, at 1.0 they
@@ -16,14 +16,14 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-from common import device, interleave, paired_ratio, report
-from models import load, prompts, with_arm
+from common import argument_parser, device, interleave, paired_ratio, report
+from models import SHAPES, load, prompts, with_arm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trl_parm import LM, PARM, SpeculativeDecoding, optimize_for_cpu
 
 
-LAYERS, SMALL, VOCABULARY = 24, 2, 8192
+SHAPES["24 layers of 512"] = (512, 24, 8, 1408, 8192)
 PREFERENCE = [0.3, 0.7]
 PASSAGE = (
     "The old lighthouse stood at the end of the pier, where the wind never rested. Every evening the keeper climbed "
@@ -36,19 +36,24 @@ def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    rows = []
+    report("speculative", all_rows(args), [notes(args)], args.results, args.table)
+
+
+def all_rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     for strangeness in args.strangeness:
-        models = pair(strangeness, getattr(torch, args.dtype))
-        for sample in (False, True):
+        models = pair(strangeness, args)
+        for sample in [decoding == "sampling" for decoding in args.decoding]:
             for batch in args.batch_sizes:
-                rows += measure(models, batch, sample, args, f"layers × {strangeness:g}")
+                yield from measure(models, batch, sample, args, f"layers × {strangeness:g}")
     if args.real:
-        rows += measure_real(args)
-    report("speculative", rows, [notes(args)])
+        yield from measure_real(args)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--base", default="24 layers of 512", choices=[name for name in SHAPES if SHAPES[name]])
+    parser.add_argument("--backbone-layers", type=int, default=2, help="of the ARM's backbone, the base's first")
+    parser.add_argument("--decoding", nargs="+", default=["greedy", "sampling"], choices=["greedy", "sampling"])
     parser.add_argument("--strangeness", nargs="+", type=float, default=[0.02, 1.0])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
@@ -60,24 +65,32 @@ def parse_args() -> argparse.Namespace:
 
 def notes(args: argparse.Namespace) -> str:
     capability = "" if torch.cuda.is_available() else f", the CPU has {torch.backends.cpu.get_cpu_capability()}"
+    hidden, layers, _, _, vocabulary = SHAPES[args.base]
     return (
-        f"{args.dtype}{capability}; base {LAYERS} layers of 512, backbone of the ARM its first {SMALL}, vocabulary "
-        f"{VOCABULARY}; {args.tokens} tokens, median [quartiles] of {args.repeats} paired rounds. Accepted: of the "
-        "drafted tokens; in brackets how many were drafted for each token of text. The same text: as plain guidance."
+        f"{args.dtype}{capability}; base {layers} layers of {hidden}, backbone of the ARM its first "
+        f"{args.backbone_layers}, vocabulary {vocabulary}; {args.tokens} tokens, median [quartiles] of {args.repeats} "
+        "paired rounds. Accepted: of the drafted tokens; in brackets how many were drafted for each token of text. "
+        "The same text: as plain guidance."
     )
 
 
-def pair(strangeness: float, dtype: torch.dtype):
+def pair(strangeness: float, args: argparse.Namespace):
     """A base model and a model of its first layers, with an ARM on the latter."""
     torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    hidden, layers, heads, intermediate, vocabulary = SHAPES[args.base]
     shape = {
-        "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": VOCABULARY,
-        "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None, "initializer_range": 0.06,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads,
+        "vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None,
+        "initializer_range": 0.06 * (512 / hidden) ** 0.5,
     }  # fmt: skip
-    base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, **shape)).to(device(), dtype).eval()
-    small = LlamaForCausalLM(LlamaConfig(num_hidden_layers=SMALL, **shape)).to(device(), dtype).eval()
+    with torch.device(device()):
+        base, small = (
+            LlamaForCausalLM._from_config(LlamaConfig(num_hidden_layers=n, **shape), dtype=dtype).eval()
+            for n in (layers, args.backbone_layers)
+        )
     small.load_state_dict({name: value for name, value in base.state_dict().items() if name in small.state_dict()})
-    for layer in base.model.layers[SMALL:]:
+    for layer in base.model.layers[args.backbone_layers :]:
         layer.self_attn.o_proj.weight.data *= strangeness
         layer.mlp.down_proj.weight.data *= strangeness
     if not torch.cuda.is_available() and dtype == torch.float32:
@@ -88,7 +101,7 @@ def pair(strangeness: float, dtype: torch.dtype):
 
 def measure(models, batch: int, sample: bool, args: argparse.Namespace, name: str) -> Iterator[dict[str, object]]:
     base, small, arm = models
-    ids = prompts(batch, 32, device()) % VOCABULARY
+    ids = prompts(batch, 32, device()) % base.config.vocab_size
 
     def guided(**more):
         return run(PARM(base, arm, PREFERENCE), ids, args.tokens, sample, **more)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of a training step on pairs with two labels, beside naive and other ways to the same loss.
 
-    python benchmarks/training_step.py [--quick]
+    python benchmarks/training_step.py [--model "Llama 7B" --checkpointing] [--repeats 5] [--no-dpo] [--targets]
 
 A random Llama with a vocabulary of 32,000, forward and backward, no optimizer. The first five rows compute one and
-the same loss on the same weights, which is checked. TRL's DPOTrainer, with precomputed reference log-probabilities and
-PEFT LoRA, has another loss on the same tokens; its fused head is made for CUDA. Each variant is compared with the
-naive one, step by step.
+the same loss on the same weights, which is checked in float32, and printed where bfloat16 rounds the logits. TRL's
+DPOTrainer, with precomputed reference log-probabilities and PEFT LoRA, has another loss on the same tokens; its fused
+head is made for CUDA. Each variant is compared with the naive one, step by step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Callable
 
 import torch
 from adapter_overhead import DenseDelta
-from common import device, interleave, paired_ratio, report, rounds_for
+from common import argument_parser, device, interleave, paired_ratio, report, rounds_for, verdict
 from datasets import Dataset, disable_progress_bars
+from models import ATTENTION, SHAPES, load, shared_copy
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_pblora import PBLoraConfig, set_preference
 from trl_parm import PreferenceARMConfig
@@ -38,25 +38,34 @@ from trl_parm.training.losses import count_labels
 OBJECTIVES = ["helpful", "harmless"]
 PREFERENCE = [0.3, 0.7]
 VOCABULARY = 32_000
-MODULES = ["q_proj", "k_proj", "v_proj"]
+SHAPES["Llama 52M"] = (512, 6, 8, 1408, VOCABULARY)
+OURS = "ours", "ours, shared prompt"
+MOST_TIME, MOST_MEMORY = 0.8, 0.35
+"""Targets for ours beside naive on an H100 or H200, at 7B."""
 
 
 class Shape:
-    """Sizes of a run: a small one for CPUs, one of 1.1 billion parameters for GPUs."""
+    """What a step is made of: a small model for CPUs, one of 1.1 billion parameters for GPUs, unless others are given.
 
-    def __init__(self) -> None:
+    All variants train adapters of their own on the same frozen weights.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
         cuda = torch.cuda.is_available()
-        self.hidden, self.layers, self.dtype = (2048, 22, torch.bfloat16) if cuda else (512, 6, torch.float32)
-        self.pairs, self.prompt, self.response = (8, 256, 256) if cuda else (2, 192, 192)
+        self.name = args.model or ("Llama 1.1B" if cuda else "Llama 52M")
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        sizes = zip((args.pairs, args.prompt, args.response), (8, 256, 256) if cuda else (2, 192, 192))
+        self.pairs, self.prompt, self.response = (given or default for given, default in sizes)
+        self.checkpointing = args.checkpointing
+        self._frozen = load(self.name, self.dtype, device())
 
     def model(self) -> LlamaForCausalLM:
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=self.hidden, intermediate_size=11 * self.hidden // 4,
-            num_hidden_layers=self.layers, num_attention_heads=self.hidden // 64, max_position_embeddings=4096,
-            eos_token_id=1, pad_token_id=0,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).to(device(), self.dtype)
+        return shared_copy(self._frozen)
+
+    def training(self, model: nn.Module) -> nn.Module:
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.train()
 
     def pair_ids(self) -> list[dict]:
         torch.manual_seed(1)
@@ -74,26 +83,26 @@ class Shape:
 
 
 def adapted(shape: Shape) -> nn.Module:
-    model = get_peft_model(shape.model(), PBLoraConfig(objectives=OBJECTIVES, target_modules=MODULES))
+    model = get_peft_model(shape.model(), PBLoraConfig(objectives=OBJECTIVES, target_modules=ATTENTION))
     torch.manual_seed(2)
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
     set_preference(model, PREFERENCE)
-    return model.train()
+    return shape.training(model)
 
 
 def with_dense_deltas(shape: Shape) -> nn.Module:
     """The same weights, but ΔW multiplied out in every forward, as the authors' layer does."""
     model, ours = shape.model().requires_grad_(False), dict(adapted(shape).named_modules())
     for name, module in list(model.named_modules()):
-        if name.split(".")[-1] not in MODULES:
+        if name.split(".")[-1] not in ATTENTION:
             continue
         dense, adapter = DenseDelta(module, torch.float32), ours[f"base_model.model.{name}"].adapter("default")
         dense.A, dense.B, dense.W1, dense.W2 = adapter.A.weight, adapter.B.weight, adapter.core.W1, adapter.core.W2
         dense.preference = torch.tensor(PREFERENCE, device=device())
         setattr(model.get_submodule(name.rpartition(".")[0]), name.split(".")[-1], dense)
-    return model.train()
+    return shape.training(model)
 
 
 def full_log_softmax(model: nn.Module, batch: dict[str, torch.Tensor], copies: bool) -> torch.Tensor:
@@ -151,6 +160,8 @@ def variants(shape: Shape) -> dict[str, Callable[[], object]]:
 
 def dpo_step(shape: Shape, folder: str) -> Callable[[], object]:
     """A step of TRL's DPOTrainer on the same tokens."""
+    from trl import DPOConfig, DPOTrainer
+
     core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", eos_token="w1", unk_token="w3")
@@ -163,11 +174,11 @@ def dpo_step(shape: Shape, folder: str) -> Callable[[], object]:
         shape.model(),
         args=DPOConfig(
             folder, per_device_train_batch_size=shape.pairs, precompute_ref_log_probs=True, report_to="none",
-            gradient_checkpointing=False, bf16=False, max_length=None, use_cpu=device().type == "cpu",
+            gradient_checkpointing=shape.checkpointing, bf16=False, max_length=None, use_cpu=device().type == "cpu",
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=8, target_modules=MODULES),
+        peft_config=LoraConfig(r=8, target_modules=ATTENTION),
     )  # fmt: skip
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     model = trainer.model.train()
@@ -208,7 +219,6 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    run()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -219,42 +229,73 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return memory.peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check(shape: Shape, values: dict[str, tuple[float, float]]) -> None:
+    """Raises `AssertionError` unless all variants have the same loss and gradients, as far as float32 can tell."""
+    first = next(iter(values.values()))
+    for name, found in values.items():
+        print(f"{name}: loss {found[0]:.6f}, gradient norm {found[1]:.6f}", flush=True)
+        if shape.dtype == torch.float32:
+            assert all(abs(ours / theirs - 1) < 1e-4 for ours, theirs in zip(found, first)), name
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--model", choices=[name for name in SHAPES if SHAPES[name]])
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--prompt", type=int, help="tokens")
+    parser.add_argument("--response", type=int, help="tokens")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, as the trainer has it")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
+    parser.add_argument("--repeats", type=int, help="so many rounds, and not as many as take a while")
+    parser.add_argument("--no-dpo", dest="dpo", action="store_false", help="without TRL's DPOTrainer")
+    parser.add_argument("--targets", action="store_true", help="say beside figures whether a GPU's targets were met")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     disable_progress_bars()
-    shape = Shape()
+    shape = Shape(args)
     runs = variants(shape)
     values = {name: run() for name, run in runs.items()}
-    naive, authors = list(runs)[:2]
-    for name, (loss, norm) in values.items():
-        # bfloat16 rounds the logits.
-        tolerance = 1e-4 if shape.dtype == torch.float32 else 0.05
-        close = abs(loss / values[naive][0] - 1) < tolerance and abs(norm / values[naive][1] - 1) < tolerance
-        print(f"{name}: loss {loss:.6f}, gradient norm {norm:.6f}{'' if close else '  DIFFERS'}")
-        assert close, name
+    check(shape, values)
     with tempfile.TemporaryDirectory() as folder:
-        runs["TRL DPOTrainer, PEFT LoRA"] = dpo_step(shape, folder)
+        if args.dpo:
+            runs["TRL DPOTrainer, PEFT LoRA"] = dpo_step(shape, folder)
+            runs["TRL DPOTrainer, PEFT LoRA"]()
         memory = {name: peak_bytes(run) for name, run in runs.items()}
-        times = interleave(runs, rounds_for(runs, 20 if quick else 200, least=5))
-    rows = [
-        {
-            "": name,
-            "time / naive": "{:.2f} [{:.2f}, {:.2f}]".format(*paired_ratio(times, name, naive)),
-            "peak memory / naive": f"{memory[name] / memory[naive]:.2f}",
-            "peak memory, MiB": f"{memory[name] / 2**20:.0f}",
-            "speed / authors' twin": f"{paired_ratio(times, authors, name)[0]:.2f}",
-            "memory / authors' twin": f"{memory[name] / memory[authors]:.2f}",
-        }
-        for name in runs
-    ]
-    report("training_step", rows, [
-        f"Llama of {shape.layers} layers of {shape.hidden}, vocabulary {VOCABULARY:,}, {shape.dtype}; {shape.pairs} "
+        if args.repeats:
+            times = interleave(runs, args.repeats, warmup=0)
+        else:
+            times = interleave(runs, rounds_for(runs, 20 if args.quick else 200, least=5))
+    rows = [row(name, times, memory, values, args) for name in runs]
+    how = ", gradient checkpointing" if shape.checkpointing else ""
+    hidden, layers = SHAPES[shape.name][:2]
+    note = (
+        f"Llama of {layers} layers of {hidden}, vocabulary {VOCABULARY:,}, {shape.dtype}{how}; {shape.pairs} "
         f"pairs with a prompt of {shape.prompt} and responses of {shape.response} tokens, two objectives. Time: "
-        "median [quartiles] of paired rounds. Peak memory: tensors that live at one time beside the model's own.",
-    ])  # fmt: skip
+        "median [quartiles] of paired rounds. Peak memory: tensors that live at one time beside the model's own."
+    )
+    report("training_step", rows, [note], args.results, args.table)
+
+
+def row(name: str, times, memory: dict[str, int], values, args: argparse.Namespace) -> dict[str, object]:
+    naive, authors = list(values)[:2]
+    time, share = paired_ratio(times, name, naive), memory[name] / memory[naive]
+    found: dict[str, object] = {"": name, "time / naive": "{:.2f} [{:.2f}, {:.2f}]".format(*time)}
+    found["peak memory / naive"] = f"{share:.2f}"
+    if args.targets:
+        ours = name in OURS
+        found["target, time"] = verdict(time[0], MOST_TIME) if ours else ""
+        found["target, memory"] = verdict(share, MOST_MEMORY) if ours else ""
+        found["loss"], found["gradient norm"] = (f"{value:.4f}" for value in values.get(name, (torch.nan,) * 2))
+    return found | {
+        "peak memory, MiB": f"{memory[name] / 2**20:.0f}",
+        "speed / authors' twin": f"{paired_ratio(times, authors, name)[0]:.2f}",
+        "memory / authors' twin": f"{memory[name] / memory[authors]:.2f}",
+    }
 
 
 if __name__ == "__main__":

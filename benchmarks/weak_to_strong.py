@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import device, interleave, paired_ratio, report
+from common import argument_parser, device, interleave, paired_ratio, report
 from models import load, prompts, with_arm, with_loras
 
 from trl_parm import LM, PARM, GenARM, MODWeakToStrong, optimize_for_cpu
@@ -29,7 +29,7 @@ def main() -> None:
     args = parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    rows = [row for batch in args.batch_sizes for row in measure(batch, args)]
+    rows = (row for batch in args.batch_sizes for row in measure(batch, args))
     report(
         "weak_to_strong",
         rows,
@@ -38,12 +38,14 @@ def main() -> None:
             f"{PROMPT}; median [quartiles] of {args.repeats} paired rounds. Extra parameters: of everything but the "
             "base model.",
         ],
+        args.results,
+        args.table,
     )
 
 
 def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--base", default="Llama 7B" if cuda else "Llama 271M")
     parser.add_argument("--guide", default="Llama 1.1B" if cuda else "Llama 68M")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")

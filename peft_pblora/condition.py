@@ -61,10 +61,14 @@ class Condition:
         self.was_set = True
         self.version += 1
 
-    def to(self, device: torch.device) -> None:
-        """Moves α to a device where weights are; to `meta`, where none are, it does not follow."""
-        if device.type != "meta":
+    def to(self, device: torch.device | str | int) -> Condition:
+        """Moves α to a device where weights are; to `meta`, where none are, it does not follow.
+
+        Returns itself: accelerate, where it keeps weights elsewhere, hands on what this returns.
+        """
+        if torch.device(device).type != "meta":
             self.preference = self.preference.to(device)
+        return self
 
     def say_default(self) -> None:
         """Says, once for an adapter and once in a process by Python's default filter, that nobody chose α."""

@@ -98,8 +98,9 @@ class RowPlan:
 
 
 class _Running(threading.local):
-    plan: RowPlan | None = None
-    through_tuner = False
+    def __init__(self) -> None:  # in every thread; PyTorch 2.11 would compile attributes of the class as the values
+        self.plan: RowPlan | None = None
+        self.through_tuner = False
 
 
 _running = _Running()

@@ -2,6 +2,7 @@
 """Tiny real models made on the spot, so that no test needs the network."""
 
 import os
+from importlib.util import find_spec
 
 
 os.environ.setdefault("CI", "1")  # TRL sends no telemetry from CI
@@ -24,11 +25,20 @@ needs_add_adapter = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"transformers' `add_adapter` wants peft {MIN_PEFT_VERSION}",
 )
+NEEDS = {"cuda": (torch.cuda.is_available(), "needs a GPU"), "deepspeed": (find_spec("deepspeed"), "needs DeepSpeed")}
+"""Marker → whether there is what it needs, and what that is."""
 WORDS = [f"w{i}" for i in range(58)]
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        for marker, (there, reason) in NEEDS.items():
+            if not there and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def tiny_llama(seed: int = 0, vocab_size: int = 64, **changes) -> LlamaForCausalLM:

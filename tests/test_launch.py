@@ -21,6 +21,7 @@ from trl_parm.training.checkpoints import last_complete_checkpoint
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ZERO = [pytest.param(f"zero{stage}_cpu", marks=pytest.mark.deepspeed) for stage in (2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
@@ -69,7 +70,7 @@ def test_the_script_trains_from_yaml(one):
     assert "eval_harmless_accuracy@uniform" in json.loads((one / "eval_results.json").read_text())
 
 
-@pytest.mark.parametrize("engine", ["ddp_cpu", "fsdp2_cpu"])
+@pytest.mark.parametrize("engine", ["ddp_cpu", "fsdp2_cpu", *ZERO])
 def test_two_processes_train_like_one(folder, one, engine):
     """The same loss curve, gradient norms, metrics and weights: with labels that miss in one process, a preference for
     each pair, and gradient accumulation."""
@@ -110,6 +111,7 @@ def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
         pytest.param("ddp_cpu", "group_by_length", marks=pytest.mark.slow),
         pytest.param("ddp_cpu", "random", marks=pytest.mark.slow),
         pytest.param("fsdp2_cpu", "random", marks=pytest.mark.slow),
+        *(pytest.param(*engine.values, "random", marks=engine.marks) for engine in ZERO),
     ],
 )
 def test_two_processes_resume_bit_by_bit(folder, engine, order):

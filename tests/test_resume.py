@@ -369,3 +369,16 @@ def test_checkpoints_hold_a_card_and_no_preference(tmp_path, tokenizer):
 
     assert {key.split(".")[-2] for key in load_file(folder / "adapter_model.safetensors")} == {"A", "B", "core"}
     shutil.rmtree(folder)
+
+
+def test_a_base_that_zero_3_has_cut_up_is_described_as_the_whole_one(monkeypatch, tmp_path, tokenizer):
+    """By shapes: a process holds all of a weight, a part or nothing, at other times and in other processes."""
+    monkeypatch.setattr(checkpoints, "is_deepspeed_zero3_enabled", lambda: True)
+    run = trainer(tmp_path, tokenizer)
+    whole = checkpoints.describe_inputs(run.model, run.adapter, run.train_dataset)["base"]
+    for parameter in run.model.parameters():
+        if not parameter.requires_grad:
+            parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)
+    assert checkpoints.describe_inputs(run.model, run.adapter, run.train_dataset)["base"] == whole
+    other = trainer(tmp_path, tokenizer, tiny_llama(intermediate_size=40))
+    assert checkpoints.describe_inputs(other.model, other.adapter, other.train_dataset)["base"] != whole

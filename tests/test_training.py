@@ -181,7 +181,7 @@ def test_shared_prompts_train_alike(tmp_path, tokenizer, preference_per):
     torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is nothing to offload from")
+@pytest.mark.cuda
 def test_activation_offloading_trains_alike(tmp_path, tokenizer):
     runs = [
         trained(tmp_path, tokenizer, use_cpu=False, activation_offloading=offloading) for offloading in (False, True)

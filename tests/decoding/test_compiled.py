@@ -325,7 +325,7 @@ def test_a_processor_leaves_the_base_model_to_compile_alone():
     assert len(compiler.graphs) == 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.cuda
 def test_cuda_graphs():
     """transformers' own settings on a GPU: inductor with `mode="reduce-overhead"`."""
     torch._dynamo.reset()

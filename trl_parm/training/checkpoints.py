@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -185,7 +186,9 @@ def _hash_pairs(data: Dataset) -> str:
 
 
 def _sample(parameter: nn.Parameter) -> Any:
-    """Some of a weight's values."""
+    """Some of a weight's values; with ZeRO-3, which leaves a process all, a part or nothing of it, its shape."""
+    if is_deepspeed_zero3_enabled():
+        return str(tuple(getattr(parameter, "ds_shape", parameter.shape))).encode()
     values = parameter.detach().flatten()
     return values[:: max(1, len(values) // 16)].float().contiguous().cpu().numpy()
 
