@@ -47,10 +47,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> 
 
 def shared_copy(model):
     """A model of the same weights, so that several adapted ones fit into memory."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    packed = (getattr(m.__dict__.get("forward"), "weight", None) for m in model.modules())
-    memo |= {id(tensor): tensor for tensor in packed if tensor is not None}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def caches(backend: str = "inductor") -> dict[str, dict[str, object]]:
