@@ -47,6 +47,7 @@ def all_rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                 yield from measure(models, batch, sample, args, f"layers × {strangeness:g}")
     if args.real:
         yield from measure_real(args)
+        yield from own_layers(args)
 
 
 def parse_args() -> argparse.Namespace:
@@ -155,6 +156,32 @@ def measure_real(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         },
     }
     yield from lines("SmolLM2-135M repeats a text", 1, False, variants, speculative, args)
+
+
+def own_layers(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """How often SmolLM2's first layers, with its norm and head, would draft what all of its layers say."""
+    base = load("SmolLM2-135M", getattr(torch, args.dtype), device())
+    tokenizer = AutoTokenizer.from_pretrained(base.name_or_path)
+    chat = [{"role": "user", "content": "Tell me about the history of bread in Europe."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = ids["input_ids"].to(device())
+    with torch.no_grad():
+        text = run(base, ids, args.tokens, False)
+        hidden = base(text, output_hidden_states=True).hidden_states
+        whole = base.lm_head(hidden[-1]).log_softmax(-1)[0, ids.shape[1] - 1 : -1].exp()
+        for count in (10, 15, 20, 25):
+            part = base.lm_head(base.model.norm(hidden[count])).log_softmax(-1)[0, ids.shape[1] - 1 : -1].exp()
+            agree = {
+                "greedy": (part.argmax(-1) == whole.argmax(-1)).float().mean(),
+                "sampling": torch.minimum(part, whole).sum(-1).mean(),
+            }
+            for decoding, share in agree.items():
+                found: dict[str, object] = {
+                    "base": "SmolLM2-135M", "batch": 1, "decoding": decoding,
+                    "": f"{count} of its {len(hidden) - 1} layers would draft", "accepted": f"{share:.2f}",
+                }  # fmt: skip
+                print(found, flush=True)
+                yield found
 
 
 def run(model, ids: torch.Tensor, tokens: int, sample: bool, **more) -> torch.Tensor:
