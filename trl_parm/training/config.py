@@ -156,6 +156,8 @@ class PreferenceARMConfig(_BaseConfig):
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
             ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
             ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
+            ("max_steps", self.max_steps == -1 or self.max_steps > 0, "it must be positive, or -1 for whole epochs"),
+            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "it must be positive"),
         ]
         for name, holds, demand in conditions:
             if not holds:
