@@ -9,11 +9,14 @@ from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import write_official_adapter
+from training_runs import PBLORA, config, two_sets
 
 from peft_pblora import MoSLoraConfig, check_adapter, load_adapter
+from trl_parm import PreferenceARMTrainer
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
 from trl_parm.evaluation.models import Models
+from trl_parm.reward_models import RewardSource
 
 
 IDS = torch.arange(2, 10)[None]
@@ -177,3 +180,34 @@ def test_a_name_that_is_taken_is_refused(base):
     folder, _ = saved(base)
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
         load_adapter(tiny_arm(tiny_llama()), folder)
+
+
+def break_whole(folder, fault):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    if fault == "missing":
+        del tensors[name]
+    else:
+        tensors[name][0] = float(fault)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "inf"])
+def test_a_whole_model_that_is_damaged_is_refused(base, tmp_path, fault):
+    """transformers fills a missing weight with random numbers, and says nothing of one that is no number."""
+    Models(str(base)).base  # noqa: B018
+    name = break_whole(base, fault)
+    said = f"can't be used as a LlamaForCausalLM: 1 of its weights are .*{name}"
+    with pytest.raises(ValueError, match=said):
+        Models(str(base)).base  # noqa: B018
+    with pytest.raises(ValueError, match=said):
+        PreferenceARMTrainer(str(base), config(tmp_path / "out"), train_dataset=two_sets(), peft_config=PBLORA)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_is_no_reward_model(base):
+    """Its checkpoint has no head, and transformers would make a random one."""
+    with pytest.raises(ValueError, match=r"used as a LlamaForSequenceClassification: .* checkpoint \(score.weight\)"):
+        RewardSource(str(base)).load()

@@ -27,6 +27,7 @@ from transformers import (
 from transformers import initialization as init
 
 from .identity import known_by
+from .loading import load_whole
 from .records import plain
 from .rewards import Reward
 from .sources import describe_function
@@ -154,7 +155,8 @@ class ModelReward:
         config = AutoConfig.from_pretrained(source.source)
         of_safe_rlhf = any(name.endswith("ForScore") for name in config.architectures or ())  # as `LlamaForScore`
         kind = ScoreModel if of_safe_rlhf else AutoModelForSequenceClassification
-        self.model: Any = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs).eval()
+        settings = {"config": config, "dtype": source.dtype, **source.model_kwargs}
+        self.model: Any = load_whole(kind.from_pretrained, source.source, **settings).eval()
         if "device_map" not in source.model_kwargs and torch.cuda.is_available():
             self.model.to("cuda")
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -226,16 +228,6 @@ class ScoreModel(PreTrainedModel):
         for name, neutral in NEUTRAL.items() if module is self.normalizer else ():
             given = getattr(self.config, name, None)
             init.copy_(self.normalizer[name], torch.tensor(neutral if given is None else given))
-
-    @classmethod
-    def from_pretrained(cls, name: str, **kwargs: Any) -> ScoreModel:
-        """Loads a checkpoint from a folder or the Hub. Raises `ValueError` if it has no `score_head.weight`."""
-        config: Any = AutoConfig.from_pretrained(name)
-        found = super().from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-        model, missing = cast(Any, found)[0], cast(Any, found)[1]["missing_keys"]
-        if "score_head.weight" in missing:
-            raise ValueError(f"{name!r} is no score model of Safe-RLHF: its checkpoint has no `score_head.weight`.")
-        return model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         """Scores of shape `(rows, scores)`, as `logits` of the answer, for texts padded on either side."""

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
@@ -28,6 +28,7 @@ from peft_pblora import load_adapter
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
+from trl_parm.loading import load_whole
 
 from .decoding import Batch, encode_prompts
 
@@ -211,7 +212,8 @@ class Models:
     def _load(self, name: str) -> PreTrainedModel:
         if backbone := _read(backbone_name, name, "model"):
             return cast(PreTrainedModel, load_adapter(self._load(backbone), name).get_base_model().eval())
-        model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
+        load = partial(_read, AutoModelForCausalLM.from_pretrained, what="model")
+        model = load_whole(load, name, **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
             model.to("cuda")
         return model.eval()

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
+from trl_parm.loading import load_whole
+
 from .config import PreferenceARMConfig
 
 
@@ -72,7 +74,7 @@ def load_model(model: Any, args: PreferenceARMConfig, quantization_config: Any) 
         kwargs["quantization_config"] = quantization_config
     if cast(PartialState, args.distributed_state).distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
-    return create_model_from_path(model, **kwargs)
+    return load_whole(create_model_from_path, model, **kwargs)
 
 
 def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTokenizerBase:
