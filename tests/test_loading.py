@@ -9,7 +9,8 @@ from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import write_official_adapter
-from training_runs import PBLORA, config, two_sets
+from training_runs import PBLORA, two_sets
+from training_runs import config as training_config
 
 from peft_pblora import MoSLoraConfig, check_adapter, load_adapter
 from trl_parm import PreferenceARMTrainer
@@ -203,7 +204,9 @@ def test_a_whole_model_that_is_damaged_is_refused(base, tmp_path, fault):
     with pytest.raises(ValueError, match=said):
         Models(str(base)).base  # noqa: B018
     with pytest.raises(ValueError, match=said):
-        PreferenceARMTrainer(str(base), config(tmp_path / "out"), train_dataset=two_sets(), peft_config=PBLORA)
+        PreferenceARMTrainer(
+            str(base), training_config(tmp_path / "out"), train_dataset=two_sets(), peft_config=PBLORA
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -147,6 +147,29 @@ def test_functions_by_import_path(tmp_path, monkeypatch):
     assert seen == ["Human: w1\n\nAssistant: w2\n\nHuman: w3"]
 
 
+def test_a_module_of_another_place_is_not_taken_for_the_users(tmp_path, monkeypatch):
+    text = "def count(prompts, responses):\n    return [0.0 for r in responses]\n"
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "counting.py").write_text(text)
+    monkeypatch.chdir(tmp_path / "first")
+    assert load_function("counting:count")(["a"], ["b"]) == [0.0]
+    monkeypatch.chdir(tmp_path / "second")
+    (tmp_path / "second/json.py").write_text(text)
+    for path in ("counting:count", "json:count"):
+        with pytest.raises(ValueError, match=r"which hides .*second.*Rename that file"):
+            load_function(path)
+
+
+def test_a_cost_may_return_what_a_reward_may(tmp_path, monkeypatch):
+    (tmp_path / "costs.py").write_text(
+        "import numpy\ndef cost(prompts, responses):\n    return numpy.ones((len(responses), 1))"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = RewardSource("costs:cost", negate=True).load()
+    assert score("safe", reward, ["a", "b"], ["c", "d"]) == [-1.0, -1.0]
+
+
 @pytest.mark.parametrize("negate", [False, True])
 def test_a_function_by_its_path_reads_messages_if_it_asks_for_them(tmp_path, monkeypatch, negate):
     (tmp_path / "turns.py").write_text(

@@ -29,7 +29,7 @@ from transformers import initialization as init
 from .identity import known_by
 from .loading import load_whole
 from .records import plain
-from .rewards import Reward
+from .rewards import Reward, score
 from .sources import describe_function
 from .templates import in_form
 from .texts import PromptText, as_messages, fill
@@ -133,7 +133,7 @@ class RewardSource:
             except OSError as error:
                 raise ValueError(f"The reward model {self.source!r} can't be loaded: {error}") from error
         function = load_function(self.source)
-        return _negated(function) if self.negate else function
+        return _negated(function, self.source) if self.negate else function
 
 
 class ModelReward:
@@ -253,12 +253,16 @@ def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
 
 def load_function(path: str) -> Callable:
     """A function by its import path `module:function`; modules of the working directory are found too. Raises
-    `ValueError` if there is no such module, or nothing callable in it."""
+    `ValueError` if there is no such module, or nothing callable in it, or another module of this name is imported."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
+        own = Path(*module.split(".")).resolve()
+        files = [file for file in (own / "__init__.py", own.with_suffix(".py")) if file.is_file()]
+        if files and Path(found.__file__ or "").resolve() not in files:
+            raise ImportError(f"{module} is {found.__file__ or 'built in'}, which hides {files[0]}. Rename that file")
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
@@ -268,9 +272,9 @@ def load_function(path: str) -> Callable:
     return found
 
 
-def _negated(function: Callable) -> Reward:
+def _negated(function: Callable, name: str) -> Reward:
     @functools.wraps(function)  # and so what it reads
     def cost(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        return [-value for value in function(prompts, responses)]
+        return [-value for value in score(name, function, prompts, responses)]
 
     return cost

@@ -19,7 +19,6 @@ from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, T
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.identity import known_by
 from trl_parm.reward_models import ModelReward, RewardSource
-from trl_parm.rewards import readable
 
 from .decoding import Batch, ModelAt, Run
 from .models import Guide, Models, backbone_name, own_prompt
@@ -241,7 +240,7 @@ def _search(
     def model_at(batch: Batch) -> Guided:
         # Rewards of texts get the prompts as they are given, without the base model's template.
         judged = {
-            objective: judge if cached else TextReward(judge, models.tokenizer, readable(judge, batch.prompts))
+            objective: judge if cached else TextReward(judge, models.tokenizer, batch.prompts, objective)
             for objective, judge in judges.items()
         }
         return Guided(models.base, formulas.args(judged, _ordered(batch, judges), weight, k, rollout=rollout))

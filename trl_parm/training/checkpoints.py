@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
 from peft_pblora.loading import check_checkpoint
 from peft_pblora.output import check_output, is_written_by, output_file
+from trl_parm.identity import spread
 from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
@@ -110,7 +110,7 @@ def describe_inputs(
     """What a run begins with, as JSON: configurations, and short hashes of weights that don't train and of tokens."""
     config = model.config.to_dict()
     name = str(model.config._name_or_path).rstrip("/").split("/")[-1]
-    frozen = _hash(_sample(p) for p in model.parameters() if not p.requires_grad)
+    frozen = _hash(spread(p, 16).float().cpu().numpy() for p in model.parameters() if not p.requires_grad)
     own = model.peft_config[adapter].to_dict() if adapter else {}
     if isinstance(data, JointPreferenceDataset):
         described = [f"{len(pairs)} pairs, {_hash_pairs(pairs)}" for pairs in data.datasets]
@@ -211,12 +211,6 @@ def _hash_pairs(data: Dataset) -> str:
                 yield table[WEIGHT].to_numpy()
 
     return _hash(parts())
-
-
-def _sample(parameter: nn.Parameter) -> Any:
-    """Some of a weight's values."""
-    values = parameter.detach().flatten()
-    return values[:: max(1, len(values) // 16)].float().contiguous().cpu().numpy()
 
 
 def _hash(parts: Iterable[Any]) -> str:
