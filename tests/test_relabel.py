@@ -172,11 +172,11 @@ def test_a_cost_may_return_what_a_reward_may(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("negate", [False, True])
 def test_a_function_by_its_path_reads_messages_if_it_asks_for_them(tmp_path, monkeypatch, negate):
-    (tmp_path / "turns.py").write_text(
+    (tmp_path / f"turns_{negate}.py").write_text(
         "def turns(prompts, responses):\n    return [float(len(p)) for p in prompts]\nturns.reads_messages = True\n"
     )
     monkeypatch.chdir(tmp_path)
-    source = RewardSource("turns:turns", negate=negate)
+    source = RewardSource(f"turns_{negate}:turns", negate=negate)
     for reward in (source, source.load()):
         assert score("helpful", reward, [CHAT], ["w4"]) == [-3 if negate else 3]
 

@@ -261,8 +261,9 @@ def load_function(path: str) -> Callable:
         found: Any = importlib.import_module(module)
         own = Path(*module.split(".")).resolve()
         files = [file for file in (own / "__init__.py", own.with_suffix(".py")) if file.is_file()]
-        if files and Path(found.__file__ or "").resolve() not in files:
-            raise ImportError(f"{module} is {found.__file__ or 'built in'}, which hides {files[0]}. Rename that file")
+        taken = getattr(found, "__file__", None) or "built in"
+        if files and Path(taken).resolve() not in files:
+            raise ImportError(f"{module} is {taken}, which hides {files[0]}. Rename that file")
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:

@@ -110,7 +110,7 @@ def describe_inputs(
     """What a run begins with, as JSON: configurations, and short hashes of weights that don't train and of tokens."""
     config = model.config.to_dict()
     name = str(model.config._name_or_path).rstrip("/").split("/")[-1]
-    frozen = _hash(spread(p, 16).float().cpu().numpy() for p in model.parameters() if not p.requires_grad)
+    frozen = _hash(spread(p, 16).float().contiguous().cpu().numpy() for p in model.parameters() if not p.requires_grad)
     own = model.peft_config[adapter].to_dict() if adapter else {}
     if isinstance(data, JointPreferenceDataset):
         described = [f"{len(pairs)} pairs, {_hash_pairs(pairs)}" for pairs in data.datasets]
