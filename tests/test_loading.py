@@ -183,6 +183,20 @@ def test_a_name_that_is_taken_is_refused(base):
         load_adapter(tiny_arm(tiny_llama()), folder)
 
 
+def test_an_adapter_below_a_folder_is_not_that_of_the_folder(base):
+    folder, _ = saved(base)
+    _, other = saved(base, name="adapter/sub")
+    for name, parameter in other.named_parameters():
+        if "pblora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    other.save_pretrained(folder / "sub")
+    expected = other(IDS).logits
+    loaded = load_adapter(tiny_llama(), folder, subfolder="sub")
+    assert torch.equal(loaded.eval()(IDS).logits, expected)
+    check_adapter(loaded, folder, subfolder="sub")
+    assert torch.equal(loaded(IDS).logits, expected)
+
+
 def break_whole(folder, fault):
     file = folder / "model.safetensors"
     tensors = load_file(file)
