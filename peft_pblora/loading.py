@@ -96,7 +96,7 @@ def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "def
 def _check_loaded(
     model: PeftModel, folder: str, adapter_name: str, tensors: dict[str, torch.Tensor], place: dict[str, Any]
 ) -> None:
-    """As [`check_adapter`], of tensors that were read before; where a model has other names for them now, once more."""
+    """As [`check_adapter`], of tensors that were read before; where a model has other names for them, once more."""
     config = cast(Any, model.peft_config[adapter_name])
     if mapping := getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None):
         tensors = check_weights(folder, key_mapping=mapping, **place)
