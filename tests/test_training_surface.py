@@ -10,11 +10,12 @@ from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pair_data import labelled, pairs
 from peft import LoraConfig
-from training_runs import LORA, PBLORA, config, trainer, two_sets
+from training_runs import LORA, PBLORA, config, trainer, two_sets, write_run
 from transformers import BartForConditionalGeneration, BertForMaskedLM
 
 from trl_parm import PreferenceARMTrainer
-from trl_parm.training import data
+from trl_parm.cli import train
+from trl_parm.training import data as training_data
 
 
 def test_defaults_of_the_arguments(tokenizer, tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_positions_of_the_model_are_a_limit_of_length(tmp_path, tokenizer):
 
 def test_an_objective_that_evaluation_has_no_label_for_is_said(tmp_path, tokenizer, monkeypatch):
     lines = []
-    monkeypatch.setattr(data.logger, "warning", lines.append)
+    monkeypatch.setattr(training_data.logger, "warning", lines.append)
     ties = labelled(3, helpful=lambda i: -1)
     metrics = trainer(tmp_path, tokenizer, data=labelled(3), evaluation=ties).evaluate()
     assert lines == [
@@ -210,3 +211,20 @@ def test_a_ready_adapter_takes_no_second_one(tmp_path, tokenizer):
             tiny_llama(), config(tmp_path), train_dataset=two_sets(), processing_class=tokenizer,
             quantization_config=object(),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["train_data", "eval_data"])
+def test_damage_far_into_a_stream_is_told_by_its_line(tmp_path, monkeypatch, key):
+    """pyarrow reads some 10 MB at a time, and counts rows from within them."""
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "w1", "response_0": "w2", "response_1": "w3", "helpful": 1, "harmless": 0, "note": "x" * 100_000}
+    with open("far.jsonl", "w") as file:
+        for number in range(1, 121):
+            file.write(json.dumps(row)[: -1 if number == 115 else None] + "\n")
+    labels = {"helpful": "helpful", "harmless": "harmless"}
+    data = {"train_data": [{"path": "judged.jsonl"}], "eval_data": []}
+    data[key] = [{"path": "far.jsonl", "streaming": True}]
+    words = [w for k, v in {**data, "label_columns": labels}.items() for w in (f"--{k}", json.dumps(v))]
+    with pytest.raises(ValueError, match="^Line 115 of 'far.jsonl' is no JSON object"):
+        train.main(["--config", "config.yaml", *words, "--max_steps", "40"])

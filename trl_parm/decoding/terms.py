@@ -23,6 +23,14 @@ from trl_parm.algebra import Scorer, Step
 from .vocabulary import Vocabulary
 
 
+OTHERS = (
+    "If the tokenizers of base and guide are of one family, pass `vocabulary=Vocabulary(base_tokenizer, "
+    "guide_tokenizer)`. Where an assistant with a tokenizer of its own is what asks, use a guided model such as "
+    "`PARM(base, ...)` in the place of a processor: it does not guide the assistant."
+)
+"""What to do about models of several vocabularies."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LM(Scorer):
     """log π of a second language model given the tokens so far.
@@ -90,6 +98,11 @@ class LM(Scorer):
         return () if self.disable_adapter else self.adapter_names
 
     @property
+    def embeddings(self) -> int | None:
+        """How many tokens the model can read, if its embeddings say so."""
+        return getattr(self.backbone.get_input_embeddings(), "num_embeddings", None)
+
+    @property
     def rows(self) -> int:
         """How many rows have a preference of their own; 1 if all have the same."""
         α = self.preference
@@ -117,12 +130,17 @@ class LM(Scorer):
             return self.vocabulary.to_base(found, size)
         if found.shape[-1] != size:
             raise ValueError(
-                f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. If their "
-                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`. Where "
-                "an assistant with a tokenizer of its own is what asks, use a guided model such as `PARM(base, ...)` "
-                "in the place of a processor: it does not guide the assistant."
+                f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. {OTHERS}"
             )
         return found
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Raises `ValueError` for tokens `(rows, length)` that the model has no embeddings for."""
+        if self.embeddings is not None and bool((ids >= self.embeddings).any()):
+            raise ValueError(
+                f"The guiding model has a vocabulary of {self.embeddings}, but is to read the token {int(ids.max())}. "
+                f"{OTHERS}"
+            )
 
     def __reduce__(self) -> tuple:
         # The adapters that are meant stay the same, whatever is active in the copy's model.

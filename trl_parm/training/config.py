@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftConfig
+from pyarrow import ArrowInvalid
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
@@ -301,14 +303,32 @@ def _damage(path: Path, kind: str, error: BaseException) -> str:
     """What is wrong with a file that can't be loaded, and what to do."""
     if not path.read_bytes().strip():
         return f"The data at {str(path)!r} is empty. Give it at least one pair."
-    if kind == "json":
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not _is_object(line):
-                    return (
-                        f"Line {number} of {str(path)!r} is no JSON object: {line.strip()[:80]!r}. Mend or remove it."
-                    )
-    return f"The data at {str(path)!r} can't be read: {error}. Give a whole {kind} file."
+    line = _bad_line(path) if kind == "json" else None
+    return line or f"The data at {str(path)!r} can't be read: {error}. Give a whole {kind} file."
+
+
+def _bad_line(path: Path) -> str | None:
+    """Which line of a file of JSON lines is none, if any."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip() and not _is_object(line):
+                return f"Line {number} of {str(path)!r} is no JSON object: {line.strip()[:80]!r}. Mend or remove it."
+    return None
+
+
+@contextmanager
+def with_lines(entries: Iterable[PairData]) -> Iterator[None]:
+    """Names the line of a file that a stream can't read to its end: pyarrow counts rows from anywhere in it."""
+    try:
+        yield
+    except ValueError as error:
+        files = (Path(entry.path) for entry in entries if entry.streaming)
+        files = (file for file in files if FILE_KINDS.get(file.suffix) == "json" and file.is_file())
+        broken = isinstance(error, ArrowInvalid) or isinstance(error.__cause__, ArrowInvalid)
+        line = broken and next(filter(None, map(_bad_line, files)), None)
+        if line:
+            raise ValueError(line) from error
+        raise
 
 
 def _is_object(line: str) -> bool:

@@ -121,8 +121,8 @@ def join_sources(
             "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
         )
     data_sets = [
-        Dataset.from_list(list(data)) if once and isinstance(data, IterableDataset) else data
-        for data in sources.values()
+        Dataset.from_list(list(_readable(name, data))) if once and isinstance(data, IterableDataset) else data
+        for name, data in sources.items()
     ]
     pairs = list(zip(readers, data_sets, strict=True))
     if any(isinstance(data, IterableDataset) for data in data_sets):
