@@ -420,6 +420,15 @@ def test_a_configuration_with_keys_that_are_lost_is_refused(tmp_path, capfd):
     assert "The configuration file is no YAML" in capfd.readouterr().err
 
 
+def test_a_file_is_no_prompt(tmp_path, folder, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1"}\n')
+    words = ["generate", "--model_name_or_path", folder / "base", "--max_new_tokens", 1, "--prompts"]
+    assert run(*words, "prompts.jsonl") == 2
+    assert "'prompts.jsonl' names a file. Give it as `prompts_data`" in capfd.readouterr().err
+    assert run(*words, "other.jsonl") == 0
+
+
 def test_prompts_of_a_file_are_checked(tmp_path, folder, capfd):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": null}\n')
