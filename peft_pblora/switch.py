@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+
+
+CHANGING = ("pissa", "olora", "corda", "loftq")
+"""Ways of PEFT to begin a LoRA that put a residual in the place of each weight."""
 
 
 class AdapterSwitch:
@@ -59,6 +63,21 @@ class AdapterSwitch:
         finally:
             for layer, active, disabled in former:
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def check_keeps_below(configs: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for adapters, by name, of a kind that changes a model's own weights or layers when it is put
+    on: without the adapter, the model is another one then."""
+    for name, config in configs.items():
+        start = getattr(config, "init_lora_weights", None)
+        changed = isinstance(start, str) and start.lower().startswith(CHANGING)
+        if changed or getattr(config, "layer_replication", None):
+            kind = f"`init_lora_weights={start!r}`" if changed else "`layer_replication`"
+            raise ValueError(
+                f"The adapter {name!r} has {kind}, with which PEFT changes the model below it, so that there is no "
+                "model without the adapter any more. Save it as a plain LoRA, with PEFT's "
+                "`path_initial_model_for_weight_conversion`, or use the merged model, `merge_and_unload()`."
+            )
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

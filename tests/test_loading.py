@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from pair_data import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import write_official_adapter
@@ -13,7 +14,7 @@ from training_runs import PBLORA, two_sets
 from training_runs import config as training_config
 
 from peft_pblora import MoSLoraConfig, check_adapter, load_adapter
-from trl_parm import PreferenceARMTrainer
+from trl_parm import BASE, LM, Guided, PreferenceARMTrainer, rewarded_soup
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
 from trl_parm.evaluation.models import Models
@@ -195,6 +196,31 @@ def test_an_adapter_below_a_folder_is_not_that_of_the_folder(base):
     assert torch.equal(loaded.eval()(IDS).logits, expected)
     check_adapter(loaded, folder, subfolder="sub")
     assert torch.equal(loaded(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changes_the_model_below_it_is_no_guide_on_it(base, tmp_path, start):
+    """PEFT puts residuals in the place of its weights, for good: the base model would be another one."""
+    folder = tmp_path / start
+    model = get_peft_model(backbone(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start))
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="PEFT changes the model below it"):
+        LM(model)
+    with pytest.raises(ValueError, match="PEFT changes the model below it"):
+        rewarded_soup({"a": "default"}, [1.0], adapters_of=model)
+    models = Models(str(base))
+    with pytest.raises(ValueError, match=f"{start}.* has `init_lora_weights='{start}'`"):
+        models.guide(str(folder))
+    assert torch.equal(models.base(IDS).logits, tiny_llama()(IDS).logits)
+    merged = load_adapter(backbone(base), folder).merge_and_unload().eval()
+    formula = Guided(models.base, BASE + LM(merged))
+    expected = models.base(IDS).logits.log_softmax(-1) + merged(IDS).logits.log_softmax(-1)
+    torch.testing.assert_close(formula(IDS).logits.log_softmax(-1), expected.log_softmax(-1))
+    settings = {"train_dataset": pairs(4), "processing_class": tiny_tokenizer()}
+    fresh = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
+    for trained, config in ((backbone(base), fresh), (model, None)):
+        with pytest.raises(ValueError, match="PEFT changes the model below it"):
+            PreferenceARMTrainer(trained, training_config(tmp_path / "out"), peft_config=config, **settings)
 
 
 def break_whole(folder, fault):

@@ -17,7 +17,7 @@ from peft_pblora.condition import Condition
 from peft_pblora.control import has_preference
 from peft_pblora.kv_cache import takes_cache
 from peft_pblora.preference import Preference
-from peft_pblora.switch import AdapterSwitch, backbone_of
+from peft_pblora.switch import AdapterSwitch, backbone_of, check_keeps_below
 from trl_parm.algebra import Scorer, Step
 
 from .vocabulary import Vocabulary
@@ -74,6 +74,7 @@ class LM(Scorer):
 
     def __post_init__(self, shared_forward: bool | None = None) -> None:
         check_guide(self.model, self.backbone)
+        check_keeps_below(getattr(self.backbone, "peft_config", {}))
         object.__setattr__(self, "adapter_names", _named_adapters(self.model, self.adapter_name))
         if self.disable_adapter and not self.adapter_names:
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
