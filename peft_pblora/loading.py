@@ -57,6 +57,8 @@ def load_adapter(
     folder = str(folder)
     place = {key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs}
     tensors = check_weights(folder, **place)
+    with refused(folder):
+        check_start(config or PeftConfig.from_pretrained(folder, **place))
     names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
     if adapter_name in names:
         raise ValueError(f"The model has an adapter {adapter_name!r} already. Give another `adapter_name`.")
@@ -80,6 +82,17 @@ def load_adapter(
             _take_off(model)
         raise
     return loaded
+
+
+def check_start(config: PeftConfig) -> None:
+    """Raises `ValueError` for an adapter that is loaded onto another model than it was trained on: PiSSA by a random
+    SVD puts other residuals into the weights each time."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise ValueError(
+            f"`init_lora_weights={start!r}` draws its SVD anew where the adapter is loaded, which is another model "
+            "then. Use 'pissa', or save it as a plain LoRA with PEFT's `path_initial_model_for_weight_conversion`"
+        )
 
 
 def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default", **place: Any) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,18 +65,27 @@ class AdapterSwitch:
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def check_keeps_below(configs: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for adapters, by name, of a kind that changes a model's own weights or layers when it is put
-    on: without the adapter, the model is another one then."""
-    for name, config in configs.items():
-        start = getattr(config, "init_lora_weights", None)
-        changed = isinstance(start, str) and start.lower().startswith(CHANGING)
-        if changed or getattr(config, "layer_replication", None):
-            kind = f"`init_lora_weights={start!r}`" if changed else "`layer_replication`"
+def changes_below(config: Any, model: nn.Module) -> str | None:
+    """By which setting an adapter changes the model that it is put on, so that this is another one without it too."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(CHANGING):
+        return f"init_lora_weights={start!r}"
+    if getattr(config, "layer_replication", None):
+        return "layer_replication"
+    biases = (name for name, _ in model.named_parameters() if name.endswith(".bias") and ".lora_B." not in name)
+    return f"bias={config.bias!r}" if getattr(config, "bias", "none") != "none" and any(biases) else None
+
+
+def check_below(model: nn.Module) -> None:
+    """Raises `ValueError` if an adapter has changed the model below it, which is to be read without it."""
+    backbone = backbone_of(model)
+    for name, config in getattr(backbone, "peft_config", {}).items():
+        if setting := changes_below(config, backbone):
             raise ValueError(
-                f"The adapter {name!r} has {kind}, with which PEFT changes the model below it, so that there is no "
-                "model without the adapter any more. Save it as a plain LoRA, with PEFT's "
-                "`path_initial_model_for_weight_conversion`, or use the merged model, `merge_and_unload()`."
+                f"The adapter {name!r} has `{setting}`, with which PEFT changes the model below it, which is another "
+                "one then without the adapter too. Load it on a model of its own and use a guided model, such as "
+                "`PARM(base, ...)`; or merge it, `merge_and_unload()`; or save a PiSSA, OLoRA or CorDA as a plain "
+                "LoRA with PEFT's `path_initial_model_for_weight_conversion`."
             )
 
 

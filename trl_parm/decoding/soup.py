@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_pblora.preference import Preference
-from peft_pblora.switch import AdapterSwitch, check_keeps_below
+from peft_pblora.switch import AdapterSwitch, check_below
 
 from .methods import objective_weights
 
@@ -67,7 +67,6 @@ def rewarded_soup(
 
 @torch.no_grad()
 def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter_name: str) -> PeftModel:
-    check_keeps_below(model.peft_config)
     names = [name for _, name in chosen]
     for name in names:
         config = model.peft_config.get(name) if isinstance(name, str) else None
@@ -79,6 +78,7 @@ def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter
     layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
     for name in names:
         _check_is_sum(name, cast(LoraConfig, model.peft_config[name]), layers)
+    check_below(model)  # by any adapter
     if adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
     # Of each layer, (weight, A, B, bias) of every policy that has it: weights and scales go to B.

@@ -17,7 +17,7 @@ from peft_pblora.condition import Condition
 from peft_pblora.control import has_preference
 from peft_pblora.kv_cache import takes_cache
 from peft_pblora.preference import Preference
-from peft_pblora.switch import AdapterSwitch, backbone_of, check_keeps_below
+from peft_pblora.switch import AdapterSwitch, backbone_of, check_below
 from trl_parm.algebra import Scorer, Step
 
 from .vocabulary import Vocabulary
@@ -74,10 +74,11 @@ class LM(Scorer):
 
     def __post_init__(self, shared_forward: bool | None = None) -> None:
         check_guide(self.model, self.backbone)
-        check_keeps_below(getattr(self.backbone, "peft_config", {}))
         object.__setattr__(self, "adapter_names", _named_adapters(self.model, self.adapter_name))
         if self.disable_adapter and not self.adapter_names:
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
+        if self.disable_adapter:
+            check_below(self.model)
         α = None
         if self.preference is not None:
             objectives = self._objectives()
@@ -201,6 +202,12 @@ def check_guide(model: Any, backbone: PreTrainedModel) -> None:
         raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError("The guiding model is tuned by prompt learning. Only adapters on its layers can guide.")
+    for name, config in getattr(backbone, "peft_config", {}).items():
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"The guiding model has the adapter {name!r}, an activated LoRA, which acts after its invocation "
+                "tokens alone, where `PeftModel` looks for them. Use an adapter that acts on the whole text."
+            )
     if backbone.get_output_embeddings() is None:
         raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
     layers = DynamicCache(config=backbone.config.get_text_config()).layers

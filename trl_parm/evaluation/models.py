@@ -26,7 +26,7 @@ from transformers.utils import find_adapter_config_file
 
 from peft_pblora import load_adapter
 from peft_pblora.preference import Preference
-from peft_pblora.switch import AdapterSwitch, backbone_of, check_keeps_below
+from peft_pblora.switch import AdapterSwitch, backbone_of, changes_below
 from trl_parm.decoding import LM, Prompt, Vocabulary
 from trl_parm.loading import load_whole
 
@@ -150,11 +150,11 @@ class Models:
             ValueError: an adapter or a backbone that can't be read, or that do not fit.
         """
         config = adapter_config(name)
-        check_keeps_below({name: config})  # it would change the base model too, for good
         backbone = cast(str, backbone or config.base_model_name_or_path)
-        key = canonical(backbone), str(config.peft_type)
-        # A backbone takes adapters of one kind; those of another get one of their own.
-        taken = any(home == key[0] for home, _ in self._adapted)
+        alone = changes_below(config, self.whole(backbone))
+        key = canonical(backbone), name if alone else str(config.peft_type)
+        # A backbone takes adapters of one kind that leave it as it is; others get one of their own.
+        taken = alone or any(home == key[0] for home, _ in self._adapted)
         below = self._load(backbone) if taken and key not in self._adapted else self.whole(backbone)
         inside = name.replace(".", "_")  # where dots would mean submodules
         on = self._adapted.get(key, below)

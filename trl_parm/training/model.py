@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from peft_pblora.switch import check_keeps_below
+from peft_pblora.loading import check_start
 from trl_parm.loading import load_whole
 
 from .config import PreferenceARMConfig
@@ -103,10 +103,9 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
             raise TypeError(f"`peft_config` is a {type(peft_config).__name__}, but it must be a `PeftConfig`.")
         if is_peft_model(model):
             raise ValueError("`model` is a PeftModel already, so `peft_config` can't be used. Leave one of them out.")
-        check_keeps_below({"peft_config": peft_config})
+        check_start(peft_config)
         # ZeRO-3 gathers parameters in the dtype of the first one, so all must have the same (trl#6089).
         model = get_peft_model(model, peft_config, autocast_adapter_dtype=not zero_3 or quantized)
-    check_keeps_below(getattr(model, "peft_config", None) or {})  # of which the untrained model would be another
     if is_peft_model(model) and args.gradient_checkpointing:
         if zero_3:
             # The only kind of checkpointing that works with PEFT there (trl#2514).

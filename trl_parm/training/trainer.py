@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from peft_pblora import PreferenceConfig, set_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
+from peft_pblora.switch import changes_below
 
 from . import checkpoints
 from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
@@ -153,6 +154,8 @@ class PreferenceARMTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         self._signature_columns = ["pairs"]
+        own = cast(Any, model)
+        self._has_untrained = is_peft_model(model) and not changes_below(own.peft_config[self.adapter], own)
         self._distances_ahead: torch.Tensor | None = None
         self._claimed = self._noise_checked = self._rows_checked = False
         self._offloading = get_act_offloading_ctx_manager(model) if args.activation_offloading else nullcontext()
@@ -274,8 +277,7 @@ class PreferenceARMTrainer(SavingTrainer):
         """Evaluates one batch at every preference of `eval_preferences`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            has_adapter = is_peft_model(self.accelerator.unwrap_model(model))
-            untrained = [self._margins(model, inputs, None)] if has_adapter else []
+            untrained = [self._margins(model, inputs, None)] if self._has_untrained else []
             margins = [self._margins(model, inputs, preference) for preference in self.eval_preferences.values()]
         weights = inputs.get("pair_weights", torch.ones_like(margins[0]))
         values = [inputs["pair_labels"], torch.stack(margins, -1), weights, *untrained]
