@@ -70,8 +70,9 @@ def changes_below(config: Any, model: nn.Module) -> str | None:
     start = getattr(config, "init_lora_weights", None)
     if isinstance(start, str) and start.lower().startswith(CHANGING):
         return f"init_lora_weights={start!r}"
-    if getattr(config, "layer_replication", None):
-        return "layer_replication"
+    for setting in ("layer_replication", "kasa_config"):
+        if getattr(config, setting, None):
+            return setting
     biases = (name for name, _ in model.named_parameters() if name.endswith(".bias") and ".lora_B." not in name)
     return f"bias={config.bias!r}" if getattr(config, "bias", "none") != "none" and any(biases) else None
 

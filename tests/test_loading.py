@@ -3,6 +3,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
@@ -208,7 +209,12 @@ def changed(**settings):
     return model.eval()
 
 
-@pytest.mark.parametrize("settings", [{"init_lora_weights": kind} for kind in ("pissa", "olora")] + [{"bias": "all"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}]
+    + ([{"kasa_config": peft.KasaConfig()}] if hasattr(peft, "KasaConfig") else []),
+    ids=lambda settings: next(iter(settings.items()))[0],
+)
 def test_an_adapter_that_changes_the_model_below_it_is_on_a_model_of_its_own(tmp_path, settings):
     """PEFT puts residuals in the place of its weights, or other biases, for good."""
     base, model = tiny_llama(attention_bias=True), changed(**settings)
@@ -222,7 +228,7 @@ def test_an_adapter_that_changes_the_model_below_it_is_on_a_model_of_its_own(tmp
         lambda: LM(model, disable_adapter=True),
         lambda: rewarded_soup({"a": "default"}, [1.0], adapters_of=model),
     ):
-        with pytest.raises(ValueError, match="PEFT changes the model below it|`bias`, whose average"):
+        with pytest.raises(ValueError, match="PEFT changes the model below it|, whose average with others"):
             use()
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
