@@ -26,6 +26,7 @@ from trl_parm import (
     Prompt,
     TransferQLogitsProcessor,
     Vocabulary,
+    records,
     rewarded_soup,
 )
 from trl_parm.evaluation.decoding import encode_prompts
@@ -278,6 +279,36 @@ def test_another_arm_of_the_same_name_is_refused(folder, tmp_path):
     finally:
         weights.write_bytes(saved)
     run(folder, [{**parm, "name": "PARM, β 2", "beta": 2.0}], path)
+
+
+def test_another_backbone_of_an_arm_is_refused(folder, tmp_path):
+    """The adapter's own files stay as they are."""
+    path, methods = tmp_path / "results.jsonl", [{"method": "genarm", "arms": dict.fromkeys(OBJECTIVES, "small_arm")}]
+    run(folder, methods, path)
+    weights = folder / "small/model.safetensors"
+    saved = weights.read_bytes()
+    tiny_llama(9).save_pretrained(folder / "small")
+    try:
+        with pytest.raises(ValueError, match="methods GenARM arms helpful backbone fingerprint was"):
+            run(folder, methods, path)
+    finally:
+        weights.write_bytes(saved)
+    run(folder, methods, path)
+
+
+def test_a_fingerprint_sees_the_middle_of_a_large_file_and_plain_vocabularies(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "WHOLE", 2**21)
+    weights, vocabulary = tmp_path / "model.safetensors", tmp_path / "vocab.txt"
+    content = bytearray(2**23)
+    weights.write_bytes(content)
+    vocabulary.write_text("a")
+    found = {records.fingerprint(str(tmp_path))}
+    content[2**22 - 2**14 : 2**22] = b"x" * 2**14  # a tensor of a few thousand weights
+    weights.write_bytes(content)
+    found.add(records.fingerprint(str(tmp_path)))
+    vocabulary.write_text("b")
+    found.add(records.fingerprint(str(tmp_path)))
+    assert len(found) == 3
 
 
 def test_the_bases_generation_config_acts_on_every_method_and_is_recorded(folder, tmp_path):

@@ -26,11 +26,13 @@ PACKAGES = (
 )  # fmt: skip
 HASHED = (
     "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json",
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.gguf", "*.py",
 )  # fmt: skip
 """What a model's answers depend on; not what a trainer writes about itself."""
+VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+"""What a tokenizer depends on where there is no `tokenizer.json`."""
 WHOLE = 64 * 2**20
-"""Files up to this size are hashed as a whole, of larger ones the first and the last MiB."""
+"""Files up to this size are hashed as a whole, of larger ones the first and the last MiB, and 4 KiB of each 1024th."""
 
 logger = logging.getLogger(__name__)
 
@@ -310,13 +312,17 @@ def fingerprint(name: str) -> str | None:
     for a name on the Hub."""
     if not os.path.isdir(name):  # unlike `Path.is_dir`, it takes any text
         return None
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in HASHED for path in Path(name).glob(pattern)):
+    digest, folder = hashlib.sha256(), Path(name)
+    patterns = HASHED if (folder / "tokenizer.json").is_file() else (*HASHED, *VOCABULARIES)
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(WHOLE if size <= WHOLE else 2**20))
             if size > WHOLE:
+                for part in range(1, 1024):
+                    file.seek(size * part // 1024)
+                    digest.update(file.read(2**12))
                 file.seek(-(2**20), 2)
                 digest.update(file.read())
     return digest.hexdigest()[:16]

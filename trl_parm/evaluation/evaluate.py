@@ -162,7 +162,7 @@ def evaluate(
             }
         ),
         **(configuration or {}),
-        "methods": {entry.name: entry.configuration() for entry in entries},
+        "methods": {entry.name: entry.configuration(models.name) for entry in entries},
     }
     with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
         for entry in entries:

@@ -224,7 +224,7 @@ def backbone_name(name: str) -> str | None:
     """The model that an adapter was trained on, or `None` for a whole model."""
     if find_adapter_config_file(name) is None:
         return None
-    return cast(str, PeftConfig.from_pretrained(name).base_model_name_or_path)
+    return cast(str, adapter_config(name).base_model_name_or_path)
 
 
 def adapter_config(name: str) -> PeftConfig:
