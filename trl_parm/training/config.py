@@ -158,6 +158,13 @@ class PreferenceARMConfig(_BaseConfig):
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
             ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
             ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
+            ("learning_rate", self.learning_rate > 0, "it must be positive"),
+            ("label_smoothing_factor", not self.label_smoothing_factor, "the loss of pairs has `label_smoothing`"),
+            (
+                "neftune_noise_alpha",
+                not (self.neftune_noise_alpha and self.disable_dropout),
+                "such noise needs `disable_dropout=False`",
+            ),
             ("max_steps", self.max_steps == -1 or self.max_steps > 0, "it must be positive, or -1 for whole epochs"),
             ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "it must be positive"),
         ]
