@@ -86,9 +86,12 @@ class Records:
                 check_cells(self.rows, cell_of, self.path)
             kept = self._match(growing, empty=not data, restart=restart)
             if len(kept) < len(self.rows):
-                self._file.truncate(0)
-                self.rows, whole = [], len(data)
-                self.append(kept)
+                with output_file(os.path.realpath(self.path)) as file:  # whatever ends this, no row that stays is lost
+                    file.writelines(map(_line, kept))
+                self._file.close()
+                self._file = self.path.open("a+b")
+                lock(self._file, self.path)
+                self.rows, whole = kept, len(data)
             if whole < len(data):  # only now that the file is known to be one of ours
                 logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
                 self._file.truncate(whole)
@@ -100,7 +103,7 @@ class Records:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rows, so that they survive whatever happens to the process or to the machine after this call."""
         rows = [dict(row) for row in rows]
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        text = "".join(map(_line, rows))
         if self._file is not None:
             self._file.write(text.encode())
             self._file.flush()
@@ -194,6 +197,10 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("objectives"), list):
         raise ValueError(f"{beside}, which says what {path} is, is missing or no configuration of results.")
     return found
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _refuse_constant(name: str) -> None:
