@@ -19,6 +19,7 @@ from trl_parm import (
     ARGSLogitsProcessor,
     ClassifierReward,
     GenARMLogitsProcessor,
+    Guided,
     GuidedLogitsProcessor,
     MODLogitsProcessor,
     MODWeakToStrongLogitsProcessor,
@@ -248,6 +249,22 @@ def test_methods_share_nothing_but_the_base(folder, tmp_path):
     backbone = sum(p.numel() for p in Twin(folder).model("large").parameters())
     assert extra["Transfer-Q"] == backbone + counts["lora_one"]
     assert {row["extra_bytes"] for row in together if row["method"] == "PARM"} == {4 * counts["arm"]}
+
+
+def test_adapters_have_names_of_their_own(tmp_path):
+    """Of folders that differ in a dot alone, or are called as a method of a mapping is."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    folders = [str(tmp_path / name) for name in ("v1.0", "v1_0", "update")]
+    for seed, folder in enumerate(folders):
+        save_lora(tmp_path / "base", folder, seed)
+    models = Models(str(tmp_path / "base"))
+    ids = torch.arange(2, 10)[None]
+    guides = [models.guide(folder) for folder in folders]
+    found = [Guided(models.base, guide.lm())(ids).logits.log_softmax(-1) for guide in guides]
+    for folder, logits in zip(folders, found, strict=True):
+        twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder).eval()
+        torch.testing.assert_close(logits, twin(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_finished_methods_are_not_loaded_again(folder, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from peft_pblora import load_adapter
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of, changes_below
 from trl_parm.decoding import LM, Prompt, Vocabulary
+from trl_parm.identity import short_hash
 from trl_parm.loading import load_whole
 
 from .decoding import Batch, encode_prompts
@@ -156,7 +157,8 @@ class Models:
         # A backbone takes adapters of one kind that leave it as it is; others get one of their own.
         taken = alone or any(home == key[0] for home, _ in self._adapted)
         below = self._load(backbone) if taken and key not in self._adapted else self.whole(backbone)
-        inside = name.replace(".", "_")  # where dots would mean submodules
+        # Where dots would mean submodules, and some names are those of methods; one for each adapter.
+        inside = f"{name.replace('.', '_')}~{short_hash(canonical(name).encode())}"
         on = self._adapted.get(key, below)
         try:
             if inside not in getattr(on, "peft_config", ()):
