@@ -209,7 +209,7 @@ class PairData:
         name (`str`, *optional*): Configuration of a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): The split, slices such as `train[:1000]` included.
         streaming (`bool`, *optional*, defaults to `False`): Read it as a stream.
-        columns (`dict[str, str]`, *optional*): Its column → the column that is expected.
+        columns (`dict[str, str]`, *optional*): Its column → the column that is expected, which it replaces.
         where (`dict[str, Any]`, *optional*): Keep the rows with these values in these columns.
     """
 
@@ -224,6 +224,8 @@ class PairData:
     def load(self) -> Dataset | IterableDataset:
         """Loads the pairs. Raises `ValueError` if the file is missing, empty or damaged, or columns are missing."""
         kind = FILE_KINDS.get(Path(self.path).suffix)
+        if not Path(self.path).name:
+            raise ValueError(f"The data is at {self.path!r}, which names none. Give a file, or a folder or id.")
         if kind and not Path(self.path).exists():
             raise ValueError(f"There is no data at {self.path!r}. Give an existing file, or an id on the Hub.")
         source: dict[str, Any] = {"path": kind, "data_files": self.path} if kind else {"path": self.path}
@@ -231,6 +233,8 @@ class PairData:
             data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
             if kind and self.streaming and next(iter(data), None) is None:
                 raise ValueError("it has no row")
+            if kind and not self.streaming:
+                data.data.table.validate(full=True)  # that texts are UTF-8, which is else seen row by row
         except (DatasetGenerationError, StopIteration, ValueError) as error:
             if not kind:
                 raise
@@ -244,7 +248,10 @@ class PairData:
         if self.where:
             conditions = self.where.items()
             data = data.filter(lambda row: all(row[column] == value for column, value in conditions))
-        return data.rename_columns(self.columns) if self.columns else data
+        if not self.columns:
+            return data
+        replaced = set(data.column_names or ()) & set(self.columns.values()) - set(self.columns)
+        return (data.remove_columns(sorted(replaced)) if replaced else data).rename_columns(self.columns)
 
 
 @dataclass
@@ -316,11 +323,20 @@ def _damage(path: Path, kind: str, error: BaseException) -> str:
 
 def _bad_line(path: Path) -> str | None:
     """Which line of a file of JSON lines is none, if any."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip() and not _is_object(line):
-                return f"Line {number} of {str(path)!r} is no JSON object: {line.strip()[:80]!r}. Mend or remove it."
+            text = line.decode(errors="replace").strip().removeprefix("\ufeff")
+            if text and not (_is_object(text) and _is_text(line)):
+                kind = "JSON object" if _is_text(line) else "text in UTF-8"
+                return f"Line {number} of {str(path)!r} is no {kind}: {text[:80]!r}. Mend or remove it."
     return None
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        return bool(line.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 @contextmanager
@@ -329,9 +345,9 @@ def with_lines(entries: Iterable[PairData]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        files = (Path(entry.path) for entry in entries if entry.streaming)
+        files = (Path(entry.path) for entry in entries)
         files = (file for file in files if FILE_KINDS.get(file.suffix) == "json" and file.is_file())
-        broken = isinstance(error, ArrowInvalid) or isinstance(error.__cause__, ArrowInvalid)
+        broken = any(isinstance(e, ArrowInvalid | UnicodeDecodeError) for e in (error, error.__cause__))
         line = broken and next(filter(None, map(_bad_line, files)), None)
         if line:
             raise ValueError(line) from error

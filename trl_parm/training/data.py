@@ -287,7 +287,7 @@ def _readable(name: str, rows: Iterable[Any]) -> Iterator[Any]:
     """The rows of a data set. Raises `ValueError` where a file that it streams is damaged."""
     try:
         yield from rows
-    except ArrowInvalid as error:
+    except (ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"The data set {name!r} can't be read to its end: {error}. Mend that row.") from error
 
 
