@@ -12,6 +12,7 @@ from pair_data import prepared
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
+from trl_parm import reward_models
 from trl_parm.relabel import agreement, relabel
 from trl_parm.reward_models import RewardSource, load_function
 from trl_parm.rewards import brevity, positivity, score
@@ -131,6 +132,16 @@ def test_a_classifier_with_a_chat_template_reads_whole_conversations(tmp_path):
     other = RewardSource(folder, chat_template="{% for m in messages %}w50 {{ m['content'] }} {% endfor %}").load()
     expected = plain([CHAT], ["w50 w1 w50 w2 w50 w3 w50 w4"])
     assert score("helpful", other, [CHAT], ["w4"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_that_a_classifier_reads_in_part_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(reward_models.logger, "warning_once", said.append)
+    reward = RewardSource(save_classifier(tmp_path / "classifier"), max_length=7).load()
+    score("helpful", reward, ["w1"], ["w2"])
+    assert said == []
+    score("helpful", reward, ["w1"], ["w2 w3 w4 w5"])
+    assert ["reach 7 tokens, and longer ones are cut on the right" in text for text in said] == [True]
 
 
 def test_functions_by_import_path(tmp_path, monkeypatch):

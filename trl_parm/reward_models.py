@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .identity import known_by
 from .loading import load_whole
@@ -34,6 +35,8 @@ from .sources import describe_function
 from .templates import in_form
 from .texts import PromptText, as_messages, fill
 
+
+logger = logging.get_logger(__name__)
 
 NORMALIZED = {"reward": "affine", "cost": "scale", "critic": "identity"}
 """What the kinds of score models do to a score where their configuration says `do_normalize`."""
@@ -146,6 +149,7 @@ class ModelReward:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.source)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.limit = source.max_length or self.tokenizer.model_max_length
         self.tokenizer.chat_template = source.chat_template or self.tokenizer.chat_template
         if source.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
@@ -171,15 +175,19 @@ class ModelReward:
         size, values = self.source.batch_size, []
         for start in range(0, len(responses), size):
             texts = self._encode(prompts[start : start + size], responses[start : start + size]).to(self.model.device)
+            if int(texts["attention_mask"].sum(1).max()) >= self.limit:
+                logger.warning_once(
+                    f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones are "
+                    f"cut on the {self.tokenizer.truncation_side}. `max_length` allows more, where the model does."
+                )
             scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
             values += scores[:, self.source.label].float().tolist()
         return [-value for value in values] if self.source.negate else values
 
     def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Any:
-        limit = self.source.max_length or self.tokenizer.model_max_length
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        if limit < 10**9:  # a tokenizer without a limit of its own has a huge number
-            options |= {"truncation": True, "max_length": limit}
+        if self.limit < 10**9:  # a tokenizer without a limit of its own has a huge number
+            options |= {"truncation": True, "max_length": self.limit}
         self.tokenizer.padding_side = "right"
         template = self.source.template
         if template is None:
