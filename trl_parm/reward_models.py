@@ -177,8 +177,8 @@ class ModelReward:
             texts = self._encode(prompts[start : start + size], responses[start : start + size]).to(self.model.device)
             if int(texts["attention_mask"].sum(1).max()) >= self.limit:
                 logger.warning_once(
-                    f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones are "
-                    f"cut on the {self.tokenizer.truncation_side}. `max_length` allows more, where the model does."
+                    f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones "
+                    f"are cut on the {self.tokenizer.truncation_side}. `max_length` allows more, where the model does."
                 )
             scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
             values += scores[:, self.source.label].float().tolist()
