@@ -305,6 +305,7 @@ BAD = [
     ("generate", {"method": "parm"}, "'PARM' has no arm"),
     ("generate", {"method": ["base"]}, "`method` is ['base'], but it must be a text or a mapping"),
     ("generate", {"method": {"method": "parm", "arm": "x", "beat": 1}}, "has beat. Its settings are arm, beta"),
+    ("generate", {"preferences": [{"a": 1.0}]}, "The method 'Base' has no preference. Leave `preferences` out"),
     ("generate", {"preferences": ["[0.5, 0.5]"]}, "each must name its objectives"),
     ("generate", {"prompts": [5]}, "An entry of `prompts` is 5, but it must be a text or a list"),
     (

@@ -165,6 +165,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
             r"lacks the columns \['chosen'\]",
         ),
         ({"evaluation": {"helpful": pairs(3)}}, ValueError, r"`eval_dataset` has the objectives \['helpful'\]"),
+        ({"evaluation": {"one": two_sets(), "two": None}}, ValueError, "`eval_dataset` is required"),
         ({"data": {"helpful": pairs(3), "harmless": identical(3)}}, ValueError, "since both responses are the same"),
         ({"data": labelled(3, harmless=lambda i: 2)}, ValueError, "is 2, but it must be 0 or 1"),
         ({"max_length": 2}, ValueError, "longer than 2 tokens"),
@@ -214,6 +215,17 @@ def test_a_ready_adapter_takes_no_second_one(tmp_path, tokenizer):
             tiny_llama(), config(tmp_path), train_dataset=two_sets(), processing_class=tokenizer,
             quantization_config=object(),
         )  # fmt: skip
+
+
+def test_a_processor_is_no_tokenizer(tmp_path, tokenizer):
+    class Processor:
+        """As models that read images too have one."""
+
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    with pytest.raises(TypeError, match="is a Processor, .* Give a tokenizer, such as the `tokenizer` of a processor"):
+        trainer(tmp_path, Processor(tokenizer))
 
 
 @pytest.mark.parametrize("key", ["train_data", "eval_data"])

@@ -161,8 +161,9 @@ def main(argv: list[str]) -> None:
     preferences: list[Any] = arguments.preferences or []
     entry = Entry.of(method)
     prompts = arguments.read_prompts()
-    if not preferences and not entry.method.control:
-        raise ValueError(f"The method {entry.name!r} needs `preferences`.")
+    if bool(preferences) == entry.method.control:
+        needs = "has no preference. Leave `preferences` out" if preferences else "needs `preferences`"
+        raise ValueError(f"The method {entry.name!r} {needs}.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
     output = Path(arguments.output) if arguments.output else None
     before = len(read_rows(output)) if output and output.is_file() and output.stat().st_size else 0

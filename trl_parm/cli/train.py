@@ -8,7 +8,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trl_parm.arguments import parse, required
 
@@ -60,7 +60,7 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
         if unnamed and not config.label_columns and arguments.adapter != "lora":
             raise ValueError(f"The data {unnamed[0]!r} name no `objective`, which chosen and rejected are for.")
-    adapter = arguments.peft_config(config.label_columns)
+    adapter = arguments.peft_config(cast(dict, config.label_columns))
     if not is_readable(arguments.model_name_or_path):
         raise ValueError(
             f"There is no model to read at {arguments.model_name_or_path!r}: neither in a folder of this name nor on "

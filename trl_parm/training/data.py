@@ -158,6 +158,7 @@ def join_evaluation(
         ranked = not any(has_labels(name, data) for name, data in given.items())
         several = ranked and len(objectives) == 1 and not {ALONE, objectives[0]} & set(given)
     if several:
+        given = {name: {} if data is None else data for name, data in given.items()}  # which is refused
         return {name: join_evaluation(data, objectives, tokenizer, args, limits) for name, data in given.items()}
     return join_sources("eval_dataset", given, objectives, tokenizer, args, limits, once=True)
 

@@ -83,6 +83,11 @@ def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTok
     if tokenizer is None:
         name, revision = get_config_model_id(model.config), cast(dict, args.model_init_kwargs or {}).get("revision")
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is a {type(tokenizer).__name__}, but only texts are trained on. Give a tokenizer, "
+            "such as the `tokenizer` of a processor."
+        )
     if tokenizer.eos_token is None:
         raise ValueError(
             "The tokenizer has no end token, which every response must end in. Set `tokenizer.eos_token`."

@@ -97,4 +97,4 @@ class SavingTrainer(_BaseTrainer):
         if busy:
             cast(PushInProgress, self.push_in_progress).jobs.extend(jobs)
         else:
-            self.push_in_progress = PushInProgress(jobs)
+            self.push_in_progress = PushInProgress(cast(Any, jobs))
