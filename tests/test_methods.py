@@ -34,7 +34,10 @@ from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.evaluation.evaluate import Entry, evaluate
 from trl_parm.evaluation.methods import METHODS
 from trl_parm.evaluation.models import Models
+from trl_parm.reward_models import RewardSource
 from trl_parm.rewards import brevity, conciseness
+from trl_parm.training.card import run_yaml
+from trl_parm.training.config import PreferenceARMConfig
 
 
 OBJECTIVES = ["helpful", "harmless"]
@@ -296,6 +299,21 @@ def test_another_arm_of_the_same_name_is_refused(folder, tmp_path):
     finally:
         weights.write_bytes(saved)
     run(folder, [{**parm, "name": "PARM, β 2", "beta": 2.0}], path)
+
+
+def test_no_record_has_an_access_token(folder, tmp_path):
+    """Nor do the arguments beside a run, nor the card of a model, which is uploaded."""
+    path, rewards = tmp_path / "results.jsonl", {"helpful": RewardSource("trl_parm.rewards:brevity")}
+    for token in ("hf_one", "hf_two"):
+        rewards["helpful"].model_kwargs["token"] = token
+        models = Models(str(folder / "large"), token=token)
+        evaluate(models, ["base"], [], PROMPTS, rewards, path, max_new_tokens=1)
+    records.write_run(tmp_path / "run.yaml", "evaluate", {"model_kwargs": {"token": "hf_two", "device_map": "cpu"}})
+    settings = {"model_init_kwargs": {"token": "hf_two"}, "hub_token": "hf_two", "use_cpu": True, "bf16": False}
+    written = run_yaml(PreferenceARMConfig("out", report_to="none", **settings))
+    texts = [(tmp_path / name).read_text() for name in ("results.config.json", "run.yaml")]
+    assert "device_map: cpu" in texts[1]
+    assert not any("hf_" in text for text in (*texts, written))
 
 
 def test_another_backbone_of_an_arm_is_refused(folder, tmp_path):

@@ -31,6 +31,9 @@ HASHED = (
 """What a model's answers depend on; not what a trainer writes about itself."""
 VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 """What a tokenizer depends on where there is no `tokenizer.json`."""
+SECRET = ("token", "use_auth_token")
+NOT_RECORDED = ("device_map", *SECRET)
+"""Arguments of `from_pretrained` that change no model."""
 WHOLE = 64 * 2**20
 """Files up to this size are hashed as a whole, of larger ones the first and the last MiB, and 4 KiB of each 1024th."""
 
@@ -335,10 +338,17 @@ def fingerprint(name: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def recorded(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments of `from_pretrained` changes a model, and is for others to read: no access token."""
+    return {key: value for key, value in kwargs.items() if key not in NOT_RECORDED}
+
+
 def plain(value: Any) -> Any:
-    """A value as YAML and JSON can hold it."""
+    """A value as YAML and JSON can hold it, without the tokens of access in arguments of `from_pretrained`."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        found = {str(key): plain(entry) for key, entry in value.items()}
+        kwargs = {key: entry for key, entry in found.items() if key.endswith("_kwargs") and isinstance(entry, dict)}
+        return {**found, **{key: {k: v for k, v in kwargs[key].items() if k not in SECRET} for key in kwargs}}
     if isinstance(value, list | tuple | set):
         return [plain(entry) for entry in (sorted(value, key=str) if isinstance(value, set) else value)]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

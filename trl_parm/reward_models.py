@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from .identity import known_by
 from .loading import load_whole
-from .records import plain
+from .records import plain, recorded
 from .rewards import Reward, score
 from .sources import describe_function
 from .templates import in_form
@@ -119,7 +119,7 @@ class RewardSource:
     def configuration(self) -> dict[str, Any]:
         """What the reward's numbers depend on, as JSON."""
         settings = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "model_kwargs")}
-        settings |= plain({key: value for key, value in self.model_kwargs.items() if key != "device_map"})
+        settings |= plain(recorded(self.model_kwargs))
         if not self.is_model:
             return {**settings, **describe_function(load_function(self.source))}
         return {**settings, "fingerprint": known_by(self.source)}

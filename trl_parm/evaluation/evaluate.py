@@ -20,7 +20,7 @@ from peft_pblora.preference import Preference, check_columns, check_objectives
 from trl_parm.decoding import BASE, Guided
 from trl_parm.identity import describe_model, short_hash
 from trl_parm.noise import row_seed
-from trl_parm.records import Records, plain
+from trl_parm.records import Records, plain, recorded
 from trl_parm.reward_models import reward_configuration
 from trl_parm.rewards import Reward, score
 from trl_parm.shapes import read_text
@@ -154,13 +154,7 @@ def evaluate(
     whole = {
         **table.configuration,
         "base": with_fingerprints(models.name),
-        "loading": plain(
-            {
-                key: value
-                for key, value in {"attn_implementation": None, **models.kwargs}.items()
-                if key != "device_map"
-            }
-        ),
+        "loading": plain(recorded({"attn_implementation": None, **models.kwargs})),
         **(configuration or {}),
         "methods": {entry.name: entry.configuration(models.name) for entry in entries},
     }
