@@ -160,10 +160,12 @@ def test_functions_by_import_path(tmp_path, monkeypatch):
 
 def test_a_module_of_another_place_is_not_taken_for_the_users(tmp_path, monkeypatch):
     text = "def count(prompts, responses):\n    return [0.0 for r in responses]\n"
-    for place in ("first", "second"):
+    for place in ("first", "second", "copied"):
         (tmp_path / place).mkdir()
-        (tmp_path / place / "counting.py").write_text(text)
+        (tmp_path / place / "counting.py").write_text(text + "#" * (place == "second"))
     monkeypatch.chdir(tmp_path / "first")
+    assert load_function("counting:count")(["a"], ["b"]) == [0.0]
+    monkeypatch.chdir(tmp_path / "copied")
     assert load_function("counting:count")(["a"], ["b"]) == [0.0]
     monkeypatch.chdir(tmp_path / "second")
     (tmp_path / "second/json.py").write_text(text)

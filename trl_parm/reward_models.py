@@ -270,7 +270,8 @@ def load_function(path: str) -> Callable:
         own = Path(*module.split(".")).resolve()
         files = [file for file in (own / "__init__.py", own.with_suffix(".py")) if file.is_file()]
         taken = getattr(found, "__file__", None) or "built in"
-        if files and Path(taken).resolve() not in files:
+        known = Path(taken).read_bytes() if Path(taken).is_file() else None
+        if files and known != files[0].read_bytes():
             raise ImportError(f"{module} is {taken}, which hides {files[0]}. Rename that file")
         for part in name.split("."):
             found = getattr(found, part)
