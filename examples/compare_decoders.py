@@ -35,6 +35,7 @@ from transformers.utils import logging
 from peft_pblora import get_objectives, preference_grid, save_as_lora
 from trl_parm.evaluation import arrange, costs, summarize
 from trl_parm.evaluation.evaluate import Entry, evaluate
+from trl_parm.evaluation.measures import with_error
 from trl_parm.evaluation.models import Models
 from trl_parm.rewards import conciseness, positivity
 
@@ -128,7 +129,7 @@ def show(table: Any, objectives: list[str]) -> None:
         printed.add_column(column, no_wrap=column in ("method", "preference"))
     for row in summarize(table, objectives):
         weights = "-" if row["preference"] is None else ", ".join(f"{w:.2f}" for w in row["preference"])
-        rewards = [f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in objectives]
+        rewards = [with_error(row[name], row[f"{name}_error"], (".2f", ".2f")) for name in objectives]
         printed.add_row(row["method"], weights, *rewards, f"{time[row['method']]:.1f}")
     Console(width=100).print(printed)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from rich.table import Table
 
 from peft_pblora import add_results
 from trl_parm.evaluation import hypervolume, mean_and_error, mean_inner_product, plot_front, summarize
+from trl_parm.evaluation.measures import with_error
 
 
 CONTROL = "base, sharpened"
+FORMS = (".2f", ".2f")
 
 
 def print_accuracies(metrics: Mapping[str, float], objectives: Sequence[str]) -> None:
@@ -63,7 +66,8 @@ def write_report(table: Dataset, objectives: Sequence[str], reference: Sequence[
 def claims(table: Dataset, objectives: Sequence[str]) -> list[dict]:
     """Whether reward i at e_i exceeds its value at the other vertices, and at the control, by two standard errors.
 
-    Responses of two runs to one prompt are compared with each other, so the error is that of the paired difference.
+    Responses of two runs to one prompt are compared with each other, so the error is that of the paired difference; of
+    one prompt there is none.
     """
     values = {
         (row["method"] if row["preference"] is None else row["label"], name, row["prompt"]): row[name]
@@ -75,9 +79,8 @@ def claims(table: Dataset, objectives: Sequence[str]) -> list[dict]:
     for name in objectives:
         for other in [*(o for o in objectives if o != name), CONTROL]:
             gain, error = mean_and_error([values[name, name, p] - values[other, name, p] for p in prompts])
-            found.append(
-                {"reward": name, "over": other, "gain": gain, "standard_error": error, "holds": gain > 2 * error}
-            )
+            known = {} if math.isnan(error) else {"standard_error": error, "holds": gain > 2 * error}
+            found.append({"reward": name, "over": other, "gain": gain, **known})
     return found
 
 
@@ -89,7 +92,7 @@ def table_text(summary: Sequence[Mapping], objectives: Sequence[str]) -> str:
     ]
     for row in summary:
         weights = "-" if row["preference"] is None else ", ".join(f"{w:.2f}" for w in row["preference"])
-        cells = [f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in objectives]
+        cells = [with_error(row[name], row[f"{name}_error"], FORMS) for name in objectives]
         lines.append(f"| {row['method']} | {weights} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -102,10 +105,11 @@ def measures_text(measures: Mapping) -> str:
         f"mean inner product {measures['mean_inner_product']:.2f}."
     ]
     for claim in measures["claims"]:
-        verdict = "holds" if claim["holds"] else "DOES NOT HOLD"
+        verdict = {True: "holds", False: "DOES NOT HOLD", None: "can't be told"}[claim.get("holds")]
+        gain = with_error(claim["gain"], claim.get("standard_error", math.nan), FORMS)
         lines.append(
             f"- {claim['reward']} at {claim['reward']} = 1 exceeds its value at {claim['over']}"
-            f"{'' if claim['over'] == CONTROL else ' = 1'} by {claim['gain']:.2f} ± {claim['standard_error']:.2f}: "
+            f"{'' if claim['over'] == CONTROL else ' = 1'} by {gain}: "
             f"more than two standard errors {verdict}."
         )
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import yaml
 
 from peft_pblora.output import output_folder
 from trl_parm.evaluation.fronts import summarize
-from trl_parm.evaluation.measures import markdown
+from trl_parm.evaluation.measures import markdown, with_error
 from trl_parm.records import read_rows
 
 
@@ -143,7 +143,7 @@ def rewards_text(results: Path) -> str:
             f"preference ({', '.join(objectives)})": (
                 "-" if row["preference"] is None else ", ".join(f"{weight:.2f}" for weight in row["preference"])
             ),
-            **{name: f"{row[name]:.2f} ± {row[f'{name}_error']:.2f}" for name in objectives},
+            **{name: with_error(row[name], row[f"{name}_error"], (".2f", ".2f")) for name in objectives},
         }
         for row in summarize(read_rows(results), objectives)
     ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of the preference-conditioned adapters."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
@@ -103,6 +104,10 @@ class PreferenceConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         with torch.device("meta"):  # without memory or random numbers
             self.build_core()  # which checks its sizes
+        if not 0 < abs(self.scaling) < math.inf:
+            raise ValueError(
+                f"The scaling is {self.scaling}, with which the adapter does nothing. Change `lora_alpha`."
+            )
 
     @property
     def initial_preference(self) -> list[float]:

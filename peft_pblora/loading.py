@@ -55,7 +55,10 @@ def load_adapter(
             objectives) and the model ask for, or have no place. The model is as it was then.
     """
     folder = str(folder)
-    check_weights(folder, **{key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs})
+    place = {key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs}
+    tensors = check_weights(folder, **place)
+    with refused(folder):
+        check_start(config or PeftConfig.from_pretrained(folder, **place))
     names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
     if adapter_name in names:
         raise ValueError(f"The model has an adapter {adapter_name!r} already. Give another `adapter_name`.")
@@ -70,7 +73,7 @@ def load_adapter(
                     loaded = cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs))
                 else:
                     loaded = PeftModel.from_pretrained(model, folder, **kwargs)
-        check_adapter(loaded, folder, adapter_name)
+        _check_loaded(loaded, folder, adapter_name, tensors, place)
     except BaseException:
         if isinstance(model, PeftModel):
             if adapter_name in model.peft_config:
@@ -81,16 +84,35 @@ def load_adapter(
     return loaded
 
 
-def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+def check_start(config: PeftConfig) -> None:
+    """Raises `ValueError` for an adapter that is loaded onto another model than it was trained on: PiSSA by a random
+    SVD puts other residuals into the weights each time."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        raise ValueError(
+            f"`init_lora_weights={start!r}` draws its SVD anew where the adapter is loaded, which is another model "
+            "then. Use 'pissa', or save it as a plain LoRA with PEFT's `path_initial_model_for_weight_conversion`"
+        )
+
+
+def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default", **place: Any) -> None:
     """Checks an adapter that was loaded from a folder, and has not been trained since: its weights are set once more.
+
+    `place` is what it was loaded with of `revision`, `subfolder` and `token`.
 
     Raises:
         ValueError: as of [`load_adapter`].
     """
-    folder, config = str(folder), cast(Any, model.peft_config[adapter_name])
-    tensors = check_weights(
-        folder, key_mapping=getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
-    )
+    _check_loaded(model, str(folder), adapter_name, check_weights(folder, **place), place)
+
+
+def _check_loaded(
+    model: PeftModel, folder: str, adapter_name: str, tensors: dict[str, torch.Tensor], place: dict[str, Any]
+) -> None:
+    """As [`check_adapter`], of tensors that were read before; where a model has other names for them, once more."""
+    config = cast(Any, model.peft_config[adapter_name])
+    if mapping := getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None):
+        tensors = check_weights(folder, key_mapping=mapping, **place)
     if isinstance(config, PreferenceConfig | LoraConfig):
         _refuse(folder, "no floating-point numbers", (k for k, v in tensors.items() if not v.is_floating_point()))
     if config.is_prompt_learning:

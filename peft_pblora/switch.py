@@ -13,6 +13,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 
+CHANGING = ("pissa", "olora", "corda", "loftq")
+"""Ways of PEFT to begin a LoRA that put a residual in the place of each weight."""
+
+
 class AdapterSwitch:
     """Chooses the adapters of some layers for the time of a forward. It touches no weight and no `requires_grad`."""
 
@@ -59,6 +63,31 @@ class AdapterSwitch:
         finally:
             for layer, active, disabled in former:
                 layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def changes_below(config: Any, model: nn.Module) -> str | None:
+    """By which setting an adapter changes the model that it is put on, so that this is another one without it too."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(CHANGING):
+        return f"init_lora_weights={start!r}"
+    for setting in ("layer_replication", "kasa_config"):
+        if getattr(config, setting, None):
+            return setting
+    biases = (name for name, _ in model.named_parameters() if name.endswith(".bias") and ".lora_B." not in name)
+    return f"bias={config.bias!r}" if getattr(config, "bias", "none") != "none" and any(biases) else None
+
+
+def check_below(model: nn.Module) -> None:
+    """Raises `ValueError` if an adapter has changed the model below it, which is to be read without it."""
+    backbone = backbone_of(model)
+    for name, config in getattr(backbone, "peft_config", {}).items():
+        if setting := changes_below(config, backbone):
+            raise ValueError(
+                f"The adapter {name!r} has `{setting}`, with which PEFT changes the model below it, which is another "
+                "one then without the adapter too. Load it on a model of its own and use a guided model, such as "
+                "`PARM(base, ...)`; or merge it, `merge_and_unload()`; or save a PiSSA, OLoRA or CorDA as a plain "
+                "LoRA with PEFT's `path_initial_model_for_weight_conversion`."
+            )
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

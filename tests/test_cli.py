@@ -305,6 +305,7 @@ BAD = [
     ("generate", {"method": "parm"}, "'PARM' has no arm"),
     ("generate", {"method": ["base"]}, "`method` is ['base'], but it must be a text or a mapping"),
     ("generate", {"method": {"method": "parm", "arm": "x", "beat": 1}}, "has beat. Its settings are arm, beta"),
+    ("generate", {"preferences": [{"a": 1.0}]}, "The method 'Base' has no preference. Leave `preferences` out"),
     ("generate", {"preferences": ["[0.5, 0.5]"]}, "each must name its objectives"),
     ("generate", {"prompts": [5]}, "An entry of `prompts` is 5, but it must be a text or a list"),
     (
@@ -418,6 +419,15 @@ def test_a_configuration_with_keys_that_are_lost_is_refused(tmp_path, capfd):
     path.write_bytes(b"\xff\xfe")
     assert run("generate", "--config", path) == 2
     assert "The configuration file is no YAML" in capfd.readouterr().err
+
+
+def test_a_file_is_no_prompt(tmp_path, folder, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w1"}\n')
+    words = ["generate", "--model_name_or_path", folder / "base", "--max_new_tokens", 1, "--prompts"]
+    assert run(*words, "prompts.jsonl") == 2
+    assert "'prompts.jsonl' names a file. Give it as `prompts_data`" in capfd.readouterr().err
+    assert run(*words, "other.jsonl") == 0
 
 
 def test_prompts_of_a_file_are_checked(tmp_path, folder, capfd):

@@ -238,6 +238,29 @@ def test_a_killed_sweep_goes_on(tmp_path, tokenizer, batches, torn):
     assert len(rows) == len({(row["method"], row["label"], row["prompt"]) for row in rows}) == 12
 
 
+def test_a_kill_within_a_restart_loses_no_row_that_stays(tmp_path, monkeypatch):
+    path, growing = tmp_path / "link.jsonl", {"methods": "method"}
+    path.symlink_to(tmp_path / "rows.jsonl")
+    with Records(path, {"methods": {"a": 1, "b": 1}}, growing) as records:
+        records.append([{"method": name, "n": n} for n in range(3) for name in "ab"])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    changed = {"methods": {"a": 1, "b": 2}}
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "append", killed)
+        patch.setattr(Records, "_write_configuration", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Records(path, changed, growing, restart=True)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"method": "a", "n": n} for n in range(3)]
+    with Records(path, changed, growing, restart=True) as records:
+        records.append([{"method": "b", "n": 0}])
+        with pytest.raises(ValueError, match="Another process is writing"):
+            Records(path, changed, growing)
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 4
+
+
 def test_rows_may_be_added_to_a_table(tmp_path, tokenizer):
     path, arm = tmp_path / "results.jsonl", tiny_arm()
     methods = {"PARM": {"beta": 0.5}}

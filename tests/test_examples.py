@@ -253,8 +253,17 @@ def test_the_space_builds_its_page(folder, monkeypatch):
         labels = {block.label for block in page.blocks.blocks.values() if getattr(block, "label", None)}
         assert {*OBJECTIVES, "β"} <= labels
         assert page.answering.models.base_name == "runs/models/smollm2-135m-instruct"
+        assert not page.answering.escape_control_tokens
     finally:
         page.answering.close()
+    monkeypatch.setenv("ESCAPE_CONTROL_TOKENS", "True")
+    page = app.build()
+    page.answering.close()
+    assert page.answering.escape_control_tokens
+    monkeypatch.setenv("ESCAPE_CONTROL_TOKENS", "yes")
+    with pytest.raises(ValueError, match="ESCAPE_CONTROL_TOKENS is 'yes', but it must be true or false"):
+        app.build()
+    monkeypatch.delenv("ESCAPE_CONTROL_TOKENS")
     monkeypatch.setenv("BETA", "-1")
     with pytest.raises(ValueError, match="must be a positive, finite number"):
         app.build()

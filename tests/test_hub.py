@@ -80,7 +80,8 @@ def start(hub: HubServer, folder: Path, code: str, token: str | None = TOKEN) ->
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
     }  # fmt: skip
     if token:
         environment["HF_TOKEN"] = token
@@ -208,6 +209,31 @@ def test_of_a_trainers_folder_no_pickle_is_pushed(hub, arm, tmp_path):
     assert files == {
         ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "pareto.png",
     }  # fmt: skip
+
+
+TRAINER = """
+import torch
+from training_runs import tiny_tokenizer, trainer
+run = trainer(
+    "out", tiny_tokenizer(), save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="user/arm",
+    hub_strategy="all_checkpoints", hub_always_push=True,
+)
+run.train()
+run.save_model()
+assert run.push_to_hub() is not None
+"""
+
+
+def test_a_trainer_pushes_its_checkpoints_and_saves_its_model_afterwards(hub, tmp_path):
+    """transformers would write each checkpoint over the folder's model, pickled arguments too."""
+    pushed = run(hub, tmp_path, TRAINER)
+    assert pushed.returncode == 0, pushed.stderr
+    files = set(hub.repositories["user/arm"].commits[-1][1])
+    assert {f"checkpoint-{step}/optimizer.pt" for step in (1, 2, 3)} <= files
+    assert {"adapter_model.safetensors", "README.md", "tokenizer.json"} <= files
+    assert not [name for name in files if name.endswith("training_args.bin")]
+    of_step = hub.repositories["user/arm"].commits[1][1]
+    assert ("trainer_state.json" in of_step, ".written_by_trl_parm" in of_step) == (False, False)
 
 
 @pytest.mark.slow

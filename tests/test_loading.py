@@ -3,17 +3,23 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from pair_data import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import write_official_adapter
+from training_runs import PBLORA, trainer, two_sets
+from training_runs import config as training_config
 
 from peft_pblora import MoSLoraConfig, check_adapter, load_adapter
+from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PreferenceARMTrainer, rewarded_soup
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
 from trl_parm.evaluation.models import Models
+from trl_parm.reward_models import RewardSource
 
 
 IDS = torch.arange(2, 10)[None]
@@ -177,3 +183,123 @@ def test_a_name_that_is_taken_is_refused(base):
     folder, _ = saved(base)
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
         load_adapter(tiny_arm(tiny_llama()), folder)
+
+
+def test_an_adapter_below_a_folder_is_not_that_of_the_folder(base):
+    folder, _ = saved(base)
+    _, other = saved(base, name="adapter/sub")
+    for name, parameter in other.named_parameters():
+        if "pblora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    other.save_pretrained(folder / "sub")
+    expected = other(IDS).logits
+    loaded = load_adapter(tiny_llama(), folder, subfolder="sub")
+    assert torch.equal(loaded.eval()(IDS).logits, expected)
+    check_adapter(loaded, folder, subfolder="sub")
+    assert torch.equal(loaded(IDS).logits, expected)
+
+
+def changed(**settings):
+    """A LoRA on a model with biases, which PEFT changes below it, with weights of its own."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(tiny_llama(attention_bias=True), lora)
+    torch.manual_seed(1)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}]
+    + ([{"kasa_config": peft.KasaConfig()}] if hasattr(peft, "KasaConfig") else []),
+    ids=lambda settings: next(iter(settings.items()))[0],
+)
+def test_an_adapter_that_changes_the_model_below_it_is_on_a_model_of_its_own(tmp_path, settings):
+    """PEFT puts residuals in the place of its weights, or other biases, for good."""
+    base, model = tiny_llama(attention_bias=True), changed(**settings)
+    plain = base(IDS).logits.log_softmax(-1)
+    expected = (plain + model(IDS).logits.log_softmax(-1)).log_softmax(-1)
+    formula = BASE + LM(model)
+    torch.testing.assert_close(Guided(base, formula)(IDS).logits.log_softmax(-1), expected)
+    for use in (
+        lambda: Guided(model.get_base_model(), formula),
+        lambda: GuidedLogitsProcessor(formula),
+        lambda: LM(model, disable_adapter=True),
+        lambda: rewarded_soup({"a": "default"}, [1.0], adapters_of=model),
+    ):
+        with pytest.raises(ValueError, match="PEFT changes the model below it|, whose average with others"):
+            use()
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    models = Models(str(tmp_path / "base"))
+    found = Guided(models.base, BASE + models.guide(str(tmp_path / "adapter")).lm())
+    torch.testing.assert_close(found(IDS).logits.log_softmax(-1), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(models.base(IDS).logits.log_softmax(-1), plain)
+
+
+def test_a_pissa_that_is_drawn_anew_is_refused(base, tmp_path):
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4", "task_type": "CAUSAL_LM"}
+    get_peft_model(backbone(base), LoraConfig(**settings)).save_pretrained(tmp_path / "drawn")
+    model = tiny_llama()
+    for on in (model, None):
+        with pytest.raises(ValueError, match="draws its SVD anew"):
+            load_adapter(on, tmp_path / "drawn")
+    assert torch.equal(model(IDS).logits, tiny_llama()(IDS).logits)
+    with pytest.raises(ValueError, match="draws its SVD anew"):
+        trainer(tmp_path / "out", tiny_tokenizer(), data=pairs(4), peft_config=LoraConfig(**settings))
+
+
+def test_biases_that_are_none_change_nothing():
+    model = lora(tiny_llama(), bias="all")
+    Guided(model.get_base_model(), BASE + LM(model))
+
+
+def test_accuracies_of_a_changed_model_are_relative_to_none(tmp_path):
+    """Without the adapter it is no untrained model."""
+    for settings, known in (({"bias": "all"}, False), ({}, True)):
+        run = trainer(
+            tmp_path / str(known), tiny_tokenizer(), changed(**settings), pairs(4), pairs(4, 9), None, max_steps=1
+        )
+        assert any("ratio_accuracy" in name for name in run.evaluate()) is known
+
+
+def test_an_activated_lora_is_no_guide():
+    """It acts only where `PeftModel` has looked for its tokens; read without that, it would be the base model."""
+    with pytest.raises(ValueError, match="an activated LoRA"):
+        LM(lora(tiny_llama(), alora_invocation_tokens=[5, 6]))
+
+
+def break_whole(folder, fault):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    if fault == "missing":
+        del tensors[name]
+    else:
+        tensors[name][0] = float(fault)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("fault", ["missing", "nan", "inf"])
+def test_a_whole_model_that_is_damaged_is_refused(base, tmp_path, fault):
+    """transformers fills a missing weight with random numbers, and says nothing of one that is no number."""
+    Models(str(base)).base  # noqa: B018
+    name = break_whole(base, fault)
+    said = f"can't be used as a LlamaForCausalLM: 1 of its weights are .*{name}"
+    with pytest.raises(ValueError, match=said):
+        Models(str(base)).base  # noqa: B018
+    with pytest.raises(ValueError, match=said):
+        PreferenceARMTrainer(
+            str(base), training_config(tmp_path / "out"), train_dataset=two_sets(), peft_config=PBLORA
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_is_no_reward_model(base):
+    """Its checkpoint has no head, and transformers would make a random one."""
+    with pytest.raises(ValueError, match=r"used as a LlamaForSequenceClassification: .* checkpoint \(score.weight\)"):
+        RewardSource(str(base)).load()

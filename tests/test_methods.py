@@ -19,6 +19,7 @@ from trl_parm import (
     ARGSLogitsProcessor,
     ClassifierReward,
     GenARMLogitsProcessor,
+    Guided,
     GuidedLogitsProcessor,
     MODLogitsProcessor,
     MODWeakToStrongLogitsProcessor,
@@ -26,13 +27,17 @@ from trl_parm import (
     Prompt,
     TransferQLogitsProcessor,
     Vocabulary,
+    records,
     rewarded_soup,
 )
 from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.evaluation.evaluate import Entry, evaluate
 from trl_parm.evaluation.methods import METHODS
 from trl_parm.evaluation.models import Models
+from trl_parm.reward_models import RewardSource
 from trl_parm.rewards import brevity, conciseness
+from trl_parm.training.card import run_yaml
+from trl_parm.training.config import PreferenceARMConfig
 
 
 OBJECTIVES = ["helpful", "harmless"]
@@ -249,6 +254,22 @@ def test_methods_share_nothing_but_the_base(folder, tmp_path):
     assert {row["extra_bytes"] for row in together if row["method"] == "PARM"} == {4 * counts["arm"]}
 
 
+def test_adapters_have_names_of_their_own(tmp_path):
+    """Of folders that differ in a dot alone, or are called as a method of a mapping is."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    folders = [str(tmp_path / name) for name in ("v1.0", "v1_0", "update")]
+    for seed, folder in enumerate(folders):
+        save_lora(tmp_path / "base", folder, seed)
+    models = Models(str(tmp_path / "base"))
+    ids = torch.arange(2, 10)[None]
+    guides = [models.guide(folder) for folder in folders]
+    found = [Guided(models.base, guide.lm())(ids).logits.log_softmax(-1) for guide in guides]
+    for folder, logits in zip(folders, found, strict=True):
+        twin = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), folder).eval()
+        torch.testing.assert_close(logits, twin(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
 def test_finished_methods_are_not_loaded_again(folder, tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     parm = {"method": "parm", **TWINS["parm"][0]}
@@ -278,6 +299,51 @@ def test_another_arm_of_the_same_name_is_refused(folder, tmp_path):
     finally:
         weights.write_bytes(saved)
     run(folder, [{**parm, "name": "PARM, β 2", "beta": 2.0}], path)
+
+
+def test_no_record_has_an_access_token(folder, tmp_path):
+    """Nor do the arguments beside a run, nor the card of a model, which is uploaded."""
+    path, rewards = tmp_path / "results.jsonl", {"helpful": RewardSource("trl_parm.rewards:brevity")}
+    for token in ("hf_one", "hf_two"):
+        rewards["helpful"].model_kwargs["token"] = token
+        models = Models(str(folder / "large"), token=token)
+        evaluate(models, ["base"], [], PROMPTS, rewards, path, max_new_tokens=1)
+    records.write_run(tmp_path / "run.yaml", "evaluate", {"model_kwargs": {"token": "hf_two", "device_map": "cpu"}})
+    settings = {"model_init_kwargs": {"token": "hf_two"}, "hub_token": "hf_two", "use_cpu": True, "bf16": False}
+    written = run_yaml(PreferenceARMConfig("out", report_to="none", **settings))
+    texts = [(tmp_path / name).read_text() for name in ("results.config.json", "run.yaml")]
+    assert "device_map: cpu" in texts[1]
+    assert not any("hf_" in text for text in (*texts, written))
+
+
+def test_another_backbone_of_an_arm_is_refused(folder, tmp_path):
+    """The adapter's own files stay as they are."""
+    path, methods = tmp_path / "results.jsonl", [{"method": "genarm", "arms": dict.fromkeys(OBJECTIVES, "small_arm")}]
+    run(folder, methods, path)
+    weights = folder / "small/model.safetensors"
+    saved = weights.read_bytes()
+    tiny_llama(9).save_pretrained(folder / "small")
+    try:
+        with pytest.raises(ValueError, match="methods GenARM arms helpful backbone fingerprint was"):
+            run(folder, methods, path)
+    finally:
+        weights.write_bytes(saved)
+    run(folder, methods, path)
+
+
+def test_a_fingerprint_sees_the_middle_of_a_large_file_and_plain_vocabularies(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "WHOLE", 2**21)
+    weights, vocabulary = tmp_path / "model.safetensors", tmp_path / "vocab.txt"
+    content = bytearray(2**23)
+    weights.write_bytes(content)
+    vocabulary.write_text("a")
+    found = {records.fingerprint(str(tmp_path))}
+    content[2**22 - 2**14 : 2**22] = b"x" * 2**14  # a tensor of a few thousand weights
+    weights.write_bytes(content)
+    found.add(records.fingerprint(str(tmp_path)))
+    vocabulary.write_text("b")
+    found.add(records.fingerprint(str(tmp_path)))
+    assert len(found) == 3
 
 
 def test_the_bases_generation_config_acts_on_every_method_and_is_recorded(folder, tmp_path):

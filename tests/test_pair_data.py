@@ -165,14 +165,29 @@ def test_bad_data_is_refused(tokenizer, change, message):
         ("pairs.csv", "", "is empty. Give it at least one pair"),
         ("pairs.jsonl", '{"prompt": "w1"}\n\nxx{"\n{}\n', "Line 3 of .*pairs.jsonl' is no JSON object: 'xx{"),
         ("pairs.jsonl", '{"prompt": "w1"}\n{"prompt": "w', "Line 2 of .* is no JSON object"),
+        ("pairs.jsonl", '{"prompt": "\udce9"}\n{"prompt": "w1"}\n', "Line 1 of .* is no text in UTF-8"),
         ("pairs.jsonl", '{"prompt": "w1"}\n3\n', "Line 2 of .* is no JSON object: '3'"),
         ("pairs.parquet", "w1 w2", "pairs.parquet' can't be read: .*Give a whole parquet file"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused(tmp_path, name, text, message, streaming):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message):
         PairData(str(tmp_path / name), streaming=streaming).load()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_takes_the_place_of_one_that_is_there(tmp_path, streaming):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "w1", "question": "w2", "chosen": "w3", "rejected": "w4"}\n')
+    (row,) = PairData(str(path), columns={"question": "prompt"}, streaming=streaming).load()
+    assert row == {"prompt": "w2", "chosen": "w3", "rejected": "w4"}
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name(path):
+    with pytest.raises(ValueError, match="names none. Give a file"):
+        PairData(path).load()
 
 
 def test_damage_that_a_stream_meets_on_its_way_names_the_data_set(tokenizer):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo, run as a user runs it: in a process of its own, in an empty folder."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_llama, tiny_tokenizer
+from datasets import Dataset
 from doc_blocks import MODEL, ROOT, run
 
 from peft_pblora.output import NOTES
 
 
 FILES = {"arm", "measures.json", "pareto.png", "report.md", "responses.jsonl", NOTES}
+REPORTED = {"positive": [1.0, 0.0], "uniform": [0.5, 0.5], "concise": [0.0, 1.0]}
 
 
 def quickstart(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -61,6 +64,24 @@ def test_quickstart_writes_and_prints_everything(demo_folder):
     for claim in measures["claims"]:
         assert claim["holds"] == (claim["gain"] > 2 * claim["standard_error"])
     assert printed.count("DOES NOT HOLD") == sum(not claim["holds"] for claim in measures["claims"])
+
+
+def test_a_report_of_one_prompt_has_no_errors(tmp_path, monkeypatch, capsys):
+    """One prompt says nothing of how far others scatter."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    report = importlib.import_module("report")
+    runs = [("base", "-", None), ("base, sharpened", "-", None), *(("PARM", n, p) for n, p in REPORTED.items())]
+    rows = [
+        {"method": method, "label": label, "preference": preference, "prompt": "w1", "response": "w2", "tokens": 1,
+         "seconds": 1.0, "extra_parameters": 0, "extra_bytes": 0, "positive": float(i), "concise": -float(i)}
+        for i, (method, label, preference) in enumerate(runs)
+    ]  # fmt: skip
+    monkeypatch.setattr(report, "add_results", lambda *_: None)
+    report.write_report(Dataset.from_list(rows), ["positive", "concise"], [0.0, -9.0], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "nan" not in text + (tmp_path / "measures.json").read_text().lower()
+    assert "| base, sharpened | - | 1.00 (one prompt) | -1.00 (one prompt) |" in text
+    assert text.count("more than two standard errors can't be told.") == 4
 
 
 def test_quickstart_without_a_chat_template(demo_folder):

@@ -12,6 +12,7 @@ from pair_data import prepared
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
+from trl_parm import reward_models
 from trl_parm.relabel import agreement, relabel
 from trl_parm.reward_models import RewardSource, load_function
 from trl_parm.rewards import brevity, positivity, score
@@ -104,7 +105,7 @@ def test_a_score_model_needs_its_head(tmp_path):
     del tensors["score_head.weight"]
     save_file(tensors, tmp_path / "score/model.safetensors", metadata={"format": "pt"})
     assert "score_head.weight" not in load_file(tmp_path / "score/model.safetensors")
-    with pytest.raises(ValueError, match="its checkpoint has no `score_head.weight`"):
+    with pytest.raises(ValueError, match="used as a ScoreModel: .*score_head.weight"):
         RewardSource(folder, template=TEMPLATE).load()
 
 
@@ -133,6 +134,16 @@ def test_a_classifier_with_a_chat_template_reads_whole_conversations(tmp_path):
     assert score("helpful", other, [CHAT], ["w4"]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_text_that_a_classifier_reads_in_part_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(reward_models.logger, "warning_once", said.append)
+    reward = RewardSource(save_classifier(tmp_path / "classifier"), max_length=7).load()
+    score("helpful", reward, ["w1"], ["w2"])
+    assert said == []
+    score("helpful", reward, ["w1"], ["w2 w3 w4 w5"])
+    assert ["reach 7 tokens, and longer ones are cut on the right" in text for text in said] == [True]
+
+
 def test_functions_by_import_path(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "def count(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
@@ -147,13 +158,38 @@ def test_functions_by_import_path(tmp_path, monkeypatch):
     assert seen == ["Human: w1\n\nAssistant: w2\n\nHuman: w3"]
 
 
+def test_a_module_of_another_place_is_not_taken_for_the_users(tmp_path, monkeypatch):
+    text = "def count(prompts, responses):\n    return [0.0 for r in responses]\n"
+    for place in ("first", "second", "copied"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "counting.py").write_text(text + "#" * (place == "second"))
+    monkeypatch.chdir(tmp_path / "first")
+    assert load_function("counting:count")(["a"], ["b"]) == [0.0]
+    monkeypatch.chdir(tmp_path / "copied")
+    assert load_function("counting:count")(["a"], ["b"]) == [0.0]
+    monkeypatch.chdir(tmp_path / "second")
+    (tmp_path / "second/json.py").write_text(text)
+    for path in ("counting:count", "json:count"):
+        with pytest.raises(ValueError, match=r"which hides .*second.*Rename that file"):
+            load_function(path)
+
+
+def test_a_cost_may_return_what_a_reward_may(tmp_path, monkeypatch):
+    (tmp_path / "costs.py").write_text(
+        "import numpy\ndef cost(prompts, responses):\n    return numpy.ones((len(responses), 1))"
+    )
+    monkeypatch.chdir(tmp_path)
+    reward = RewardSource("costs:cost", negate=True).load()
+    assert score("safe", reward, ["a", "b"], ["c", "d"]) == [-1.0, -1.0]
+
+
 @pytest.mark.parametrize("negate", [False, True])
 def test_a_function_by_its_path_reads_messages_if_it_asks_for_them(tmp_path, monkeypatch, negate):
-    (tmp_path / "turns.py").write_text(
+    (tmp_path / f"turns_{negate}.py").write_text(
         "def turns(prompts, responses):\n    return [float(len(p)) for p in prompts]\nturns.reads_messages = True\n"
     )
     monkeypatch.chdir(tmp_path)
-    source = RewardSource("turns:turns", negate=negate)
+    source = RewardSource(f"turns_{negate}:turns", negate=negate)
     for reward in (source, source.load()):
         assert score("helpful", reward, [CHAT], ["w4"]) == [-3 if negate else 3]
 

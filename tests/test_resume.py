@@ -2,6 +2,7 @@
 """Runs that stop and go on: the same losses and the same weights, bit by bit, of the same run alone."""
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -220,7 +221,7 @@ def files(folder) -> dict:
 
 FOREIGN = (
     "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "tokenizer.json", "vocab.txt",
-    "checkpoint-1/optimizer.pt",
+    "checkpoint-1/optimizer.pt", "trainer_state.json", "all_results.json",
 )  # fmt: skip
 
 
@@ -272,6 +273,49 @@ def test_a_training_goes_over_what_one_has_written(tmp_path, tokenizer):
         file.write(" ")
     with pytest.raises(ValueError, match="adapter_config.json was not written by 'train', or was changed"):
         trainer(tmp_path, tokenizer).train()
+
+
+def test_metrics_and_state_replace_nothing_of_somebody(tmp_path, tokenizer):
+    """Written after the training has begun, in the place of what it could not yet see."""
+    run = trainer(tmp_path, tokenizer)
+    with run.claim_output():
+        run.save_state()
+        run.save_metrics("eval", {"eval_loss": 1.0})
+        run.save_metrics("test", {"test_loss": 2.0})
+        assert json.loads((tmp_path / "all_results.json").read_text()) == {"eval_loss": 1.0, "test_loss": 2.0}
+        for name in ("trainer_state.json", "test_results.json", "all_results.json"):
+            (tmp_path / name).write_text('{"mine": 1}')
+        for save in (run.save_state, lambda: run.save_metrics("test", {"test_loss": 3.0})):
+            with pytest.raises(ValueError, match="was not written by 'train', or was changed"):
+                save()
+    assert {(tmp_path / n).read_text() for n in ("test_results.json", "all_results.json")} == {'{"mine": 1}'}
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_old_checkpoints_are_removed_but_not_a_file_of_somebody_in_them(tmp_path, tokenizer, best):
+    class Notes(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            assert args.save_total_limit == 1
+            if state.global_step == 2:
+                (tmp_path / "checkpoint-2/notes.txt").write_text("mine")
+
+    run = trainer(
+        tmp_path, tokenizer, evaluation=two_sets(4, 4), max_steps=5, save_strategy="steps", save_steps=1,
+        save_total_limit=1, callbacks=[Notes()], eval_strategy="steps", eval_steps=1, load_best_model_at_end=best,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    run.train()
+    last = run.state.best_global_step if best else 5
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", f"checkpoint-{last}"}
+    assert (tmp_path / "checkpoint-2/notes.txt").read_text() == "mine"
+    assert (tmp_path / "checkpoint-2/optimizer.pt").exists()
+    assert run.args.save_total_limit == 1
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 0}, {"max_steps": -2}, {"max_steps": -1, "num_train_epochs": 0}])
+def test_a_training_of_no_step_is_refused(tmp_path, tokenizer, changes):
+    with pytest.raises(ValueError, match="it must be positive"):
+        trainer(tmp_path, tokenizer, **changes)
 
 
 def test_a_card_of_the_users_own_stays(tmp_path, tokenizer):

@@ -201,6 +201,39 @@ def test_calls_of_tools_have_no_nulls(tokenizer, arguments, expected):
     assert text == f"user w1 assistant w5 {expected} "
 
 
+def test_calls_as_a_text_are_read():
+    calls = [{"type": "function", "function": {"name": "w5", "arguments": {"a": 1}}}]
+    assert read_text([answer("", tool_calls=json.dumps(calls))], "row 0") == [answer("", tool_calls=calls)]
+
+
+@pytest.mark.parametrize("calls", ["w5", [None], ["w5"], [{"function": "w5"}], [{"arguments": {}}], {"name": "w5"}])
+def test_calls_that_are_none_are_told(calls):
+    with pytest.raises(ValueError, match="row 0 has a call of a tool that is .* `tool_calls` is a list of mappings"):
+        read_text([answer("", tool_calls=calls)], "row 0")
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ({"tools": "w5"}, "`tools` of row 0 of the data set 'helpful' is 'w5', but it must be a list"),
+        ({"tools": {"name": "w5"}}, "`tools` of row 0 .* must be a list"),
+        ({"chat_template_kwargs": [1]}, r"`chat_template_kwargs` of row 0 .* is \[1\], but it must be a mapping"),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, "has add_generation_prompt, which is set here"),
+    ],
+)
+def test_what_no_template_takes_is_told(tmp_path, tokenizer, context, message):
+    with pytest.raises(ValueError, match=message):
+        trained_on(write(tmp_path, [{**ONE, **context}]), tmp_path, tokenizer)
+
+
+def test_tools_that_an_evaluation_leaves_out_are_told(tmp_path, capsys):
+    path = write(tmp_path, [{"prompt": "w1", "tools": [{"name": "w5"}]}, {"prompt": "w2", "tools": None}])
+    assert DecodingArguments(model_name_or_path="model", prompts_data=path).read_prompts() == ["w1", "w2"]
+    assert (
+        "1 of the prompts have `tools` or `chat_template_kwargs`, which training hands to" in capsys.readouterr().out
+    )
+
+
 def test_tools_reach_training_through_relabelling_and_calls_have_no_plain_text(tmp_path, tokenizer):
     tokenizer.chat_template = "{% if tools %}{{ tools[0].name }} {% endif %}" + tokenizer.chat_template
     row = {**ONE, "tools": [{"name": "w6", "parameters": None}]}

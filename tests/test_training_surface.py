@@ -10,11 +10,12 @@ from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from pair_data import labelled, pairs
 from peft import LoraConfig
-from training_runs import LORA, PBLORA, config, trainer, two_sets
+from training_runs import LORA, PBLORA, config, trainer, two_sets, write_run
 from transformers import BartForConditionalGeneration, BertForMaskedLM
 
 from trl_parm import PreferenceARMTrainer
-from trl_parm.training import data
+from trl_parm.cli import train
+from trl_parm.training import data as training_data
 
 
 def test_defaults_of_the_arguments(tokenizer, tmp_path, monkeypatch):
@@ -124,7 +125,7 @@ def test_positions_of_the_model_are_a_limit_of_length(tmp_path, tokenizer):
 
 def test_an_objective_that_evaluation_has_no_label_for_is_said(tmp_path, tokenizer, monkeypatch):
     lines = []
-    monkeypatch.setattr(data.logger, "warning", lines.append)
+    monkeypatch.setattr(training_data.logger, "warning", lines.append)
     ties = labelled(3, helpful=lambda i: -1)
     metrics = trainer(tmp_path, tokenizer, data=labelled(3), evaluation=ties).evaluate()
     assert lines == [
@@ -164,6 +165,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
             r"lacks the columns \['chosen'\]",
         ),
         ({"evaluation": {"helpful": pairs(3)}}, ValueError, r"`eval_dataset` has the objectives \['helpful'\]"),
+        ({"evaluation": {"one": two_sets(), "two": None}}, ValueError, "`eval_dataset` is required"),
         ({"data": {"helpful": pairs(3), "harmless": identical(3)}}, ValueError, "since both responses are the same"),
         ({"data": labelled(3, harmless=lambda i: 2)}, ValueError, "is 2, but it must be 0 or 1"),
         ({"max_length": 2}, ValueError, "longer than 2 tokens"),
@@ -175,6 +177,9 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
         ({"data": ids_beyond(64)}, ValueError, "token id 64 in row 2 of the data set 'helpful'"),
         ({"activation_offloading": True}, ValueError, "where this run computes already"),
         ({"beta": {"helpful": 0.1}}, ValueError, "`beta` names the objectives"),
+        ({"learning_rate": 0.0}, ValueError, "it must be positive"),
+        ({"label_smoothing_factor": 0.1}, ValueError, "the loss of pairs has `label_smoothing`"),
+        ({"neftune_noise_alpha": 5}, ValueError, "such noise needs `disable_dropout=False`"),
         ({"beta": 0.0}, ValueError, "every β must be positive"),
         ({"beta": float("nan")}, ValueError, "every β must be positive"),
         ({"concentration": 0.0}, ValueError, "must be positive"),
@@ -210,3 +215,31 @@ def test_a_ready_adapter_takes_no_second_one(tmp_path, tokenizer):
             tiny_llama(), config(tmp_path), train_dataset=two_sets(), processing_class=tokenizer,
             quantization_config=object(),
         )  # fmt: skip
+
+
+def test_a_processor_is_no_tokenizer(tmp_path, tokenizer):
+    class Processor:
+        """As models that read images too have one."""
+
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+    with pytest.raises(TypeError, match="is a Processor, .* Give a tokenizer, such as the `tokenizer` of a processor"):
+        trainer(tmp_path, Processor(tokenizer))
+
+
+@pytest.mark.parametrize("key", ["train_data", "eval_data"])
+def test_damage_far_into_a_stream_is_told_by_its_line(tmp_path, monkeypatch, key):
+    """pyarrow reads some 10 MB at a time, and counts rows from within them."""
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "w1", "response_0": "w2", "response_1": "w3", "helpful": 1, "harmless": 0, "note": "x" * 100_000}
+    with open("far.jsonl", "w") as file:
+        for number in range(1, 121):
+            file.write(json.dumps(row)[: -1 if number == 115 else None] + "\n")
+    labels = {"helpful": "helpful", "harmless": "harmless"}
+    data = {"train_data": [{"path": "judged.jsonl"}], "eval_data": []}
+    data[key] = [{"path": "far.jsonl", "streaming": True}]
+    words = [w for k, v in {**data, "label_columns": labels}.items() for w in (f"--{k}", json.dumps(v))]
+    with pytest.raises(ValueError, match="^Line 115 of 'far.jsonl' is no JSON object"):
+        train.main(["--config", "config.yaml", *words, "--max_steps", "40"])

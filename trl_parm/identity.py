@@ -56,9 +56,14 @@ def hash_weights(model: nn.Module, adapters: bool = True) -> str:
 
 def values_of(tensor: torch.Tensor, most: int | None = None) -> bytes:
     """A tensor's values, or some that are spread over it, as bytes."""
-    values = tensor.detach().reshape(-1)
-    values = values if most is None else values[:: max(1, len(values) // most)]
+    values = tensor.detach().reshape(-1) if most is None else spread(tensor, most)
     return values.contiguous().cpu().view(torch.uint8).numpy().tobytes() if len(values) else b""
+
+
+def spread(tensor: torch.Tensor, most: int) -> torch.Tensor:
+    """About so many of a tensor's values, spread over it."""
+    values = tensor.detach().reshape(-1)
+    return values[:: max(1, len(values) // most)]
 
 
 def short_hash(data: bytes) -> str:

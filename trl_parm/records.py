@@ -26,11 +26,16 @@ PACKAGES = (
 )  # fmt: skip
 HASHED = (
     "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json",
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.gguf", "*.py",
 )  # fmt: skip
 """What a model's answers depend on; not what a trainer writes about itself."""
+VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+"""What a tokenizer depends on where there is no `tokenizer.json`."""
+SECRET = ("token", "use_auth_token")
+NOT_RECORDED = ("device_map", *SECRET)
+"""Arguments of `from_pretrained` that change no model."""
 WHOLE = 64 * 2**20
-"""Files up to this size are hashed as a whole, of larger ones the first and the last MiB."""
+"""Files up to this size are hashed as a whole, of larger ones the first and the last MiB, and 4 KiB of each 1024th."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +89,12 @@ class Records:
                 check_cells(self.rows, cell_of, self.path)
             kept = self._match(growing, empty=not data, restart=restart)
             if len(kept) < len(self.rows):
-                self._file.truncate(0)
-                self.rows, whole = [], len(data)
-                self.append(kept)
+                with output_file(os.path.realpath(self.path)) as file:  # whatever ends this, no row that stays is lost
+                    file.writelines(map(_line, kept))
+                self._file.close()
+                self._file = self.path.open("a+b")
+                lock(self._file, self.path)
+                self.rows, whole = kept, len(data)
             if whole < len(data):  # only now that the file is known to be one of ours
                 logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
                 self._file.truncate(whole)
@@ -98,7 +106,7 @@ class Records:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rows, so that they survive whatever happens to the process or to the machine after this call."""
         rows = [dict(row) for row in rows]
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        text = "".join(map(_line, rows))
         if self._file is not None:
             self._file.write(text.encode())
             self._file.flush()
@@ -192,6 +200,10 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("objectives"), list):
         raise ValueError(f"{beside}, which says what {path} is, is missing or no configuration of results.")
     return found
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _refuse_constant(name: str) -> None:
@@ -310,22 +322,33 @@ def fingerprint(name: str) -> str | None:
     for a name on the Hub."""
     if not os.path.isdir(name):  # unlike `Path.is_dir`, it takes any text
         return None
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in HASHED for path in Path(name).glob(pattern)):
+    digest, folder = hashlib.sha256(), Path(name)
+    patterns = HASHED if (folder / "tokenizer.json").is_file() else (*HASHED, *VOCABULARIES)
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             digest.update(file.read(WHOLE if size <= WHOLE else 2**20))
             if size > WHOLE:
+                for part in range(1, 1024):
+                    file.seek(size * part // 1024)
+                    digest.update(file.read(2**12))
                 file.seek(-(2**20), 2)
                 digest.update(file.read())
     return digest.hexdigest()[:16]
 
 
+def recorded(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the arguments of `from_pretrained` changes a model, and is for others to read: no access token."""
+    return {key: value for key, value in kwargs.items() if key not in NOT_RECORDED}
+
+
 def plain(value: Any) -> Any:
-    """A value as YAML and JSON can hold it."""
+    """A value as YAML and JSON can hold it, without the tokens of access in arguments of `from_pretrained`."""
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        found = {str(key): plain(entry) for key, entry in value.items()}
+        kwargs = {key: entry for key, entry in found.items() if key.endswith("_kwargs") and isinstance(entry, dict)}
+        return {**found, **{key: {k: v for k, v in kwargs[key].items() if k not in SECRET} for key in kwargs}}
     if isinstance(value, list | tuple | set):
         return [plain(entry) for entry in (sorted(value, key=str) if isinstance(value, set) else value)]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -25,14 +25,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.utils import logging
 
 from .identity import known_by
-from .records import plain
-from .rewards import Reward
+from .loading import load_whole
+from .records import plain, recorded
+from .rewards import Reward, score
 from .sources import describe_function
 from .templates import in_form
 from .texts import PromptText, as_messages, fill
 
+
+logger = logging.get_logger(__name__)
 
 NORMALIZED = {"reward": "affine", "cost": "scale", "critic": "identity"}
 """What the kinds of score models do to a score where their configuration says `do_normalize`."""
@@ -115,7 +119,7 @@ class RewardSource:
     def configuration(self) -> dict[str, Any]:
         """What the reward's numbers depend on, as JSON."""
         settings = {key: value for key, value in asdict(self).items() if key not in ("batch_size", "model_kwargs")}
-        settings |= plain({key: value for key, value in self.model_kwargs.items() if key != "device_map"})
+        settings |= plain(recorded(self.model_kwargs))
         if not self.is_model:
             return {**settings, **describe_function(load_function(self.source))}
         return {**settings, "fingerprint": known_by(self.source)}
@@ -132,7 +136,7 @@ class RewardSource:
             except OSError as error:
                 raise ValueError(f"The reward model {self.source!r} can't be loaded: {error}") from error
         function = load_function(self.source)
-        return _negated(function) if self.negate else function
+        return _negated(function, self.source) if self.negate else function
 
 
 class ModelReward:
@@ -145,6 +149,7 @@ class ModelReward:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.source)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.limit = source.max_length or self.tokenizer.model_max_length
         self.tokenizer.chat_template = source.chat_template or self.tokenizer.chat_template
         if source.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
@@ -154,7 +159,8 @@ class ModelReward:
         config = AutoConfig.from_pretrained(source.source)
         of_safe_rlhf = any(name.endswith("ForScore") for name in config.architectures or ())  # as `LlamaForScore`
         kind = ScoreModel if of_safe_rlhf else AutoModelForSequenceClassification
-        self.model: Any = kind.from_pretrained(source.source, dtype=source.dtype, **source.model_kwargs).eval()
+        settings = {"config": config, "dtype": source.dtype, **source.model_kwargs}
+        self.model: Any = load_whole(kind.from_pretrained, source.source, **settings).eval()
         if "device_map" not in source.model_kwargs and torch.cuda.is_available():
             self.model.to("cuda")
         self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
@@ -169,15 +175,19 @@ class ModelReward:
         size, values = self.source.batch_size, []
         for start in range(0, len(responses), size):
             texts = self._encode(prompts[start : start + size], responses[start : start + size]).to(self.model.device)
+            if int(texts["attention_mask"].sum(1).max()) >= self.limit:
+                logger.warning_once(
+                    f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones "
+                    f"are cut on the {self.tokenizer.truncation_side}. `max_length` allows more, where the model does."
+                )
             scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
             values += scores[:, self.source.label].float().tolist()
         return [-value for value in values] if self.source.negate else values
 
     def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Any:
-        limit = self.source.max_length or self.tokenizer.model_max_length
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        if limit < 10**9:  # a tokenizer without a limit of its own has a huge number
-            options |= {"truncation": True, "max_length": limit}
+        if self.limit < 10**9:  # a tokenizer without a limit of its own has a huge number
+            options |= {"truncation": True, "max_length": self.limit}
         self.tokenizer.padding_side = "right"
         template = self.source.template
         if template is None:
@@ -227,16 +237,6 @@ class ScoreModel(PreTrainedModel):
             given = getattr(self.config, name, None)
             init.copy_(self.normalizer[name], torch.tensor(neutral if given is None else given))
 
-    @classmethod
-    def from_pretrained(cls, name: str, **kwargs: Any) -> ScoreModel:
-        """Loads a checkpoint from a folder or the Hub. Raises `ValueError` if it has no `score_head.weight`."""
-        config: Any = AutoConfig.from_pretrained(name)
-        found = super().from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-        model, missing = cast(Any, found)[0], cast(Any, found)[1]["missing_keys"]
-        if "score_head.weight" in missing:
-            raise ValueError(f"{name!r} is no score model of Safe-RLHF: its checkpoint has no `score_head.weight`.")
-        return model
-
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         """Scores of shape `(rows, scores)`, as `logits` of the answer, for texts padded on either side."""
         backbone = getattr(self, self.base_model_prefix)
@@ -261,12 +261,18 @@ def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
 
 def load_function(path: str) -> Callable:
     """A function by its import path `module:function`; modules of the working directory are found too. Raises
-    `ValueError` if there is no such module, or nothing callable in it."""
+    `ValueError` if there is no such module, or nothing callable in it, or another module of this name is imported."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
+        own = Path(*module.split(".")).resolve()
+        files = [file for file in (own / "__init__.py", own.with_suffix(".py")) if file.is_file()]
+        taken = getattr(found, "__file__", None) or "built in"
+        known = Path(taken).read_bytes() if Path(taken).is_file() else None
+        if files and known != files[0].read_bytes():
+            raise ImportError(f"{module} is {taken}, which hides {files[0]}. Rename that file")
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
@@ -276,9 +282,9 @@ def load_function(path: str) -> Callable:
     return found
 
 
-def _negated(function: Callable) -> Reward:
+def _negated(function: Callable, name: str) -> Reward:
     @functools.wraps(function)  # and so what it reads
     def cost(prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        return [-value for value in function(prompts, responses)]
+        return [-value for value in score(name, function, prompts, responses)]
 
     return cost

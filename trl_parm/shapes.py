@@ -14,6 +14,11 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns of what is no text."""
 CONTEXT = ("tools", "chat_template_kwargs")
 """Columns that go to the chat template with the messages."""
+OWN = {
+    "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "tokenize", "padding",
+    "truncation", "max_length", "conversation", "chat_template",
+}  # fmt: skip
+"""What is no variable of a template, but an argument of `apply_chat_template` that another value would break."""
 OPENING = ("user", "system", "developer")
 """Roles that begin a conversation, not a response."""
 MESSAGES = "Give a text, or a list of messages with `role` and `content`"
@@ -114,10 +119,17 @@ def refuse_media(row: Mapping[str, Any], where: str) -> None:
             )
 
 
-def read_context(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes to a row's chat template beside the messages: `tools`, and what `chat_template_kwargs` has."""
+def read_context(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What goes to a row's chat template beside the messages: `tools`, and what `chat_template_kwargs` has. Raises
+    `ValueError` if they are no list and no mapping, or name what is set for each part of a pair."""
     found = {name: _without_nulls(_parsed(row.get(name))) for name in CONTEXT}
+    for name, kind in zip(CONTEXT, (list, dict)):
+        if found[name] and not isinstance(found[name], kind):
+            form = "list of tools" if kind is list else "mapping of a template's variables"
+            raise ValueError(f"`{name}` of {where} is {_shown(row[name])}, but it must be a {form}.")
     kwargs = dict(found["chat_template_kwargs"] or {})
+    if own := sorted(OWN.intersection(kwargs)):
+        raise ValueError(f"`chat_template_kwargs` of {where} has {', '.join(own)}, which is set here. Leave it out.")
     return {**kwargs, "tools": found["tools"]} if found["tools"] else kwargs
 
 
@@ -165,10 +177,16 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
                 )
     elif not isinstance(content, str):
         raise ValueError(f"{where} has a message whose content is {_shown(content)}. {MESSAGES}.")
-    for call in found.get("tool_calls", ()):
-        function = call.get("function", call)
+    calls = _parsed(found.get("tool_calls")) or []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not (isinstance(calls, list) and isinstance(function, dict) and isinstance(function.get("name"), str)):
+            raise ValueError(
+                f"{where} has a call of a tool that is {_shown(call)}. `tool_calls` is a list of mappings with `name` "
+                "and `arguments`, or with those in a `function`."
+            )
         function["arguments"] = _without_nulls(_parsed(function.get("arguments"))) or {}
-    return found
+    return {**found, "tool_calls": calls} if calls else found
 
 
 def _without_nulls(value: Any) -> Any:

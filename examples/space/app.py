@@ -7,6 +7,7 @@ Its settings are environment variables, on a Space those of its page "Settings":
     BASE    the frozen base model; the one that the adapter was trained on if not given
     BETA    β at the start; 1 if not given
     DTYPE   of the weights; as they were saved if not given. A CPU without units for bfloat16 wants float32
+    ESCAPE_CONTROL_TOKENS   `true`: text of control tokens, such as <|im_end|>, in what a visitor writes stays text
 
 A private ARM needs the secret HF_TOKEN too.
 """
@@ -31,8 +32,11 @@ def build() -> Page:
     arm = os.environ.get("ARM") or str(Path(__file__).parent / "arm")
     beta = float(os.environ.get("BETA") or 1.0)
     guidance_strength(beta)
+    escape = (os.environ.get("ESCAPE_CONTROL_TOKENS") or "false").lower()
+    if escape not in ("true", "false"):
+        raise ValueError(f"ESCAPE_CONTROL_TOKENS is {escape!r}, but it must be true or false.")
     models = load_models(arm, os.environ.get("BASE") or None, os.environ.get("DTYPE") or "auto")
-    return Page(Answering(models), beta)
+    return Page(Answering(models, escape == "true"), beta)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from decoding.tables import (
     log_probs,
     tiny_mistral,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     GenerationConfig,
     MiniMaxConfig,
     MiniMaxForCausalLM,
+    PreTrainedTokenizerFast,
     QuantizedCache,
     TextGenerationPipeline,
     TextIteratorStreamer,
@@ -142,6 +144,31 @@ def test_a_guided_assistant_drafts_for_a_guided_model(on_base):
     plain = tiny_llama(0).generate(IDS, max_new_tokens=12, eos_token_id=-1)
     drafted = tiny_llama(0).generate(IDS, max_new_tokens=12, eos_token_id=-1, assistant_model=small)
     assert torch.equal(drafted, plain)
+
+
+def byte_tokenizer(*words: str) -> PreTrainedTokenizerFast:
+    """A token for each byte, and for some words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", *alphabet])}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_tokens(list(words))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+
+
+def test_an_assistant_with_a_tokenizer_of_its_own():
+    """Its drafts are texts, and what is guided stays; a processor would be asked of the assistant's tokens."""
+    ours, theirs = byte_tokenizer(), byte_tokenizer("keeper", "lamp")
+    base, assistant = tiny_llama(0, len(ours)), tiny_llama(3, len(theirs))
+    arm = tiny_arm(tiny_llama(1, len(ours)))
+    ids = ours("the keeper lit the lamp", return_tensors="pt").input_ids
+    settings = {"max_new_tokens": 8, "eos_token_id": -1, "attention_mask": torch.ones_like(ids)}
+    drafts = {"tokenizer": ours, "assistant_model": assistant, "assistant_tokenizer": theirs}
+    guided = PARM(base, arm, [0.9, 0.1])
+    expected = guided.generate(ids, **settings)
+    assert not torch.equal(expected, base.generate(ids, **settings))
+    assert torch.equal(guided.generate(ids, **settings, **drafts), expected)
+    with pytest.raises(ValueError, match="an assistant with a tokenizer of its own is what asks, use a guided model"):
+        base.generate(ids, logits_processor=[PARMLogitsProcessor(arm, [0.9, 0.1])], **settings, **drafts)
 
 
 def two_turns(guided, more=2, **settings):

@@ -223,6 +223,26 @@ def test_another_vocabulary_is_refused_before_the_first_token(door):
         decode(door, tiny_llama(0), parm(tiny_arm(tiny_llama(1, vocab_size=80)), [0.5, 0.5]), INPUTS)
 
 
+@every_door
+@pytest.mark.parametrize("given", [False, True], ids=["none", "of the tokenizers"])
+def test_a_token_without_embedding_is_refused_or_left_out(given, door):
+    """One that the guide's tokenizer knows, but not its model; on a GPU, to read it would end the process."""
+    base, tokenizer = tiny_llama(0, vocab_size=65), extended_tokenizer("<image>")
+    vocabulary = Vocabulary(tokenizer, tokenizer) if given else None
+    formula = BASE + LM(tiny_arm(tiny_llama(1)), [0.5, 0.5], vocabulary=vocabulary)
+    with_image = {"input_ids": torch.tensor([[7, 64, 9]])}
+    if vocabulary is None:
+        with pytest.raises(ValueError, match="vocabulary of 64, but is to read the token 64"):
+            decode(door, base, formula, with_image)
+        return
+    found = decode(door, base, formula, with_image, max_new_tokens=1)
+    read = base(torch.tensor([[7, 64, 9]])).logits[0, -1].log_softmax(-1)[:64]
+    guide = tiny_arm(tiny_llama(1))
+    set_preference(guide, [0.5, 0.5])
+    expected = read + guide(torch.tensor([[7, 9]])).logits[0, -1].log_softmax(-1)
+    assert int(found[0, -1]) == int(expected.argmax())
+
+
 def test_tokens_at_other_ids_are_found():
     """The same added tokens in another order: a blind cut would take one for the other."""
     vocabulary = Vocabulary(extended_tokenizer("<a>", "<b>"), extended_tokenizer("<b>", "<c>", "<a>"))

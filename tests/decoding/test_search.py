@@ -142,9 +142,32 @@ def test_bad_searches(make, error, message):
 @every_door
 @pytest.mark.parametrize("values", [[1.0], [float("nan")] * 6], ids=["too few", "NaN"])
 def test_a_reward_that_is_not_one_number_each(values, tokenizer, door):
-    formula = args(lambda prompts, responses: values, k=2, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="it must return one finite number for each"):
+    formula = args({"mine": lambda prompts, responses: values}, [1.0], k=2, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="The reward 'mine' returned .* must return one"):
         decode(door, tiny_llama(0), formula)
+
+
+def test_a_reward_that_changes_its_arguments_or_fails(tokenizer):
+    """It gets copies, as in an evaluation, and an error in it names it."""
+
+    def changing(prompts, responses):
+        values = [float(len(prompt)) for prompt in prompts]
+        prompts.clear()
+        responses.clear()
+        return values
+
+    texts = ["one", "three"]
+    step = Step(torch.zeros(2, 64), tokens=PROMPTS[:2], mask=MASK[:2], prompt_length=3)
+    for _ in range(2):
+        found = TextReward(changing, tokenizer, texts)(step, torch.ones(2, 1, 1).long(), torch.ones(2, 1, 1).long())
+        assert found.tolist() == [[3.0], [5.0]]
+
+    def failing(prompts, responses):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as error:
+        args({"humour": failing}, [1.0], k=1, tokenizer=tokenizer)(step)
+    assert error.value.__notes__ == ["This is from the reward 'humour'."]
 
 
 @every_door

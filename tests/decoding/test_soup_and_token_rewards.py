@@ -4,6 +4,7 @@
 import copy
 import html
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -126,8 +127,9 @@ def test_a_lora_that_is_no_sum_has_no_soup(settings, message):
     with pytest.raises(ValueError, match=message):
         rewarded_soup({"x": "a", "y": "b"}, [0.5, 0.5], adapters_of=model)
     assert list(model.peft_config) == before
-    # Of weight 0 it is no part of the soup.
-    rewarded_soup({"x": "a", "y": "b"}, [1.0, 0.0], adapters_of=model)
+    # Of weight 0 it is no part of the soup, but biases that were trained are in the model.
+    with pytest.raises(ValueError, match="has `bias=") if "bias" in settings else nullcontext():
+        rewarded_soup({"x": "a", "y": "b"}, [1.0, 0.0], adapters_of=model)
 
 
 def test_a_merged_lora_has_no_soup():
@@ -168,6 +170,13 @@ def test_a_soup_drops_nothing_unless_its_model_trains(training):
     assert torch.equal(soup(IDS).logits, soup(IDS).logits) != training
 
 
+def packed(value):
+    """A model with codes in the place of a weight, as quantized ones have."""
+    model = tiny_llama()
+    model.model.register_buffer("packed", torch.full((2,), value, dtype=torch.uint8))
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_soup_of_models_is_the_average_of_their_weights(dtype):
     models = {name: tiny_llama(seed).to(dtype) for seed, name in enumerate(("a", "b", "c"))}
@@ -193,6 +202,19 @@ def test_a_soup_of_models_is_the_average_of_their_weights(dtype):
             lambda: rewarded_soup({"a": tiny_llama(), "b": tiny_llama(hidden_size=48)}, [0.5, 0.5]),
             "policies differ in",
         ),
+        (
+            lambda: rewarded_soup({"a": tiny_llama(), "b": tiny_llama(num_hidden_layers=3)}, [0.5, 0.5]),
+            r"policies differ in model.layers.2.*: shapes none and",
+        ),
+        (
+            lambda: rewarded_soup({"a": tiny_llama(), "b": lora_model("default").get_base_model()}, [0.5, 0.5]),
+            "A policy, a LlamaForCausalLM, has adapters in it",
+        ),
+        (
+            lambda: rewarded_soup({"a": tiny_llama(), "b": tiny_llama(tie_word_embeddings=True)}, [0.5, 0.5]),
+            "tied to the embedding",
+        ),
+        (lambda: rewarded_soup({"a": packed(0), "b": packed(1)}, [0.5, 0.5]), "whole numbers in .*packed that differ"),
     ],
 )
 def test_bad_soups(make, message):

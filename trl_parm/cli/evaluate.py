@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +66,14 @@ def main(argv: list[str]) -> None:
     say(f"Measures and figures: {shlex.join(plot)}")
 
 
-def _with_error(mean: float, error: float) -> str:
-    return f"{mean:.3g} (one prompt)" if math.isnan(error) else f"{mean:.3g} ± {error:.2g}"
-
-
 def _means(summary: list[dict[str, Any]], objectives: list[str]) -> str:
-    from trl_parm.evaluation.measures import markdown
+    from trl_parm.evaluation.measures import markdown, with_error
 
     rows = [
         {
             "method": row["method"],
             "preference": "-" if row["preference"] is None else ", ".join(f"{w:.2f}" for w in row["preference"]),
-            **{name: _with_error(row[name], row[f"{name}_error"]) for name in objectives},
+            **{name: with_error(row[name], row[f"{name}_error"]) for name in objectives},
         }
         for row in summary
     ]

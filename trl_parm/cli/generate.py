@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ SETTINGS = (
     "top_p", "min_p",
 )  # fmt: skip
 """Arguments of [`evaluate`](trl_parm.evaluation.evaluate.evaluate) that are the same for all methods."""
+
+DATA = (".jsonl", ".json", ".csv", ".parquet")
+"""How the names of files with prompts end."""
 
 
 @dataclass(kw_only=True)
@@ -60,13 +64,15 @@ class DecodingArguments:
             raise ValueError("Give either `prompts` or `prompts_data`.")
         for number, prompt in enumerate(self.prompts or ()):
             read_text(prompt, f"row {number} of `prompts`")  # before anything is loaded
+            if isinstance(prompt, str) and prompt.endswith(DATA) and os.path.isfile(prompt):
+                raise ValueError(f"`prompts` are texts, but {prompt!r} names a file. Give it as `prompts_data`.")
         if "dtype" in (self.model_kwargs or {}):
             raise ValueError("`model_kwargs` has dtype, which is a key of its own: `dtype`.")
 
     def read_prompts(self) -> list[Any]:
         """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
         from trl_parm.noise import row_seed
-        from trl_parm.shapes import MEDIA, refuse_media
+        from trl_parm.shapes import CONTEXT, MEDIA, read_context, refuse_media
         from trl_parm.texts import prompt_key
 
         prompts: Any = self.prompts
@@ -76,11 +82,18 @@ class DecodingArguments:
             data, column = load_data(self.prompts_data), self.prompt_column
             if column not in data.column_names:
                 raise ValueError(f"The prompts' data has no column {column!r}; it has {', '.join(data.column_names)}.")
-            prompts = []
-            rows: Any = data.select_columns([name for name in data.column_names if name in (column, *MEDIA)])
+            prompts, with_context, read = [], 0, (column, *MEDIA, *CONTEXT)
+            rows: Any = data.select_columns([name for name in data.column_names if name in read])
             for number, row in enumerate(rows):
-                refuse_media(row, f"row {number} of the prompts' data")
-                prompts.append(read_text(row[column], f"`{column}` of row {number} of the prompts' data"))
+                where = f"row {number} of the prompts' data"
+                refuse_media(row, where)
+                prompts.append(read_text(row[column], f"`{column}` of {where}"))
+                with_context += bool(read_context(row, where))
+            if with_context:
+                say(
+                    f"{with_context} of the prompts have `tools` or `chat_template_kwargs`, which training hands to "
+                    "the chat template. They are left out here."
+                )
         found = {prompt_key(prompt): prompt for prompt in prompts}
         if self.num_prompts is None:
             return list(found.values())
@@ -151,8 +164,9 @@ def main(argv: list[str]) -> None:
     preferences: list[Any] = arguments.preferences or []
     entry = Entry.of(method)
     prompts = arguments.read_prompts()
-    if not preferences and not entry.method.control:
-        raise ValueError(f"The method {entry.name!r} needs `preferences`.")
+    if bool(preferences) == entry.method.control:
+        needs = "has no preference. Leave `preferences` out" if preferences else "needs `preferences`"
+        raise ValueError(f"The method {entry.name!r} {needs}.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
     output = Path(arguments.output) if arguments.output else None
     before = len(read_rows(output)) if output and output.is_file() and output.stat().st_size else 0

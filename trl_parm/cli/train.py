@@ -8,11 +8,16 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trl_parm.arguments import parse, required
 
 from .common import say
+
+
+if TYPE_CHECKING:
+    from trl_parm import PreferenceARMConfig
+    from trl_parm.training.config import ARMArguments
 
 
 def main(argv: list[str]) -> None:
@@ -23,18 +28,25 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(describe())
         return
+    from trl_parm import PreferenceARMConfig
+    from trl_parm.training.config import ARMArguments, with_lines
+
+    arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), argv)
+    with with_lines([*arguments.train_data, *arguments.eval_data]):
+        _train(arguments, config)
+
+
+def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     from transformers import ProgressCallback
 
-    from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
+    from trl_parm import PreferenceARMTrainer
     from trl_parm.evaluation.models import is_readable
     from trl_parm.records import write_run
     from trl_parm.training.card import data_facts, run_yaml
     from trl_parm.training.checkpoints import check_folder
-    from trl_parm.training.config import ARMArguments
 
     from .steps import Steps
 
-    arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), argv)
     required(config, "output_dir")
     required(arguments, "model_name_or_path")
     folder = Path(str(config.output_dir))
@@ -48,7 +60,7 @@ def main(argv: list[str]) -> None:
         unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
         if unnamed and not config.label_columns and arguments.adapter != "lora":
             raise ValueError(f"The data {unnamed[0]!r} name no `objective`, which chosen and rejected are for.")
-    adapter = arguments.peft_config(config.label_columns)
+    adapter = arguments.peft_config(cast(dict, config.label_columns))
     if not is_readable(arguments.model_name_or_path):
         raise ValueError(
             f"There is no model to read at {arguments.model_name_or_path!r}: neither in a folder of this name nor on "

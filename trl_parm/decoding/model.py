@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peft_pblora.kv_cache import NAMES, cache_argument, cache_in
-from peft_pblora.switch import AdapterSwitch, backbone_of
+from peft_pblora.switch import AdapterSwitch, backbone_of, check_below
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
@@ -82,6 +82,8 @@ class Guided(GenerationMixin, nn.Module):
         self._reads_base = len(self.terms) < len(scorers) or not scorers
         self._reads_text = any(scorer.reads_text for scorer in scorers)
         self._check_modes()
+        if any(term.backbone is self.backbone for term in self.terms):
+            check_below(self.backbone)
 
     # What `generate` asks a model about itself: the base model knows.
     config: Any = _OfBase()

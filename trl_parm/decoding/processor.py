@@ -16,6 +16,7 @@ import torch
 from transformers import LogitsProcessor
 
 from peft_pblora.preference import Preference
+from peft_pblora.switch import check_below
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
@@ -69,6 +70,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         pads = [scorer.pad_token_id for scorer in formula.scorers() if hasattr(scorer, "pad_token_id")]
         self.formula, self.prompt = formula, prompt
         self.pad_token_id = next((pad for pad in [pad_token_id, *pads] if pad is not None), None)
+        for term in language_models(formula, silent=True):
+            check_below(term.model)  # it may be the model that generates
         self._aside = [(term, step_aside(term)) for term in language_models(formula, silent=True)]
         self.reset()
 

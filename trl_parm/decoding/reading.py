@@ -61,6 +61,8 @@ class New:
         """
         device = term.backbone.device
         if self.own is None and term.vocabulary is None:
+            if self.ids.shape[1] > 1:  # what is decoded is in its vocabulary, which is compared with the base's
+                term.check_ids(self.ids)
             mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
             return New(self.ids.to(device), mask, positions, start=self.start)
         ids = self.ids.to(device)
@@ -71,12 +73,13 @@ class New:
             seen = self.mask[:, -ids.shape[1] :].to(seen)
         unknown = None
         if term.vocabulary is not None:
-            ids, known = term.vocabulary.to_guide(ids)
+            ids, known = term.vocabulary.to_guide(ids, term.embeddings)
             unknown, seen = (seen != 0) & (known == 0), seen * known
         if self.own is not None and former is None:
             check_rows(len(self.own[0]), len(ids))
             repeats = len(ids) // len(self.own[0])
             prompt, prompt_mask = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
+            term.check_ids(prompt)
             ids, seen = torch.cat([prompt, ids], 1), torch.cat([prompt_mask.to(seen), seen], 1)
             if unknown is not None:
                 unknown = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), unknown], 1)

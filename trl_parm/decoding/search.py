@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_pblora.preference import Preference
 from trl_parm.algebra import BASE, Scorer, Step, sum_of
 from trl_parm.rewards import Reward
+from trl_parm.texts import PromptText
 
 from .methods import objective_weights
 from .model import Guided
@@ -64,7 +65,7 @@ def args(
     weight: float = 1.5,
     k: int = 10,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[PromptText] | None = None,
     rollout: Rollout | None = None,
 ) -> Scorer:
     """Reranks the base model's k best next tokens by rewards of the text so far (ARGS, ICLR 2024, arXiv 2402.01694):
@@ -81,7 +82,7 @@ def args(
         weight (`float`, *optional*, defaults to 1.5): w, positive, as in the paper.
         k (`int`, *optional*, defaults to 10): Candidates, as in the paper.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's, for rewards of texts.
-        prompts (`Sequence[str]`, *optional*): The prompts as rewards of texts shall read them; see [`TextReward`].
+        prompts (`Sequence[PromptText]`, *optional*): As rewards of texts shall read them; see [`TextReward`].
         rollout ([`Rollout`], *optional*): Judge candidates after decoding further, see [`transfer_q`].
 
     Raises:
@@ -106,7 +107,7 @@ def transfer_q(
     k: int = 10,
     rollout_tokens: int = 20,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[PromptText] | None = None,
 ) -> Scorer:
     """As [`args`], but a candidate is judged by where an aligned model leads from it (Transfer-Q, NeurIPS 2024, arXiv
     2405.20495):
@@ -174,4 +175,4 @@ def _trajectory_reward(name: str, reward: Any, tokenizer: Any, prompts: Any) -> 
         )
     if tokenizer is None:
         raise ValueError(f"The reward {name!r} reads texts, which need `tokenizer`, the base model's tokenizer.")
-    return TextReward(cast(Reward, reward), tokenizer, prompts)
+    return TextReward(cast(Reward, reward), tokenizer, prompts, name)

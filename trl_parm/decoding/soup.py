@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_pblora.preference import Preference
+from peft_pblora.switch import AdapterSwitch, check_below
 
 from .methods import objective_weights
 
@@ -77,6 +78,7 @@ def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter
     layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
     for name in names:
         _check_is_sum(name, cast(LoraConfig, model.peft_config[name]), layers)
+    check_below(model)  # by any adapter
     if adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
     # Of each layer, (weight, A, B, bias) of every policy that has it: weights and scales go to B.
@@ -175,16 +177,30 @@ def _soup_of_models(chosen: list[tuple[float, Any]]) -> PreTrainedModel:
             f"`policies` has {', '.join(kinds)}, but needs `PreTrainedModel`s. Load LoRAs into one `PeftModel` with "
             "`load_adapter`, name them in `policies` and pass it as `adapters_of`."
         )
+    weights = [(weight, policy.state_dict()) for weight, policy in chosen]
+    for _, policy in chosen:
+        if AdapterSwitch.of(policy).layers:
+            raise ValueError(
+                f"A policy, a {type(policy).__name__}, has adapters in it, whose factors have no average. Merge them "
+                "with `merge_and_unload()`, or name LoRAs of one `PeftModel` and pass it as `adapters_of`."
+            )
+    if len({bool(policy.config.get_text_config().tie_word_embeddings) for _, policy in chosen}) > 1:
+        raise ValueError("Some of the policies have an output layer that is tied to the embedding. Untie it in all.")
     soup = copy.deepcopy(chosen[0][1])
-    for name, value in soup.state_dict().items():
-        if not value.is_floating_point():
-            continue
-        total = torch.zeros_like(value, dtype=torch.float32)
-        for weight, policy in chosen:
-            own = policy.state_dict().get(name)
-            if own is None or own.shape != value.shape:
-                found = "none" if own is None else tuple(own.shape)
-                raise ValueError(f"The policies differ in {name}: shapes {tuple(value.shape)} and {found}.")
-            total += weight * own.to(total)
-        value.copy_(total)
+    values = soup.state_dict()
+    for _, own in weights:
+        for name in sorted(values.keys() | own.keys()):
+            shapes = [tuple(held[name].shape) if name in held else "none" for held in (values, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"The policies differ in {name}: shapes {shapes[0]} and {shapes[1]}.")
+            whole = not values[name].is_floating_point()
+            if whole and not torch.equal(values[name], own[name].to(values[name])):
+                raise ValueError(
+                    f"The policies have whole numbers in {name} that differ, as quantized weights do, of which there "
+                    "is no average. Load the policies without quantization."
+                )
+    for name, value in values.items():
+        if value.is_floating_point():
+            wide = torch.promote_types(value.dtype, torch.float32)
+            value.copy_(sum(weight * own[name].to(value.device, wide) for weight, own in weights))
     return soup

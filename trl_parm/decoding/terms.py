@@ -17,10 +17,18 @@ from peft_pblora.condition import Condition
 from peft_pblora.control import has_preference
 from peft_pblora.kv_cache import takes_cache
 from peft_pblora.preference import Preference
-from peft_pblora.switch import AdapterSwitch, backbone_of
+from peft_pblora.switch import AdapterSwitch, backbone_of, check_below
 from trl_parm.algebra import Scorer, Step
 
 from .vocabulary import Vocabulary
+
+
+OTHERS = (
+    "If the tokenizers of base and guide are of one family, pass `vocabulary=Vocabulary(base_tokenizer, "
+    "guide_tokenizer)`. Where an assistant with a tokenizer of its own is what asks, use a guided model such as "
+    "`PARM(base, ...)` in the place of a processor: it does not guide the assistant."
+)
+"""What to do about models of several vocabularies."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,6 +77,8 @@ class LM(Scorer):
         object.__setattr__(self, "adapter_names", _named_adapters(self.model, self.adapter_name))
         if self.disable_adapter and not self.adapter_names:
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
+        if self.disable_adapter:
+            check_below(self.model)
         α = None
         if self.preference is not None:
             objectives = self._objectives()
@@ -88,6 +98,11 @@ class LM(Scorer):
     def adapters(self) -> tuple[str, ...]:
         """The adapters that act."""
         return () if self.disable_adapter else self.adapter_names
+
+    @property
+    def embeddings(self) -> int | None:
+        """How many tokens the model can read, if its embeddings say so."""
+        return getattr(self.backbone.get_input_embeddings(), "num_embeddings", None)
 
     @property
     def rows(self) -> int:
@@ -117,12 +132,17 @@ class LM(Scorer):
             return self.vocabulary.to_base(found, size)
         if found.shape[-1] != size:
             raise ValueError(
-                f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. If their "
-                "tokenizers are of one family, pass `vocabulary=Vocabulary(base_tokenizer, guide_tokenizer)`. Where "
-                "an assistant with a tokenizer of its own is what asks, use a guided model such as `PARM(base, ...)` "
-                "in the place of a processor: it does not guide the assistant."
+                f"The guiding model has a vocabulary of {found.shape[-1]}, but the base model one of {size}. {OTHERS}"
             )
         return found
+
+    def check_ids(self, ids: torch.Tensor) -> None:
+        """Raises `ValueError` for tokens `(rows, length)` that the model has no embeddings for."""
+        if self.embeddings is not None and bool((ids >= self.embeddings).any()):
+            raise ValueError(
+                f"The guiding model has a vocabulary of {self.embeddings}, but is to read the token {int(ids.max())}. "
+                f"{OTHERS}"
+            )
 
     def __reduce__(self) -> tuple:
         # The adapters that are meant stay the same, whatever is active in the copy's model.
@@ -182,6 +202,12 @@ def check_guide(model: Any, backbone: PreTrainedModel) -> None:
         raise ValueError("The guiding model is an encoder-decoder model. Only causal language models can guide.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError("The guiding model is tuned by prompt learning. Only adapters on its layers can guide.")
+    for name, config in getattr(backbone, "peft_config", {}).items():
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"The guiding model has the adapter {name!r}, an activated LoRA, which acts after its invocation "
+                "tokens alone, where `PeftModel` looks for them. Use an adapter that acts on the whole text."
+            )
     if backbone.get_output_embeddings() is None:
         raise ValueError(f"The guiding model is a {type(backbone).__name__}, but it must be a causal language model.")
     layers = DynamicCache(config=backbone.config.get_text_config()).layers

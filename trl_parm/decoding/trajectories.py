@@ -12,7 +12,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.kv_cache import cache_argument
 from trl_parm.algebra import Step
-from trl_parm.rewards import Reward
+from trl_parm.rewards import Reward, score
+from trl_parm.texts import PromptText
 
 from .prefix import can_take_back, follow, rewindable_cache
 from .terms import check_evaluates
@@ -56,18 +57,23 @@ class TextReward(TrajectoryReward):
     Args:
         reward (`Reward`): Maps prompts and responses to one number for each.
         tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
-        prompts (`Sequence[str]`, *optional*):
+        prompts (`Sequence[PromptText]`, *optional*):
             The batch's prompts as the reward shall read them; decoded from the ids, without special tokens, if not
             given.
+        name (`str`, *optional*, defaults to `"reward"`): What errors call the reward.
 
     Raises:
-        ValueError: at a call, another number of prompts, or a reward that is not one finite number for each response.
+        ValueError: at a call, another number of prompts; or as [`trl_parm.rewards.score`].
     """
 
     def __init__(
-        self, reward: Reward, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] | None = None
+        self,
+        reward: Reward,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[PromptText] | None = None,
+        name: str = "reward",
     ) -> None:
-        self.reward, self.tokenizer, self.prompts = reward, tokenizer, prompts
+        self.reward, self.tokenizer, self.prompts, self.name = reward, tokenizer, prompts, name
 
     def __call__(self, step, candidates, candidate_mask):
         rows, k, _ = candidates.shape
@@ -77,7 +83,7 @@ class TextReward(TrajectoryReward):
             raise ValueError(f"There are {len(prompts)} `prompts`, but the batch has {rows} rows. Give one for each.")
         prompts = [prompt for prompt in prompts for _ in range(rows // len(prompts) * k)]
         responses = self._decode(*(x[:, start:] for x in _texts(step, candidates, candidate_mask)))
-        return _checked(torch.as_tensor(self.reward(prompts, responses), dtype=torch.float32), candidates)
+        return _checked(torch.tensor(score(self.name, self.reward, prompts, responses)), candidates)
 
     def _decode(self, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
         seen = [row[keep.bool()] for row, keep in zip(tokens, mask)]

@@ -49,11 +49,13 @@ class Vocabulary:
         self.base_pad_token_id = cast(int | None, base.pad_token_id)
         self._maps: dict[tuple, torch.Tensor] = {}
 
-    def to_guide(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The guide's ids of base tokens, and a mask that is 0 where the guide does not know one; the same shape."""
+    def to_guide(self, tokens: torch.Tensor, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The guide's ids of base tokens, and a mask that is 0 where the guide does not know one; the same shape. Of a
+        guide with `size` embeddings it knows no further ones."""
         ids = self._map(len(self.guide_ids), tokens.device)
         known = tokens < len(ids)
         found = torch.where(known, ids[tokens.clamp(max=len(ids) - 1)], -1)
+        found = found if size is None else found.masked_fill(found >= size, -1)
         return found.clamp(min=0), (found >= 0).long()
 
     def to_base(self, log_probs: torch.Tensor, size: int) -> torch.Tensor:

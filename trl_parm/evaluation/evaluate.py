@@ -156,7 +156,7 @@ def evaluate(
         "base": with_fingerprints(models.name),
         "loading": models.loading,
         **(configuration or {}),
-        "methods": {entry.name: entry.configuration() for entry in entries},
+        "methods": {entry.name: entry.configuration(models.name) for entry in entries},
     }
     with Records(path, whole, {"methods": "method"}, restart, table.stored) as records:
         for entry in entries:

@@ -145,6 +145,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([head, "|" + "---|" * len(cells[0]), *body])
 
 
+def with_error(mean: float, error: float, forms: tuple[str, str] = (".3g", ".2g")) -> str:
+    """A mean with its standard error; that of one prompt alone."""
+    return f"{mean:{forms[0]}} (one prompt)" if math.isnan(error) else f"{mean:{forms[0]}} ± {error:{forms[1]}}"
+
+
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Writes rows to a CSV file with a head, numbers in full, and nothing where there is no number. Only a file of its
     own or of figures is replaced."""

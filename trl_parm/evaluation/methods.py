@@ -19,10 +19,9 @@ from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, T
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.identity import known_by
 from trl_parm.reward_models import ModelReward, RewardSource
-from trl_parm.rewards import readable
 
 from .decoding import Batch, ModelAt, Run
-from .models import Guide, Models, backbone_name, own_prompt
+from .models import Guide, Models, backbone_name, canonical, own_prompt
 
 
 MODELS = ("arm", "arms", "policies", "policy", "reference")
@@ -74,10 +73,10 @@ class Entry:
             raise ValueError(f"The `name` of a method is {name!r}, but it must be a text.")
         return cls(name, method, check_fields(settings, method.make, f"The method {name!r}"))
 
-    def configuration(self) -> dict[str, Any]:
-        """What its rows depend on: its settings, and what its models and rewards are now."""
+    def configuration(self, base: str | None = None) -> dict[str, Any]:
+        """What its rows depend on beside the base model: its settings, and what its models and rewards are now."""
         found = {"make": self.method.make.__name__, **self.settings}
-        found |= {name: with_fingerprints(found[name]) for name in MODELS if name in found}
+        found |= {name: with_fingerprints(found[name], base) for name in MODELS if name in found}
         if "rewards" in found:
             found["rewards"] = {
                 name: RewardSource.of(r).configuration() for name, r in self.settings["rewards"].items()
@@ -89,12 +88,17 @@ class Entry:
         return [Run(self.name)] if self.method.control else [Run(self.name, p) for p in preferences]
 
 
-def with_fingerprints(value: Any) -> Any:
-    """Names of models, each with a hash of its folder or its commit on the Hub beside it."""
+def with_fingerprints(value: Any, base: str | None = None) -> Any:
+    """Names of models, each with a hash of its folder or its commit on the Hub beside it; of adapters those of their
+    backbone too, unless that is the base model."""
     if isinstance(value, Mapping):
-        return {key: with_fingerprints(entry) for key, entry in value.items()}
+        return {key: with_fingerprints(entry, base) for key, entry in value.items()}
     found = known_by(value) if isinstance(value, str) else None
-    return value if found is None else {"path": value, "fingerprint": found}
+    if found is None:
+        return value
+    backbone = backbone_name(value)
+    other = backbone is not None and (base is None or canonical(backbone) != canonical(base))
+    return {"path": value, "fingerprint": found, **({"backbone": with_fingerprints(backbone)} if other else {})}
 
 
 def base_model(models: Models) -> ModelAt:
@@ -241,7 +245,7 @@ def _search(
     def model_at(batch: Batch) -> Guided:
         # Rewards of texts get the prompts as they are given, without the base model's template.
         judged = {
-            objective: judge if cached else TextReward(judge, models.tokenizer, readable(judge, batch.prompts))
+            objective: judge if cached else TextReward(judge, models.tokenizer, batch.prompts, objective)
             for objective, judge in judges.items()
         }
         return Guided(models.base, formulas.args(judged, _ordered(batch, judges), weight, k, rollout=rollout))

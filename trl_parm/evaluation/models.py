@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
@@ -26,10 +26,12 @@ from transformers.utils import find_adapter_config_file
 
 from peft_pblora import load_adapter
 from peft_pblora.preference import Preference
-from peft_pblora.switch import AdapterSwitch, backbone_of
+from peft_pblora.switch import AdapterSwitch, backbone_of, changes_below
 from trl_parm.cpu import optimize_loaded, products_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
-from trl_parm.records import plain
+from trl_parm.identity import short_hash
+from trl_parm.loading import load_whole
+from trl_parm.records import plain, recorded
 
 from .decoding import Batch, encode_prompts
 
@@ -135,7 +137,7 @@ class Models:
         """What answers depend on beside the weights, as JSON: arguments, and products in bfloat16."""
         lowered = self.optimize and not torch.cuda.is_available() and products_of(self.kwargs["dtype"]) == "bfloat16"
         told = {"attn_implementation": None, **self.kwargs} | ({"products": "bfloat16"} if lowered else {})
-        return plain({key: value for key, value in told.items() if key != "device_map"})
+        return plain(recorded(told))
 
     @cached_property
     def positions(self) -> int | None:
@@ -160,11 +162,13 @@ class Models:
         """
         config = adapter_config(name)
         backbone = cast(str, backbone or config.base_model_name_or_path)
-        key = canonical(backbone), str(config.peft_type)
-        # A backbone takes adapters of one kind; those of another get one of their own.
-        taken = any(home == key[0] for home, _ in self._adapted)
+        alone = changes_below(config, self.whole(backbone))
+        key = canonical(backbone), name if alone else str(config.peft_type)
+        # A backbone takes adapters of one kind that leave it as it is; others get one of their own.
+        taken = alone or any(home == key[0] for home, _ in self._adapted)
         below = self._load(backbone) if taken and key not in self._adapted else self.whole(backbone)
-        inside = name.replace(".", "_")  # where dots would mean submodules
+        # Where dots would mean submodules, and some names are those of methods; one for each adapter.
+        inside = f"{name.replace('.', '_')}~{short_hash(canonical(name).encode())}"
         on = self._adapted.get(key, below)
         try:
             if inside not in getattr(on, "peft_config", ()):
@@ -221,7 +225,8 @@ class Models:
     def _load(self, name: str) -> PreTrainedModel:
         if backbone := _read(backbone_name, name, "model"):
             return cast(PreTrainedModel, load_adapter(self._load(backbone), name).get_base_model().eval())
-        model = _read(AutoModelForCausalLM.from_pretrained, name, "model", **self.kwargs)
+        load = partial(_read, AutoModelForCausalLM.from_pretrained, what="model")
+        model = load_whole(load, name, **self.kwargs)
         if "device_map" not in self.kwargs and torch.cuda.is_available():
             model.to("cuda")
         return optimize_loaded(model.eval(), self.kwargs["dtype"]) if self.optimize else model.eval()
@@ -231,7 +236,7 @@ def backbone_name(name: str) -> str | None:
     """The model that an adapter was trained on, or `None` for a whole model."""
     if find_adapter_config_file(name) is None:
         return None
-    return cast(str, PeftConfig.from_pretrained(name).base_model_name_or_path)
+    return cast(str, adapter_config(name).base_model_name_or_path)
 
 
 def adapter_config(name: str) -> PeftConfig:

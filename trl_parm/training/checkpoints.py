@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -18,11 +19,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
 from peft_pblora.loading import check_checkpoint
 from peft_pblora.output import check_output, is_written_by, output_file
+from trl_parm.identity import spread
 from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
@@ -37,9 +39,12 @@ RECORD = "training.json"
 WRITER = "train"
 TRAINED = (
     "adapter_config.json", "config.json", "generation_config.json", "*.safetensors*", "*.bin", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", TRAINER_STATE_NAME,
+    "*_results.json",
 )  # fmt: skip
-"""What a training writes at its end: the model and its tokenizer."""
+"""What a training writes at its end: the model, its tokenizer, and what it measured."""
+FILES = "files"
+"""In a checkpoint's record: what is in its folder."""
 LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
     "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
@@ -91,7 +96,7 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     """
     steps = {path: path.name.rpartition("-")[2] for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     found = {
-        int(step): str(path) for path, step in steps.items() if step.isdigit() and _read(path / TRAINER_STATE_NAME)
+        int(step): str(path) for path, step in steps.items() if step.isdigit() and read_json(path / TRAINER_STATE_NAME)
     }
     if not found:
         raise ValueError(
@@ -132,9 +137,34 @@ def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:
         json.dump(run, file, indent=2, ensure_ascii=False)
 
 
+def note_files(checkpoint: str | Path) -> None:
+    """Notes in a checkpoint's record which files it has, now that all of them are there."""
+    run = read_json(Path(checkpoint) / RECORD)
+    if run is not None:
+        write_record(checkpoint, {**run, FILES: sorted(_files(checkpoint))})
+
+
+def rotate(folder: str | Path, limit: int | None, protected: Iterable[str | None]) -> None:
+    """Removes the oldest checkpoints beyond a limit, other than those that are protected, as transformers does; but
+    none that holds a file of somebody's own."""
+    protected = {Path(path).name for path in protected if path}
+    ordered = sort_checkpoints(str(folder))
+    surplus = len(ordered) - max(limit, len(protected)) if limit else 0
+    for checkpoint in (Path(path) for path in ordered if Path(path).name not in protected):
+        if surplus <= 0:
+            return
+        noted = (read_json(checkpoint / RECORD) or {}).get(FILES)  # none of a checkpoint of version 0.1.0
+        own = sorted(_files(checkpoint) - set(noted)) if noted else []
+        if own:
+            logger.warning(f"{checkpoint} is kept, since it holds {own[0]}, which no training has written.")
+        else:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            surplus -= 1
+
+
 def check_record(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a checkpoint of another run. One without a record, of version 0.1.0, is warned of."""
-    known = _read(Path(checkpoint) / RECORD)
+    known = read_json(Path(checkpoint) / RECORD)
     if known is None:
         logger.warning(
             f"The checkpoint {checkpoint} does not say what it was trained with. Make sure that model, data and "
@@ -189,8 +219,7 @@ def _sample(parameter: nn.Parameter) -> Any:
     """Some of a weight's values; with ZeRO-3, which leaves a process all, a part or nothing of it, its shape."""
     if is_deepspeed_zero3_enabled():
         return str(tuple(getattr(parameter, "ds_shape", parameter.shape))).encode()
-    values = parameter.detach().flatten()
-    return values[:: max(1, len(values) // 16)].float().contiguous().cpu().numpy()
+    return spread(parameter, 16).float().contiguous().cpu().numpy()
 
 
 def _hash(parts: Iterable[Any]) -> str:
@@ -200,7 +229,12 @@ def _hash(parts: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(path: Path) -> Any:
+def _files(folder: str | Path) -> set[str]:
+    """All files below a folder, by their path from there."""
+    return {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if not path.is_dir()}
+
+
+def read_json(path: Path) -> Any:
     """What stands in a JSON file; `None` if it is missing, or was not written to its end."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

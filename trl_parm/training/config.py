@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from peft import LoraConfig, PeftConfig
+from pyarrow import ArrowInvalid
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
@@ -163,6 +165,15 @@ class PreferenceARMConfig(_BaseConfig):
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
             ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
             ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
+            ("learning_rate", self.learning_rate > 0, "it must be positive"),
+            ("label_smoothing_factor", not self.label_smoothing_factor, "the loss of pairs has `label_smoothing`"),
+            (
+                "neftune_noise_alpha",
+                not (self.neftune_noise_alpha and self.disable_dropout),
+                "such noise needs `disable_dropout=False`",
+            ),
+            ("max_steps", self.max_steps == -1 or self.max_steps > 0, "it must be positive, or -1 for whole epochs"),
+            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "it must be positive"),
         ]
         for name, holds, demand in conditions:
             if not holds:
@@ -205,7 +216,7 @@ class PairData:
         name (`str`, *optional*): Configuration of a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): The split, slices such as `train[:1000]` included.
         streaming (`bool`, *optional*, defaults to `False`): Read it as a stream.
-        columns (`dict[str, str]`, *optional*): Its column → the column that is expected.
+        columns (`dict[str, str]`, *optional*): Its column → the column that is expected, which it replaces.
         where (`dict[str, Any]`, *optional*): Keep the rows with these values in these columns.
     """
 
@@ -220,6 +231,8 @@ class PairData:
     def load(self) -> Dataset | IterableDataset:
         """Loads the pairs. Raises `ValueError` if the file is missing, empty or damaged, or columns are missing."""
         kind = FILE_KINDS.get(Path(self.path).suffix)
+        if not Path(self.path).name:
+            raise ValueError(f"The data is at {self.path!r}, which names none. Give a file, or a folder or id.")
         if kind and not Path(self.path).exists():
             raise ValueError(f"There is no data at {self.path!r}. Give an existing file, or an id on the Hub.")
         source: dict[str, Any] = {"path": kind, "data_files": self.path} if kind else {"path": self.path}
@@ -227,6 +240,8 @@ class PairData:
             data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
             if kind and self.streaming and next(iter(data), None) is None:
                 raise ValueError("it has no row")
+            if kind and not self.streaming:
+                data.data.table.validate(full=True)  # that texts are UTF-8, which is else seen row by row
         except (DatasetGenerationError, StopIteration, ValueError) as error:
             if not kind:
                 raise
@@ -240,7 +255,10 @@ class PairData:
         if self.where:
             conditions = self.where.items()
             data = data.filter(lambda row: all(row[column] == value for column, value in conditions))
-        return data.rename_columns(self.columns) if self.columns else data
+        if not self.columns:
+            return data
+        replaced = set(data.column_names or ()) & set(self.columns.values()) - set(self.columns)
+        return (data.remove_columns(sorted(replaced)) if replaced else data).rename_columns(self.columns)
 
 
 @dataclass
@@ -306,14 +324,41 @@ def _damage(path: Path, kind: str, error: BaseException) -> str:
     """What is wrong with a file that can't be loaded, and what to do."""
     if not path.read_bytes().strip():
         return f"The data at {str(path)!r} is empty. Give it at least one pair."
-    if kind == "json":
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not _is_object(line):
-                    return (
-                        f"Line {number} of {str(path)!r} is no JSON object: {line.strip()[:80]!r}. Mend or remove it."
-                    )
-    return f"The data at {str(path)!r} can't be read: {error}. Give a whole {kind} file."
+    line = _bad_line(path) if kind == "json" else None
+    return line or f"The data at {str(path)!r} can't be read: {error}. Give a whole {kind} file."
+
+
+def _bad_line(path: Path) -> str | None:
+    """Which line of a file of JSON lines is none, if any."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            text = line.decode(errors="replace").strip().removeprefix("\ufeff")
+            if text and not (_is_object(text) and _is_text(line)):
+                kind = "JSON object" if _is_text(line) else "text in UTF-8"
+                return f"Line {number} of {str(path)!r} is no {kind}: {text[:80]!r}. Mend or remove it."
+    return None
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        return bool(line.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+@contextmanager
+def with_lines(entries: Iterable[PairData]) -> Iterator[None]:
+    """Names the line of a file that a stream can't read to its end: pyarrow counts rows from anywhere in it."""
+    try:
+        yield
+    except ValueError as error:
+        files = (Path(entry.path) for entry in entries)
+        files = (file for file in files if FILE_KINDS.get(file.suffix) == "json" and file.is_file())
+        broken = any(isinstance(e, ArrowInvalid | UnicodeDecodeError) for e in (error, error.__cause__))
+        line = broken and next(filter(None, map(_bad_line, files)), None)
+        if line:
+            raise ValueError(line) from error
+        raise
 
 
 def _is_object(line: str) -> bool:

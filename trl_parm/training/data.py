@@ -121,8 +121,8 @@ def join_sources(
             "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
         )
     data_sets = [
-        Dataset.from_list(list(data)) if once and isinstance(data, IterableDataset) else data
-        for data in sources.values()
+        Dataset.from_list(list(_readable(name, data))) if once and isinstance(data, IterableDataset) else data
+        for name, data in sources.items()
     ]
     pairs = list(zip(readers, data_sets, strict=True))
     if any(isinstance(data, IterableDataset) for data in data_sets):
@@ -158,6 +158,7 @@ def join_evaluation(
         ranked = not any(has_labels(name, data) for name, data in given.items())
         several = ranked and len(objectives) == 1 and not {ALONE, objectives[0]} & set(given)
     if several:
+        given = {name: {} if data is None else data for name, data in given.items()}  # which is refused
         return {name: join_evaluation(data, objectives, tokenizer, args, limits) for name, data in given.items()}
     return join_sources("eval_dataset", given, objectives, tokenizer, args, limits, once=True)
 
@@ -287,7 +288,7 @@ def _readable(name: str, rows: Iterable[Any]) -> Iterator[Any]:
     """The rows of a data set. Raises `ValueError` where a file that it streams is damaged."""
     try:
         yield from rows
-    except ArrowInvalid as error:
+    except (ArrowInvalid, UnicodeDecodeError) as error:
         raise ValueError(f"The data set {name!r} can't be read to its end: {error}. Mend that row.") from error
 
 

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
+from peft_pblora.loading import check_start
 from trl_parm.cpu import optimize_loaded
+from trl_parm.loading import load_whole
 
 from .config import PreferenceARMConfig
 
@@ -74,7 +76,7 @@ def load_model(model: Any, args: PreferenceARMConfig, quantization_config: Any) 
         kwargs["quantization_config"] = quantization_config
     if cast(PartialState, args.distributed_state).distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
-    model = create_model_from_path(model, **kwargs)
+    model = load_whole(create_model_from_path, model, **kwargs)
     # Sharded weights come and go.
     whole = cast(PartialState, args.distributed_state).distributed_type in ("NO", "MULTI_CPU")
     if args.optimize_for_cpu and whole and args.device.type == "cpu":
@@ -87,6 +89,11 @@ def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTok
     if tokenizer is None:
         name, revision = get_config_model_id(model.config), cast(dict, args.model_init_kwargs or {}).get("revision")
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is a {type(tokenizer).__name__}, but only texts are trained on. Give a tokenizer, "
+            "such as the `tokenizer` of a processor."
+        )
     if tokenizer.eos_token is None:
         raise ValueError(
             "The tokenizer has no end token, which every response must end in. Set `tokenizer.eos_token`."
@@ -107,6 +114,7 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
             raise TypeError(f"`peft_config` is a {type(peft_config).__name__}, but it must be a `PeftConfig`.")
         if is_peft_model(model):
             raise ValueError("`model` is a PeftModel already, so `peft_config` can't be used. Leave one of them out.")
+        check_start(peft_config)
         # ZeRO-3 gathers parameters in the dtype of the first one, so all must have the same (trl#6089).
         model = get_peft_model(model, peft_config, autocast_adapter_dtype=not zero_3 or quantized)
     if is_peft_model(model) and args.gradient_checkpointing:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize
 
 from peft_pblora import name_preference, use_preference
-from peft_pblora.switch import AdapterSwitch
+from peft_pblora.switch import AdapterSwitch, check_below
 
 from .model import in_evaluation
 
@@ -38,6 +38,7 @@ def make_sample(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: st
             raise ValueError("it was saved by one of several processes; save it again in a single one")
         if AdapterSwitch.of(model).merged:  # a forward without adapters would take them out of the weights
             raise ValueError("an adapter is merged into the base model")
+        check_below(model)
         objectives = cast(Any, model.active_peft_config).objectives
         corners = torch.eye(len(objectives))
         middle = corners.mean(0, keepdim=True) if len(objectives) > 1 else corners[1:]

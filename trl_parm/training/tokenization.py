@@ -256,7 +256,7 @@ class PairReader:
             texts = [self._of_text(prompt + response.removesuffix(end) + end) for response in responses]
             ids = without_end(self.tokenizer, prompt, self._of_text(prompt))
         else:
-            kwargs = read_context(row)
+            kwargs = read_context(row, where)
             texts = [tokenize_chat(self.tokenizer, prompt + response, where, **kwargs) for response in responses]
             ids = tokenize_chat(self.tokenizer, prompt, where, add_generation_prompt=True, **kwargs)
         start = min(common_prefix_length(ids, text) for text in texts)

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import get_config_model_id
 
 from peft_pblora import PreferenceConfig, set_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
+from peft_pblora.switch import changes_below
 
 from . import checkpoints
 from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
@@ -53,12 +53,13 @@ from .model import (
     without_noise,
 )
 from .preferences import PreferenceSampler, name_preferences
+from .saving import SavingTrainer
 
 
 CARD = "README.md"
 
 
-class PreferenceARMTrainer(_BaseTrainer):
+class PreferenceARMTrainer(SavingTrainer):
     """Trains an autoregressive reward model (ARM) on preference pairs for each objective.
 
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
@@ -153,8 +154,10 @@ class PreferenceARMTrainer(_BaseTrainer):
             optimizers=optimizers,
         )
         self._signature_columns = ["pairs"]
+        own = cast(Any, model)
+        self._has_untrained = is_peft_model(model) and not changes_below(own.peft_config[self.adapter], own)
         self._distances_ahead: torch.Tensor | None = None
-        self._saves_checkpoint = self._claimed = self._noise_checked = self._rows_checked = False
+        self._claimed = self._noise_checked = self._rows_checked = False
         self._offloading = get_act_offloading_ctx_manager(model) if args.activation_offloading else nullcontext()
         model.add_model_tags(self._tag_names)
         # What the adapter's own card says goes before what a run knows, apart from the former sample.
@@ -274,8 +277,7 @@ class PreferenceARMTrainer(_BaseTrainer):
         """Evaluates one batch at every preference of `eval_preferences`."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            has_adapter = is_peft_model(self.accelerator.unwrap_model(model))
-            untrained = [self._margins(model, inputs, None)] if has_adapter else []
+            untrained = [self._margins(model, inputs, None)] if self._has_untrained else []
             margins = [self._margins(model, inputs, preference) for preference in self.eval_preferences.values()]
         weights = inputs.get("pair_weights", torch.ones_like(margins[0]))
         values = [inputs["pair_labels"], torch.stack(margins, -1), weights, *untrained]
@@ -346,13 +348,6 @@ class PreferenceARMTrainer(_BaseTrainer):
             if (folder / CARD).exists():  # which `save_card` goes on with
                 (work / CARD).unlink(missing_ok=True)
         save_card(folder, self.adapter_config, facts, subfolder_of(self))
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._saves_checkpoint = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self._saves_checkpoint = False
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Labelled pairs of each objective, and pairs, or their weights, of the whole step by the number of processes.

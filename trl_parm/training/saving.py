@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transformers' trainer writes, removes and uploads by itself, kept to what a training has written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import HfApi
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress
+from trl.trainer.base_trainer import _BaseTrainer
+
+from peft_pblora.card.files import FILES, LOGS
+from peft_pblora.output import NOTES, output_files
+
+from . import checkpoints
+
+
+class SavingTrainer(_BaseTrainer):
+    """A trainer that replaces and removes nothing of somebody's own."""
+
+    _saves_checkpoint = False
+    push_in_progress: PushInProgress | None
+
+    def save_state(self) -> None:
+        """As transformers', over nothing but what a training has written."""
+        if self.is_world_process_zero():
+            with output_files(cast(str, self.args.output_dir), checkpoints.WRITER) as work:
+                self.state.save_to_json(str(work / TRAINER_STATE_NAME))
+
+    def save_metrics(self, split: str, metrics: Mapping[str, float], combined: bool = True) -> None:
+        """As transformers', over nothing but what a training has written."""
+        if not self.is_world_process_zero():
+            return
+        folder, found = Path(cast(str, self.args.output_dir)), {f"{split}_results.json": metrics}
+        if combined:
+            name = "all_results.json"
+            found[name] = {**(checkpoints.read_json(folder / name) or {}), **metrics}
+        folder.mkdir(parents=True, exist_ok=True)
+        with output_files(folder, checkpoints.WRITER) as work:
+            for name, content in found.items():
+                (work / name).write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._saves_checkpoint = True
+        try:
+            with self._without_limit() as limit:
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._saves_checkpoint = False
+        self.accelerator.wait_for_everyone()  # until each process has written its files
+        if self.args.should_save:
+            folder, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.note_files(Path(folder, name))
+            checkpoints.rotate(folder, limit, [name, self.state.best_model_checkpoint])
+
+    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+        with self._without_limit() as limit:
+            output = super()._finalize_training(trial, *args)
+        if self.args.should_save and limit == 1 and self.state.best_model_checkpoint is not None:
+            checkpoints.rotate(self._get_output_dir(trial), limit, [self.state.best_model_checkpoint])
+        return output
+
+    @contextmanager
+    def _without_limit(self) -> Iterator[int | None]:
+        """Gives `save_total_limit`, which transformers does not see in the block: it would remove whole folders."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield limit
+        finally:
+            self.args.save_total_limit = limit
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads the model of a checkpoint from where it is, without pickles: transformers would first write it over
+        that of the output folder."""
+        strategy, busy = self.args.hub_strategy, self.push_in_progress and not self.push_in_progress.is_done()
+        if not self.is_world_process_zero() or strategy == HubStrategy.END or (busy and not self.args.hub_always_push):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        upload = partial(
+            HfApi(token=self.args.hub_token).upload_folder, repo_id=cast(str, self.hub_model_id),
+            folder_path=checkpoint_folder, revision=self.args.hub_revision, run_as_future=True,
+        )  # fmt: skip
+        ignored = [*LOGS, checkpoints.RECORD]
+        jobs = [upload(commit_message=message, allow_patterns=list(FILES), ignore_patterns=ignored)]
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
+        if strategy in names:
+            message, name = f"{message}, checkpoint", names[cast(HubStrategy, strategy)]
+            jobs.append(upload(commit_message=message, path_in_repo=name, ignore_patterns=[NOTES]))
+        if busy:
+            cast(PushInProgress, self.push_in_progress).jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(cast(Any, jobs))
