@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parm.algebra import BASE, PowerMean, Scorer, Step, guided_logits, sum_of
+from trl_parm.algebra import BASE, Intersection, PowerMean, Scorer, Step, Union, guided_logits, sum_of
 
 
 class Fixed(Scorer):
@@ -55,6 +55,15 @@ def test_laws_of_the_algebra(a, b, factor, row):
         if total:
             expected = expected + total * FIXED[i].values
     torch.testing.assert_close(x(STEP).double(), expected, equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+def test_unions_and_intersections_are_the_largest_and_the_smallest():
+    values = torch.stack([FIXED[0].values, FIXED[1].values, torch.log_softmax(SCORES.double(), -1)])
+    for kind, expected in ((Union, values.amax(0)), (Intersection, values.amin(0))):
+        found = kind(FIXED[0], FIXED[1], BASE, FIXED[0])
+        torch.testing.assert_close(found(STEP).double(), expected)
+        assert repr(found) == f"{kind.__name__}(Fixed, Fixed, BASE)"
+        assert len(list((2 * found + BASE).scorers())) == 4
 
 
 def test_a_step_of_several_positions_is_each_position():
@@ -118,6 +127,8 @@ def test_a_weight_of_rows_multiplies_the_rows_that_generate_makes_of_one():
         (lambda: BASE * torch.ones(2, 2), ValueError, "must be a number or"),
         (lambda: PowerMean([(-0.5, BASE)]), ValueError, "none may be negative"),
         (lambda: PowerMean([(1.0, BASE)], order=0.0), ValueError, "`order` is 0.0"),
+        (lambda: Union(BASE), ValueError, "Union was given \\[BASE\\], but it needs two scorers or more"),
+        (lambda: Intersection(BASE, 2.0), ValueError, "Intersection was given"),
     ],
 )
 def test_bad_formulas(make, error, message):

@@ -222,6 +222,53 @@ class PowerMean(_Combination):
         return f"PowerMean({terms}; order={self.order:g})"
 
 
+class _Extreme(Scorer):
+    """At each token the largest, or the smallest, of what some scorers of log-probabilities say."""
+
+    def __init__(self, *scorers: Scorer) -> None:
+        if len(scorers) < 2 or not all(isinstance(scorer, Scorer) for scorer in scorers):
+            raise ValueError(
+                f"{type(self).__name__} was given {list(scorers)}, but it needs two scorers or more, such as `BASE` "
+                "and `LM(model)`."
+            )
+        self._scorers = list(dict.fromkeys(scorers))
+
+    def scorers(self) -> Iterator[Scorer]:
+        for scorer in self._scorers:
+            yield from scorer.scorers()
+
+    def silent(self) -> Iterator[Scorer]:
+        for scorer in self._scorers:
+            yield from scorer.silent()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._scorers))})"
+
+
+class Union(_Extreme):
+    """log max_i π_i: tokens that any of the distributions finds likely (of model arithmetic, arXiv 2311.14479).
+
+    Args:
+        *scorers (`Scorer`): Two or more scorers of log-probabilities, such as `BASE` and `LM(model)`.
+
+    Raises:
+        ValueError: fewer than two, or something else than scorers.
+    """
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return torch.stack([scorer(step) for scorer in self._scorers]).amax(0)
+
+
+class Intersection(_Extreme):
+    """log min_i π_i: tokens that all of the distributions find likely (of model arithmetic, arXiv 2311.14479).
+
+    Args and errors are as of [`Union`].
+    """
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        return torch.stack([scorer(step) for scorer in self._scorers]).amin(0)
+
+
 class _Base(Scorer):
     """log π_base: the log-softmax of the model that generates."""
 

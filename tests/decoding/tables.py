@@ -23,7 +23,7 @@ from transformers import (
 
 from peft_pblora import set_preference
 from peft_pblora.switch import backbone_of
-from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Scorer
+from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Intersection, Scorer, Union
 from trl_parm.decoding import args, genarm, mod, mod_w2s, parm, transfer_q
 
 
@@ -229,6 +229,14 @@ DECODERS = {
     "a formula": Decoder(
         lambda m: BASE + 0.7 * LM(m.first) - 0.2 * LM(m.second),
         lambda m, base, log_pi: base + 0.7 * log_pi(m.first) - 0.2 * log_pi(m.second),
+    ),
+    "a union and an intersection": Decoder(
+        lambda m: BASE + 0.5 * Union(LM(m.first), LM(m.second)) - 0.3 * Intersection(BASE, LM(m.second)),
+        lambda m, base, log_pi: (
+            base
+            + 0.5 * torch.maximum(log_pi(m.first), log_pi(m.second))
+            - 0.3 * torch.minimum(base, log_pi(m.second))
+        ),
     ),
     "two preferences of one ARM and the untrained one": Decoder(
         lambda m: BASE + LM(m.arm, [1.0, 0.0]) + 0.5 * LM(m.arm, [0.2, 0.8]) - 0.7 * LM(m.arm, disable_adapter=True),

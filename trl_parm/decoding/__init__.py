@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guidance: a formula of language models as a model that generates, or as a logits processor."""
 
-from trl_parm.algebra import BASE, LinearCombination, PowerMean, Scorer, Step
+from trl_parm.algebra import BASE, Intersection, LinearCombination, PowerMean, Scorer, Step, Union
 
 from .methods import MOD, PARM, GenARM, MODWeakToStrong, genarm, mod, mod_w2s, parm
 from .model import Guided
@@ -31,6 +31,7 @@ __all__ = [
     "GenARMLogitsProcessor",
     "Guided",
     "GuidedLogitsProcessor",
+    "Intersection",
     "LM",
     "LinearCombination",
     "MOD",
@@ -53,6 +54,7 @@ __all__ = [
     "TrajectoryReward",
     "TransferQ",
     "TransferQLogitsProcessor",
+    "Union",
     "Vocabulary",
     "args",
     "genarm",
