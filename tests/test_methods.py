@@ -17,6 +17,7 @@ from trl_parm import (
     BASE,
     LM,
     ARGSLogitsProcessor,
+    CAGELogitsProcessor,
     ClassifierReward,
     GenARMLogitsProcessor,
     Guided,
@@ -167,6 +168,14 @@ TWINS = {
         lambda t, inputs, α: MODWeakToStrongLogitsProcessor(
             t.scorers("small", SMALL_LORAS.values()), t.model("two"), α
         ),
+    ),
+    "cage": (
+        {"arm": "arm", "tau": 0.5, "k": 5},
+        lambda t, inputs, α: CAGELogitsProcessor(t.adapted("large", "arm"), α, 0.5, 5),
+    ),
+    "cage, an ARM for each": (
+        {"arms": SMALL_LORAS, "tau": 0.5, "k": 5, "rounds": 3},
+        lambda t, inputs, α: CAGELogitsProcessor(t.scorers("small", SMALL_LORAS.values()), α, 0.5, 5, 3),
     ),
     "args": (
         {"rewards": TEXTS, "k": 3},

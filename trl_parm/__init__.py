@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from .training import PreferenceARMConfig, PreferenceARMTrainer
 
 _DECODING = (
-    "ARGS", "ARGSLogitsProcessor", "BASE", "ClassifierReward", "GenARM", "GenARMLogitsProcessor", "Guided",
-    "GuidedLogitsProcessor", "Intersection", "LM", "LinearCombination", "MOD", "MODLogitsProcessor", "MODWeakToStrong",
-    "MODWeakToStrongLogitsProcessor", "PARM", "PARMLogitsProcessor", "PowerMean", "Prompt", "Rollout", "Scorer",
-    "SequenceReward", "SpeculativeDecoding", "Step", "TextReward", "TokenReward", "TokenRewards", "TopKReward",
-    "TrajectoryReward", "TransferQ", "TransferQLogitsProcessor", "Union", "Vocabulary", "args", "genarm", "mod",
-    "mod_w2s", "parm", "rewarded_soup", "token_rewards", "transfer_q",
+    "ARGS", "ARGSLogitsProcessor", "BASE", "CAGE", "CAGELogitsProcessor", "ClassifierReward", "GenARM",
+    "GenARMLogitsProcessor", "Guided", "GuidedLogitsProcessor", "Intersection", "LM", "LinearCombination", "MOD",
+    "MODLogitsProcessor", "MODWeakToStrong", "MODWeakToStrongLogitsProcessor", "PARM", "PARMLogitsProcessor",
+    "PowerMean", "Prompt", "Rollout", "Scorer", "SequenceReward", "SpeculativeDecoding", "Step", "TextReward",
+    "TokenReward", "TokenRewards", "TopKReward", "TrajectoryReward", "TransferQ", "TransferQLogitsProcessor",
+    "Union", "Vocabulary", "args", "cage", "genarm", "mod", "mod_w2s", "parm", "rewarded_soup", "token_rewards",
+    "transfer_q",
 )  # fmt: skip
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,

@@ -138,7 +138,7 @@ def _name(weight: Weight) -> str:
     return f"[{', '.join(f'{w:g}' for w in weight.tolist())}]" if isinstance(weight, torch.Tensor) else f"{weight:g}"
 
 
-class _Combination(Scorer):
+class Combination(Scorer):
     """Weighted scorers: those of a weight other than 0, and the silent ones."""
 
     def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
@@ -157,7 +157,7 @@ class _Combination(Scorer):
             yield from scorer.silent()
 
 
-class LinearCombination(_Combination):
+class LinearCombination(Combination):
     """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone."""
 
     def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
@@ -184,7 +184,7 @@ class LinearCombination(_Combination):
         return " + ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms) or "0"
 
 
-class PowerMean(_Combination):
+class PowerMean(Combination):
     """log of the weighted power mean of probabilities, (Σ_i w_i π_i^−a)^(−1/a), up to normalisation.
 
     a = 1 is the harmonic mean, MOD's combination for the forward KL divergence, and other a those for α-divergences

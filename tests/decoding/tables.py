@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from conftest import tiny_arm, tiny_llama
 from peft import LoraConfig, get_peft_model
+from scipy.optimize import brentq
 from transformers import (
     LlamaForSequenceClassification,
     LogitsProcessor,
@@ -24,7 +25,7 @@ from transformers import (
 from peft_pblora import set_preference
 from peft_pblora.switch import backbone_of
 from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Intersection, Scorer, Union
-from trl_parm.decoding import args, genarm, mod, mod_w2s, parm, transfer_q
+from trl_parm.decoding import args, cage, genarm, mod, mod_w2s, parm, transfer_q
 
 
 PROMPTS = torch.tensor([[0, 0, 5, 9, 33], [7, 8, 20, 41, 2], [0, 6, 6, 50, 11]])
@@ -178,6 +179,33 @@ def search(label_weights, k, rollout=0):
     return formula
 
 
+def game(preference, tau, k, rounds):
+    """CAGE row by row: each principal's margin is the root that SciPy finds."""
+
+    def formula(models, base, log_pi):
+        result = torch.full_like(base, -torch.inf)
+        off = log_pi(models.arm, off=True)
+        rewards = [log_pi(models.arm, vertex) - off for vertex in ([1.0, 0.0], [0.0, 1.0])]
+        for row in range(len(base)):
+            α = preference if preference.ndim == 1 else preference[row // (len(base) // len(preference))]
+            values, candidates = base[row].topk(k)
+            q = [w * (r[row, candidates] - r[row, candidates].min()) for w, r in zip(α.double(), rewards)]
+            paid = [torch.zeros(k, dtype=torch.float64) for _ in q]
+            for _ in range(rounds):
+                paid = [answer(values + (sum(paid) - paid[i]) / tau, q[i], tau) for i in range(2)]
+            result[row, candidates] = values + sum(paid) / tau
+        return result
+
+    def answer(scores, q, tau):
+        def gap(c):
+            pi = torch.softmax(scores + (q - c).clamp(min=0) / tau, -1)
+            return tau + (pi @ q.clamp(max=c)).item() - c
+
+        return (q - brentq(gap, tau, tau + q.max().item() + 1e-9)).clamp(min=0)
+
+    return formula
+
+
 DECODERS = {
     "PARM": Decoder(
         lambda m: parm(m.arm, [0.3, 0.7], beta=0.8),
@@ -229,6 +257,14 @@ DECODERS = {
     "a formula": Decoder(
         lambda m: BASE + 0.7 * LM(m.first) - 0.2 * LM(m.second),
         lambda m, base, log_pi: base + 0.7 * log_pi(m.first) - 0.2 * log_pi(m.second),
+    ),
+    "CAGE": Decoder(
+        lambda m: cage(m.arm, [0.3, 0.7], tau=0.4, k=6, rounds=3),
+        game(torch.tensor([0.3, 0.7]), 0.4, 6, 3),
+        has_arm=True,
+    ),
+    "CAGE, α a row": Decoder(
+        lambda m: cage(m.arm, ROWS, tau=0.4, k=6, rounds=3), game(ROWS, 0.4, 6, 3), 3, has_arm=True
     ),
     "a union and an intersection": Decoder(
         lambda m: BASE + 0.5 * Union(LM(m.first), LM(m.second)) - 0.3 * Intersection(BASE, LM(m.second)),

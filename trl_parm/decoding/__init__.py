@@ -3,6 +3,7 @@
 
 from trl_parm.algebra import BASE, Intersection, LinearCombination, PowerMean, Scorer, Step, Union
 
+from .games import CAGE, CAGELogitsProcessor, cage
 from .methods import MOD, PARM, GenARM, MODWeakToStrong, genarm, mod, mod_w2s, parm
 from .model import Guided
 from .processor import (
@@ -26,6 +27,8 @@ __all__ = [
     "ARGS",
     "ARGSLogitsProcessor",
     "BASE",
+    "CAGE",
+    "CAGELogitsProcessor",
     "ClassifierReward",
     "GenARM",
     "GenARMLogitsProcessor",
@@ -57,6 +60,7 @@ __all__ = [
     "Union",
     "Vocabulary",
     "args",
+    "cage",
     "genarm",
     "mod",
     "mod_w2s",

@@ -216,12 +216,13 @@ def _weighted_scorers(
     """The weight and the scorer of each objective."""
     weights = objective_weights(argument, list(models), preference)
     return [
-        (weight, _scorer(argument, model, adapters_of, guide))
+        (weight, scorer_of(argument, model, adapters_of, guide))
         for weight, model in zip(weights, models.values(), strict=True)
     ]
 
 
-def _scorer(argument: str, model: Any, adapters_of: Any, guide: dict[str, Any]) -> Scorer:
+def scorer_of(argument: str, model: Any, adapters_of: Any, guide: dict[str, Any]) -> Scorer:
+    """A scorer as it is, or log π of a model or of the adapter of `adapters_of` that has this name."""
     if isinstance(model, Scorer):
         return model
     if not isinstance(model, str):

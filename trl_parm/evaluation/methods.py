@@ -148,6 +148,30 @@ def mod_w2s(models: Models, policies: dict[str, str], reference: str, template: 
     return _guided(models, [*guides.values(), untuned], formula)
 
 
+def cage(
+    models: Models,
+    arm: str | None = None,
+    arms: dict[str, str] | None = None,
+    tau: float = 0.1,
+    k: int = 50,
+    rounds: int = 5,
+    template: str | None = None,
+) -> ModelAt:
+    """The equilibrium of objectives that pay for tokens: one ARM at its vertices, or an ARM for each objective."""
+    if (arm is None) == (arms is None):
+        raise ValueError("`cage` needs either `arm`, a preference-aware one, or `arms`, one for each objective.")
+    guides = {objective: models.guide(name, template) for objective, name in (arms or {"": arm or ""}).items()}
+
+    def formula(batch: Batch) -> Scorer:
+        if arms is not None:
+            return formulas.cage(*_weighted(guides, batch), tau, k, rounds)
+        vertices = {one: {other: float(other == one) for other in batch.weights} for one in batch.weights}
+        principals = {one: guides[""].lm(vertex) for one, vertex in vertices.items()}
+        return formulas.cage(principals, list(batch.weights.values()), tau, k, rounds)
+
+    return _guided(models, guides.values(), formula)
+
+
 def args(models: Models, rewards: dict[str, Any], weight: float = 1.5, k: int = 10, cached: bool = False) -> ModelAt:
     """log π_base + w · Σ α_i R_i on the k best tokens. `cached` lets a classifier read the base model's own tokens,
     each prefix once, where it has the same tokenizer and template."""
@@ -201,6 +225,7 @@ METHODS = {
     "genarm": Method("GenARM", genarm),
     "mod": Method("MOD", mod),
     "mod_w2s": Method("MOD-w2s", mod_w2s),
+    "cage": Method("CAGE", cage),
     "args": Method("ARGS", args),
     "transfer_q": Method("Transfer-Q", transfer_q),
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The common-agency game: best responses and equilibria, against SciPy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_arm, tiny_llama
+from scipy.optimize import minimize
+
+from trl_parm import BASE, LM, Step, cage
+from trl_parm.decoding.games import best_response, common_agency
+
+
+def game(seed: int, principals: int = 2, candidates: int = 6, scale: float = 1.0):
+    draw = np.random.default_rng(seed)
+    base = np.log(draw.dirichlet(np.ones(candidates)))
+    values = scale * draw.exponential(size=(principals, candidates))
+    return base, values - values.min(-1, keepdims=True)
+
+
+def utility(payment, scores, value, tau):
+    weights = np.exp(scores + payment / tau - (scores + payment / tau).max())
+    return weights @ (value - payment) / weights.sum()
+
+
+def by_scipy(scores, value, tau):
+    """The best of several searches from different starts, over all payments and not only those of one margin."""
+    starts = [np.zeros_like(value), value / 2, np.maximum(value - tau, 0)]
+    found = [
+        minimize(lambda y: -utility(y, scores, value, tau), start, bounds=[(0, v) for v in value], tol=1e-12)
+        for start in starts
+    ]
+    return min(found, key=lambda result: result.fun)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 10.0])
+def test_best_responses_are_those_that_scipy_finds(tau, scale):
+    for seed in range(5):
+        base, values = game(seed, scale=scale)
+        scores = base + values[1] / 2 / tau
+        ours = best_response(torch.from_numpy(scores)[None], torch.from_numpy(values[:1]), tau)[0].numpy()
+        theirs = by_scipy(scores, values[0], tau)
+        assert (ours >= 0).all()
+        assert (ours <= values[0]).all()
+        assert utility(ours, scores, values[0], tau) >= -theirs.fun - 1e-9
+
+
+def test_rows_are_games_of_their_own():
+    games = [game(seed, principals=3) for seed in range(4)]
+    base, values = (torch.from_numpy(np.stack(parts, axis)) for parts, axis in zip(zip(*games), (0, 1)))
+    together, _ = common_agency(base, values, 0.3, 4)
+    for row in range(4):
+        alone, _ = common_agency(base[row], values[:, row], 0.3, 4)
+        torch.testing.assert_close(together[row], alone)
+
+
+@pytest.mark.parametrize("principals", [2, 3])
+def test_after_many_rounds_no_principal_can_do_better(principals):
+    for seed in range(5):
+        tau, (base, values) = 0.5, game(seed, principals)
+        paid, payments = torch.zeros(principals, 6, dtype=torch.float64), None
+        total, moved = common_agency(torch.from_numpy(base), torch.from_numpy(values), tau, 200)
+        assert moved < 1e-6
+        for _ in range(200):
+            others = paid.sum(0) - paid
+            paid = torch.stack(
+                [
+                    best_response(torch.from_numpy(base) + o / tau, q, tau)
+                    for o, q in zip(others, torch.from_numpy(values))
+                ]
+            )
+        payments = paid.numpy()
+        torch.testing.assert_close(total, paid.sum(0))
+        for i in range(principals):
+            scores = base + (payments.sum(0) - payments[i]) / tau
+            best = by_scipy(scores, values[i], tau)
+            assert utility(payments[i], scores, values[i], tau) >= -best.fun - 1e-7
+
+
+def test_a_principal_whose_weight_is_zero_pays_nothing_and_is_not_read():
+    arm = tiny_arm().eval()
+    formula = cage(arm, [1.0, 0.0])
+    assert {scorer for scorer in formula.scorers()} == {BASE, LM(arm, [1.0, 0.0]), LM(arm, disable_adapter=True)}
+
+
+def test_tokens_beyond_the_candidates_are_excluded_and_excluded_ones_are_no_reward():
+    arm = tiny_arm().eval()
+    formula = cage(arm, [0.5, 0.5], k=3)
+    scores = torch.randn(2, 64)
+    answers = {s: torch.randn(2, 64).log_softmax(-1) for s in formula.scorers() if isinstance(s, LM)}
+    first = next(iter(answers))
+    answers[first][:, scores.argmax()] = -torch.inf
+    found = formula(Step(scores, answers))
+    assert (found > -torch.inf).sum(-1).tolist() == [3, 3]
+    assert not found.isnan().any()
+
+
+def test_a_game_that_does_not_settle_says_so():
+    arm = tiny_arm().eval()
+    formula = cage(arm, [0.5, 0.5], rounds=1)
+    answers = {s: 5 * torch.randn(2, 64) for s in formula.scorers() if isinstance(s, LM)}
+    with pytest.warns(UserWarning, match="After 1 rounds payments still move by up to"):
+        formula(Step(torch.randn(2, 64), answers))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tau": 0.0}, "`tau` is 0.0"),
+        ({"tau": True}, "`tau` is True"),
+        ({"k": 1}, "`k` is 1, but it must be a whole number, 2 or larger"),
+        ({"rounds": 0}, "`rounds` is 0"),
+        ({"preference": [0.5, 0.6]}, "sums to"),
+        ({"arm": {"a": tiny_llama()}, "preference": [1.0]}, "has 1 objectives, but a game needs two or more"),
+        ({"arm": {"a": tiny_llama(), "b": tiny_llama()}}, "Give `reference`, that model"),
+    ],
+    ids=str,
+)
+def test_bad_games_are_refused(settings, message):
+    given = {"arm": tiny_arm().eval(), "preference": [0.5, 0.5], **settings}
+    with pytest.raises(ValueError, match=message):
+        cage(**given)
