@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common-agency game: best responses and equilibria, against SciPy in float64."""
+"""Games on tokens, the common agency and the worst case: against SciPy in float64."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ import torch
 from conftest import tiny_arm, tiny_llama
 from scipy.optimize import minimize
 
-from trl_parm import BASE, LM, Step, cage
+from trl_parm import BASE, LM, PARM, Step, cage, genarm, parm
 from trl_parm.decoding.games import best_response, common_agency
+from trl_parm.decoding.worst_case import worst_weights
 
 
 def game(seed: int, principals: int = 2, candidates: int = 6, scale: float = 1.0):
@@ -121,3 +122,43 @@ def test_bad_games_are_refused(settings, message):
     given = {"arm": tiny_arm().eval(), "preference": [0.5, 0.5], **settings}
     with pytest.raises(ValueError, match=message):
         cage(**given)
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 5])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_worst_weights_are_those_that_scipy_finds(objectives, scale):
+    for seed in range(4):
+        base, values = game(seed, objectives, candidates=12, scale=scale)
+
+        def gain(weights, base=base, values=values):
+            scores = base + weights @ values
+            return np.log(np.exp(scores - scores.max()).sum()) + scores.max()
+
+        simplex = {"type": "eq", "fun": lambda weights: weights.sum() - 1}
+        start = np.full(objectives, 1 / objectives)
+        theirs = minimize(
+            gain, start, bounds=[(0, 1)] * objectives, constraints=simplex, tol=1e-12, options={"maxiter": 500}
+        )
+        ours = worst_weights(torch.from_numpy(base), torch.from_numpy(values), tolerance=1e-9).numpy()
+        assert (ours >= 0).all()
+        assert ours.sum() == pytest.approx(1)
+        assert gain(ours) <= theirs.fun + 1e-7
+
+
+def test_a_worst_case_is_the_method_at_the_weights_of_each_token():
+    arm = tiny_arm().eval()
+    formula = parm(arm, "worst_case", beta=0.5)
+    vertices = [LM(arm, [1.0, 0.0]), LM(arm, [0.0, 1.0])]
+    assert set(formula.scorers()) == {BASE, *vertices}
+    scores = torch.randn(3, 64)
+    answers = {vertex: torch.randn(3, 64).log_softmax(-1) for vertex in vertices}
+    weights = worst_weights(scores.log_softmax(-1), 2 * torch.stack([answers[vertex] for vertex in vertices]))
+    fixed = BASE + 2.0 * weights[0] * vertices[0] + 2.0 * weights[1] * vertices[1]
+    step = Step(scores, answers)
+    torch.testing.assert_close(formula(step), fixed(step), atol=1e-4, rtol=1e-4)
+    text = PARM(arm.get_base_model(), arm, "worst_case").generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+    assert text.shape == (1, 7)
+    with pytest.raises(ValueError, match="`arms` is empty"):
+        genarm({}, "worst_case")
+    with pytest.raises(TypeError):
+        parm(arm, "worst case")

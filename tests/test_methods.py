@@ -177,6 +177,14 @@ TWINS = {
         {"arms": SMALL_LORAS, "tau": 0.5, "k": 5, "rounds": 3},
         lambda t, inputs, α: CAGELogitsProcessor(t.scorers("small", SMALL_LORAS.values()), α, 0.5, 5, 3),
     ),
+    "worst_case": (
+        {"arm": "arm", "beta": 0.5},
+        lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), "worst_case", 0.5),
+    ),
+    "worst_case, an ARM for each": (
+        {"arms": SMALL_LORAS},
+        lambda t, inputs, α: GenARMLogitsProcessor(t.scorers("small", SMALL_LORAS.values()), "worst_case"),
+    ),
     "args": (
         {"rewards": TEXTS, "k": 3},
         lambda t, inputs, α: ARGSLogitsProcessor(REWARDS, α, k=3, tokenizer=tiny_tokenizer(), prompts=PROMPTS),

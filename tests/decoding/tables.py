@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from conftest import tiny_arm, tiny_llama
 from peft import LoraConfig, get_peft_model
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize_scalar
 from transformers import (
     LlamaForSequenceClassification,
     LogitsProcessor,
@@ -179,6 +179,25 @@ def search(label_weights, k, rollout=0):
     return formula
 
 
+def worst_of_two(models, base, log_pi):
+    """GenARM row by row, at the weight at which SciPy finds that the decoder gains least."""
+    first, second = 2 * log_pi(models.first), 2 * log_pi(models.second)
+    rows = []
+    for row in range(len(base)):
+
+        def at(w, row=row):
+            return base[row] + w * first[row] + (1 - w) * second[row]
+
+        found = minimize_scalar(
+            lambda w, at=at: torch.logsumexp(at(w), -1).item(),
+            bounds=(0, 1),
+            method="bounded",
+            options={"xatol": 1e-9},
+        )
+        rows.append(min((at(w) for w in (0.0, found.x, 1.0)), key=lambda scores: torch.logsumexp(scores, -1)))
+    return torch.stack(rows)
+
+
 def game(preference, tau, k, rounds):
     """CAGE row by row: each principal's margin is the root that SciPy finds."""
 
@@ -265,6 +284,9 @@ DECODERS = {
     ),
     "CAGE, α a row": Decoder(
         lambda m: cage(m.arm, ROWS, tau=0.4, k=6, rounds=3), game(ROWS, 0.4, 6, 3), 3, has_arm=True
+    ),
+    "GenARM, worst case": Decoder(
+        lambda m: genarm({"helpful": m.first, "harmless": m.second}, "worst_case", beta=0.5), worst_of_two
     ),
     "a union and an intersection": Decoder(
         lambda m: BASE + 0.5 * Union(LM(m.first), LM(m.second)) - 0.3 * Intersection(BASE, LM(m.second)),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_pblora import get_objectives
 from peft_pblora.preference import Preference
-from trl_parm.algebra import BASE, Scorer, Step, Weight, Combination, of_rows
+from trl_parm.algebra import BASE, Combination, Scorer, Step, Weight, of_rows
 
 from .methods import Models, objective_weights, scorer_of
 from .model import Guided

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from peft_pblora import as_preference
+from peft_pblora import as_preference, get_objectives
 from peft_pblora.preference import Preference
 from trl_parm.algebra import BASE, PowerMean, Scorer, Weight, sum_of
 
 from .model import Guided
 from .terms import LM
+from .worst_case import WORST_CASE, WorstCase
 
 
 Models = Mapping[str, Any]
@@ -23,7 +24,7 @@ Beta = float | Sequence[float] | torch.Tensor
 DIVERGENCES = ("reverse_kl", "forward_kl", "alpha")
 
 
-def parm(arm: PreTrainedModel, preference: Preference | None = None, beta: Beta = 1.0, **guide: Any) -> Scorer:
+def parm(arm: PreTrainedModel, preference: Preference | str | None = None, beta: Beta = 1.0, **guide: Any) -> Scorer:
     """One preference-aware autoregressive reward model (PARM, arXiv 2505.06274, eq. 5):
 
         log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t; α) − log Z
@@ -32,7 +33,8 @@ def parm(arm: PreTrainedModel, preference: Preference | None = None, beta: Beta 
         arm (`PreTrainedModel` or `PeftModel`): The reward model; it may be an adapter on the model that generates.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`, *optional*):
             α on the simplex of the ARM's objectives, or of shape `(rows, k)` with one for each prompt of the batch;
-            the preference set in the ARM if not given.
+            the preference set in the ARM if not given. `"worst_case"` weighs the ARM's vertices, at every token, as is
+            worst for the decoder ([`WorstCase`]).
         beta (`float` or `torch.Tensor`, *optional*, defaults to 1.0):
             β > 0, or of shape `(rows,)` with one for each prompt; the guidance strength is 1/β.
         **guide: Further arguments of [`LM`]: `adapter_name`, `vocabulary`.
@@ -43,11 +45,19 @@ def parm(arm: PreTrainedModel, preference: Preference | None = None, beta: Beta 
     Raises:
         ValueError: β not positive and finite, or an invalid preference; see also [`LM`].
     """
-    return BASE + guidance_strength(beta) * LM(arm, preference, **guide)
+    strength = guidance_strength(beta)
+    if isinstance(preference, str) and preference == WORST_CASE:
+        vertices = torch.eye(len(get_objectives(arm, guide.get("adapter_name")))).tolist()
+        return WorstCase([(strength, LM(arm, vertex, **guide)) for vertex in vertices])
+    return BASE + strength * LM(arm, preference, **guide)
 
 
 def genarm(
-    arms: Models, preference: Preference, beta: Beta = 1.0, adapters_of: PreTrainedModel | None = None, **guide: Any
+    arms: Models,
+    preference: Preference | str,
+    beta: Beta = 1.0,
+    adapters_of: PreTrainedModel | None = None,
+    **guide: Any,
 ) -> Scorer:
     """One autoregressive reward model for each objective (GenARM, arXiv 2410.08193):
 
@@ -59,7 +69,8 @@ def genarm(
         arms (`Mapping[str, PreTrainedModel]`):
             Objective → reward model, or the name of an adapter of the model `adapters_of`.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
-            α, in the order of `arms`; or of shape `(rows, k)` with one for each prompt of the batch.
+            α, in the order of `arms`; or of shape `(rows, k)` with one for each prompt of the batch. `"worst_case"`
+            as in [`parm`].
         beta (`float` or `torch.Tensor`, *optional*, defaults to 1.0): As in [`parm`].
         adapters_of (`PeftModel`, *optional*): The model whose adapters `arms` names.
         **guide: Further arguments of [`LM`]: `vocabulary`.
@@ -71,6 +82,9 @@ def genarm(
         ValueError: no ARM, β not positive and finite, or an invalid preference; see also [`LM`].
     """
     strength = guidance_strength(beta)
+    if isinstance(preference, str) and preference == WORST_CASE:
+        objective_weights("arms", list(arms), [1 / max(1, len(arms))] * len(arms))  # there must be some
+        return WorstCase([(strength, scorer_of("arms", arm, adapters_of, guide)) for arm in arms.values()])
     terms = _weighted_scorers("arms", arms, preference, adapters_of, guide)
     return BASE + sum_of((strength * weight, arm) for weight, arm in terms)
 
@@ -156,7 +170,9 @@ class PARM(Guided):
     ```
     """
 
-    def __init__(self, base: Any, arm: Any, preference: Preference | None = None, beta: Beta = 1.0, **guide: Any):
+    def __init__(
+        self, base: Any, arm: Any, preference: Preference | str | None = None, beta: Beta = 1.0, **guide: Any
+    ) -> None:
         super().__init__(base, parm(arm, preference, beta, **guide))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from peft_pblora import get_objectives
 from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
 from trl_parm.arguments import check_fields
@@ -158,8 +159,7 @@ def cage(
     template: str | None = None,
 ) -> ModelAt:
     """The equilibrium of objectives that pay for tokens: one ARM at its vertices, or an ARM for each objective."""
-    if (arm is None) == (arms is None):
-        raise ValueError("`cage` needs either `arm`, a preference-aware one, or `arms`, one for each objective.")
+    _check_either("cage", arm, arms)
     guides = {objective: models.guide(name, template) for objective, name in (arms or {"": arm or ""}).items()}
 
     def formula(batch: Batch) -> Scorer:
@@ -170,6 +170,25 @@ def cage(
         return formulas.cage(principals, list(batch.weights.values()), tau, k, rounds)
 
     return _guided(models, guides.values(), formula)
+
+
+def worst_case(
+    models: Models,
+    arm: str | None = None,
+    arms: dict[str, str] | None = None,
+    beta: float = 1.0,
+    template: str | None = None,
+) -> ModelAt:
+    """PARM or GenARM at the weights that are worst for the decoder, at every token: it has no preference."""
+    _check_either("worst_case", arm, arms)
+    if arms is not None:
+        guides = {objective: models.guide(name, template) for objective, name in arms.items()}
+        scorers = {objective: guide.lm() for objective, guide in guides.items()}
+    else:
+        guides = {"": models.guide(arm or "", template)}
+        objectives = get_objectives(guides[""].model, guides[""].adapter_name)
+        scorers = {one: guides[""].lm({other: float(other == one) for other in objectives}) for one in objectives}
+    return _guided(models, guides.values(), lambda batch: formulas.genarm(scorers, "worst_case", beta))
 
 
 def args(models: Models, rewards: dict[str, Any], weight: float = 1.5, k: int = 10, cached: bool = False) -> ModelAt:
@@ -226,11 +245,17 @@ METHODS = {
     "mod": Method("MOD", mod),
     "mod_w2s": Method("MOD-w2s", mod_w2s),
     "cage": Method("CAGE", cage),
+    "worst_case": Method("Worst case", worst_case, control=True),
     "args": Method("ARGS", args),
     "transfer_q": Method("Transfer-Q", transfer_q),
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),
 }
 """All methods by the name that a configuration gives."""
+
+
+def _check_either(method: str, arm: str | None, arms: Mapping[str, str] | None) -> None:
+    if (arm is None) == (arms is None):
+        raise ValueError(f"`{method}` needs either `arm`, a preference-aware one, or `arms`, one for each objective.")
 
 
 def _guided(models: Models, guides: Iterable[Guide], formula: Callable[[Batch], Scorer]) -> ModelAt:

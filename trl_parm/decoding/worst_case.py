@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding for the objective that fares worst: the weights are chosen at every token, against the decoder."""
+
+from __future__ import annotations
+
+import torch
+
+from trl_parm.algebra import BASE, Combination, Scorer, Step, Weight, of_rows
+
+
+WORST_CASE = "worst_case"
+HALVINGS = 40
+MOST = 1e4
+"""Largest value of a token, either way, in nats: of one that a guide excludes it would be infinite."""
+
+
+def worst_weights(
+    base: torch.Tensor, values: torch.Tensor, rounds: int = 100, tolerance: float = 1e-4
+) -> torch.Tensor:
+    """The weights at which the decoder gains least (RMOD, arXiv 2503.08796, of values of tokens):
+
+        min_{w on the simplex}  log Σ_v π_base(v) exp(Σ_i w_i V_i(v))
+
+    It is convex. Weight moves between the two objectives whose expected values differ most, as far as it pays, until
+    all that have weight have the same; two objectives need one round.
+
+    Args:
+        base (`torch.Tensor` of shape `(..., vocab)`): log π_base, up to a constant.
+        values (`torch.Tensor` of shape `(k, ..., vocab)`): V_i.
+        rounds (`int`, *optional*, defaults to 100): Most rounds.
+        tolerance (`float`, *optional*, defaults to 1e-4): Of expected values, in nats.
+
+    Returns:
+        `torch.Tensor` of shape `(k, ...)`: w; after `rounds` the last one.
+    """
+    weights = torch.full_like(values[..., 0], 1 / len(values))
+
+    def expected(weights: torch.Tensor) -> torch.Tensor:
+        π = torch.softmax(base + (weights[..., None] * values).sum(0), -1)
+        return (π * values).sum(-1)
+
+    for _ in range(rounds):
+        found = expected(weights)
+        best = found.masked_fill(weights <= 0, -torch.inf).argmax(0, keepdim=True)
+        worst = found.argmin(0, keepdim=True)
+        if (found.gather(0, best) - found.gather(0, worst)).max() < tolerance:
+            break
+        low, high = torch.zeros_like(weights[:1]), weights.gather(0, best)
+        for _ in range(HALVINGS):
+            moved = (low + high) / 2
+            found = expected(weights.scatter_add(0, best, -moved).scatter_add(0, worst, moved))
+            more = found.gather(0, worst) < found.gather(0, best)
+            low, high = torch.where(more, moved, low), torch.where(more, high, moved)
+        # To the very end where that is best, so that a weight can be 0.
+        moved = torch.where(high == weights.gather(0, best), high, low)
+        weights = weights.scatter_add(0, best, -moved).scatter_add(0, worst, moved).clamp(min=0)
+    return weights
+
+
+class WorstCase(Combination):
+    """log π_base + Σ_i w_i V_i with the [`worst_weights`] of each token; V_i are weighted scorers.
+
+    Made by [`parm`] and [`genarm`] with `preference="worst_case"`.
+    """
+
+    def __init__(self, values: list[tuple[Weight, Scorer]]) -> None:
+        super().__init__(values)
+
+    def scorers(self):
+        yield BASE
+        yield from super().scorers()
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        base, values = BASE(step), []
+        for weight, scorer in self._terms:
+            own = scorer(step)
+            values.append((of_rows(weight, own) * own).clamp(-MOST, MOST))
+        stacked = torch.stack(values)
+        weights = worst_weights(base, stacked)
+        return base + (weights[..., None] * stacked).sum(0)
+
+    def __repr__(self) -> str:
+        return f"WorstCase({', '.join(repr(scorer) for _, scorer in self._terms)})"
