@@ -329,6 +329,7 @@ BAD = [
     ("export", {"adapter": "nowhere"}, "There is no adapter at 'nowhere'"),
     ("export", {"rank": 2}, "the adapter has rank 5 already"),
     ("export", {"rank": 0}, "`rank` is 0, but it must be 1 or larger"),
+    ("export", {"vertices": True}, "`vertices` names the preferences already"),
     ("export", {"dtype": "half"}, "`dtype` is 'half', but it must be one of auto"),
     ("demo", {"port": 99999}, "`port` is 99999, but it must be from 0 to 65535"),
     ("demo", {"beta": "[1]"}, "invalid float value: '[1]'"),

@@ -152,6 +152,27 @@ def test_export_of_a_whole_grid(tmp_path):
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
+@every_adapter
+def test_vertices_weighted_by_the_preference_are_the_adapter(row, tmp_path):
+    model = make_model(row)
+    objectives = model.peft_config["default"].objectives
+    folders = save_as_lora(model, tmp_path, torch.eye(len(objectives)))
+    loaded = PeftModel.from_pretrained(tiny_llama(), folders[0], adapter_name="v0").eval()
+    for number, folder in enumerate(folders[1:], 1):
+        loaded.load_adapter(folder, f"v{number}")
+    biased = any(config.lora_bias for config in loaded.peft_config.values())
+    for preference in sample_preferences(3, objectives, generator=torch.Generator().manual_seed(0)):
+        # As an engine that has a scale for each LoRA of a request: all of them are active, each by its weight.
+        loaded.base_model.set_adapter([f"v{number}" for number in range(len(folders))])
+        for layer in loaded.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for number, weight in enumerate(preference.tolist()):
+                    layer.set_scale(f"v{number}", weight)
+        set_preference(model, preference)
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert biased == (model.peft_config["default"].peft_type == "MOSLORA")
+
+
 def test_export_of_a_grid_at_an_engines_rank(tmp_path):
     model, grid = tiny_arm(), preference_grid(OBJECTIVES, 4)
     for folder, preference in zip(save_as_lora(model, tmp_path, grid, rank=16), grid, strict=True):

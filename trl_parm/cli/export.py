@@ -20,11 +20,14 @@ class ExportArguments:
     output_dir: str = option("", "Where the LoRAs go, each in a folder of its own.")
     preferences: list[list | dict] | None = option(None, "Vectors or mappings by objective, as JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
+    vertices: bool = option(False, "One LoRA for each objective instead; weighted by α they are the adapter at α.")
     rank: int | None = option(None, "Pad to this rank, for engines that know certain ranks.")
     dtype: str = option("auto", "Of the backbone while it is loaded.")
 
     def __post_init__(self) -> None:
         required(self, "adapter", "output_dir")
+        if self.vertices and (self.preferences or self.grid_steps is not None):
+            raise ValueError("`vertices` names the preferences already. Leave out `preferences` and `grid_steps`.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +40,9 @@ def main(argv: list[str]) -> None:
     if find_adapter_config_file(arguments.adapter) is None:
         raise ValueError(f"There is no adapter at {arguments.adapter!r}. Name a folder or an id on the Hub.")
     model: Any = load_adapter(None, arguments.adapter, dtype=arguments.dtype)
-    preferences = grid(arguments.preferences, arguments.grid_steps, get_objectives(model))
+    objectives = get_objectives(model)
+    chosen = torch.eye(len(objectives)).tolist() if arguments.vertices else arguments.preferences
+    preferences = grid(chosen, arguments.grid_steps, objectives)
     folders = save_as_lora(model, arguments.output_dir, torch.tensor(preferences), rank=arguments.rank)
     write_run(Path(arguments.output_dir), "export", arguments)
     for folder in folders:
