@@ -15,7 +15,11 @@ from .preference import Preference, as_preference
 
 
 def set_preference(
-    model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
+    model: nn.Module,
+    preference: Preference,
+    adapter_name: str | None = None,
+    normalize: bool = False,
+    allow_off_simplex: bool = False,
 ) -> None:
     """Sets the preference α of a model's adapters, in place and once for each adapter, however many layers it has.
 
@@ -26,12 +30,13 @@ def set_preference(
             them are one preference for each row of the batch.
         adapter_name (`str`, *optional*): The adapter to set; all preference-conditioned adapters if not given.
         normalize (`bool`, *optional*, defaults to `False`): Rescale to sum 1 instead of refusing.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
 
     Raises:
         ValueError: the model has no such adapter, it is merged, or the preference is not one of its objectives.
     """
     found = _conditions(model, adapter_name)
-    valid = [as_preference(preference, condition.objectives, normalize) for _, condition in found]
+    valid = [as_preference(preference, one.objectives, normalize, allow_off_simplex) for _, one in found]
     for name, condition in found:
         if condition.merged:
             raise ValueError(f"Adapter {name!r} is merged at one preference. Call `unmerge_adapter()` to set another.")
@@ -54,11 +59,15 @@ def get_objectives(model: nn.Module, adapter_name: str | None = None) -> list[st
 
 @contextlib.contextmanager
 def use_preference(
-    model: nn.Module, preference: Preference, adapter_name: str | None = None, normalize: bool = False
+    model: nn.Module,
+    preference: Preference,
+    adapter_name: str | None = None,
+    normalize: bool = False,
+    allow_off_simplex: bool = False,
 ) -> Iterator[None]:
     """As [`set_preference`], for the time of a `with` block: the former ones come back after it, also on an error."""
     former = [(one, one.preference.clone(), one.was_set) for _, one in _conditions(model, adapter_name)]
-    set_preference(model, preference, adapter_name, normalize)
+    set_preference(model, preference, adapter_name, normalize, allow_off_simplex)
     try:
         yield
     finally:

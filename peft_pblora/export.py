@@ -39,6 +39,7 @@ def save_as_lora(
     adapter_name: str | None = None,
     rank: int | None = None,
     normalize: bool = False,
+    allow_off_simplex: bool = False,
 ) -> list[Path]:
     """Writes an adapter at a fixed preference as a plain PEFT LoRA, exactly: W(α) is folded into a factor, no SVD.
 
@@ -57,6 +58,7 @@ def save_as_lora(
         rank (`int`, *optional*):
             Pad the factors with zeros to this rank, for engines that accept certain ones only ([`VLLM_RANKS`]).
         normalize (`bool`, *optional*, defaults to `False`): Rescale preferences to sum 1 instead of refusing.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
 
     Returns:
         `list[Path]`: The folders written, in the order of the preferences.
@@ -70,10 +72,12 @@ def save_as_lora(
         key if key.startswith("base_model.model.") else f"base_model.model.{key}": module
         for key, module in model.named_modules() if isinstance(module, PreferenceLinear) and name in module.adapters
     }  # fmt: skip
-    preferences = as_preference(preference, condition.objectives, normalize)
+    preferences = as_preference(preference, condition.objectives, normalize, allow_off_simplex)
     rows, folders = torch.atleast_2d(preferences), [Path(path)]
     if preferences.ndim == 2:
-        folders = [Path(path) / file_name(name_preference(row, condition.objectives)) for row in rows]
+        folders = [
+            Path(path) / file_name(name_preference(row, condition.objectives, allow_off_simplex)) for row in rows
+        ]
         if len(set(folders)) < len(folders):
             twice = next(folder for folder in folders if folders.count(folder) > 1)
             raise ValueError(f"The preference {twice.name} is in the grid twice. Give each preference once.")

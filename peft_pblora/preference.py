@@ -15,7 +15,9 @@ SUM_TOLERANCE = 1e-4
 UNIFORM = "uniform"
 
 
-def as_preference(preference: Preference, objectives: Sequence[str], normalize: bool = False) -> torch.Tensor:
+def as_preference(
+    preference: Preference, objectives: Sequence[str], normalize: bool = False, allow_off_simplex: bool = False
+) -> torch.Tensor:
     """Checks a preference and brings it into its one internal form.
 
     Args:
@@ -24,6 +26,8 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
             one preference for each row of a batch. A sequence of mappings is one preference a row.
         objectives (`Sequence[str]`): The `k` objective names, in the adapter's order.
         normalize (`bool`, *optional*, defaults to `False`): Divide by the sum instead of refusing one other than 1.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`):
+            Take any finite weights, negative ones too, which extrapolate beyond what an adapter was trained at.
 
     Returns:
         `torch.Tensor` of shape `(k,)` or `(rows, k)`, float32, on the CPU unless a tensor on a device came.
@@ -42,8 +46,13 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
         )
     if not torch.isfinite(weights).all():
         raise ValueError(f"`preference` has a NaN or infinite weight: {weights.tolist()}. Give finite weights.")
+    if allow_off_simplex and not normalize:
+        return weights
     if (weights < 0).any():
-        raise ValueError(f"`preference` has a negative weight: {weights.tolist()}. Weights must be 0 or larger.")
+        raise ValueError(
+            f"`preference` has a negative weight: {weights.tolist()}. Weights must be 0 or larger, unless "
+            "`allow_off_simplex=True` is passed, which extrapolates."
+        )
     if normalize:
         if (weights.amax(-1) <= 0).any():
             raise ValueError("`preference` sums to 0 and can't be normalized. Give at least one positive weight.")
@@ -53,18 +62,18 @@ def as_preference(preference: Preference, objectives: Sequence[str], normalize: 
     if ((totals - 1).abs() > SUM_TOLERANCE).any():
         raise ValueError(
             f"`preference` {weights.tolist()} sums to {totals.tolist()}, but the weights must sum to 1. "
-            "Rescale it or pass `normalize=True`."
+            "Rescale it or pass `normalize=True`, or `allow_off_simplex=True` to extrapolate."
         )
     return weights
 
 
-def name_preference(preference: Preference, objectives: Sequence[str]) -> str:
+def name_preference(preference: Preference, objectives: Sequence[str], allow_off_simplex: bool = False) -> str:
     """The label of one preference: an objective's name at its vertex, `uniform`, or as `helpful=0.25,harmless=0.75`.
 
     Two preferences never have the same label: weights that are only nearly those of a vertex are written out, and so
     are uniform ones where an objective is called `uniform`. Raises `ValueError` for a preference for each row.
     """
-    weights = as_preference(preference, objectives)
+    weights = as_preference(preference, objectives, allow_off_simplex=allow_off_simplex)
     if weights.ndim != 1:
         raise ValueError(f"`preference` of shape {tuple(weights.shape)} has no single name. Name its rows one by one.")
     if weights.count_nonzero() == 1 and weights.amax() == 1:

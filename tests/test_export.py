@@ -173,6 +173,18 @@ def test_vertices_weighted_by_the_preference_are_the_adapter(row, tmp_path):
     assert biased == (model.peft_config["default"].peft_type == "MOSLORA")
 
 
+@every_adapter
+def test_beyond_the_simplex_an_adapter_and_its_export_extrapolate(row, tmp_path):
+    model, preference = make_model(row), [1.5, -0.7, 0.4]
+    with pytest.raises(ValueError, match="allow_off_simplex=True"):
+        set_preference(model, preference)
+    set_preference(model, preference, allow_off_simplex=True)
+    assert get_preference(model).tolist() == pytest.approx(preference)
+    (folder,) = save_as_lora(model, tmp_path / "lora", preference, allow_off_simplex=True)
+    loaded = PeftModel.from_pretrained(tiny_llama(), folder).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_export_of_a_grid_at_an_engines_rank(tmp_path):
     model, grid = tiny_arm(), preference_grid(OBJECTIVES, 4)
     for folder, preference in zip(save_as_lora(model, tmp_path, grid, rank=16), grid, strict=True):

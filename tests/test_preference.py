@@ -56,6 +56,18 @@ def test_rows_that_mix_mappings_with_something_else():
         as_preference([{"helpful": 1, "harmless": 0, "humorous": 0}, [1, 0, 0]], OBJECTIVES)
 
 
+def test_weights_off_the_simplex_are_taken_where_they_are_allowed():
+    for preference in ([1.5, -0.5, 0.0], [0.0, 0.0, 0.0], {"helpful": 2.0, "harmless": 1.0, "humorous": 0.5}):
+        found = as_preference(preference, OBJECTIVES, allow_off_simplex=True)
+        expected = list(preference.values()) if isinstance(preference, dict) else preference
+        assert found.tolist() == expected
+        with pytest.raises(ValueError, match="allow_off_simplex=True"):
+            as_preference(preference, OBJECTIVES)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        as_preference([float("inf"), 0.0, 0.0], OBJECTIVES, allow_off_simplex=True)
+    assert name_preference([1.5, -0.5, 0.0], OBJECTIVES, True) == "helpful=1.5,harmless=-0.5,humorous=0"
+
+
 def test_rows_have_no_single_name():
     with pytest.raises(ValueError, match="has no single name"):
         name_preference(torch.eye(3), OBJECTIVES)

@@ -285,6 +285,15 @@ DECODERS = {
     "CAGE, α a row": Decoder(
         lambda m: cage(m.arm, ROWS, tau=0.4, k=6, rounds=3), game(ROWS, 0.4, 6, 3), 3, has_arm=True
     ),
+    "PARM, off the simplex": Decoder(
+        lambda m: parm(m.arm, [1.4, -0.5], beta=0.8, allow_off_simplex=True),
+        lambda m, base, log_pi: base + log_pi(m.arm, [1.4, -0.5]) / 0.8,
+        has_arm=True,
+    ),
+    "GenARM, off the simplex": Decoder(
+        lambda m: genarm({"helpful": m.first, "harmless": m.second}, [1.4, -0.6], allow_off_simplex=True),
+        lambda m, base, log_pi: base + 1.4 * log_pi(m.first) - 0.6 * log_pi(m.second),
+    ),
     "GenARM, worst case": Decoder(
         lambda m: genarm({"helpful": m.first, "harmless": m.second}, "worst_case", beta=0.5), worst_of_two
     ),
@@ -343,7 +352,7 @@ class NaiveProcessor(LogitsProcessor):
 
         def log_pi(model, preference=None, off=False):
             if preference is not None:
-                set_preference(model, preference)
+                set_preference(model, preference, allow_off_simplex=True)
             return _alone(model, off, input_ids=input_ids, attention_mask=mask, position_ids=positions)
 
         # In float32 at the end, since a draw from a float64 tensor consumes other random numbers.

@@ -37,7 +37,7 @@ def parm(arm: PreTrainedModel, preference: Preference | str | None = None, beta:
             worst for the decoder ([`WorstCase`]).
         beta (`float` or `torch.Tensor`, *optional*, defaults to 1.0):
             β > 0, or of shape `(rows,)` with one for each prompt; the guidance strength is 1/β.
-        **guide: Further arguments of [`LM`]: `adapter_name`, `vocabulary`.
+        **guide: Further arguments of [`LM`]: `adapter_name`, `vocabulary`, `allow_off_simplex`.
 
     Returns:
         [`Scorer`]: The formula.
@@ -73,7 +73,7 @@ def genarm(
             as in [`parm`].
         beta (`float` or `torch.Tensor`, *optional*, defaults to 1.0): As in [`parm`].
         adapters_of (`PeftModel`, *optional*): The model whose adapters `arms` names.
-        **guide: Further arguments of [`LM`]: `vocabulary`.
+        **guide: Further arguments of [`LM`]: `vocabulary`, `allow_off_simplex`.
 
     Returns:
         [`Scorer`]: The formula.
@@ -110,7 +110,7 @@ def mod(
         divergence (`str`, *optional*, defaults to `"reverse_kl"`): `"reverse_kl"`, `"forward_kl"` or `"alpha"`.
         order (`float`, *optional*, defaults to 1.0): a of `"alpha"`.
         adapters_of (`PeftModel`, *optional*): The model whose adapters `policies` names.
-        **guide: Further arguments of [`LM`]: `vocabulary`.
+        **guide: Further arguments of [`LM`]: `vocabulary`, `allow_off_simplex`.
 
     Returns:
         [`Scorer`]: The formula.
@@ -142,7 +142,7 @@ def mod_w2s(
         reference (`PreTrainedModel` or `Scorer`): The small model that they were tuned from; it runs once.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`): α, in the order of `policies`.
         adapters_of (`PeftModel`, *optional*): The model whose adapters `policies` names.
-        **guide: Further arguments of [`LM`]: `vocabulary`.
+        **guide: Further arguments of [`LM`]: `vocabulary`, `allow_off_simplex`.
 
     Returns:
         [`Scorer`]: The formula.
@@ -218,11 +218,13 @@ def guidance_strength(beta: Beta) -> Weight:
     )
 
 
-def objective_weights(argument: str, objectives: Sequence[str], preference: Preference) -> list[Weight]:
+def objective_weights(
+    argument: str, objectives: Sequence[str], preference: Preference, allow_off_simplex: bool = False
+) -> list[Weight]:
     """α_i of each objective: a number, or of shape `(rows,)`. Raises `ValueError` if there is no objective."""
     if not objectives:
         raise ValueError(f"`{argument}` is empty. Give a mapping from objective to model.")
-    weights = as_preference(preference, list(objectives))
+    weights = as_preference(preference, list(objectives), allow_off_simplex=allow_off_simplex)
     return weights.tolist() if weights.ndim == 1 else list(weights.unbind(-1))
 
 
@@ -230,7 +232,7 @@ def _weighted_scorers(
     argument: str, models: Models, preference: Preference, adapters_of: Any, guide: dict[str, Any]
 ) -> list[tuple[Weight, Scorer]]:
     """The weight and the scorer of each objective."""
-    weights = objective_weights(argument, list(models), preference)
+    weights = objective_weights(argument, list(models), preference, guide.get("allow_off_simplex", False))
     return [
         (weight, scorer_of(argument, model, adapters_of, guide))
         for weight, model in zip(weights, models.values(), strict=True)

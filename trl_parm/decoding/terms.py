@@ -50,6 +50,7 @@ class LM(Scorer):
             Use the model without that adapter: for an ARM, the untrained ARM.
         vocabulary ([`Vocabulary`], *optional*): Aligns the tokens of two vocabularies that differ.
         shared_forward (`bool`, *optional*): Without effect since 0.2, see [`Guided`].
+        allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
 
     Attributes:
         adapter_names (`tuple[str, ...]`): The adapters that are meant.
@@ -68,6 +69,7 @@ class LM(Scorer):
     disable_adapter: bool = False
     vocabulary: Vocabulary | None = None
     shared_forward: InitVar[bool | None] = None
+    allow_off_simplex: bool = False
     adapter_names: tuple[str, ...] = field(init=False)
     condition: Condition | None = field(init=False, default=None)
     _key: tuple = field(init=False)
@@ -83,7 +85,7 @@ class LM(Scorer):
         if self.preference is not None:
             objectives = self._objectives()
             # A copy, which nobody else can change.
-            α = as_preference(self.preference, objectives).clone()
+            α = as_preference(self.preference, objectives, allow_off_simplex=self.allow_off_simplex).clone()
             object.__setattr__(self, "preference", α)
             object.__setattr__(self, "condition", Condition.fixed(objectives, α))
         values = None if α is None else (tuple(α.shape), *α.flatten().tolist())
@@ -147,7 +149,8 @@ class LM(Scorer):
     def __reduce__(self) -> tuple:
         # The adapters that are meant stay the same, whatever is active in the copy's model.
         name = self.adapter_names[0] if len(self.adapter_names) == 1 else self.adapter_name
-        return LM, (self.model, self.preference, name, self.disable_adapter, self.vocabulary)
+        given = self.model, self.preference, name, self.disable_adapter, self.vocabulary
+        return LM, (*given, None, self.allow_off_simplex)
 
     def _objectives(self) -> list[str]:
         if self.disable_adapter or not has_preference(self.model):
