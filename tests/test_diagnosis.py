@@ -9,7 +9,7 @@ import torch
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
 from datasets import Dataset
 from pair_data import labelled, naive_margins, pairs, prepared
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from training_runs import LORA, trainer, two_sets, without_ranks
 from training_runs import config as config_of
 
@@ -97,14 +97,14 @@ def test_an_untrained_adapter_has_neither_followed_nor_gained(tmp_path, tokenize
     assert "For harmless it is no better than untrained: the loss of held-out pairs at harmless = 1 is" in said
 
 
-def test_a_training_on_labels_that_contradict_each_other_follows_alpha(tmp_path, tokenizer):
-    torch.manual_seed(0)
-    config = PBLoraConfig(
-        objectives=OBJECTIVES, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", r1=0, r2=4
-    )
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_a_training_on_labels_that_contradict_each_other_follows_alpha(tmp_path, tokenizer, disjoint):
+    """Without an agnostic block, r1 = 0, from either start; saved, it is loaded as it was."""
+    settings = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "r1": 0, "r2": 4}
     run = trainer(
-        tmp_path, tokenizer, data=opposed(16), evaluation=opposed(16), peft_config=config, max_steps=30,
-        per_device_train_batch_size=8, learning_rate=0.03,
+        tmp_path, tokenizer, data=opposed(16), evaluation=opposed(16), max_steps=30, per_device_train_batch_size=8,
+        learning_rate=0.03, card_prompt=None,
+        peft_config=PBLoraConfig(objectives=OBJECTIVES, disjoint_start=disjoint, **settings),
     )  # fmt: skip
     run.train()
     metrics = run.evaluate()
@@ -113,6 +113,13 @@ def test_a_training_on_labels_that_contradict_each_other_follows_alpha(tmp_path,
     said = diagnose(metrics, OBJECTIVES, run.adapter_config)
     assert said.startswith("It follows α: ")
     assert "Try" not in said
+    run.save_model()
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert loaded.peft_config["default"].disjoint_start == disjoint
+    for model in (run.model.eval(), loaded):
+        set_preference(model, [0.3, 0.7])
+    ids = torch.arange(2, 12)[None]
+    torch.testing.assert_close(loaded(ids).logits, run.model(ids).logits)
 
 
 def test_a_training_that_does_harm_says_for_which_objective_in_its_card(tmp_path, tokenizer):
