@@ -12,7 +12,7 @@ from trl_parm.lazy import lazy_names
 if TYPE_CHECKING:
     from .decoding import Batch, Run
     from .evaluate import sweep
-    from .fronts import Front, arrange, summarize
+    from .fronts import Front, arrange, pool_seeds, standardized, summarize
     from .measures import correlations, costs, differences, markdown, measure
     from .metrics import (
         Interval,
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         mean_inner_product,
         pareto_front,
         rank_correlations,
+        seed_bootstrap,
+        spread,
     )
     from .plots import draw_fronts, plot_front
     from .rescoring import rescore
@@ -31,11 +33,11 @@ __all__, __getattr__, __dir__ = lazy_names(
     {
         "decoding": ("Batch", "Run"),
         "evaluate": ("sweep",),
-        "fronts": ("Front", "arrange", "summarize"),
+        "fronts": ("Front", "arrange", "pool_seeds", "standardized", "summarize"),
         "measures": ("correlations", "costs", "differences", "markdown", "measure"),
         "metrics": (
             "Interval", "bootstrap", "hypervolume", "mean_and_error", "mean_inner_product", "pareto_front",
-            "rank_correlations",
+            "rank_correlations", "seed_bootstrap", "spread",
         ),
         "plots": ("draw_fronts", "plot_front"),
         "rescoring": ("rescore",),
