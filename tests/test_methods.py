@@ -135,6 +135,13 @@ TWINS = {
         ),
     ),
     "parm, another template": ({"arm": "arm", "beta": 2.0, "template": "w50 {prompt}"}, text_guide),
+    "parm_shuffled": (
+        {"arm": "arm", "beta": 0.5},
+        lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), list(α)[::-1], 0.5),
+    ),
+    "arm_alone": (
+        {"arm": "arm"}, lambda t, inputs, α: GuidedLogitsProcessor(LM(t.adapted("large", "arm"), α)),
+    ),
     "uniarm": ({"arm": "moslora"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "moslora"), α)),
     "svd_lora": ({"arm": "arm"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), α)),
     "genarm": (

@@ -17,7 +17,11 @@ from trl_parm.arguments import option, parse, required
 from .common import say, write_run
 
 
-TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "costs.csv")
+TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "answers.csv", "costs.csv")
+ANSWERS = (
+    "Answers: mean tokens, shares at the cap and of repeated 4-grams, and of a token log π_base and, as kl, "
+    "log π − log π_base"
+)
 Rows = list[dict[str, Any]]
 
 
@@ -172,6 +176,7 @@ def _tables(
     arguments: PlotArguments,
 ) -> tuple[dict[str, Rows], str]:
     """Tables by title, the measures first, and what could not be measured, in words."""
+    from trl_parm.evaluation.answers import describe_answers
     from trl_parm.evaluation.fronts import arrange, pool_seeds, standardized
     from trl_parm.evaluation.measures import both_scales, correlations, costs, differences, measure
 
@@ -204,6 +209,7 @@ def _tables(
         f"Measures with 95 % bootstrap intervals over {over} ({', '.join(objectives)}; higher is better)": measures,
         f"Differences from {against} on the same prompts, with 95 % bootstrap intervals": other,
         "Correlations of rank between the weight of an objective and its reward": correlations(found, objectives),
+        ANSWERS: describe_answers(rows),
         f"Costs, relative to {base}": costs(found, base),
     }, "\n\n".join(missing)
 

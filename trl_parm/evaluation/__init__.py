@@ -10,6 +10,7 @@ from trl_parm.lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from .answers import describe_answers, repetition
     from .decoding import Batch, Run
     from .evaluate import sweep
     from .fronts import Front, arrange, pool_seeds, standardized, summarize
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "answers": ("describe_answers", "repetition"),
         "decoding": ("Batch", "Run"),
         "evaluate": ("sweep",),
         "fronts": ("Front", "arrange", "pool_seeds", "standardized", "summarize"),

@@ -22,6 +22,8 @@ OF_OBJECTIVE = ("{}", "{}_error", "{}_low", "{}_high", "α {}")
 """The columns of a summary, and of each objective in it and in the file of a figure's numbers."""
 
 
+MEASURED = ("capped", "log_prob_base", "log_ratio")
+"""Columns of what was decoded that rows of 0.2.0 and before don't have."""
 COSTS = ("tokens", "seconds", "extra_parameters", "extra_bytes")
 
 
