@@ -19,7 +19,7 @@ from .common import say, write_run
 
 TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "answers.csv", "costs.csv")
 ANSWERS = (
-    "Answers: mean tokens, shares at the cap and of repeated 4-grams, and of a token log π_base and, as kl, "
+    "Answers, with mean tokens, shares at the cap and of repeated 4-grams, and of a token log π_base and, as kl, "
     "log π − log π_base"
 )
 Rows = list[dict[str, Any]]

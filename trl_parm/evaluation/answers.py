@@ -35,6 +35,7 @@ def describe_answers(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     """
     cells: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in table:
+        row = {"response": "", **row}
         method, weights, _ = row_cell(row)
         cells.setdefault((method, weights), []).append(row)
     return [
