@@ -12,8 +12,8 @@ from peft_pblora import set_preference
 from trl_parm import BASE, LM, PARM, Guided
 from trl_parm.evaluation import Run, describe_answers, repetition, sweep
 from trl_parm.evaluation.answers import with_all_columns
-from trl_parm.evaluation.decoding import encode_prompts
-from trl_parm.evaluation.likelihood import base_log_probs
+from trl_parm.evaluation.decoding import RowSampling, encode_prompts
+from trl_parm.evaluation.likelihood import ChosenLogProbs, base_log_probs
 
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6"]
@@ -144,3 +144,16 @@ def test_a_file_of_before_goes_on(tmp_path):
     )
     table = sweep(base, tiny_tokenizer(), PROMPTS, [Run("base")], REWARDS, path=path, max_new_tokens=3)
     assert [r["log_ratio"] is None for r in table] == [True, True, False]
+
+
+def test_the_log_ratio_of_sampled_tokens_is_an_unbiased_sample_of_the_divergence():
+    torch.manual_seed(0)
+    rows = 4000
+    guided, base = (2 * torch.randn(2, 50, dtype=torch.float64)).log_softmax(-1)
+    ids, chosen = torch.zeros(rows, 1, dtype=torch.long), ChosenLogProbs()
+    scores = chosen(ids, guided.expand(rows, -1))
+    tokens = RowSampling(range(rows), prompt_length=1)(ids, scores.clone()).argmax(-1, keepdim=True)
+    ratios = chosen.of(tokens)[:, 0].double() - base[tokens[:, 0]]
+    exact = (guided.exp() * (guided - base)).sum()
+    assert abs(ratios.mean() - exact) < 4 * ratios.std() / rows**0.5
+    assert ratios.std() > 0.1
