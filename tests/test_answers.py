@@ -2,11 +2,10 @@
 """What answers are like: likelihoods against float64 without cache or padding, the cap, repetition, old rows."""
 
 import json
-import re
 
 import pytest
 import torch
-from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
+from conftest import OBJECTIVES, response_ids, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from peft_pblora import set_preference
 from trl_parm import BASE, LM, PARM, Guided
@@ -47,9 +46,7 @@ def test_likelihoods_are_those_of_the_formula_token_by_token(options, on_the_bas
     }
     for row in table:
         ids = encode_prompts(tokenizer, [row["prompt"]])["input_ids"][0].tolist()
-        words = re.findall(r"w\d+|\.|user|assistant", row["response"])  # this tokenizer decodes without spaces
-        response = tokenizer.convert_tokens_to_ids(words)
-        response += [1] * (row["tokens"] - len(response))  # the end token, which the text lacks
+        response = response_ids(row)
         likely = guided = 0.0
         for token in response:
             likely += naive(alone, ids)[token].item()
