@@ -125,7 +125,7 @@ def findings(differences: Sequence[Mapping[str, str]]) -> list[str]:
     lines = []
     for measure, reference in dict.fromkeys((row["measure"], row["reference"]) for row in differences):
         rows = [row for row in differences if (row["measure"], row["reference"]) == (measure, reference)]
-        above = f" above ({reference})" if measure == "hypervolume" else ""
+        above = f" above ({reference})" if measure.startswith("hypervolume") else ""
         parts = []
         for verdict, chosen in _by_verdict(rows).items():
             if chosen:

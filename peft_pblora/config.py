@@ -140,6 +140,9 @@ class PBLoraConfig(PreferenceConfig):
         r2 (`int`, *optional*, defaults to 4): Rank of the preference-aware block; 0 leaves it out.
         lora_alpha (`float`, *optional*, defaults to 8):
             The scaling s is `lora_alpha / r2` on both blocks, or `lora_alpha / r1` where `r2` is 0.
+        disjoint_start (`bool`, *optional*, defaults to `False`):
+            Start as k LoRAs side by side, with `r1=0`: φ_i is the identity on its own part of the r2 dimensions and
+            zero elsewhere. Our own option; docs/training.md has what it did.
 
     The other arguments are those of [`PreferenceConfig`]. Adapters of the authors' code load as they are, with their
     order of the objectives, which they know by number only: `obj_num` and `pref_vec_init` stand for `objectives` and
@@ -150,6 +153,7 @@ class PBLoraConfig(PreferenceConfig):
     r1: int = 4
     r2: int = 4
     lora_alpha: float = 8
+    disjoint_start: bool = False
     # Keys of the authors' adapter_config.json, translated and not kept.
     obj_num: InitVar[int | None] = None
     pref_vec_init: InitVar[list[float] | None] = None
@@ -181,7 +185,7 @@ class PBLoraConfig(PreferenceConfig):
         return renamed
 
     def build_core(self) -> PBLoraCore:
-        return PBLoraCore(len(self.objectives), self.r1, self.r2)
+        return PBLoraCore(len(self.objectives), self.r1, self.r2, self.disjoint_start)
 
     @property
     def scaling(self) -> float:

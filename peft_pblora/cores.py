@@ -39,24 +39,37 @@ class PBLoraCore(Core):
     """W(α) = blockdiag(W1, reshape(α φ, r2, r2)): PBLoRA (PARM, ICML 2025, arXiv 2505.06274).
 
     With `r2=0` it is LoRA with a free r1×r1 matrix in the middle, with `r1=0` purely preference-aware; an empty block
-    has no parameter. Both ranks must be 0 or larger, and one positive; `objectives` is k.
+    has no parameter. Both ranks must be 0 or larger, and one positive; `objectives` is k. `disjoint` is a start as k
+    LoRAs side by side: φ_i is the identity on its own part of the r2 dimensions and zero elsewhere. It takes `r1=0`
+    and an `r2` of k or more; parts differ by 1 where k does not divide r2.
 
     Attributes:
         W1 (`nn.Parameter` of shape `(r1, r1)` or `None`): The same for every preference.
         W2 (`nn.Parameter` of shape `(k, r2 * r2)` or `None`): φ, one flattened row-major matrix for each objective.
     """
 
-    def __init__(self, objectives: int, r1: int, r2: int) -> None:
+    def __init__(self, objectives: int, r1: int, r2: int, disjoint: bool = False) -> None:
         super().__init__()
         if min(r1, r2) < 0 or r1 + r2 == 0:
             raise ValueError(f"`r1` is {r1} and `r2` is {r2}, but both must be 0 or larger and one must be positive.")
-        self.r1, self.r2, self.rank = r1, r2, r1 + r2
+        if disjoint and (r1 or r2 < objectives):
+            raise ValueError(
+                f"A disjoint start gives each of {objectives} objectives a part of r2 dimensions of its own, with "
+                f"nothing in common, but `r1` is {r1}, `r2` is {r2}. Set `r1` to 0 and `r2` to {objectives} or more."
+            )
+        self.r1, self.r2, self.rank, self.disjoint = r1, r2, r1 + r2, disjoint
         self.W1 = nn.Parameter(torch.empty(r1, r1)) if r1 else None
         self.W2 = nn.Parameter(torch.empty(objectives, r2 * r2)) if r2 else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws W1 and φ from kaiming_uniform(a=√5), as the authors do."""
+        """Draws W1 and φ from kaiming_uniform(a=√5), as the authors do, or sets φ to its disjoint start."""
+        if self.disjoint and self.W2 is not None:
+            nn.init.zeros_(self.W2)
+            with torch.no_grad():
+                for phi, part in zip(self.W2, torch.arange(self.r2).tensor_split(len(self.W2)), strict=True):
+                    phi[part * (self.r2 + 1)] = 1  # the entries (j, j) of a flattened matrix
+            return
         for weight in self.parameters():
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 

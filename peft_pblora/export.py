@@ -2,15 +2,13 @@
 """Exact export of an adapter at one preference to plain LoRA, which every serving engine loads."""
 
 import copy
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import onload_layer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -19,6 +17,7 @@ from .control import find_adapter
 from .layer import PreferenceLinear
 from .output import check_output, file_name, output_folder
 from .preference import Preference, as_preference, name_preference
+from .skeleton import expected_tensors, skeleton_of
 from .switch import backbone_of
 
 
@@ -155,17 +154,5 @@ def _lora_config(model: nn.Module, config: Any, weights: dict[str, torch.Tensor]
 
 def _shapes_loaded(model: nn.Module, config: LoraConfig) -> dict[str, torch.Size]:
     """The tensors that PEFT expects of a LoRA of this configuration on a model, whatever its adapters are."""
-    empty = {
-        id(tensor): nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=False)
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    base: Any = copy.deepcopy(backbone_of(model), empty)
-    for name, module in list(base.named_modules()):
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-            base.set_submodule(name, inner)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = PeftModel(base, config, low_cpu_mem_usage=True)
-        tensors = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    tensors = expected_tensors(skeleton_of(model), config)
     return {key: tensor.shape for key, tensor in tensors.items() if ".lora_" in key}

@@ -65,6 +65,10 @@ TABLE = {
     "pblora, r1=0": Row(
         PBLoraConfig, {"r1": 0, "r2": 3, "lora_alpha": 6}, pblora_matrix, 2.0, lambda m, n: 3 * (m + n) + 27
     ),
+    "pblora, disjoint": Row(
+        PBLoraConfig, {"r1": 0, "r2": 3, "lora_alpha": 6, "disjoint_start": True}, pblora_matrix, 2.0,
+        lambda m, n: 3 * (m + n) + 27,
+    ),
     "pblora, r2=0": Row(
         PBLoraConfig, {"r1": 2, "r2": 0, "lora_alpha": 6}, pblora_matrix, 3.0, lambda m, n: 2 * (m + n) + 4
     ),

@@ -2,6 +2,7 @@
 """Tiny real models made on the spot, so that no test needs the network."""
 
 import os
+import re
 from importlib.util import find_spec
 
 
@@ -82,6 +83,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=TEMPLATE
     )
+
+
+def response_ids(row: dict) -> list[int]:
+    """The tokens of a row of results, which `tiny_tokenizer` decodes without spaces, the end token included."""
+    words = re.findall(r"w\d+|\.|user|assistant", row["response"])
+    return tiny_tokenizer().convert_tokens_to_ids(words) + [1] * (row["tokens"] - len(words))
 
 
 @pytest.fixture

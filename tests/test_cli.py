@@ -117,7 +117,7 @@ def test_from_pairs_to_a_figure(folder, monkeypatch, capsys):
     assert text.count("helpful -9, harmless -8") == 5
     assert "Differences from PARM" in text
     expected = {f"fronts.{kind}" for kind in ("png", "svg", "csv")} | {"measures.md", "run.yaml", NOTES}
-    expected |= {f"{name}.csv" for name in ("measures", "differences", "correlations", "costs")}
+    expected |= {f"{name}.csv" for name in ("measures", "differences", "correlations", "answers", "costs")}
     assert {path.name for path in (folder / "figures").iterdir()} == expected
     assert run(*plot) == 0
     assert "No hypervolume" in capsys.readouterr().out
@@ -505,6 +505,45 @@ def test_runs_of_one_name_in_several_files_are_kept_apart(tmp_path, capfd):
     assert run(*plot, one, two, "--methods", "PARM", "--against", "PARM (two)") == 0
     assert {row["method"] for row in table(figures / "fronts.csv")} == {"PARM (one)", "PARM (two)"}
     assert {row["minus"] for row in table(figures / "differences.csv")} == {"PARM (two)"}
+
+
+def test_runs_of_several_training_seeds_are_one_method(tmp_path, capfd):
+    files = [write_results(tmp_path / f"seed-{i}", shift=shift) for i, shift in enumerate((0.0, 0.4, 0.5))]
+    figures = tmp_path / "figures"
+    plot = ("plot", "--resamples", 5, "--output_dir", figures, "--references", "[-1, -4]", "--results")
+    assert run(*plot, *files, "--seeds", "true") == 0
+    text = capfd.readouterr().out
+    assert "Measures with 95 % bootstrap intervals over prompts and training seeds" in text
+    assert "of one training each" not in text
+    found = {(row["method"], row["measure"], row["reference"]): row for row in table(figures / "measures.csv")}
+    assert {method for method, *_ in found} == {"PARM", "Base"}
+    row = found["PARM", "mean inner product", "-"]
+    assert (row["seeds"], row["prompts"]) == ("3", "3")
+    # α · (α_a + shift + 1, α_b − 1), the mean over α and shifts
+    expected = [sum(w * (w + s + 1) + (1 - w) * (-w) for w in (0, 0.25, 0.75, 1)) / 4 for s in (0, 0.4, 0.5)]
+    assert float(row["value"]) == pytest.approx(sum(expected) / 3)
+    standard = {reference for _, measure, reference in found if measure == "hypervolume, standardised"}
+    assert standard == {"a -1, b -1", "a 0, b 0"}
+    assert found["PARM", "spread of a", "vertices"]["value"] == "1.0"
+    assert run(*plot, files[0]) == 0
+    assert "Intervals are of one training each: they lack what another seed" in capfd.readouterr().out
+    other = (
+        write_results(tmp_path / "seed-2" / "more", "GenARM"),
+        write_results(tmp_path / "seed-1" / "more", "GenARM"),
+    )
+    assert run(*plot, *files, *other, "--seeds", "true", "--methods", "PARM", "GenARM") == 2
+    assert "different numbers of training seeds: 'PARM' has 3, 'GenARM' has 2" in capfd.readouterr().err
+
+
+def test_a_reward_without_a_scale_leaves_the_raw_measures(tmp_path, capfd):
+    path = write_results(tmp_path / "results")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | ({"a": 1.0} if row["method"] == "Base" else {})) + "\n" for row in rows))
+    assert run("plot", "--resamples", 5, "--output_dir", tmp_path / "figures", "--results", path) == 0
+    text = capfd.readouterr().out
+    assert "No measures of standardised rewards: The reward 'a' is the same for all answers of 'Base'" in text
+    assert "mean inner product" in text
+    assert not any("standardised" in row["measure"] for row in table(tmp_path / "figures/measures.csv"))
 
 
 def test_preferences_follow_the_order_of_the_objectives(tmp_path):

@@ -2,6 +2,7 @@
 """What commands say: help, progress in a pipe, what was written, and what went wrong in code of a user's own."""
 
 import json
+import re
 import shlex
 import sys
 
@@ -126,10 +127,18 @@ def test_training_ends_with_its_model_and_its_accuracies(training, tmp_path, cap
     card = (tmp_path / "trained/README.md").read_text()
     table = told.out[told.out.index("| objective |") : told.out.index("\n\nThe model is in")]
     assert table in card
+    assert re.search(r"\nIt (hardly follows|follows|ignores) α", table)
     assert f"The model is in {tmp_path / 'trained'}; its card, README.md" in told.out
     assert len(told.out.splitlines()) < 12
     assert "step 2 of 4: loss 0." in told.err
     assert "{'loss'" not in told.out
+
+
+def test_training_without_held_out_pairs_says_what_it_does_not_know(training, tmp_path, capsys):
+    assert run(*training(eval_data=[])) == 0
+    told = capsys.readouterr().out
+    assert "Whether it has learned, and follows α, was not measured: that takes held-out pairs, `eval_data`" in told
+    assert "follows α" not in (tmp_path / "trained/README.md").read_text()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

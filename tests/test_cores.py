@@ -136,6 +136,23 @@ def test_merge_and_unmerge(row, base):
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("objectives", "r2", "parts"), [(2, 8, [4, 4]), (3, 7, [3, 2, 2]), (1, 2, [2]), (3, 3, [1, 1, 1])]
+)
+def test_a_disjoint_start_is_an_identity_for_each_objective_on_dimensions_of_its_own(objectives, r2, parts):
+    core = PBLoraCore(objectives, 0, r2, disjoint=True)
+    blocks = [core(row)[0] for row in torch.eye(objectives)]
+    assert [int(block.sum()) for block in blocks] == parts
+    torch.testing.assert_close(sum(blocks), torch.eye(r2))
+    assert all(torch.equal(block, torch.diag(block.diagonal())) for block in blocks)
+
+
+@pytest.mark.parametrize(("r1", "r2"), [(4, 4), (0, 1)])
+def test_a_disjoint_start_that_can_t_be(r1, r2):
+    with pytest.raises(ValueError, match="Set `r1` to 0 and `r2` to 2 or more"):
+        PBLoraConfig(r1=r1, r2=r2, disjoint_start=True)
+
+
 def test_merging_a_shift_into_a_layer_without_bias_warns():
     with pytest.warns(UserWarning, match="shift was merged into a bias that the layer did not have"):
         make_model(TABLE["moslora"]).merge_adapter()

@@ -24,7 +24,11 @@ from trl_parm.evaluation import (
     markdown,
     mean_and_error,
     measure,
+    pool_seeds,
     rank_correlations,
+    seed_bootstrap,
+    spread,
+    standardized,
 )
 from trl_parm.evaluation.measures import write_csv
 
@@ -182,6 +186,47 @@ def test_intervals_of_the_hypervolume_hold_the_truth():
     assert held[1] / 60 < 0.8
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_intervals_over_seeds_hold_what_another_training_would_give(seeds):
+    """The truth is the mean over trainings; an interval over prompts alone, and a plain resampling of seeds and of
+    prompts, hold it less often than they say."""
+    weights = np.linspace(0, 1, 5)
+    grid, rng, held = np.stack([weights, 1 - weights], 1), np.random.default_rng(0), np.zeros(3)
+    scale, rounds = [0.5, 9.0], 80
+
+    def statistic(mean):
+        return mean_inner_product(grid, mean / scale)
+
+    true = np.stack([0.2 + 0.66 * weights**0.8, -9 - 21 * weights**1.2], 1)
+    for _ in range(rounds):
+        trained = 0.16 * rng.normal(size=(seeds, 1, 5, 2)) + 0.22 * rng.normal(size=(seeds, 1, 1, 2))
+        noise = 0.3 * rng.normal(size=(1, 24, 1, 2)) + 0.95 * rng.normal(size=(seeds, 24, 5, 2))
+        rewards = true + (trained + noise) * scale
+        found = [seed_bootstrap(statistic, rewards, 100), bootstrap(statistic, rewards.mean(0), 100)]
+        drawn = []
+        for _ in range(100):
+            chosen, prompts = rng.integers(seeds, size=seeds), rng.integers(24, size=24)
+            drawn.append(np.mean([statistic(rewards[s][prompts].mean(0)) for s in chosen]))
+        found.append(Interval(0.0, *np.quantile(drawn, [0.025, 0.975])))
+        held += [low <= statistic(true) <= high for _, low, high in found]
+    assert held[0] / rounds > 0.9
+    assert max(held[1:]) / rounds < 0.9
+
+
+def test_an_interval_over_seeds_is_that_over_prompts_and_students_together():
+    rewards = rewards_around(PARM, 30) + np.random.default_rng(1).normal(size=(4, 1, 6, 2))
+    values = [mean_inner_product(WEIGHTS, of_seed.mean(0)) for of_seed in rewards]
+    value, low, high = seed_bootstrap(lambda mean: mean_inner_product(WEIGHTS, mean), rewards, seed=3)
+    _, low_of_prompts, _ = bootstrap(lambda mean: mean_inner_product(WEIGHTS, mean), rewards.mean(0), seed=3)
+    of_seeds = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
+    assert value == pytest.approx(np.mean(values))
+    assert high - value == pytest.approx(np.hypot(value - low_of_prompts, of_seeds[1] - value))
+    assert value - low == pytest.approx(high - value)
+    one = seed_bootstrap(lambda mean: mean_inner_product(WEIGHTS, mean), rewards[:1], seed=3)
+    assert one == bootstrap(lambda mean: mean_inner_product(WEIGHTS, mean), rewards[0], seed=3)
+    assert math.isnan(seed_bootstrap(lambda mean: mean.sum(), rewards[:, :1]).low)
+
+
 def table(fronts: dict, prompts: int = 12, spread: float = 1.0, **changes) -> list[dict]:
     """Rows as an evaluation writes them: method → points, at `WEIGHTS`, or a single one for a control."""
     rows = []
@@ -301,3 +346,83 @@ def test_what_lies_just_below_the_reference_point_is_not_surely_below():
         warnings.simplefilter("error")  # a resample that lies below is no news
         row = measure(found, OBJECTIVES, [(4.94, -16.0)], resamples=50)[0]
     assert row["value"] > row["low"] == 0
+
+
+def of_seeds(counts: dict[str, int], prompts: int = 12):
+    """Fronts of methods with several trainings each, and the method of each front."""
+    fronts, names = {}, {}
+    for method, count in counts.items():
+        points = {"PARM": PARM, "GenARM": GENARM, "base": [(0.0, 0.0)]}[method]
+        for seed in range(count):
+            label = f"{method} ({seed})"
+            fronts[label] = np.asarray(points) + seed
+            names[label] = method
+    return arrange(table(fronts, prompts), OBJECTIVES), names
+
+
+def test_runs_of_several_seeds_are_one_method():
+    found, names = of_seeds({"base": 1, "PARM": 3, "GenARM": 3})
+    pooled = pool_seeds(found, names)
+    assert [(front.method, front.runs.shape[:2]) for front in pooled] == [
+        ("base", (1, 12)), ("PARM", (3, 12)), ("GenARM", (3, 12)),
+    ]  # fmt: skip
+    np.testing.assert_array_equal(pooled[1].runs[2], found[3].runs[0])
+    rows = measure(pooled, OBJECTIVES, [(-3, -5)], resamples=20)
+    volumes = [hypervolume(np.asarray(PARM) + seed, (-3, -5)) for seed in range(3)]
+    row = next(r for r in rows if (r["method"], r["measure"]) == ("PARM", "hypervolume"))
+    assert (row["value"], row["seeds"], row["prompts"]) == (pytest.approx(np.mean(volumes)), 3, 12)
+    assert row["high"] - row["value"] > 4.3 * np.std(volumes, ddof=1) / 3**0.5  # Student's quantile for three
+    difference = differences(pooled, OBJECTIVES, [(-3, -5)], "GenARM", resamples=20)
+    other = [hypervolume(np.asarray(GENARM) + seed, (-3, -5)) for seed in range(3)]
+    row = next(r for r in difference if (r["method"], r["measure"]) == ("PARM", "hypervolume"))
+    assert row["value"] == pytest.approx(np.mean(volumes) - np.mean(other))
+    row = next(r for r in difference if (r["method"], r["measure"]) == ("base", "mean inner product"))
+    expected = [mean_inner_product(WEIGHTS, np.asarray(GENARM) + seed) for seed in range(3)]
+    assert row["value"] == pytest.approx(-np.mean(expected))
+
+
+def test_seeds_that_are_missing_are_named():
+    found, names = of_seeds({"PARM": 3, "GenARM": 2})
+    with pytest.raises(ValueError, match="different numbers of training seeds: 'PARM' has 3, 'GenARM' has 2. Eval"):
+        pool_seeds(found, names)
+
+
+def test_standardised_rewards_have_the_scale_of_the_base_model_s_answers():
+    found = arrange(table({"base": [(1.0, 5.0)], "PARM": PARM}, spread=2.0), OBJECTIVES)
+    base, scaled = standardized(found, "base", OBJECTIVES)
+    assert base.rewards.mean(0)[0].tolist() == pytest.approx([0, 0])
+    assert base.rewards.std(0, ddof=1)[0].tolist() == pytest.approx([1, 1])
+    deviation = found[0].rewards.std(0, ddof=1)[0]
+    np.testing.assert_allclose(scaled.points, (np.asarray(PARM) - [1, 5]) / deviation)
+    in_other_units = [
+        {**row, "harmless": 100 * row["harmless"] - 7}
+        for row in table({"base": [(1.0, 5.0)], "PARM": PARM}, spread=2.0)
+    ]
+    again = standardized(arrange(in_other_units, OBJECTIVES), "base", OBJECTIVES)
+    np.testing.assert_allclose(again[1].points, scaled.points)
+
+
+def test_rewards_without_a_scale_are_refused():
+    constant = [
+        {**row, "help": 1.0} if row["method"] == "base" else row for row in table({"base": [(1.0, 5.0)], "PARM": PARM})
+    ]
+    with pytest.raises(ValueError, match="The reward 'help' is the same for all answers of 'base'"):
+        standardized(arrange(constant, OBJECTIVES), "base", OBJECTIVES)
+    alone = arrange(table({"PARM": PARM}), OBJECTIVES)
+    with pytest.raises(ValueError, match="scale that they have for 'base', but the methods are PARM. Evaluate it"):
+        standardized(alone, "base", OBJECTIVES)
+    with pytest.raises(ValueError, match="there is one answer only"):
+        standardized(arrange(table({"base": [(1.0, 5.0)]}, prompts=1), OBJECTIVES), "base", OBJECTIVES)
+
+
+def test_a_spread_is_how_far_the_preference_moves_a_reward():
+    assert spread(WEIGHTS, PARM, 0) == pytest.approx(4.95 + 1.92)
+    assert spread(WEIGHTS, PARM, 1) == pytest.approx(10.58 + 15.29)
+    corners = [[0, 0, 1], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1, 0]]
+    assert spread(corners, [[1, 0, 0], [7, 0, 0], [9, 0, 0], [3, 0, 0]], 0) == pytest.approx(7 - 2)
+    with pytest.raises(ValueError, match="needs the vertices of two or more objectives"):
+        spread([[0.5, 0.5], [1, 0]], [[0, 0], [0, 0]], 0)
+    found = arrange(table({"base": [(0.0, 0.0)], "PARM": PARM}), OBJECTIVES)
+    values = {(r["method"], r["measure"]): r["value"] for r in measure(found, OBJECTIVES, [], resamples=5)}
+    assert values["PARM", "spread of help"] == pytest.approx(4.95 + 1.92)
+    assert ("base", "spread of help") not in values

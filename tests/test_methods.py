@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from conftest import response_ids, tiny_arm, tiny_llama, tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -141,6 +141,13 @@ TWINS = {
         ),
     ),
     "parm, another template": ({"arm": "arm", "beta": 2.0, "template": "w50 {prompt}"}, text_guide),
+    "parm_shuffled": (
+        {"arm": "arm", "beta": 0.5},
+        lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), list(α)[::-1], 0.5),
+    ),
+    "arm_alone": (
+        {"arm": "arm"}, lambda t, inputs, α: GuidedLogitsProcessor(LM(t.adapted("large", "arm"), α)),
+    ),
     "uniarm": ({"arm": "moslora"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "moslora"), α)),
     "svd_lora": ({"arm": "arm"}, lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), α)),
     "genarm": (
@@ -244,6 +251,14 @@ def test_every_method_decodes_as_its_processor_does(folder, tmp_path, name):
         assert table["response"][2 * i : 2 * i + 2] == by_hand(folder, make, α, name), α
     assert set(table["method"]) == {METHODS[method].title}
     assert len(set(table["response"])) > 1
+    base = Twin(folder).model("large")
+    for row in table:  # whatever adapters the method has on the base model
+        prompt = encode_prompts(tiny_tokenizer(), [row["prompt"]])["input_ids"][0]
+        response = torch.tensor(response_ids(row))
+        if (response < 3).any():  # which the text does not show
+            continue
+        scores = base(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert row["log_prob_base"] == pytest.approx(scores.gather(-1, response[:, None]).sum().item(), abs=1e-3)
 
 
 def test_every_row_of_the_table_has_a_twin():

@@ -20,6 +20,7 @@ class CardFacts(TypedDict, total=False):
     - `title`, and `tags` and `datasets`, ids on the Hub, for the metadata.
     - `license` of the adapter, `base_license` and `data_license`, each as on the Hub, such as `apache-2.0`.
     - `data`, `accuracies` and `measures`: tables; `training` and `versions`: rows of a name and a value.
+    - `diagnosis`: a paragraph on whether it follows α and has learned, by held-out pairs.
     - `figure`: the name of a PNG beside the card, see [`add_results`]; `run`: the YAML that made the adapter.
     - `citations`: keys of [`CITATIONS`]; the adapter's own paper if not given.
     - `sample`: `prompt`, `beta`, `chat` (whether a chat template was used), and `answers`, pairs of a preference's
@@ -37,6 +38,7 @@ class CardFacts(TypedDict, total=False):
     data: Table
     training: Table
     accuracies: Table
+    diagnosis: str
     measures: Table
     figure: str
     run: str
@@ -104,6 +106,7 @@ def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: s
                 "several preferences; in brackets, relative to the untrained model.",
                 _table(facts.get("accuracies")),
             ),
+            facts.get("diagnosis", ""),
         ),
         _section("## How it was made", f"```yaml\n{facts['run'].strip()}\n```" if "run" in facts else ""),
         _section("### Framework versions", _items(facts.get("versions", ()), " ")),

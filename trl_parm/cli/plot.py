@@ -17,7 +17,11 @@ from trl_parm.arguments import option, parse, required
 from .common import say, write_run
 
 
-TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "costs.csv")
+TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "answers.csv", "costs.csv")
+ANSWERS = (
+    "Answers, with mean tokens, shares at the cap and of repeated 4-grams, and of a token log π_base and, as kl, "
+    "log π − log π_base"
+)
 Rows = list[dict[str, Any]]
 
 
@@ -33,7 +37,8 @@ class PlotArguments:
     objectives: list[str] | None = option(None, "Columns with rewards; those that were evaluated if not given.")
     methods: list[str] | None = option(None, "Names of methods; all if not given.")
     against: str | None = option(None, "The method from which the others' differences are taken.")
-    base: str = option("Base", "The method that is the bare base model, for costs.")
+    base: str = option("Base", "The method that is the bare base model, for costs and the scale of rewards.")
+    seeds: bool = option(False, "Methods of one name in several files are one method, trained with several seeds.")
     resamples: int = option(2000, "Of the bootstrap over prompts.")
     seed: int = option(0, "Of the bootstrap.")
     name: str = option("fronts", "How the figures' files begin.")
@@ -67,9 +72,11 @@ def main(argv: list[str]) -> None:
         check_output(path, WRITER)  # before any of them is written
     if arguments.card:
         check_output(Path(arguments.card, planned[len(TABLES)].name), FIGURE)
-    tables = _tables(rows, names, objectives, references, arguments)
+    tables, missing = _tables(rows, names, objectives, references, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     text = _write(tables, folder)
+    if missing:
+        text += f"\n\n{missing}"
     figures = draw_fronts(summarize(rows, objectives), objectives, folder, references, arguments.name)
     write_run(folder, "plot", arguments)
     if arguments.card:
@@ -167,30 +174,44 @@ def _tables(
     objectives: list[str],
     references: list[list[float]],
     arguments: PlotArguments,
-) -> dict[str, Rows]:
-    """Tables by title, the measures first."""
-    from trl_parm.evaluation.fronts import arrange
-    from trl_parm.evaluation.measures import correlations, costs, differences, measure
+) -> tuple[dict[str, Rows], str]:
+    """Tables by title, the measures first, and what could not be measured, in words."""
+    from trl_parm.evaluation.answers import describe_answers
+    from trl_parm.evaluation.fronts import arrange, pool_seeds, standardized
+    from trl_parm.evaluation.measures import both_scales, correlations, costs, differences, measure
 
     found = arrange(rows, objectives)
     if arguments.base != PlotArguments.base and arguments.base not in {*names, *names.values()}:
         raise ValueError(f"`base` is {arguments.base!r}, but the methods are {', '.join(names)}.")
+    if arguments.seeds:
+        found, names = pool_seeds(found, names), {name: name for name in names.values()}
     guided = [front.method for front in found if front.preferences is not None]
     against, base = (
         next((new for new, old in names.items() if name in (new, old)), name)  # of several files the first one's
         for name in (arguments.against or next(iter(guided), found[0].method), arguments.base)
     )
+    scaled, missing = None, []
+    try:
+        scaled = standardized(found, base, objectives)
+    except ValueError as error:
+        missing.append(f"No measures of standardised rewards: {error}")
+    over = "prompts"
+    if any(len(front.runs) > 1 for front in found):
+        over = "prompts and training seeds"
+    else:
+        missing.append("Intervals are of one training each: they lack what another seed of training would change.")
     sampling = {"resamples": arguments.resamples, "seed": arguments.seed}
+    measures = both_scales(lambda f, points: measure(f, objectives, points, **sampling), found, scaled, references)
+    other = both_scales(
+        lambda f, points: differences(f, objectives, points, against, **sampling), found, scaled, references
+    )
     return {
-        f"Measures with 95 % bootstrap intervals over prompts ({', '.join(objectives)}; higher is better)": measure(
-            found, objectives, references, **sampling
-        ),
-        f"Differences from {against} on the same prompts, with 95 % bootstrap intervals": differences(
-            found, objectives, references, against, **sampling
-        ),
+        f"Measures with 95 % bootstrap intervals over {over} ({', '.join(objectives)}; higher is better)": measures,
+        f"Differences from {against} on the same prompts, with 95 % bootstrap intervals": other,
         "Correlations of rank between the weight of an objective and its reward": correlations(found, objectives),
+        ANSWERS: describe_answers(rows),
         f"Costs, relative to {base}": costs(found, base),
-    }
+    }, "\n\n".join(missing)
 
 
 def _write(tables: Mapping[str, Rows], folder: Path) -> str:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from trl_parm.training.config import ARMArguments
 
 
+UNKNOWN = (
+    "Whether it has learned, and follows α, was not measured: that takes held-out pairs, `eval_data`, and the "
+    "vertices among `eval_preferences`, whose default has them."
+)
+
+
 def main(argv: list[str]) -> None:
     """Trains, evaluates and saves a reward model, with its card and the resolved arguments beside it.
 
@@ -91,7 +97,7 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         if config.push_to_hub:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
-            say(_outcome(folder, trainer.card.get("accuracies")))
+            say(_outcome(folder, trainer.card.get("accuracies"), trainer.card.get("diagnosis")))
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
@@ -132,14 +138,16 @@ def _whole_numbers(pairs: Any) -> dict[str, set[Any]]:
     return {name: {*pairs.unique(name)} - {None} if name in whole else set() for name in pairs.column_names}
 
 
-def _outcome(folder: Path, accuracies: Sequence[Sequence[Any]] | None) -> str:
-    """Where the model is, and how often it ranks held-out pairs rightly, as in its card."""
+def _outcome(folder: Path, accuracies: Sequence[Sequence[Any]] | None, diagnosis: str | None) -> str:
+    """How often the model ranks held-out pairs rightly and whether it follows α, as in its card, and where it is."""
     from trl_parm.evaluation.measures import markdown
 
     head, *rows = accuracies or [[]]
     table = markdown([dict(zip(head, row)) for row in rows])
-    said = f"Share of held-out pairs that it ranks rightly (relative to the untrained model):\n\n{table}\n\n"
-    return f"{said if rows else ''}The model is in {folder}; its card, README.md, shows how to use it."
+    parts = [f"Share of held-out pairs that it ranks rightly (relative to the untrained model):\n\n{table}"]
+    parts = parts if rows else []
+    parts.append(diagnosis or UNKNOWN)
+    return "\n\n".join([*parts, f"The model is in {folder}; its card, README.md, shows how to use it."])
 
 
 def describe() -> str:

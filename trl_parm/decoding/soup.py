@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from torch import nn
 from transformers import PreTrainedModel
 
+from peft_pblora.loras import Factors, beside_factors, has_lora, lora_factors, lora_layers
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, check_below
 
@@ -75,19 +75,19 @@ def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter
     if adapter_name in names:
         raise ValueError(f"`adapter_name` is {adapter_name!r}, which is a policy. Choose another name.")
     tuner: Any = model.base_model
-    layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = lora_layers(tuner.model)
     for name in names:
         _check_is_sum(name, cast(LoraConfig, model.peft_config[name]), layers)
     check_below(model)  # by any adapter
     if adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
-    # Of each layer, (weight, A, B, bias) of every policy that has it: weights and scales go to B.
+    # Of each layer, α_i and the factors of every policy that has it: weights and scales go to B.
     factors = {
-        name: [(w * layer.scaling[policy], *_factors(layer, policy)) for w, policy in chosen if _has(layer, policy)]
+        name: [(w, cast(Factors, lora_factors(layer, policy))) for w, policy in chosen if has_lora(layer, policy)]
         for name, layer in layers.items()
     }
     factors = {name: found for name, found in factors.items() if found}
-    ranks = {name: sum(len(a) for _, a, _, _ in found) for name, found in factors.items()}
+    ranks = {name: sum(len(own.down) for _, own in found) for name, found in factors.items()}
     # Anchored, so that no pattern is another layer's too; a scale of 1 for every rank.
     others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != max(ranks.values())}
     config = replace(
@@ -101,23 +101,23 @@ def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter
         layers_to_transform=None,
         layers_pattern=None,
         use_rslora=False,
-        lora_bias=any(bias is not None for found in factors.values() for *_, bias in found),
+        lora_bias=any(own.bias is not None for found in factors.values() for _, own in found),
         init_lora_weights=True,
     )
     model.add_adapter(adapter_name, config)
     for name, layer in layers.items():
-        if _has(layer, adapter_name) != (name in factors):
+        if has_lora(layer, adapter_name) != (name in factors):
             model.delete_adapter(adapter_name)
             raise ValueError(
                 f"PEFT can't put the soup's adapter into the same layers as the policies', such as {name}."
             )
         if name in factors:
-            down, up, shift = _factors(layer, adapter_name)
-            down.copy_(torch.cat([a.to(down) for _, a, _, _ in factors[name]]))
-            up.copy_(torch.cat([weight * b.to(up) for weight, _, b, _ in factors[name]], 1))
-            for weight, _, _, bias in factors[name]:
-                if bias is not None:
-                    cast(torch.Tensor, shift).add_(bias.to(up), alpha=weight)
+            soup, found = cast(Factors, lora_factors(layer, adapter_name)), factors[name]
+            soup.down.copy_(torch.cat([own.down.to(soup.down) for _, own in found]))
+            soup.up.copy_(torch.cat([weight * own.scaling * own.up.to(soup.up) for weight, own in found], 1))
+            for weight, own in found:
+                if own.bias is not None:
+                    cast(torch.Tensor, soup.bias).add_(own.bias.to(soup.up), alpha=weight * own.scaling)
     model.set_adapter(adapter_name)
     # PEFT makes the dropout of a new adapter in training mode, whatever the model's mode is.
     for layer in layers.values():
@@ -126,47 +126,17 @@ def _soup_of_adapters(model: PeftModel, chosen: list[tuple[float, Any]], adapter
     return model
 
 
-def _check_is_sum(name: str, config: LoraConfig, layers: Mapping[str, Any]) -> None:
+def _check_is_sum(name: str, config: LoraConfig, layers: Mapping[str, LoraLayer]) -> None:
     """Raises `ValueError` for a LoRA whose change of the model is not s · B A of linear layers and embeddings, and so
     not a sum with others'."""
-    variants = [layer.lora_variant[name] for layer in layers.values() if name in layer.lora_variant]
-    unlike = {
-        "DoRA": config.use_dora,
-        type(variants[0]).__name__ if variants else "a variant": bool(variants),
-        "`modules_to_save`": bool(config.modules_to_save),
-        "`bias`": config.bias != "none",
-        "`trainable_token_indices`": bool(config.trainable_token_indices),
-        "`target_parameters`": bool(config.target_parameters),
-        "`layer_replication`": bool(config.layer_replication),
-        "layers that are neither linear nor embeddings": any(
-            _has(layer, name) and _factors(layer, name) is None for layer in layers.values()
-        ),
-    }
-    for what, is_it in unlike.items():
-        if is_it:
-            raise ValueError(
-                f"The policy {name!r} is a LoRA with {what}, whose average with others is not a LoRA. Merge each "
-                "policy into a model of its own, `merge_and_unload()`, and pass the models."
-            )
+    what = beside_factors(name, config, layers.values())
+    if what:
+        raise ValueError(
+            f"The policy {name!r} is a LoRA with {what}, whose average with others is not a LoRA. Merge each "
+            "policy into a model of its own, `merge_and_unload()`, and pass the models."
+        )
     if any(name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The policy {name!r} is merged into the weights. Call `unmerge_adapter()` first.")
-
-
-def _has(layer: Any, name: str) -> bool:
-    return name in layer.lora_A or name in layer.lora_embedding_A
-
-
-def _factors(layer: Any, name: str) -> Any:
-    """A, B and the bias of a LoRA, or `None` where it has another form."""
-    if name in layer.lora_embedding_A:
-        return layer.lora_embedding_A[name], layer.lora_embedding_B[name], None
-    if (
-        name in layer.lora_A
-        and isinstance(layer.lora_A[name], nn.Linear)
-        and isinstance(layer.lora_B[name], nn.Linear)
-    ):
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias
-    return None
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from trl_parm.lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from .answers import describe_answers, repetition
     from .decoding import Batch, Run
     from .evaluate import sweep
-    from .fronts import Front, arrange, summarize
+    from .fronts import Front, arrange, pool_seeds, standardized, summarize
     from .measures import correlations, costs, differences, markdown, measure
     from .metrics import (
         Interval,
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
         mean_inner_product,
         pareto_front,
         rank_correlations,
+        seed_bootstrap,
+        spread,
     )
     from .plots import draw_fronts, plot_front
     from .rescoring import rescore
@@ -29,13 +32,14 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "answers": ("describe_answers", "repetition"),
         "decoding": ("Batch", "Run"),
         "evaluate": ("sweep",),
-        "fronts": ("Front", "arrange", "summarize"),
+        "fronts": ("Front", "arrange", "pool_seeds", "standardized", "summarize"),
         "measures": ("correlations", "costs", "differences", "markdown", "measure"),
         "metrics": (
             "Interval", "bootstrap", "hypervolume", "mean_and_error", "mean_inner_product", "pareto_front",
-            "rank_correlations",
+            "rank_correlations", "seed_bootstrap", "spread",
         ),
         "plots": ("draw_fronts", "plot_front"),
         "rescoring": ("rescore",),

@@ -196,3 +196,8 @@ def text_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int:
         return len(tokens)
     found = torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).nonzero()
     return int(found[0]) + 1 if len(found) else len(tokens)
+
+
+def ends_within(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> bool:
+    """Whether an end token is among a row's new tokens, so that its text was not cut off."""
+    return ends is not None and bool(torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).any())

@@ -26,6 +26,7 @@ from trl_parm.rewards import Reward, score
 from trl_parm.shapes import read_text
 from trl_parm.texts import PromptText, prompt_key
 
+from .answers import with_all_columns
 from .decoding import (
     GREEDY,
     Batch,
@@ -33,11 +34,13 @@ from .decoding import (
     Run,
     acting_settings,
     encode_prompts,
+    ends_within,
     prompt_ids,
     split_settings,
     text_length,
 )
 from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
+from .likelihood import ChosenLogProbs, base_log_probs, own_adapters
 from .methods import Entry, with_fingerprints
 from .models import Models, positions_of
 from .rescoring import COLUMNS, DECODED
@@ -91,7 +94,9 @@ def sweep(
     Returns:
         `datasets.Dataset` with one row for each run and prompt, in their order: `method`, `preference` (weights or
         `None`), `label`, `prompt`, `response`, the reward of each objective, `tokens`, `seconds` (the batch's time
-        divided evenly), `seed` (of the prompt), `extra_parameters` and `extra_bytes`.
+        divided evenly), `seed` (of the prompt), `extra_parameters` and `extra_bytes`, `capped` (whether it ended at
+        the cap of tokens), and over its tokens Σ log π_base as `log_prob_base` and Σ (log π − log π_base) as
+        `log_ratio`.
 
     Raises:
         ValueError: no prompts, one twice, one that is neither text nor messages or is too long for the base model; a
@@ -250,7 +255,7 @@ class _Table:
         """The rows of all runs, which are there."""
         done = {row_cell(row): row for row in records.rows}
         rows = [dict(done[cell]) for run in self.runs for cell in self._cells(run)]
-        return Dataset.from_list(rows, on_mixed_types="use_json")  # texts and conversations
+        return Dataset.from_list(with_all_columns(rows), on_mixed_types="use_json")  # texts and conversations
 
     def fill(
         self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]
@@ -279,7 +284,13 @@ class _Table:
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
         found = base if run.model is None else run.model(Batch(α, prompts, inputs, named, escape))
         model, arguments = found if isinstance(found, tuple) else (found, {})
-        tokens, seconds = self._generate(model, arguments, inputs, seeds)
+        chosen = ChosenLogProbs()
+        tokens, seconds = self._generate(model, arguments, inputs, seeds, chosen)
+        lengths = [text_length(row, self.ends) for row in tokens]
+        guided = [row[:length].sum().item() for row, length in zip(chosen.of(tokens), lengths, strict=True)]
+        read = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        texts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        likely = base_log_probs(base, read, texts, own_adapters(model, base))
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         judges = {name: reward for name, reward in self.rewards.items() if reward is not None}
         scores = {name: score(name, reward, prompts, responses) for name, reward in judges.items()}
@@ -291,17 +302,20 @@ class _Table:
                 "prompt": prompt,
                 "response": responses[i],
                 **{name: values[i] for name, values in scores.items()},
-                "tokens": text_length(tokens[i], self.ends),
+                "tokens": lengths[i],
                 "seconds": seconds / len(prompts),
                 "seed": seeds[i],
                 "extra_parameters": run.extra_parameters,
                 "extra_bytes": run.extra_bytes,
+                "capped": not ends_within(tokens[i], self.ends),
+                "log_prob_base": likely[i],
+                "log_ratio": guided[i] - likely[i],
             }
             for i, prompt in enumerate(prompts)
         ]
 
     def _generate(
-        self, model: Any, arguments: Mapping[str, Any], inputs: BatchEncoding, seeds: list[int]
+        self, model: Any, arguments: Mapping[str, Any], inputs: BatchEncoding, seeds: list[int], chosen: ChosenLogProbs
     ) -> tuple[torch.Tensor, float]:
         """The new tokens, of shape `(rows, new)`, and the seconds that they took. All methods generate greedily, and
         where texts are sampled, that is the noise of each prompt."""
@@ -314,7 +328,7 @@ class _Table:
         output = cast(Any, model).generate(
             **inputs,
             **arguments,
-            logits_processor=noise,
+            logits_processor=[chosen, *noise],
             pad_token_id=self.tokenizer.pad_token_id,
             **{**own, **self.settings, **GREEDY, "eos_token_id": self.ends, **self.generation},
         )

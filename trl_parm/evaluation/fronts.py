@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -22,6 +22,8 @@ OF_OBJECTIVE = ("{}", "{}_error", "{}_low", "{}_high", "α {}")
 """The columns of a summary, and of each objective in it and in the file of a figure's numbers."""
 
 
+MEASURED = ("capped", "log_prob_base", "log_ratio")
+"""Columns of what was decoded that rows of 0.2.0 and before don't have."""
 COSTS = ("tokens", "seconds", "extra_parameters", "extra_bytes")
 
 
@@ -55,7 +57,7 @@ class Front:
         method (`str`): Its name.
         preferences (`np.ndarray` of shape `(points, k)` or `None`): The α of its points; `None` for a control.
         labels (`list[str]`): The points' names.
-        rewards (`np.ndarray` of shape `(prompts, points, k)`): Raw rewards.
+        runs (`np.ndarray` of shape `(seeds, prompts, points, k)`): Rewards of one or more trainings.
         seconds (`float`): For one token, all time divided by all tokens.
         tokens (`float`): Mean length of a response.
         extra_parameters, extra_bytes (`int`): What the method keeps in memory beside the base model.
@@ -64,11 +66,16 @@ class Front:
     method: str
     preferences: np.ndarray | None
     labels: list[str]
-    rewards: np.ndarray
+    runs: np.ndarray
     seconds: float
     tokens: float
     extra_parameters: int
     extra_bytes: int
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Rewards of shape `(prompts, points, k)`, of several seeds their means."""
+        return self.runs.mean(0)
 
     @property
     def points(self) -> np.ndarray:
@@ -119,6 +126,70 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
         _front(method, [[cells[method, weights][prompt] for weights in grid] for prompt in prompts], objectives)
         for method, grid in points.items()
     ]
+
+
+def pool_seeds(found: Sequence[Front], names: Mapping[str, str]) -> list[Front]:
+    """Puts fronts of one method, each of a training with another seed, together as one.
+
+    Args:
+        found (`Sequence[Front]`): From [`arrange`], which compares prompts and preferences.
+        names (`Mapping[str, str]`): Name of a front → the method that it is a run of.
+
+    Returns:
+        `list[Front]`: One for each method, with a run for each of its seeds.
+
+    Raises:
+        ValueError: methods with several runs of which one has more than another.
+    """
+    groups: dict[str, list[Front]] = {}
+    for front in found:
+        groups.setdefault(names[front.method], []).append(front)
+    counts = {method: len(group) for method, group in groups.items() if len(group) > 1}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{method!r} has {count}" for method, count in counts.items())
+        raise ValueError(
+            f"The methods have different numbers of training seeds: {listed}. Evaluate what is missing, or choose "
+            "methods with `methods`; those that nothing was trained for may be there once."
+        )
+    return [
+        replace(
+            group[0],
+            method=method,
+            runs=np.concatenate([front.runs for front in group]),
+            seconds=float(np.mean([front.seconds for front in group])),
+            tokens=float(np.mean([front.tokens for front in group])),
+        )
+        for method, group in groups.items()
+    ]
+
+
+def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -> list[Front]:
+    """The fronts with each reward minus its mean over the answers of a method, by their standard deviation.
+
+    So objectives of different units count alike in a mean inner product. The scale is taken for exact in intervals.
+
+    Args:
+        found (`Sequence[Front]`): From [`arrange`].
+        base (`str`): The method whose answers give the scale, mostly the bare base model.
+        objectives (`Sequence[str]`): Their names, for errors.
+
+    Raises:
+        ValueError: no such method, a single answer, or a reward that is the same for all of its answers.
+    """
+    answers = next((front.runs.reshape(-1, front.runs.shape[-1]) for front in found if front.method == base), None)
+    if answers is None:
+        listed = ", ".join(front.method for front in found)
+        raise ValueError(
+            f"Rewards get the scale that they have for {base!r}, but the methods are {listed}. Evaluate it."
+        )
+    deviations = answers.std(0, ddof=1) if len(answers) > 1 else np.zeros(len(objectives))
+    for name, deviation in zip(objectives, deviations, strict=True):
+        if not deviation > 0:
+            raise ValueError(
+                f"The reward {name!r} is the same for all answers of {base!r}, or there is one answer only, so that "
+                "it has no scale. Evaluate more prompts, or leave it out of `objectives`."
+            )
+    return [replace(front, runs=(front.runs - answers.mean(0)) / deviations) for front in found]
 
 
 def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[dict[str, Any]]:
@@ -180,7 +251,7 @@ def _front(method: str, rows: list[list[Mapping[str, Any]]], objectives: Sequenc
         method=method,
         preferences=None if grid == [None] else np.array(grid, dtype=float),
         labels=[row["label"] for row in rows[0]],
-        rewards=np.array([[[row[name] for name in objectives] for row in of_prompt] for of_prompt in rows], float),
+        runs=np.array([[[[row[name] for name in objectives] for row in of_prompt] for of_prompt in rows]], float),
         seconds=sum(row["seconds"] for row in every) / max(1, tokens),
         tokens=tokens / len(every),
         extra_parameters=max(row["extra_parameters"] for row in every),

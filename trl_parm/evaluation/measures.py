@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,22 @@ from peft_pblora.output import output_file
 from peft_pblora.preference import check_columns
 
 from .fronts import Front
-from .metrics import Interval, bootstrap, hypervolume, mean_inner_product, rank_correlations
+from .metrics import (
+    Interval,
+    hypervolume,
+    mean_inner_product,
+    rank_correlations,
+    seed_bootstrap,
+    spread,
+    vertices,
+)
 
 
 WRITER = "plot"
 """Who writes tables and figures: each replaces those that were written by the other calls, and nothing else."""
-HYPERVOLUME, INNER_PRODUCT = "hypervolume", "mean inner product"
+STANDARD_REFERENCES = (-1, 0)
+"""Reference points of standardised rewards in all objectives: a standard deviation below the base model, and at it."""
+HYPERVOLUME, INNER_PRODUCT, SPREAD = "hypervolume", "mean inner product", "spread of {}"
 
 
 def measure(
@@ -30,8 +41,9 @@ def measure(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Hypervolume at each reference point and mean inner product of each method, with 95 % bootstrap intervals. A
-    control counts as its one point at every preference of the others.
+    """Hypervolume at each reference point, mean inner product, and the [`spread`] of each objective, of each method,
+    with 95 % bootstrap intervals over prompts, and over training seeds where a method has several
+    ([`seed_bootstrap`]). A control counts as its one point at every preference of the others.
 
     Args:
         found (`Sequence[Front]`): From [`arrange`].
@@ -40,7 +52,8 @@ def measure(
         resamples, seed (`int`, *optional*): Of the [`bootstrap`].
 
     Returns:
-        `list[dict]` with `method`, `points`, `prompts`, `measure`, `reference`, `value`, `low` and `high`.
+        `list[dict]` with `method`, `points`, `prompts`, `seeds`, `measure`, `reference`, `value`, `low` and `high`.
+        With one seed an interval lacks what another training would have changed.
 
     Raises:
         ValueError: a reference point of another length.
@@ -48,9 +61,12 @@ def measure(
     rows = []
     for (name, reference), statistic in _statistics(found, objectives, references).items():
         for front in found:
-            value, low, high = bootstrap(statistic, front.rewards, resamples, seed=seed)
+            if front.preferences is None and name not in (HYPERVOLUME, INNER_PRODUCT):
+                continue  # one point is nowhere else at another preference
+            value, low, high = seed_bootstrap(statistic, front.runs, resamples, seed=seed)
             low = max(low, 0.0) if name == HYPERVOLUME else low
-            head = {"method": front.method, "points": len(front.labels), "prompts": len(front.rewards)}
+            seeds, prompts = front.runs.shape[:2]
+            head = {"method": front.method, "points": len(front.labels), "prompts": prompts, "seeds": seeds}
             rows.append({**head, "measure": name, "reference": reference, "value": value, "low": low, "high": high})
     return rows
 
@@ -63,7 +79,8 @@ def differences(
     resamples: int = 2000,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Paired differences of each measure between the other methods and one of them, on the same resampled prompts.
+    """Paired differences of each measure between the other methods and one of them, on the same resampled prompts, and
+    seed by seed where both have several; one that has a single run is compared with each seed of the other.
 
     Args:
         found, objectives, references, resamples, seed: As in [`measure`].
@@ -76,22 +93,46 @@ def differences(
     Raises:
         ValueError: no such method.
     """
-    by_name = {front.method: front.rewards for front in found}
+    by_name = {front.method: front.runs for front in found}
     if against not in by_name:
         raise ValueError(f"`against` is {against!r}, but the methods are {', '.join(by_name)}.")
     other = by_name.pop(against)
     rows = []
     for (name, reference), statistic in _statistics(found, objectives, references).items():
         for method, rewards in by_name.items():
-            n = rewards.shape[1]
-            value, low, high = bootstrap(
+            n, seeds = rewards.shape[2], max(len(rewards), len(other))
+            both = [np.broadcast_to(runs, (seeds, *runs.shape[1:])) for runs in (rewards, other)]
+            value, low, high = seed_bootstrap(
                 lambda mean, n=n, of=statistic: of(mean[:n]) - of(mean[n:]),
-                np.concatenate([rewards, other], axis=1), resamples, seed=seed,
+                np.concatenate(both, axis=2), resamples, seed=seed,
             )  # fmt: skip
             head = {"method": method, "minus": against, "measure": name, "reference": reference}
             differs = None if math.isnan(low) else low > 0 or high < 0
             rows.append({**head, "value": value, "low": low, "high": high, "differs": differs})
     return rows
+
+
+def both_scales(
+    table: Callable[[Sequence[Front], Sequence[Sequence[float]]], list[dict[str, Any]]],
+    found: Sequence[Front],
+    scaled: Sequence[Front] | None,
+    references: Sequence[Sequence[float]],
+) -> list[dict[str, Any]]:
+    """The rows of raw rewards at the reference points given, and those of standardised ones at −1 and at 0.
+
+    Args:
+        table (`Callable`): Makes rows of fronts and reference points, such as [`measure`].
+        found, scaled (`Sequence[Front]`): From [`arrange`] and [`standardized`]; `None` for no such rows.
+        references (`Sequence[Sequence[float]]`): In raw units.
+    """
+    rows = table(found, references)
+    if scaled is None:
+        return rows
+    k = scaled[0].runs.shape[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing lies above a point that nobody has asked for
+        more = table(scaled, [[float(value)] * k for value in STANDARD_REFERENCES])
+    return rows + [{**row, "measure": f"{row['measure']}, standardised"} for row in more]
 
 
 def correlations(found: Sequence[Front], objectives: Sequence[str]) -> list[dict[str, Any]]:
@@ -175,6 +216,11 @@ def _statistics(
     grid = next((front.preferences for front in found if front.preferences is not None), None)
     if grid is not None:
         statistics[INNER_PRODUCT, "-"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
+        if len(objectives) > 1 and vertices(grid) is not None:
+            for i, objective in enumerate(objectives):
+                statistics[SPREAD.format(objective), "vertices"] = lambda mean, i=i: spread(
+                    grid, np.broadcast_to(mean, grid.shape), i
+                )
     return statistics
 
 

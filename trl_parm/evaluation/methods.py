@@ -119,6 +119,26 @@ def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = Non
     return _guided(models, [guide], lambda batch: BASE + strength * guide.lm(batch.weights))
 
 
+def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
+    """PARM whose ARM gets a permuted α: each objective has the weight of the one after it, the last that of the first.
+
+    A control: its strength and sharpening are PARM's, and it follows the preference no more than by chance.
+    """
+    guide, strength = models.guide(arm, template), guidance_strength(beta)
+
+    def formula(batch: Batch) -> Scorer:
+        values = list(batch.weights.values())
+        return BASE + strength * guide.lm(dict(zip(batch.weights, values[1:] + values[:1], strict=True)))
+
+    return _guided(models, [guide], formula)
+
+
+def arm_alone(models: Models, arm: str, template: str | None = None) -> ModelAt:
+    """log π_ARM(α): the ARM decodes alone, in the place of the base model whose vocabulary it has."""
+    guide = models.guide(arm, template)
+    return _guided(models, [guide], lambda batch: guide.lm(batch.weights))
+
+
 def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + Σ α_i/β · log π_i."""
     guides = {objective: models.guide(name, template) for objective, name in arms.items()}
@@ -239,6 +259,8 @@ METHODS = {
     "base": Method("Base", base_model, control=True),
     "untrained_arm": Method("Base × untrained ARM", untrained_arm, control=True),
     "parm": Method("PARM", parm),
+    "parm_shuffled": Method("PARM, α permuted", parm_shuffled),
+    "arm_alone": Method("ARM alone", arm_alone),
     "svd_lora": Method("SVD-LoRA", parm),
     "uniarm": Method("UniARM", parm),
     "genarm": Method("GenARM", genarm),

@@ -15,6 +15,7 @@ import moocore
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import ConstantInputWarning, spearmanr
+from scipy.stats import t as student
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
@@ -150,13 +151,93 @@ def bootstrap(
     estimate, prompts = float(statistic(values.mean(0))), len(values)
     if prompts == 1:
         return Interval(estimate, math.nan, math.nan)
-    shares = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
-    means = np.tensordot(shares, values, axes=1)
+    means = np.tensordot(_shares(np.random.default_rng(seed), prompts, resamples), values, axes=1)
+    reach = float(np.quantile(np.abs(_values_of(statistic, means) - estimate), confidence))
+    return Interval(estimate, estimate - reach, estimate + reach)
+
+
+def seed_bootstrap(
+    statistic: Callable[[np.ndarray], float],
+    rewards: ArrayLike,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """The symmetric interval of a measure's mean over training seeds, for other prompts *and* other seeds.
+
+        t ± √(q² + u²),   t = (1/S) Σ_s f_s,   f_s = statistic(mean over prompts of rewards[s])
+
+    q is the quantile of |t* − t| over resampled prompts, the same for all seeds, as in [`bootstrap`]; u is Student's,
+    t_{S−1} · sd(f_s) / √S. Resampling seeds too would be too narrow where they are few: a resample of three varies
+    less than three new ones, and has no tails. With one seed it is [`bootstrap`], which knows nothing of training.
+
+    Args:
+        statistic, resamples, confidence, seed: As for [`bootstrap`].
+        rewards (`ArrayLike` of shape `(seeds, prompts, ...)`): Rewards by training seed and prompt.
+
+    Returns:
+        [`Interval`]: The estimate and its interval, NaN for a single prompt.
+
+    Raises:
+        ValueError: as of [`bootstrap`].
+    """
+    values = np.asarray(rewards, dtype=float)
+    if values.ndim < 3 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(f"`rewards` has shape {values.shape}, but it needs (seeds, prompts, ...) and finite values.")
+    seeds, prompts = values.shape[:2]
+    if seeds == 1:
+        return bootstrap(statistic, values[0], resamples, confidence, seed)
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ValueError(f"`confidence` is {confidence}, `resamples` {resamples}. Give one in (0, 1), and 1 or more.")
+    found = [statistic(of_seed.mean(0)) for of_seed in values]
+    estimate = float(np.mean(found))
+    if prompts == 1:
+        return Interval(estimate, math.nan, math.nan)
+    shares = _shares(np.random.default_rng(seed), prompts, resamples)
+    drawn = np.mean([_values_of(statistic, np.tensordot(shares, of_seed, axes=1)) for of_seed in values], 0)
+    of_prompts = float(np.quantile(np.abs(drawn - estimate), confidence))
+    of_seeds = student.ppf((1 + confidence) / 2, seeds - 1) * np.std(found, ddof=1) / math.sqrt(seeds)
+    reach = float(np.hypot(of_prompts, of_seeds))
+    return Interval(estimate, estimate - reach, estimate + reach)
+
+
+def spread(preferences: ArrayLike, rewards: ArrayLike, objective: int) -> float:
+    """How far the preference moves a reward: at its own vertex, minus its mean at the others.
+
+    Args:
+        preferences (`ArrayLike` of shape `(n, k)`): The preferences, all vertices among them.
+        rewards (`ArrayLike` of shape `(n, k)`): Their mean rewards, higher is better.
+        objective (`int`): Which one.
+
+    Raises:
+        ValueError: shapes that differ, NaN, a single objective, or vertices that are missing.
+    """
+    preferences, rewards = _pairs(preferences, rewards)
+    places = vertices(preferences)
+    if places is None or len(places) < 2:
+        raise ValueError(
+            f"A spread needs the vertices of two or more objectives, but there are {preferences.tolist()}."
+        )
+    others = [place for i, place in enumerate(places) if i != objective]
+    return float(rewards[places[objective], objective] - rewards[others, objective].mean())
+
+
+def vertices(preferences: ArrayLike) -> list[int] | None:
+    """Where each objective's vertex is among preferences of shape `(n, k)`; `None` if one is missing."""
+    array = np.asarray(preferences, dtype=float)
+    found = [np.flatnonzero(np.abs(array - vertex).max(1) < 1e-6) for vertex in np.eye(array.shape[1])]
+    return [int(places[0]) for places in found] if all(len(places) for places in found) else None
+
+
+def _shares(generator: np.random.Generator, count: int, resamples: int) -> np.ndarray:
+    """What each of some things counts for in each resample, shape `(resamples, count)`, rows of sum 1."""
+    return generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+
+
+def _values_of(statistic: Callable[[np.ndarray], float], means: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of resamples; those of the estimate are the user's
-        drawn = np.array([statistic(mean) for mean in means])
-    reach = float(np.quantile(np.abs(drawn - estimate), confidence))
-    return Interval(estimate, estimate - reach, estimate + reach)
+        return np.array([statistic(mean) for mean in means])
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

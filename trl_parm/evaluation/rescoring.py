@@ -16,14 +16,14 @@ from trl_parm.records import Records, check_cells, read_configuration, read_rows
 from trl_parm.reward_models import reward_configuration
 from trl_parm.rewards import Reward, score
 
-from .fronts import OF_OBJECTIVE, SUMMARY, row_cell
+from .fronts import MEASURED, OF_OBJECTIVE, SUMMARY, row_cell
 
 
 BEFORE = ("method", "preference", "label", "prompt", "response")
 """The columns before the rewards."""
 DECODED = ("tokens", "seconds", "seed", "extra_parameters", "extra_bytes")
 """The columns after them."""
-COLUMNS = (*BEFORE, *DECODED)
+COLUMNS = (*BEFORE, *DECODED, *MEASURED)
 """Columns of a table of results beside the rewards."""
 
 
@@ -90,4 +90,4 @@ def _scored(rows: list[dict[str, Any]], names: list[str], rewards: Mapping[str, 
     prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
     new = {name: score(name, reward, prompts, responses) for name, reward in rewards.items()}
     found = [{**row, **{name: values[i] for name, values in new.items()}} for i, row in enumerate(rows)]
-    return [{name: row[name] for name in (*BEFORE, *names, *DECODED) if name in row} for row in found]
+    return [{name: row[name] for name in (*BEFORE, *names, *DECODED, *MEASURED) if name in row} for row in found]

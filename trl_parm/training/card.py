@@ -16,6 +16,7 @@ from peft_pblora.config import PreferenceConfig
 from trl_parm.records import plain, versions
 
 from .data import JointPreferenceDataset, Pairs
+from .diagnosis import diagnose
 from .sample import make_sample
 
 
@@ -75,6 +76,8 @@ def facts_with(trainer: Trainer, sample: dict[str, Any] | None) -> CardFacts:
     accuracies = _accuracies(trainer)
     if accuracies:
         trainer.card["accuracies"] = accuracies
+    if diagnosis := _diagnosis(trainer):
+        trainer.card["diagnosis"] = diagnosis
     facts = {**trainer.card, **trainer.own_card, **({"sample": sample} if sample else {})}
     if isinstance(trainer.adapter_config, PreferenceConfig):
         trainer.adapter_config.card = dict(facts)
@@ -150,3 +153,9 @@ def _accuracies(trainer: Trainer) -> list[list[str]]:
         if any(text != "-" for row in rows for text in row[1:]):
             return [["objective", *(f"at {name}" for name in names)], *rows]
     return []
+
+
+def _diagnosis(trainer: Trainer) -> str:
+    """What the last evaluation says of whether the model follows α and has learned; empty if none measured it."""
+    history, config = reversed(trainer.state.log_history), trainer.adapter_config
+    return next((said for entry in history if (said := diagnose(entry, trainer.objectives, config))), "")

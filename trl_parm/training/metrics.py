@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .diagnosis import VertexMetrics
 from .losses import ARMLoss, accuracies, count_labels, weighted
 
 
@@ -71,7 +72,8 @@ class EvalMetrics:
     """Loss, accuracy and margin of every objective at every evaluation preference, and the loss of them all.
 
     That loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and is
-    the mean over the evaluation preferences: it does not depend on how the pairs fall into batches.
+    the mean over the evaluation preferences: it does not depend on how the pairs fall into batches. Where the vertices
+    are among those preferences, [`VertexMetrics`] come with them.
 
     Args:
         objectives (`Sequence[str]`): The k objectives.
@@ -83,6 +85,7 @@ class EvalMetrics:
         self.objectives, self.preferences, self.arm_loss = objectives, preferences, arm_loss
         self._values: dict[str, list[float]] = defaultdict(list)
         self._weights = torch.zeros(len(objectives), dtype=torch.float64)
+        self._vertices = VertexMetrics(objectives, list(preferences.values()), arm_loss)
 
     def add(
         self,
@@ -100,6 +103,7 @@ class EvalMetrics:
             untrained (`torch.Tensor` of shape `(pairs,)`, *optional*): The same without the adapter.
         """
         self._weights += count_labels(labels, weights)[:-1].double().cpu()
+        self._vertices.add(labels, margins, weights, untrained)
         for name, margin in zip(self.preferences, margins.unbind(-1), strict=True):
             values = {
                 "loss": weighted(self.arm_loss.of_pairs(margin, labels), weights),
@@ -113,7 +117,7 @@ class EvalMetrics:
                     self._values[f"{objective}_{kind}@{name}"] += value[labels[:, i] != 0, i].tolist()
 
     def means(self) -> dict[str, float]:
-        """`loss`, and the mean of each `<objective>_<kind>@<preference>` that has any pair with a label."""
+        """`loss`, the mean of each `<objective>_<kind>@<preference>` with any labelled pair, and those of vertices."""
         counts = {name: float(len(values)) for name, values in self._values.items()}
         for objective, weight in zip(self.objectives, self._weights.tolist(), strict=True):
             counts |= {f"{objective}_loss@{name}": weight for name in self.preferences}
@@ -123,4 +127,4 @@ class EvalMetrics:
         for name, preference in self.preferences.items():
             known = torch.tensor([[means.get(f"{objective}_loss@{name}", 0.0) for objective in self.objectives]])
             losses.append(self.arm_loss.aggregate(known, one[:, :-1], preference, one[0]))
-        return {**means, "loss": torch.stack(losses).mean().item()}
+        return {**means, **self._vertices.means(), "loss": torch.stack(losses).mean().item()}

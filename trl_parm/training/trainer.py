@@ -57,6 +57,8 @@ from .saving import SavingTrainer
 
 
 CARD = "README.md"
+MEASURED = ("sample", "accuracies", "diagnosis")
+"""Facts of a card that no longer hold when weights have been trained further."""
 
 
 class PreferenceARMTrainer(SavingTrainer):
@@ -160,9 +162,9 @@ class PreferenceARMTrainer(SavingTrainer):
         self._claimed = self._noise_checked = self._rows_checked = False
         self._offloading = get_act_offloading_ctx_manager(model) if args.activation_offloading else nullcontext()
         model.add_model_tags(self._tag_names)
-        # What the adapter's own card says goes before what a run knows, apart from the former sample.
-        self.own_card: dict[str, Any] = dict(getattr(self.adapter_config, "card", None) or {})
-        self.own_card.pop("sample", None)
+        # What the adapter's own card says goes before what a run knows, apart from what was measured of its weights.
+        own_card = getattr(self.adapter_config, "card", None) or {}
+        self.own_card = {name: fact for name, fact in own_card.items() if name not in MEASURED}
         self.card = first_facts(self, train_dataset, sources)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
