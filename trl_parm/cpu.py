@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -60,7 +61,7 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
     if dtype is None and has_bfloat16_units():
         dtype = torch.bfloat16
     small = _of_adapters(model)
-    packed = {m: PackedLinear.of(m, dtype) for m in model.modules() if _can_be_packed(m) and m not in small}
+    packed = {m: PackedLinear.of(cast(nn.Linear, m), dtype) for m in model.modules() if _can_be_packed(m, small)}
     if not packed:
         raise ValueError(
             f"No linear layer of the {type(model).__name__} could be packed: it needs a plain `nn.Linear` in float32 "
@@ -171,7 +172,7 @@ class PackedLinear(nn.Linear):
         if self._packed is None or self._of != now:
             source = weight.detach().to(self.dtype or weight.dtype)
             self._packed, self._of = torch.ops.mkldnn._reorder_linear_weight(source, 2 * FEWEST_ROWS), now
-        return self._packed
+        return cast(torch.Tensor, self._packed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         self._packed = None
@@ -200,9 +201,9 @@ class _Product(torch.autograd.Function):
         return (gradient.to(ctx.dtype) @ weight.to(ctx.dtype)).to(gradient.dtype), None
 
 
-def _can_be_packed(module: nn.Module) -> bool:
+def _can_be_packed(module: nn.Module, small: set[nn.Module]) -> bool:
     # Where another forward was put in its place, as by accelerate's offloading, weights come and go.
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
+    if type(module) is not nn.Linear or module in small or "forward" in module.__dict__:
         return False
     weight = module.weight
     return type(weight) is nn.Parameter and weight.is_cpu and weight.dtype in DTYPES
@@ -223,7 +224,7 @@ def _like(linear: nn.Linear, kind: type[nn.Linear], **attributes: Any) -> nn.Lin
     return new
 
 
-def _replace(model: nn.Module, new: dict[Any, nn.Linear]) -> None:
+def _replace(model: nn.Module, new: Mapping[Any, nn.Linear]) -> None:
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child in new:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ def parm(arm: PreTrainedModel, preference: Preference | str | None = None, beta:
     if isinstance(preference, str) and preference == WORST_CASE:
         vertices = torch.eye(len(get_objectives(arm, guide.get("adapter_name")))).tolist()
         return WorstCase([(strength, LM(arm, vertex, **guide)) for vertex in vertices])
-    return BASE + strength * LM(arm, preference, **guide)
+    return BASE + strength * LM(arm, cast(Preference | None, preference), **guide)
 
 
 def genarm(
@@ -85,7 +85,7 @@ def genarm(
     if isinstance(preference, str) and preference == WORST_CASE:
         objective_weights("arms", list(arms), [1 / max(1, len(arms))] * len(arms))  # there must be some
         return WorstCase([(strength, scorer_of("arms", arm, adapters_of, guide)) for arm in arms.values()])
-    terms = _weighted_scorers("arms", arms, preference, adapters_of, guide)
+    terms = _weighted_scorers("arms", arms, cast(Preference, preference), adapters_of, guide)
     return BASE + sum_of((strength * weight, arm) for weight, arm in terms)
 
 
