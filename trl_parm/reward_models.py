@@ -28,7 +28,7 @@ from transformers import initialization as init
 
 from .identity import known_by
 from .records import plain
-from .rewards import Reward
+from .rewards import Reward, check_installed
 from .sources import describe_function
 from .templates import in_form
 from .texts import PromptText, as_messages, fill
@@ -261,7 +261,7 @@ def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
 
 def load_function(path: str) -> Callable:
     """A function by its import path `module:function`; modules of the working directory are found too. Raises
-    `ValueError` if there is no such module, or nothing callable in it."""
+    `ValueError` if there is no such module, or nothing callable in it, and `ImportError` if it needs an extra."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -273,6 +273,7 @@ def load_function(path: str) -> Callable:
         raise ValueError(f"There is no function {path!r}: {error}. Give it as module:function.") from None
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, but a reward must be a function.")
+    check_installed(found)
     return found
 
 

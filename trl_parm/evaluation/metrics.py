@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-import moocore
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import ConstantInputWarning, spearmanr
+
+from trl_parm.extras import require
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
@@ -31,6 +31,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
     Raises:
         ValueError: no points, NaN, or a reference point of another length.
+        ImportError: the extra `eval` is not installed.
 
     Example:
 
@@ -41,6 +42,9 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
     ```
     """
+    require("eval", "`hypervolume`", "moocore")
+    import moocore
+
     points, reference = _finite(points, "points", 2), _finite(reference, "reference", 1)
     if points.shape[1] != len(reference):
         raise ValueError(f"`points` have {points.shape[1]} objectives, but `reference` has {len(reference)}.")
@@ -77,7 +81,14 @@ def pareto_front(points: ArrayLike) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(n,)`, bool. Of equal points all are kept.
+
+    Raises:
+        ValueError: no points, or NaN.
+        ImportError: the extra `eval` is not installed.
     """
+    require("eval", "`pareto_front`", "moocore")
+    import moocore
+
     return np.asarray(moocore.is_nondominated(_finite(points, "points", 2), maximise=True, keep_weakly=True))
 
 
@@ -95,7 +106,11 @@ def rank_correlations(preferences: ArrayLike, rewards: ArrayLike) -> np.ndarray:
 
     Raises:
         ValueError: shapes that differ, or NaN.
+        ImportError: the extra `eval` is not installed.
     """
+    require("eval", "`rank_correlations`", "scipy")
+    from scipy.stats import ConstantInputWarning, spearmanr
+
     preferences, rewards = _pairs(preferences, rewards)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
