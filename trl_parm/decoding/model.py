@@ -166,7 +166,7 @@ class Guided(GenerationMixin, nn.Module):
             guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
                 The prompts that guides read in the place of the base model's, padded on the left.
             prompt_length, text_mask, compile_config: What `generate` hands on between its steps.
-            **inputs: Further inputs of the base model; the cache, as `cache` or `past_key_values`, is a
+            **inputs: Further inputs of the base model; the cache, under the name that its forward has for it, is a
                 [`GuidedCache`].
 
         Returns:
