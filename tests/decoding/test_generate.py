@@ -191,9 +191,11 @@ def test_texts_of_models_with_linear_attention_go_on_or_are_refused(name, mode):
     first = guided.generate(PROMPTS, attention_mask=MASK, return_dict_in_generate=True, **settings)
     ids = torch.cat([first.sequences, torch.full((3, 3), 9)], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.cat([MASK, torch.ones(3, 7, dtype=torch.long)], 1)}
-    further = {"past_key_values": first.past_key_values} if mode == "the next turn" else {"prefill_chunk_size": 5}
+    read = cache_argument(cell.base, first.past_key_values)
+    further = read if mode == "the next turn" else {"prefill_chunk_size": 5}
     if name in ("Bamba", "Mamba"):
-        with pytest.raises(ValueError, match="forgets what it has read where several tokens follow"):
+        # Where a release of transformers reads no Mamba in chunks, it says so itself.
+        with pytest.raises(ValueError, match="forgets what it has read where several tokens|chunking without a"):
             guided.generate(**inputs, **settings, **further)
         return
     expected = guided.generate(**inputs, **settings)
@@ -256,7 +258,7 @@ def test_a_cache_is_reset_cropped_and_selected_as_any(on_base):
     guided = parm_model(on_base)
     with torch.no_grad():
         output = guided(PROMPTS, attention_mask=MASK, use_cache=True)
-        cache, expected = output.cache, output.logits
+        cache, expected = cache_in(output), output.logits
         cache.crop(-2)
         assert cache.get_seq_length() == 3
         again = guided(PROMPTS[:, 3:], attention_mask=MASK, past_key_values=cache).logits

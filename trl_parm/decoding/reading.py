@@ -337,8 +337,8 @@ class Part:
         return arguments
 
     def _whole_mask(self, given: dict[str, Any]) -> Any:
-        """The mask that a cache of fixed size needs, as `generate` makes it: of four dimensions, unless the model makes
-        its alibi tensor of it."""
+        """The mask that a cache of fixed size needs, as `generate` makes it: of four dimensions, but where the model
+        makes its alibi tensor of it."""
         ids = given["input_ids"]
         make = getattr(self.model, "create_masks_for_generate", None)
         if make is None and hasattr(self.model.base_model, "build_alibi_tensor"):
