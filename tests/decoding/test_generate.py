@@ -81,7 +81,7 @@ def test_its_logits_are_the_formula_at_every_position(on_base):
     steps, cache = [], None
     for i in range(5):
         output = guided(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        cache = output.cache if hasattr(output, "cache") else output.past_key_values
+        cache = cache_in(output)
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=1e-4)
     assert not output.logits.requires_grad
