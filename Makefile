@@ -4,7 +4,7 @@ PY := $(VENV)/bin/python
 TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # The oldest releases that setup.cfg allows and that resolve together.
-OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0 huggingface_hub==1.5.0 \
+OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.8.0 huggingface_hub==1.5.0 \
 	safetensors==0.8.0 numpy==2.0.2 matplotlib==3.9.0 scipy==1.13.0 moocore==0.2.0 vaderSentiment==3.3.2
 OLDEST_TESTS := adapter adapter_layers adapter_state algebra cores evaluation export kv_cache \
 	measures methods noise plots preference relabel rows serving transformers

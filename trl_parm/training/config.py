@@ -227,7 +227,7 @@ class PairData:
             data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
             if kind and self.streaming and next(iter(data), None) is None:
                 raise ValueError("it has no row")
-        except (DatasetGenerationError, StopIteration, ValueError) as error:
+        except (DatasetGenerationError, StopIteration, TypeError, ValueError) as error:
             if not kind:
                 raise
             raise ValueError(_damage(Path(self.path), kind, error.__cause__ or error)) from error
