@@ -31,6 +31,7 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
@@ -291,6 +292,14 @@ def test_a_quantised_cache():
     output = generate(models, decoder, "model", **settings)
     assert all(isinstance(part.cache, QuantizedCache) for part in output.past_key_values.parts)
     assert output.sequences.shape == naive.shape
+
+
+def test_beams_are_refused_where_a_quantised_cache_does_not_follow_them(monkeypatch):
+    pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
+    monkeypatch.setattr(QuantizedLayer, "reorder_cache", DynamicLayer.reorder_cache)
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
+    with pytest.raises(ValueError, match="Beam search with a quantised cache needs a newer transformers"):
+        parm_model().generate(PROMPTS, attention_mask=MASK, num_beams=2, max_new_tokens=4, **settings)
 
 
 def test_a_model_with_a_cache_of_its_own_is_read_without():

@@ -18,6 +18,7 @@ from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
 from .cache import GuidedCache
+from .prefix import check_reorders
 from .prompt import own_prompt
 from .reading import New, holds_tensors, parts_of
 from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
@@ -289,6 +290,8 @@ class Guided(GenerationMixin, nn.Module):
             return cache_in(of_model)
 
         state = GuidedCache(self._parts(new_cache, own is not None))
+        for part in state.parts if generation_config.num_beams > 1 else ():
+            check_reorders(part.cache)
         model_kwargs.update(cache_argument(self.backbone, state))
 
     def _state(self, cache: Any, keeps: bool, own_prompt: bool) -> GuidedCache:

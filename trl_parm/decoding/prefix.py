@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 
 def follow(old: torch.Tensor, new: torch.Tensor, alike: torch.Tensor | None = None) -> tuple[torch.Tensor | None, int]:
@@ -35,6 +35,17 @@ def follow(old: torch.Tensor, new: torch.Tensor, alike: torch.Tensor | None = No
 def can_take_back(cache: Cache) -> bool:
     """Whether any number of tokens can be taken back from a cache."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def check_reorders(cache: Cache) -> None:
+    """Raises `ValueError` for a cache whose rows can't change places, as beams do: a release of transformers in which
+    quantised layers move only what they haven't quantised yet."""
+    for layer in layers_of(cache):
+        if isinstance(layer, QuantizedLayer) and type(layer).reorder_cache is DynamicLayer.reorder_cache:
+            raise ValueError(
+                "Beam search with a quantised cache needs a newer transformers (5.24): in this one, what is "
+                "quantised stays where other beams are now. Use another cache, or `num_beams=1`."
+            )
 
 
 def rewindable_cache(model) -> DynamicCache:
