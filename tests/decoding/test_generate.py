@@ -274,6 +274,8 @@ def test_a_cache_is_reset_cropped_and_selected_as_any(on_base):
         torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
         cache.reset()
         assert cache.get_seq_length() == 0
+        again = guided(PROMPTS, attention_mask=MASK, past_key_values=cache).logits
+        torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow  # quanto compiles its kernels

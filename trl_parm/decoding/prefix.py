@@ -66,6 +66,16 @@ def holds(cache: Any) -> bool:
     )
 
 
+def empty(cache: Cache) -> None:
+    """Makes a cache forget what it has read. Layers that grow are dropped, not filled with zeros, which releases of
+    transformers took for tokens."""
+    cache.reset()
+    for layer in layers_of(cache):
+        if isinstance(layer, DynamicLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
 def layers_of(cache: Any) -> list[Any]:
     """The layers of a cache, of an encoder-decoder model's too."""
     if isinstance(cache, EncoderDecoderCache):
