@@ -83,7 +83,7 @@ def score(
     return cast(list[float], values)
 
 
-def check_installed(reward: Reward) -> None:
+def check_installed(reward: Callable) -> None:
     """Raises `ImportError` for a reward of this module, or one made of it, whose package is not installed."""
     if inspect.unwrap(reward) is positivity:
         _vader()

@@ -291,7 +291,7 @@ class Guided(GenerationMixin, nn.Module):
 
         state = GuidedCache(self._parts(new_cache, own is not None))
         for part in state.parts if generation_config.num_beams > 1 else ():
-            check_reorders(part.cache)
+            check_reorders(cast(Cache, part.cache))
         model_kwargs.update(cache_argument(self.backbone, state))
 
     def _state(self, cache: Any, keeps: bool, own_prompt: bool) -> GuidedCache:
