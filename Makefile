@@ -4,10 +4,12 @@ PY := $(VENV)/bin/python
 TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 # The oldest releases that setup.cfg allows and that resolve together.
-OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.7.0 huggingface_hub==1.5.0 \
+OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.8.0 huggingface_hub==1.5.0 \
 	safetensors==0.8.0 numpy==2.0.2 matplotlib==3.9.0 scipy==1.13.0 moocore==0.2.0 vaderSentiment==3.3.2
-OLDEST_TESTS := adapter adapter_layers adapter_state algebra cores evaluation export kv_cache \
-	measures methods noise plots preference relabel rows serving transformers
+OLDEST_TESTS := adapter adapter_layers adapter_state algebra arguments card cli cli_output control_tokens cores cpu \
+	evaluation export extras kv_cache loading log_probs losses make_pairs measures methods noise output pair_data plots \
+	preference relabel rescore resume rows serving shapes sources training training_architectures training_loss \
+	training_metrics training_preferences training_surface transformers
 
 # Only a folder that was made here is ever removed, by this mark in it. A link stays too.
 MADE := .made_by_make
@@ -44,7 +46,7 @@ test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (a few 
 	$(PY) -m pip install -q --disable-pip-version-check diffusers pyyaml
 	$(PY) tests/peft_matrix/run.py
 
-test-oldest: .venv-oldest/.ready  ## Run the tests of adapters and decoding on the oldest releases allowed
+test-oldest: .venv-oldest/.ready  ## Run most tests on the oldest releases allowed
 	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 tests/decoding $(OLDEST_TESTS:%=tests/test_%.py)
 
 test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What forwards call their key-value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+"""What forwards call their cache: `cache` in new releases of transformers, `past_key_values` before, and Mamba's
+`cache_params`."""
 
 import inspect
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from torch import nn
 from .switch import backbone_of
 
 
-NAMES = ("cache", "past_key_values")
+NAMES = ("cache", "past_key_values", "cache_params")
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator, cpu_offload, disk_offload
+from accelerate.state import AcceleratorState
 from adapter_table import TABLE, every_adapter, make_model
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
 from distributed_worker import gradients, loss_of
@@ -111,6 +112,7 @@ def test_exporting_weights_that_accelerate_keeps_elsewhere(tmp_path):
 
 
 def test_through_accelerator_in_bf16():
+    AcceleratorState._reset_state(reset_partial_state=True)  # which a training in this process has left
     arm, reference = tiny_arm(), tiny_arm()
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(arm)
     for preference in ([0.2, 0.8], ROWS):

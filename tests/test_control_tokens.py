@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Control tokens in a user's text: they act as in transformers, or are read as text where that is asked for."""
 
+import inspect
+
 import pytest
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from test_cli import _no_progress_bars, run  # noqa: F401 - a fixture
@@ -58,8 +60,13 @@ def row(tokenizer, *arguments, **options) -> list[int]:
 
 TEMPLATES = [(chatml, None), (chatml, "<|im_start|>{prompt} or {prompt}<|im_end|>"), (sentences, "U: {prompt} A:"),
              (sentences, None)]  # fmt: skip
+escapes = pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters,
+    reason="this transformers can't read control tokens as text",
+)
 
 
+@escapes
 @pytest.mark.parametrize(("make", "template"), TEMPLATES)
 def test_the_only_control_tokens_are_those_of_the_template(make, template):
     tokenizer = make()
@@ -72,6 +79,7 @@ def test_the_only_control_tokens_are_those_of_the_template(make, template):
     assert tokenizer.decode(ids) == tokenizer.decode(acting)  # no text is lost or added
 
 
+@escapes
 @pytest.mark.parametrize(("make", "template"), TEMPLATES)
 def test_other_prompts_are_read_as_before(make, template):
     tokenizer, prompts = make(), ["hi", " a longer one, with <b> and {braces} in it \n"]
@@ -84,6 +92,7 @@ def test_other_prompts_are_read_as_before(make, template):
         assert now["attention_mask"].tolist() == before["attention_mask"].tolist()
 
 
+@escapes
 def test_conversations_are_escaped_in_every_message():
     tokenizer = chatml()
     chat = [{"role": role, "content": HOSTILE} for role in ("system", "user", "assistant", "user")]
@@ -91,15 +100,22 @@ def test_conversations_are_escaped_in_every_message():
     assert special(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"] * 4 + ["<|im_start|>"]
 
 
-def test_what_can_not_be_escaped_is_refused(monkeypatch):
+@escapes
+def test_what_can_not_be_escaped_is_refused():
     with pytest.raises(ValueError, match="Can't sanitize '<eos>': the tokenizer produces it from plain text"):
         escaped_ids(tiny_tokenizer(), ["w1 <eos>"])
     with pytest.raises(ValueError, match=r"has no \{prompt\}"):
         escaped_ids(sentences(), ["a"], "no place")
-    tokenizer = chatml()
+
+
+def test_a_release_that_can_not_escape_is_refused_before_any_prompt(folder, monkeypatch):
+    models = load_models(str(folder / "arm"), dtype="float32")
+    tokenizer = models.tokenizer
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda chats, **kwargs: None)
     with pytest.raises(ValueError, match="needs a newer transformers"):
         escaped_ids(tokenizer, ["a"])
+    with pytest.raises(ValueError, match="needs a newer transformers"):
+        Answering(models, escape_control_tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +129,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@escapes
 def test_commands_escape_where_it_is_asked_for(folder, tmp_path, capsys):
     method = f'{{"method": "parm", "arm": "{folder / "arm"}", "template": "<|im_start|>{{prompt}}"}}'
     words = ("generate", "--model_name_or_path", folder / "base", "--prompts", HOSTILE, "--max_new_tokens", 4)
@@ -125,6 +142,7 @@ def test_commands_escape_where_it_is_asked_for(folder, tmp_path, capsys):
     assert "escape_control_tokens" in capsys.readouterr().err
 
 
+@escapes
 def test_the_demo_escapes_where_it_is_asked_for(folder):
     found = []
     for escape in (False, True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A forward's cache under both of its names."""
+"""A forward's cache under each of its names."""
 
 import pytest
 import torch
@@ -20,7 +20,12 @@ class New(nn.Module):
         return cache
 
 
-@pytest.mark.parametrize("kind", [Old, New])
+class Recurrent(nn.Module):
+    def forward(self, input_ids, cache_params=None):
+        return cache_params
+
+
+@pytest.mark.parametrize("kind", [Old, New, Recurrent])
 def test_a_forward_gets_its_cache_under_its_own_name(kind):
     cache = DynamicCache()
     assert takes_cache(kind())
@@ -37,7 +42,7 @@ def test_a_model_of_transformers_fills_it():
 
 
 def test_no_cache():
-    assert cache_in({"cache": None, "past_key_values": None}) is None
+    assert cache_in({"cache": None, "past_key_values": None, "cache_params": None}) is None
     assert not takes_cache(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="A Linear takes no key-value cache"):
         cache_argument(nn.Linear(2, 2), None)

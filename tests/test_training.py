@@ -244,6 +244,26 @@ def test_dropout_that_can_not_be_found_is_refused_before_the_first_step(tmp_path
     trainer(tmp_path, tokenizer, noisy(), disable_dropout=False).train()
 
 
+class Drawing(torch.nn.SiLU):
+    """Draws random numbers of which it makes nothing, as layers that are never dropped do."""
+
+    def forward(self, input):
+        torch.rand(1)
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_random_numbers_without_effect_change_nothing(tmp_path, tokenizer, checkpointing):
+    """They are found out by further forwards, of which the backward of the first must not notice anything."""
+    weights = []
+    for act in (torch.nn.SiLU(), Drawing()):
+        model = tiny_llama()
+        model.model.layers[1].mlp.act_fn = act
+        options = {"gradient_checkpointing": checkpointing, "max_steps": 1, "per_device_train_batch_size": 4}
+        weights.append(trained(tmp_path, tokenizer, model=model, **options)[1])
+    torch.testing.assert_close(weights[1], weights[0])
+
+
 def second_adapter(model: PeftModel) -> PeftModel:
     """One for other objectives, which is active and trains."""
     model.add_adapter("three", PBLoraConfig(objectives=["a", "b", "c"], target_modules=["q_proj"]))

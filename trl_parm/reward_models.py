@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .identity import known_by
 from .loading import load_whole
 from .records import plain, recorded
-from .rewards import Reward, score
+from .rewards import Reward, check_installed, score
 from .sources import describe_function
 from .templates import in_form
 from .texts import PromptText, as_messages, fill
@@ -261,7 +261,8 @@ def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
 
 def load_function(path: str) -> Callable:
     """A function by its import path `module:function`; modules of the working directory are found too. Raises
-    `ValueError` if there is no such module, or nothing callable in it, or another module of this name is imported."""
+    `ValueError` if there is no such module, or nothing callable in it, or another module of this name is imported, and
+    `ImportError` if it needs an extra."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -279,6 +280,7 @@ def load_function(path: str) -> Callable:
         raise ValueError(f"There is no function {path!r}: {error}. Give it as module:function.") from None
     if not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}, but a reward must be a function.")
+    check_installed(found)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -80,6 +81,12 @@ def score(
                 "return one finite number for each response."
             )
     return cast(list[float], values)
+
+
+def check_installed(reward: Callable) -> None:
+    """Raises `ImportError` for a reward of this module, or one made of it, whose package is not installed."""
+    if inspect.unwrap(reward) is positivity:
+        _vader()
 
 
 def _entries(found: Any) -> Any:

@@ -33,6 +33,7 @@ from transformers import (
     TextIteratorStreamer,
     pipeline,
 )
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
@@ -83,7 +84,7 @@ def test_its_logits_are_the_formula_at_every_position(on_base):
     steps, cache = [], None
     for i in range(5):
         output = guided(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        cache = output.cache if hasattr(output, "cache") else output.past_key_values
+        cache = cache_in(output)
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=1e-4)
     assert not output.logits.requires_grad
@@ -218,9 +219,11 @@ def test_texts_of_models_with_linear_attention_go_on_or_are_refused(name, mode):
     first = guided.generate(PROMPTS, attention_mask=MASK, return_dict_in_generate=True, **settings)
     ids = torch.cat([first.sequences, torch.full((3, 3), 9)], 1)
     inputs = {"input_ids": ids, "attention_mask": torch.cat([MASK, torch.ones(3, 7, dtype=torch.long)], 1)}
-    further = {"past_key_values": first.past_key_values} if mode == "the next turn" else {"prefill_chunk_size": 5}
+    read = cache_argument(cell.base, first.past_key_values)
+    further = read if mode == "the next turn" else {"prefill_chunk_size": 5}
     if name in ("Bamba", "Mamba"):
-        with pytest.raises(ValueError, match="forgets what it has read where several tokens follow"):
+        # Where a release of transformers reads no Mamba in chunks, it says so itself.
+        with pytest.raises(ValueError, match="forgets what it has read where several tokens|chunking without a"):
             guided.generate(**inputs, **settings, **further)
         return
     expected = guided.generate(**inputs, **settings)
@@ -283,7 +286,7 @@ def test_a_cache_is_reset_cropped_and_selected_as_any(on_base):
     guided = parm_model(on_base)
     with torch.no_grad():
         output = guided(PROMPTS, attention_mask=MASK, use_cache=True)
-        cache, expected = output.cache, output.logits
+        cache, expected = cache_in(output), output.logits
         cache.crop(-2)
         assert cache.get_seq_length() == 3
         again = guided(PROMPTS[:, 3:], attention_mask=MASK, past_key_values=cache).logits
@@ -298,6 +301,8 @@ def test_a_cache_is_reset_cropped_and_selected_as_any(on_base):
         torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
         cache.reset()
         assert cache.get_seq_length() == 0
+        again = guided(PROMPTS, attention_mask=MASK, past_key_values=cache).logits
+        torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow  # quanto compiles its kernels
@@ -316,6 +321,14 @@ def test_a_quantised_cache():
     output = generate(models, decoder, "model", **settings)
     assert all(isinstance(part.cache, QuantizedCache) for part in output.past_key_values.parts)
     assert output.sequences.shape == naive.shape
+
+
+def test_beams_are_refused_where_a_quantised_cache_does_not_follow_them(monkeypatch):
+    pytest.importorskip("optimum.quanto", reason="quantised caches need optimum-quanto")
+    monkeypatch.setattr(QuantizedLayer, "reorder_cache", DynamicLayer.reorder_cache)
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}}
+    with pytest.raises(ValueError, match="Beam search with a quantised cache needs a newer transformers"):
+        parm_model().generate(PROMPTS, attention_mask=MASK, num_beams=2, max_new_tokens=4, **settings)
 
 
 def test_a_model_with_a_cache_of_its_own_is_read_without():

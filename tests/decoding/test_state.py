@@ -17,6 +17,7 @@ from torch import nn
 from transformers import LogitsProcessorList
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
+from peft_pblora.kv_cache import cache_in
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor
 from trl_parm.decoding import genarm, parm
 from trl_parm.decoding.terms import language_models
@@ -163,7 +164,7 @@ def is_dropped(generate, arm):
     def forwards():
         model, output, ids = getattr(generate, "__self__", None) or arm.get_base_model(), None, IDS
         while True:
-            output = model(ids, use_cache=True, **({} if output is None else {"past_key_values": output.cache}))
+            output = model(ids, use_cache=True, past_key_values=cache_in(output or {}))
             ids = output.logits[:, -1:].argmax(-1)
             yield ids
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.extras import require
 
 from .common import say, write_run
 
@@ -50,6 +51,7 @@ class PlotArguments:
 
 def main(argv: list[str]) -> None:
     arguments: PlotArguments = parse("plot", PlotArguments, argv, __doc__)
+    require("eval", "a plot", "matplotlib", "moocore", "scipy")
     from peft_pblora import add_results
     from peft_pblora.card.files import WRITER as FIGURE
     from peft_pblora.output import check_output

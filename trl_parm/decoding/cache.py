@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import Cache
 
-from .prefix import layers_of
+from .prefix import empty, layers_of
 from .reading import Part
 from .terms import LM
 
@@ -99,7 +99,7 @@ class GuidedCache(Cache):
 
     def reset(self) -> None:
         for part in self.parts:
-            cast(Cache, part.cache).reset()
+            empty(cast(Cache, part.cache))
             part.mask = None
         self.length, self.text = 0, None
         self.memory.clear()

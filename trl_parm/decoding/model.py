@@ -18,6 +18,7 @@ from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
 from .cache import GuidedCache
+from .prefix import check_reorders
 from .prompt import own_prompt
 from .reading import New, holds_tensors, parts_of
 from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
@@ -168,7 +169,7 @@ class Guided(GenerationMixin, nn.Module):
             guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
                 The prompts that guides read in the place of the base model's, padded on the left.
             prompt_length, text_mask, compile_config: What `generate` hands on between its steps.
-            **inputs: Further inputs of the base model; the cache, as `cache` or `past_key_values`, is a
+            **inputs: Further inputs of the base model; the cache, under the name that its forward has for it, is a
                 [`GuidedCache`].
 
         Returns:
@@ -291,6 +292,8 @@ class Guided(GenerationMixin, nn.Module):
             return cache_in(of_model)
 
         state = GuidedCache(self._parts(new_cache, own is not None))
+        for part in state.parts if generation_config.num_beams > 1 else ():
+            check_reorders(cast(Cache, part.cache))
         model_kwargs.update(cache_argument(self.backbone, state))
 
     def _state(self, cache: Any, keeps: bool, own_prompt: bool) -> GuidedCache:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 
 def follow(old: torch.Tensor, new: torch.Tensor, alike: torch.Tensor | None = None) -> tuple[torch.Tensor | None, int]:
@@ -37,6 +37,17 @@ def can_take_back(cache: Cache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
+def check_reorders(cache: Cache) -> None:
+    """Raises `ValueError` for a cache whose rows can't change places, as beams do: a release of transformers in which
+    quantised layers move only what they haven't quantised yet."""
+    for layer in layers_of(cache):
+        if isinstance(layer, QuantizedLayer) and type(layer).reorder_cache is DynamicLayer.reorder_cache:
+            raise ValueError(
+                "Beam search with a quantised cache needs a newer transformers (5.24): in this one, what is "
+                "quantised stays where other beams are now. Use another cache, or `num_beams=1`."
+            )
+
+
 def rewindable_cache(model) -> DynamicCache:
     """A cache that can be taken back at any length, where the model's layers allow it.
 
@@ -53,6 +64,16 @@ def holds(cache: Any) -> bool:
         getattr(layer, "is_initialized", False) or any(getattr(layer, "has_previous_state", {}).values())
         for layer in layers_of(cache)
     )
+
+
+def empty(cache: Cache) -> None:
+    """Makes a cache forget what it has read. Layers that grow are dropped, not filled with zeros, which releases of
+    transformers took for tokens."""
+    cache.reset()
+    for layer in layers_of(cache):
+        if isinstance(layer, DynamicLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
 
 def layers_of(cache: Any) -> list[Any]:

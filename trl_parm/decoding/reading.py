@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
@@ -332,22 +333,33 @@ class Part:
         arguments["use_cache"] = self.cache is not None
         if self.cache is not None:
             arguments |= cache_argument(self.model, self.cache)
-            fixed = self.cache.is_compileable and not all(self.cache.is_linear)
-            if fixed and not self.model.config.is_encoder_decoder:  # whose `attention_mask` is the encoder's
+            # That of an encoder-decoder is the encoder's.
+            own_mask = not self.model.config.is_encoder_decoder and self.cache.is_compileable
+            if own_mask and not all(self.cache.is_linear):
                 arguments["attention_mask"] = self._whole_mask(given)
         return arguments
 
     def _whole_mask(self, given: dict[str, Any]) -> Any:
-        """The mask of four dimensions that a cache of fixed size needs, as `generate` makes it."""
+        """The mask that a cache of fixed size needs, as `generate` makes it: of four dimensions, but where the model
+        makes its alibi tensor of it."""
         ids = given["input_ids"]
-        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
-        return make(
+        make = getattr(self.model, "create_masks_for_generate", None)
+        if make is None and hasattr(self.model.base_model, "build_alibi_tensor"):
+            return self._long_mask(given)
+        return (make or create_masks_for_generate)(
             config=self.model.config,
             inputs_embeds=torch.empty((*ids.shape, 0), dtype=self.model.dtype, device=ids.device),
             attention_mask=given.get("attention_mask"),
             position_ids=given.get("position_ids"),
             **cache_argument(self.model, self.cache),
         )
+
+    def _long_mask(self, given: dict[str, Any]) -> torch.Tensor:
+        """The mask of two dimensions, as long as a cache of fixed size: 0 where nothing is yet."""
+        ids, cache, mask = given["input_ids"], cast(Cache, self.cache), given.get("attention_mask")
+        if mask is None:
+            mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
+        return nn.functional.pad(mask, (0, cache.get_max_length() - mask.shape[1]))
 
 
 def parts_of(

@@ -23,6 +23,7 @@ from transformers import BatchEncoding, StoppingCriteria
 from peft_pblora import as_preference
 from trl_parm.decoding import BASE, Guided, TokenRewards, token_rewards
 from trl_parm.decoding.methods import guidance_strength
+from trl_parm.evaluation.control_tokens import check_escapes
 from trl_parm.evaluation.decoding import GREEDY, RowSampling, encode_prompts, text_length
 from trl_parm.noise import row_seed
 from trl_parm.rewards import score
@@ -47,9 +48,14 @@ class Answering:
     Args:
         models ([`Models`]): The models.
         escape_control_tokens (`bool`, *optional*, defaults to `False`): Read the text of a control token as text.
+
+    Raises:
+        ValueError: control tokens are to be read as text, which this transformers can't do.
     """
 
     def __init__(self, models: Models, escape_control_tokens: bool = False) -> None:
+        if escape_control_tokens:
+            check_escapes(models.tokenizer)
         self.models, self.escape_control_tokens = models, escape_control_tokens
         self.measures = measures_of(models.objectives)
         # A fast tokenizer may not be used by two threads at once, and the worker uses the models' own.

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.extras import require
 
 
-NEEDED = ("gradio", "matplotlib", "moocore", "scipy")
+NEEDED = ("gradio", "matplotlib", "moocore")
 
 
 @dataclass
@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: DemoArguments) -> None:
     """Serves the page. Raises `ValueError`, `OSError` or `ImportError` if something is wrong or missing."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'trl-parm[demo]'")
+    require("demo", "the demo", *NEEDED)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio looks before any page is made
     from trl_parm.decoding.methods import guidance_strength
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: sweeps over preferences, measures and plots. Needs the extra `eval`.
+"""Evaluation: sweeps over preferences, measures and plots. Needs the extra `eval` for measures and figures.
 
 Names load on first use: measures of a front (`metrics`) come without PyTorch, and tables without matplotlib.
 """

@@ -28,8 +28,7 @@ def escaped_ids(
     Raises:
         ValueError: a transformers that can't do this, or a tokenizer that has a control token in its plain vocabulary.
     """
-    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
-        raise ValueError("`escape_control_tokens` needs a newer transformers (5.24): pip install -U transformers")
+    check_escapes(tokenizer)
     encode: Any = tokenizer.apply_chat_template
     options: dict[str, Any] = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True}
     around: tuple[list[int], list[int]] = [], []
@@ -45,6 +44,12 @@ def escaped_ids(
     rows = [cast(list[int], ids) for ids in encode(chats, **options)["input_ids"]]
     cut = [ids if most is None else ids[max(0, len(ids) - most) :] for ids in rows]
     return [[*around[0], *ids, *around[1]] for ids in cut]
+
+
+def check_escapes(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` for a transformers that can't read control tokens as text."""
+    if "sanitize_control_tokens" not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        raise ValueError("`escape_control_tokens` needs a newer transformers (5.24): pip install -U transformers")
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

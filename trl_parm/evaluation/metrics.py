@@ -11,11 +11,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
-import moocore
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import ConstantInputWarning, spearmanr
-from scipy.stats import t as student
+
+from trl_parm.extras import require
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
@@ -32,6 +31,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
     Raises:
         ValueError: no points, NaN, or a reference point of another length.
+        ImportError: the extra `eval` is not installed.
 
     Example:
 
@@ -42,6 +42,9 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
     ```
     """
+    require("eval", "`hypervolume`", "moocore")
+    import moocore
+
     points, reference = _finite(points, "points", 2), _finite(reference, "reference", 1)
     if points.shape[1] != len(reference):
         raise ValueError(f"`points` have {points.shape[1]} objectives, but `reference` has {len(reference)}.")
@@ -78,7 +81,14 @@ def pareto_front(points: ArrayLike) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(n,)`, bool. Of equal points all are kept.
+
+    Raises:
+        ValueError: no points, or NaN.
+        ImportError: the extra `eval` is not installed.
     """
+    require("eval", "`pareto_front`", "moocore")
+    import moocore
+
     return np.asarray(moocore.is_nondominated(_finite(points, "points", 2), maximise=True, keep_weakly=True))
 
 
@@ -96,7 +106,11 @@ def rank_correlations(preferences: ArrayLike, rewards: ArrayLike) -> np.ndarray:
 
     Raises:
         ValueError: shapes that differ, or NaN.
+        ImportError: the extra `eval` is not installed.
     """
+    require("eval", "`rank_correlations`", "scipy")
+    from scipy.stats import ConstantInputWarning, spearmanr
+
     preferences, rewards = _pairs(preferences, rewards)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
@@ -189,6 +203,9 @@ def seed_bootstrap(
         return bootstrap(statistic, values[0], resamples, confidence, seed)
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"`confidence` is {confidence}, `resamples` {resamples}. Give one in (0, 1), and 1 or more.")
+    require("eval", "`seed_bootstrap`", "scipy")
+    from scipy.stats import t as student
+
     found = [statistic(of_seed.mean(0)) for of_seed in values]
     estimate = float(np.mean(found))
     if prompts == 1:

@@ -242,7 +242,7 @@ class PairData:
                 raise ValueError("it has no row")
             if kind and not self.streaming:
                 data.data.table.validate(full=True)  # that texts are UTF-8, which is else seen row by row
-        except (DatasetGenerationError, StopIteration, ValueError) as error:
+        except (DatasetGenerationError, StopIteration, TypeError, ValueError) as error:
             if not kind:
                 raise
             raise ValueError(_damage(Path(self.path), kind, error.__cause__ or error)) from error

@@ -233,11 +233,12 @@ class PreferenceARMTrainer(SavingTrainer):
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
         counts = cast(torch.Tensor, num_items_in_batch) if whole else count_labels(labels, weights)
+        self._set_preference(model, inputs, preference)
         if self.args.disable_dropout and model.training and not self._noise_checked:
-            log_probs = without_noise(lambda: self._log_probs(model, inputs, preference), labels.device)
+            log_probs = without_noise(lambda: self.responses.log_probs(model, inputs), labels.device)
             self._noise_checked = True
         else:
-            log_probs = self._log_probs(model, inputs, preference)
+            log_probs = self.responses.log_probs(model, inputs)
         margins = log_probs[0] - log_probs[1]
         loss, losses = self.arm_loss(margins, labels, preference, counts, whole, weights)
         if not torch.isfinite(loss):
@@ -249,30 +250,29 @@ class PreferenceARMTrainer(SavingTrainer):
         self.train_metrics.add(preference.to(margins), log_probs, losses, labels, weights)
         return (loss, {"margins": margins}) if return_outputs else loss
 
-    def _log_probs(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
-        """The forward of training and evaluation: log π of both responses of each pair, shape `(2, pairs)`.
-
-        Without a preference it is that of the untrained model, without its adapter.
-        """
+    def _set_preference(self, model, inputs, preference: torch.Tensor | None) -> None:
+        """Sets α, once for all forwards before a backward: none of them, nor gradient checkpointing, which runs one
+        again, may find it changed."""
         if self.args.share_prompt and not self._rows_checked:
             if self.preference_conditioned:
                 k = len(self.objectives)
                 set_preference(model, torch.full((k,), 1 / k), self.adapter)  # one for any number of rows
             self.responses.check_shared_prompts(model, inputs)
             self._rows_checked = True
-        if preference is None:
-            model = cast(PeftModel, self.accelerator.unwrap_model(model))
-            with model.disable_adapter():
-                return self.responses.log_probs(model, inputs)
-        if self.preference_conditioned:
-            # Left until the next forward: gradient checkpointing runs this one again, and must see the same.
+        if preference is not None and self.preference_conditioned:
             rows = self.responses.rows_per_pair
             preference = preference.repeat(rows, 1) if preference.ndim == 2 else preference
             set_preference(model, preference, self.adapter)
-        return self.responses.log_probs(model, inputs)
 
     def _margins(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
-        first, second = self._log_probs(model, inputs, preference)
+        """By how much log π of the first response of each pair is larger, of the untrained model without α."""
+        self._set_preference(model, inputs, preference)
+        without = nullcontext()
+        if preference is None:
+            model = cast(PeftModel, self.accelerator.unwrap_model(model))
+            without = model.disable_adapter()
+        with without:
+            first, second = self.responses.log_probs(model, inputs)
         return first - second
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
