@@ -78,10 +78,11 @@ def test_score_of_args_is_the_formula(tokenizer):
 
 @every_door
 def test_a_classifier_reads_each_prefix_once(door):
+    """The first step finds out that branches are texts; then each new token and four candidates are one forward."""
     models = Models.make()
     fed = fed_tokens(models.judge)
     decode(door, models.base, args(models.judge, k=4), max_new_tokens=6)
-    assert fed == [5] + [1] * 11
+    assert fed == [5, 1, 3, 1] + [1 + 4] * 5
 
 
 @every_door

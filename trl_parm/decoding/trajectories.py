@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from peft_pblora.kv_cache import cache_argument
 from trl_parm.algebra import Step
 from trl_parm.rewards import Reward
 
-from .prefix import can_take_back, follow, rewindable_cache
+from .branches import Classifier, Prefix, read
 from .terms import check_evaluates
 
 
@@ -86,7 +85,7 @@ class TextReward(TrajectoryReward):
 
 class ClassifierReward(TrajectoryReward):
     """A sequence classifier with the base model's vocabulary: its output at a text's last token. It reads every prefix
-    once.
+    once, and all candidates as branches of it in one forward, where its architecture allows that.
 
     Args:
         model (`PreTrainedModel`): Such as `AutoModelForSequenceClassification` of a causal model.
@@ -106,10 +105,8 @@ class ClassifierReward(TrajectoryReward):
         self.model, self.label, self.pad_token_id = model, label, config.pad_token_id
 
     def __call__(self, step, candidates, candidate_mask):
-        cache = _cache_of_prefixes(self.model, step, candidates.shape[1])
-        ids, mask = (x.to(self.model.device) for x in _texts(step, candidates, candidate_mask))
-        new = ids.masked_fill(mask == 0, self.pad_token_id)[:, -candidates.shape[2] :]
-        return _checked(_read(self.model, new, mask, cache).logits[:, self.label], candidates)
+        reader = step.memory.setdefault(("classifier", id(self.model)), Classifier(self.model, self.pad_token_id))
+        return _checked(reader.scores(step, candidates, candidate_mask)[..., self.label], candidates)
 
 
 class Rollout:
@@ -173,57 +170,11 @@ def _checked(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     return values.float().view(rows, k).to(candidates.device)
 
 
-class _Prefix:
-    """The tokens that a model of its own has read, addressed by themselves: what is shared is not read again.
-
-    Args:
-        model (`PreTrainedModel`): The model; its forwards are the caller's.
-    """
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.tokens = torch.empty(0, 0, dtype=torch.long)
-        self.cache = rewindable_cache(model)
-
-    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-        """Makes the cache hold a prefix of what is not masked of `tokens`, and returns its length: one token at least
-        is left to feed."""
-        text = tokens.masked_fill(mask == 0, -1)
-        rows, shared = follow(self.tokens, text)
-        kept = min(shared, tokens.shape[1] - 1)
-        surplus = self.tokens.shape[1] - kept
-        if kept == 0 or (surplus and not can_take_back(self.cache)):
-            self.cache, kept = rewindable_cache(self.model), 0
-        else:
-            if rows is not None:
-                self.cache.reorder_cache(cast(torch.LongTensor, rows))
-            if surplus:
-                self.cache.crop(-surplus)
-        self.tokens = text
-        return kept
-
-    def repeated(self, rows: int, times: int) -> Cache:
-        """A copy of the cache in which each of its rows stands so many times."""
-        cache = copy.deepcopy(self.cache)
-        cache.reorder_cache(cast(torch.LongTensor, torch.arange(rows).repeat_interleave(times)))
-        return cache
-
-
 def _cache_of_prefixes(model: PreTrainedModel, step: Step, times: int, **settings: Any) -> Cache:
     """A copy of what a model has read of the prefixes, each `times` times; it reads only what is new of them."""
     check_evaluates(model)
     tokens, mask = (x.to(model.device) for x in step.text)
-    prefix = step.memory.setdefault(("prefix", id(model)), _Prefix(model))
+    prefix = step.memory.setdefault(("prefix", id(model)), Prefix(model))
     kept = prefix.align(tokens, mask)
-    _read(model, tokens[:, kept:], mask, prefix.cache, **settings)
+    read(model, tokens[:, kept:], mask, prefix.cache, **settings)
     return prefix.repeated(len(tokens), times)
-
-
-@torch.no_grad()
-def _read(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, **settings: Any) -> Any:
-    """A model's output for the last tokens of the texts of a mask."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-        **cache_argument(model, cache), **settings,
-    )  # fmt: skip
