@@ -18,7 +18,7 @@ from trl_parm.decoding.branches import Classifier
 
 BRANCH = {"Llama": True, "GPT-2": True, "OPT": True, "Mixtral": True, "BLOOM": False, "Qwen3-Next": False,
           "Phi-3": False}  # fmt: skip
-"""Whether a classifier of this architecture can read branches: not with windows, recurrent layers or masks of its own."""
+"""Whether a classifier of this architecture can read branches, which windows, recurrent layers and own masks forbid."""
 
 
 def classifier(name):

@@ -134,6 +134,20 @@ def encode_prompts(
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
 
 
+def with_common_start(inputs: BatchEncoding) -> BatchEncoding:
+    """The same prompts, `(rows, columns)` as before, but what all of them begin with stands in the first columns, and
+    padding after it in the place of before it: a guided model then reads that once."""
+    ids, mask = cast(torch.Tensor, inputs["input_ids"]), cast(torch.Tensor, inputs["attention_mask"])
+    pads = ids.shape[1] - mask.sum(1, keepdim=True)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    begin = ids.gather(1, (pads + columns[: int(mask.sum(1).min()) - 1]).clamp(max=ids.shape[1] - 1))
+    common = int((begin == begin[:1]).all(0).int().cumprod(0).sum())
+    padding = (columns >= common) & (columns < common + pads)
+    moved = ids.gather(1, torch.where(columns < common, pads + columns, columns).expand_as(ids))
+    moved = moved.masked_fill(padding, int(ids[mask == 0].amax()) if bool(padding.any()) else 0)
+    return BatchEncoding({"input_ids": moved, "attention_mask": (~padding).to(mask)})
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[PromptText],

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from datasets import Dataset
@@ -18,6 +19,9 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from peft_pblora import as_preference, name_preference
 from peft_pblora.preference import Preference, check_columns, check_objectives
 from trl_parm.decoding import BASE, Guided
+from trl_parm.decoding.adapters import Adapters
+from trl_parm.decoding.probes import sees_over_padding
+from trl_parm.decoding.search import TopKReward
 from trl_parm.identity import describe_model, short_hash
 from trl_parm.noise import row_seed
 from trl_parm.records import Records, plain
@@ -37,6 +41,7 @@ from .decoding import (
     prompt_ids,
     split_settings,
     text_length,
+    with_common_start,
 )
 from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
 from .methods import Entry, with_fingerprints
@@ -213,6 +218,7 @@ class _Table:
         self.sampling, self.generation = split_settings(generation)
         self.ends = self.generation.get("eos_token_id", base_config.eos_token_id)
         chat = tokenizer.chat_template if template is None else None
+        self._over_padding: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
         self.configuration = {
             "objectives": self.objectives,
             "rewards": {name: reward_configuration(reward) for name, reward in rewards.items()},
@@ -347,6 +353,8 @@ class _Table:
         own = dict.fromkeys(acting_settings(cast(Any, model.generation_config)) or {})  # the base's act instead
         length = cast(torch.Tensor, inputs["input_ids"]).shape[1]
         noise = [] if self.sampling is None else [RowSampling(seeds, length, **self.sampling)]
+        if self._reads_over_padding(model, arguments):
+            inputs = with_common_start(inputs)
         start = _now(model.device)
         output = cast(Any, model).generate(
             **inputs,
@@ -356,6 +364,19 @@ class _Table:
             **{**own, **self.settings, **GREEDY, "eos_token_id": self.ends, **self.generation},
         )
         return output[:, length:], _now(model.device) - start
+
+    def _reads_over_padding(self, model: Guided, arguments: Mapping[str, Any]) -> bool:
+        """Whether padding may stand within the prompts, so that what they all begin with is read once."""
+        others = {"cache_implementation", "use_cache", "prefill_chunk_size"} & set(self.generation)
+        if others or not set(arguments) <= {"guide_input_ids", "guide_attention_mask"}:
+            return False
+        scorers = set(model.formula.scorers()) - {BASE, *model.terms}
+        if not all(isinstance(scorer, TopKReward) and scorer.reads_text_alone for scorer in scorers):
+            return False
+        for backbone in (model.backbone, *(term.backbone for term in model.terms)):
+            if backbone not in self._over_padding:
+                self._over_padding[backbone] = sees_over_padding(backbone, Adapters(backbone))
+        return all(self._over_padding[term.backbone] for term in model.terms) and self._over_padding[model.backbone]
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:

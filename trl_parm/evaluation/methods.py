@@ -37,8 +37,8 @@ class Method:
         title (`str`): Its name in tables and figures, if no other is given.
         make (`Callable`): Takes [`Models`] and settings by keyword, and gives the model for each [`Batch`].
         control (`bool`, *optional*, defaults to `False`): Whether it has no preference.
-        together (`str`, *optional*): Which preferences may be decoded in one batch, see [`Run`]. Where there is a model
-            for each objective, those that leave the same ones out: they cost nothing then.
+        together (`str`, *optional*): Which preferences may be decoded in one batch, see [`Run`]. Where there is a
+            model for each objective, those that leave the same ones out, which then cost nothing.
     """
 
     title: str
