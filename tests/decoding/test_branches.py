@@ -18,7 +18,7 @@ from trl_parm.decoding.branches import Classifier
 
 BRANCH = {"Llama": True, "GPT-2": True, "OPT": True, "Mixtral": True, "BLOOM": False, "Qwen3-Next": False,
           "Phi-3": False}  # fmt: skip
-"""Whether a classifier of this architecture can read branches, which windows, recurrent layers and own masks forbid."""
+"""Whether a classifier of this architecture can read branches, which windows and recurrent layers forbid."""
 
 
 def classifier(name):

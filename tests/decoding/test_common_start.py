@@ -103,3 +103,34 @@ def test_loras_on_one_backbone():
     assert found.tolist() == plain.tolist()
     hidden = guided(**inputs, output_hidden_states=True).hidden_states[-1]
     assert hidden.shape[:2] == inputs["input_ids"].shape
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT", "Mixtral", "Phi-3", "Qwen3-Next", "LFM2"])
+def test_rows_that_have_ended_leave_the_batch(name):
+    """Each at another step, and nobody else's text changes; so where every row has an α and a weight of its own."""
+    model, arm = tiny(name), tiny_arm(tiny_llama(1))
+    α = torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    formula = lambda rows: BASE + torch.tensor([0.5, 1.0, 2.0, 0.7])[rows] * LM(arm, α[rows])  # noqa: E731
+    texts = [START + end for end in ENDS]
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": list(range(40, 64))}
+    guided, inputs = Guided(model, formula(slice(4))), padded(texts)
+    rows = fed_rows(arm)
+    found = guided.generate(**inputs, **settings, end_tokens=settings["eos_token_id"])
+    assert rows[-1] < len(texts)
+    rows.clear()
+    stayed = guided.generate(**inputs, **settings)
+    assert set(rows[1:]) == {4}
+    assert found.tolist() == stayed.tolist()
+    expected = alone(lambda row: Guided(model, formula(slice(row, row + 1))), texts, **settings)
+    assert [
+        row[: len(one)] for row, one in zip(found[:, inputs["input_ids"].shape[1] :].tolist(), expected)
+    ] == expected
+    assert len({len(one) for one in expected}) > 1
+
+
+def test_rows_that_have_left_can_not_change_places():
+    model = tiny_llama(0)
+    inputs = padded([START + end for end in ENDS])
+    with pytest.raises(ValueError, match="Leave `end_tokens` out where rows change places"):
+        ends = list(range(4, 40))
+        Guided(model, BASE).generate(**inputs, num_beams=2, max_new_tokens=6, eos_token_id=1, end_tokens=ends)

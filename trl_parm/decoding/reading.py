@@ -141,6 +141,7 @@ class Part:
         self.terms, self.guides, self.adapters, self.on_rows = terms, guides, adapters, on_rows
         self.is_base, self.cache, self.model = is_base, cache, terms[0].backbone
         self.mask: torch.Tensor | None = None
+        self.staying: torch.Tensor | None = None
         self._stamp = adapters.stamp(terms)
         self._planned: tuple[int, list[Entry]] | None = None
         self._goes_on = self._keeps_order = False  # until it was found out
@@ -197,7 +198,9 @@ class Part:
             empty = False
         places = self._places(new, inputs, rows) if fresh and type(self.cache) is DynamicCache else None
         chosen = None if places is None else places[0]
-        if chosen is not None and not empty:
+        if self.staying is not None:
+            chosen = [self.staying.to(new.ids.device)] * len(self.terms)
+        if places is not None and chosen is not None and not empty:
             read = torch.cat([i * rows + own for i, own in enumerate(chosen)])
             cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, read))
         copies = len(self.terms)
@@ -240,8 +243,12 @@ class Part:
             order = torch.cat(places[1]).to(logits.device)
             cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, order))
             logits = logits[order]
+        if self.staying is not None:
+            whole = logits.new_zeros(copies * rows, *logits.shape[1:])
+            whole[torch.cat([i * rows + self.staying.to(logits.device) for i in range(copies)])] = logits
+            logits = whole
         if self.is_base and stacked is not None:
-            own = slice(rows) if places is None else places[1][0]
+            own = places[1][0] if places is not None else slice(rows if chosen is None else len(chosen[0]))
             for name in ("hidden_states", "attentions"):
                 if output.get(name) is not None:
                     output[name] = tuple(value[own] for value in output[name])
@@ -264,6 +271,13 @@ class Part:
             self.cache.reorder_cache(cast(torch.LongTensor, (offsets[:, None] + rows).flatten()))
         if self.mask is not None:
             self.mask = self.mask[rows.to(self.mask.device)]
+
+    def leave(self, stays: torch.Tensor, staying: torch.Tensor) -> None:
+        """Keeps the rows that stay of those that it holds, `(held,)`, which are the rows `staying` of the batch."""
+        offsets = len(stays) * torch.arange(len(self.terms), device=stays.device)
+        rows = (offsets[:, None] + stays.nonzero()[:, 0]).flatten()
+        cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, rows))
+        self.staying = staying
 
     def crop(self, tokens: int) -> None:
         """Takes the last `tokens` back."""

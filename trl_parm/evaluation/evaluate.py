@@ -361,6 +361,7 @@ class _Table:
             **arguments,
             logits_processor=noise,
             pad_token_id=self.tokenizer.pad_token_id,
+            end_tokens=[self.ends] if isinstance(self.ends, int) else self.ends,
             **{**own, **self.settings, **GREEDY, "eos_token_id": self.ends, **self.generation},
         )
         return output[:, length:], _now(model.device) - start
