@@ -73,8 +73,9 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
             f"Other: commit {commit.stdout.strip()}. SmolLM2-135M-Instruct in float32, {args.prompts} prompts, "
             f"{args.tokens} new tokens, preferences in {args.steps} steps, sampled from the 50 likeliest; "
             f"`batch_size` {args.batch} here, {args.batch_before} there, which has one preference in a batch. Rows of "
-            f"a classifier: {args.search_tokens} tokens of one text or eight, greedy, a quarter of it for Transfer-Q. CPU seconds, median of "
-            f"{args.repeats}; ratios to the other checkout with plain weights, and to the one with packed weights.",
+            f"a classifier: {args.search_tokens} tokens of one text or eight, greedy; a quarter of it for Transfer-Q. "
+            f"CPU seconds, median of {args.repeats}; `both` is this checkout with packed weights beside the other one "
+            "with plain ones.",
         ],
     )
 

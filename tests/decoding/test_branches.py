@@ -6,14 +6,14 @@ import copy
 import pytest
 import torch
 from conftest import tiny_llama
-from decoding.architectures import ARCHITECTURES
+from decoding.architectures import ARCHITECTURES, tiny
 from decoding.tables import MASK, PROMPTS, fed_rows, tiny_judge
 from transformers import AutoModelForSequenceClassification
 
 from trl_parm import ClassifierReward, Guided, SequenceReward
 from trl_parm.algebra import Step
 from trl_parm.decoding import args, transfer_q
-from trl_parm.decoding.branches import Classifier
+from trl_parm.decoding.branches import Classifier, Continuations
 
 
 BRANCH = {"Llama": True, "GPT-2": True, "OPT": True, "Mixtral": True, "BLOOM": False, "Qwen3-Next": False,
@@ -118,3 +118,38 @@ def test_a_classifier_whose_branches_would_be_wrong_reads_texts():
             torch.ones(1, 3, 1, dtype=torch.long),
         )
     assert reader.branches is False
+
+
+@pytest.mark.parametrize("name", BRANCH)
+def test_rollouts_are_those_of_each_text_alone(name):
+    """At one step after the other and back, with padding, and texts that end at different tokens."""
+    policy, ends, generator = tiny(name), list(range(34, 64)), torch.Generator().manual_seed(1)
+    reader = Continuations(policy, 5, ends, 0)
+    policy.generation_config.eos_token_id = ends
+    ids = torch.randint(2, 64, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :2] = 0
+    lengths = set()
+    for length in (7, 8, 9, 12, 8):
+        candidates = torch.randint(2, 64, (3, 4), generator=generator)
+        step = Step(torch.zeros(3, 64), tokens=ids[:, :length], mask=mask[:, :length], prompt_length=7)
+        found = reader.decode(step, candidates)
+        for row in range(3):
+            start = ids[row, :length][mask[row, :length] == 1]
+            for i, token in enumerate(candidates[row]):
+                text = torch.cat([start, token[None]])[None]
+                output = policy.generate(
+                    text, attention_mask=torch.ones_like(text), max_new_tokens=5, do_sample=False, pad_token_id=0
+                )[0, len(start) :]
+                lengths.add(len(output))
+                assert found[row, i, : len(output)].tolist() == output.tolist()
+                assert not found[row, i, len(output) :].any()
+    assert len(lengths) > 1
+    assert bool(reader.branches) == BRANCH[name]
+
+
+@pytest.mark.parametrize("setting", ["repetition_penalty", "no_repeat_ngram_size"])
+def test_a_policy_with_settings_of_its_own_decodes_by_generate(setting):
+    policy = tiny_llama(2)
+    setattr(policy.generation_config, setting, 2)
+    assert Continuations(policy, 3, [1], 0).branches is False

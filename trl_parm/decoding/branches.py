@@ -27,6 +27,12 @@ from .terms import check_evaluates
 
 WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size", "local_attention")
 """Names in a configuration of attention that does not see the whole text, which is told by columns."""
+WITHOUT_EFFECT = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "temperature", "top_k",
+    "top_p", "min_p", "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
+    "num_beams",
+}  # fmt: skip
+"""What a generation config may say that does nothing to greedy decoding of so many tokens."""
 TOLERANCE = 0.03
 """How far branches may be from texts of their own, at most, relative to them; less where a dtype is exact."""
 
@@ -145,6 +151,104 @@ class Classifier:
         return is_close(hidden, whole) and is_close(found, scores)
 
 
+class Continuations:
+    """How a policy goes on after candidates, greedily, for one call of `generate`: in branches where it can.
+
+    Args:
+        policy (`PreTrainedModel`): The policy.
+        tokens (`int`): How many tokens after each candidate, at most.
+        ends (`list[int]`): After which of them a text ends.
+        pad_token_id (`int`): What stands after an end.
+    """
+
+    def __init__(self, policy: PreTrainedModel, tokens: int, ends: list[int], pad_token_id: int) -> None:
+        self.policy, self.tokens, self.ends, self.pad_token_id = policy, tokens, ends, pad_token_id
+        self.prefix = Prefix(policy)
+        settings = cast(Any, policy.generation_config).to_diff_dict()
+        acting = {name for name, value in settings.items() if value not in (None, False)} - WITHOUT_EFFECT
+        self.branches: bool | None = None if not acting and may_branch(policy) else False
+
+    def decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+        """Candidates `(rows, k)` with what follows them, `(rows, k, 1 + tokens)`."""
+        check_evaluates(self.policy)
+        text, seen = (x.to(self.policy.device) for x in step.text)
+        one = candidates[..., None].to(text)
+        kept = self.prefix.align(text, seen)
+        if self.branches:
+            return self._in_branches(self.prefix.cache, text[:, kept:], seen, one)[0].to(candidates.device)
+        read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
+        found, logits = self._apart(text, seen, one)
+        if self.branches is None and candidates.shape[1] > 1:
+            self.branches = self._can_branch(text, seen, one, found, logits)
+        return found.to(candidates.device)
+
+    def _apart(
+        self, text: torch.Tensor, seen: torch.Tensor, one: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """By the policy's own `generate`, on a copy of what it has read for each candidate; and logits of each token,
+        `(rows, k, vocab)`."""
+        rows, k, _ = one.shape
+        ids = torch.cat([text.repeat_interleave(k, 0), one.flatten(0, 1)], 1)
+        mask = torch.cat([seen.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
+        output = cast(Any, self.policy).generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
+            pad_token_id=self.pad_token_id, return_dict_in_generate=True, output_logits=self.branches is None,
+            **cache_argument(self.policy, self.prefix.repeated(rows, k)),
+        )  # fmt: skip
+        logits = [x.view(rows, k, -1) for x in output.logits or ()]
+        return self._whole(output.sequences[:, text.shape[1] :].view(rows, k, -1)), logits
+
+    @torch.no_grad()
+    def _in_branches(
+        self, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `_apart`. The text is read with the candidates, and the cache holds it afterwards."""
+        rows, k, _ = new.shape
+        found, logits = new, []
+        ended = torch.zeros(rows, k, dtype=torch.bool, device=new.device)
+        own = torch.eye(k, dtype=torch.bool, device=new.device)
+        output = read_branches(self.policy, cache, text, seen, new, torch.ones_like(new), logits_to_keep=k)
+        place = seen.sum(1, keepdim=True)
+        while True:
+            logits.append(output.logits[:, -k:])
+            token = logits[-1].float().argmax(-1).masked_fill(ended, self.pad_token_id)
+            found = torch.cat([found, token[..., None]], 2)
+            ended |= torch.isin(token, token.new_tensor(self.ends))
+            count = found.shape[2]
+            if count > self.tokens or bool(ended.all()):
+                break
+            allowed = torch.cat(
+                [seen.bool()[:, None].expand(-1, k, -1), own.repeat(1, count)[None].expand(rows, -1, -1)], 2
+            )
+            output = self.policy(
+                input_ids=token, attention_mask=additive(allowed, self.policy.dtype),
+                position_ids=(place + count - 1).expand(-1, k), use_cache=True, logits_to_keep=k,
+                **cache_argument(self.policy, cache),
+            )  # fmt: skip
+        cache.crop(-k * (found.shape[2] - 1))
+        return self._whole(found), logits
+
+    def _can_branch(
+        self,
+        text: torch.Tensor,
+        seen: torch.Tensor,
+        one: torch.Tensor,
+        found: torch.Tensor,
+        logits: list[torch.Tensor],
+    ) -> bool:
+        """Whether the same tokens follow in branches, from the same logits."""
+        cache = copy.deepcopy(self.prefix.cache)
+        cache.crop(-1)
+        try:
+            same, others = self._in_branches(cache, text[:, -1:], seen, one)
+        except Exception:  # whatever a model says to such a mask
+            return False
+        return torch.equal(same, found) and len(others) == len(logits) and is_close(others[-1], logits[-1])
+
+    def _whole(self, texts: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
+
+
 def may_branch(model: PreTrainedModel) -> bool:
     """Whether a model has nothing but attention to whole texts."""
     config: Any = model.config.get_text_config()
@@ -165,7 +269,13 @@ def read(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, **sett
 
 @torch.no_grad()
 def read_branches(
-    model: Any, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor
+    model: Any,
+    cache: Cache,
+    text: torch.Tensor,
+    seen: torch.Tensor,
+    new: torch.Tensor,
+    new_mask: torch.Tensor,
+    **settings: Any,
 ) -> Any:
     """A model's output for the last tokens of texts and k branches after each, in one forward.
 
@@ -190,17 +300,22 @@ def read_branches(
     own = torch.eye(k, dtype=torch.bool, device=new.device)[:, None, :, None] & causal[:, None]
     allowed[:, last:, columns:] = own.reshape(k * length, k * length) & new_mask.flatten(1)[:, None]
     allowed.diagonal(offset=columns - last, dim1=1, dim2=2).fill_(True)  # padding sees itself, or nothing would be
-    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=new.device)
-    mask = mask.masked_fill(~allowed, torch.finfo(model.dtype).min)[:, None]
     positions = (seen.long().cumsum(-1) - 1).clamp(min=0)
     after = positions[:, -1:, None] + 1 + torch.arange(length, device=new.device)
     return model(
         input_ids=torch.cat([text, new.flatten(1)], 1),
-        attention_mask=mask,
+        attention_mask=additive(allowed, model.dtype),
         position_ids=torch.cat([positions[:, columns - last :], after.expand(-1, k, -1).flatten(1)], 1),
         use_cache=True,
         **cache_argument(model, cache),
+        **settings,
     )
+
+
+def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds to its scores, `(rows, 1, queries, keys)`, for what each query may see."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
 def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_pblora.kv_cache import cache_argument
 from trl_parm.algebra import Step
 from trl_parm.rewards import Reward
 
-from .branches import Classifier, Prefix, read
-from .terms import check_evaluates
+from .branches import Classifier, Continuations
 
 
 class TrajectoryReward:
@@ -110,7 +108,8 @@ class ClassifierReward(TrajectoryReward):
 
 
 class Rollout:
-    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495).
+    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495): of all
+    candidates in one forward for each token, as branches of one text, where its architecture allows that.
 
     Args:
         policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
@@ -134,22 +133,14 @@ class Rollout:
         asked = step.text[0], candidates
         known = step.memory.get(("rollout", id(self)))  # several rewards judge the same rollouts
         if known is None or not all(map(torch.equal, known[0], asked)):
-            known = step.memory["rollout", id(self)] = asked, self._decode(step, candidates)
+            known = step.memory["rollout", id(self)] = asked, self._reader(step).decode(step, candidates)
         texts = known[1]
         ends = torch.isin(texts, texts.new_tensor(self.ends)).long()
         return texts, (ends.cumsum(-1) == ends).long()
 
-    def _decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
-        rows, k = candidates.shape
-        cache = _cache_of_prefixes(self.policy, step, k, logits_to_keep=1)
-        one = candidates[..., None]
-        ids, mask = (x.to(self.policy.device) for x in _texts(step, one, torch.ones_like(one)))
-        output = cast(Any, self.policy).generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
-            pad_token_id=self.pad_token_id, return_dict_in_generate=False, **cache_argument(self.policy, cache),
-        )  # fmt: skip
-        texts = output[:, ids.shape[1] - 1 :].view(rows, k, -1).to(candidates.device)
-        return torch.nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
+    def _reader(self, step: Step) -> Continuations:
+        made = Continuations(self.policy, self.tokens, self.ends, self.pad_token_id)
+        return step.memory.setdefault(("continuations", id(self)), made)
 
 
 def _texts(step: Step, candidates: torch.Tensor, candidate_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,13 +159,3 @@ def _checked(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
             "for each."
         )
     return values.float().view(rows, k).to(candidates.device)
-
-
-def _cache_of_prefixes(model: PreTrainedModel, step: Step, times: int, **settings: Any) -> Cache:
-    """A copy of what a model has read of the prefixes, each `times` times; it reads only what is new of them."""
-    check_evaluates(model)
-    tokens, mask = (x.to(model.device) for x in step.text)
-    prefix = step.memory.setdefault(("prefix", id(model)), Prefix(model))
-    kept = prefix.align(tokens, mask)
-    read(model, tokens[:, kept:], mask, prefix.cache, **settings)
-    return prefix.repeated(len(tokens), times)
