@@ -329,7 +329,7 @@ class _Table:
         return [
             {
                 "method": run.method,
-                "preference": None if (found := weights[i]) is None else list(found),
+                "preference": None if (own := weights[i]) is None else list(own),
                 "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives),
                 "prompt": prompt,
                 "response": responses[i],
