@@ -73,7 +73,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
             f"Other: commit {commit.stdout.strip()}. SmolLM2-135M-Instruct in float32, {args.prompts} prompts, "
             f"{args.tokens} new tokens, preferences in {args.steps} steps, sampled from the 50 likeliest; "
             f"`batch_size` {args.batch} here, {args.batch_before} there, which has one preference in a batch. Rows of "
-            f"a classifier: {args.search_tokens} tokens of one text or four, greedy, after a call that warms up; a quarter of it for Transfer-Q. "
+            f"a classifier: {args.search_tokens} tokens of one text or four, greedy, after a call that warms up; a "
+            "quarter of it for Transfer-Q. "
             f"CPU seconds, median of {args.repeats}; `both` is this checkout with packed weights beside the other one "
             "with plain ones.",
         ],
