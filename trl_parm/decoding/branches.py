@@ -175,7 +175,9 @@ class Continuations:
         one = candidates[..., None].to(text)
         kept = self.prefix.align(text, seen)
         if self.branches:
-            return self._in_branches(self.prefix.cache, text[:, kept:], seen, one)[0].to(candidates.device)
+            return self._in_branches(self.prefix.cache, text[:, kept:], seen, one, self.tokens)[0].to(
+                candidates.device
+            )
         read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
         found, logits = self._apart(text, seen, one)
         if self.branches is None and candidates.shape[1] > 1:
@@ -200,9 +202,9 @@ class Continuations:
 
     @torch.no_grad()
     def _in_branches(
-        self, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor
+        self, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, tokens: int
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """As `_apart`. The text is read with the candidates, and the cache holds it afterwards."""
+        """As `_apart`, of so many tokens. The text is read with the candidates, and the cache holds it afterwards."""
         rows, k, _ = new.shape
         found, logits = new, []
         ended = torch.zeros(rows, k, dtype=torch.bool, device=new.device)
@@ -215,7 +217,7 @@ class Continuations:
             found = torch.cat([found, token[..., None]], 2)
             ended |= torch.isin(token, token.new_tensor(self.ends))
             count = found.shape[2]
-            if count > self.tokens or bool(ended.all()):
+            if count > tokens or bool(ended.all()):
                 break
             allowed = torch.cat(
                 [seen.bool()[:, None].expand(-1, k, -1), own.repeat(1, count)[None].expand(rows, -1, -1)], 2
@@ -236,14 +238,15 @@ class Continuations:
         found: torch.Tensor,
         logits: list[torch.Tensor],
     ) -> bool:
-        """Whether the same tokens follow in branches, from the same logits."""
+        """Whether the same two tokens follow in branches, from the same logits."""
         cache = copy.deepcopy(self.prefix.cache)
         cache.crop(-1)
         try:
-            same, others = self._in_branches(cache, text[:, -1:], seen, one)
+            same, others = self._in_branches(cache, text[:, -1:], seen, one, min(2, self.tokens))
         except Exception:  # whatever a model says to such a mask
             return False
-        return torch.equal(same, found) and len(others) == len(logits) and is_close(others[-1], logits[-1])
+        count = len(others)
+        return torch.equal(same[..., : 1 + count], found[..., : 1 + count]) and is_close(others[-1], logits[count - 1])
 
     def _whole(self, texts: torch.Tensor) -> torch.Tensor:
         return nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
