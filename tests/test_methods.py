@@ -302,6 +302,63 @@ def test_adapters_have_names_of_their_own(tmp_path):
         torch.testing.assert_close(logits, twin(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["parm", "genarm", "mod_w2s", "args", "transfer_q"])
+def test_preferences_in_one_batch_write_what_each_writes_alone(folder, tmp_path, monkeypatch, name):
+    """Prompts of several lengths with a long common start, end tokens at other steps, and a run that was killed: with
+    one text in a batch, and with all that fit."""
+    settings = {"method": name.split(",")[0], **TWINS[name][0]}
+    prompts = ["w1 w2", "w4", "w5 w6 w7 w8", "w9 w2 w3"]
+    start = " ".join(f"w{i}" for i in range(20, 32))
+    grid = [[0.3, 0.7], [1.0, 0.0], [0.8, 0.2]]
+
+    def texts(path, **options):
+        options = {
+            "max_new_tokens": 7,
+            "template": f"{start} {{prompt}}",
+            "eos_token_id": [1, 5, 9, 13, 17],
+            **options,
+        }
+        table = evaluate(
+            Models(str(folder / "large")), [in_folder(folder, settings)], grid, prompts, REWARDS, path, **options
+        )
+        keys = ("label", "prompt", "response", "tokens", "helpful", "harmless", "seed")
+        return [tuple(row[key] for key in keys) for row in table]
+
+    for options in ({}, {"do_sample": True, "top_k": 20}):
+        alone = texts(None, batch_size=1, **options)
+        ends = [tokens for _, _, _, tokens, *_ in alone]
+        assert min(ends) < max(ends)
+        path = tmp_path / f"{len(options)}.jsonl"
+        rows = fed_rows_of_base(monkeypatch)
+        assert texts(path, batch_size=8, **options) == alone
+        assert any(count > len(prompts) for count in rows)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[1:9] + lines[11:13]))
+        assert texts(path, batch_size=20, **options) == alone
+
+
+def fed_rows_of_base(monkeypatch) -> list[int]:
+    """How many texts every call of a guided model's `generate` gets, from now on."""
+    rows, generate = [], Guided.generate
+
+    def counting(self, *given, **settings):
+        rows.append(len(settings["input_ids"]))
+        return generate(self, *given, **settings)
+
+    monkeypatch.setattr(Guided, "generate", counting)
+    return rows
+
+
+def test_progress_counts_each_run_as_often_as_it_has_batches(folder, tmp_path):
+    parm, seen = {"method": "parm", **TWINS["parm"][0]}, []
+    run(folder, [parm, "base"], None, batch_size=1, on_batch=seen.append)
+    assert [(run.method, run.preference) for run in seen].count(("Base", None)) == len(PROMPTS)
+    assert len(seen) == len(PROMPTS) * (len(GRID) + 1)
+    seen.clear()
+    run(folder, [parm], None, batch_size=100, on_batch=seen.append)
+    assert [run.preference for run in seen] == GRID
+
+
 def test_finished_methods_are_not_loaded_again(folder, tmp_path, monkeypatch):
     path = tmp_path / "results.jsonl"
     parm = {"method": "parm", **TWINS["parm"][0]}

@@ -87,5 +87,6 @@ class Sampling:
             seeds (`Sequence[int]`): The seed of each row.
             numbers (`Sequence[int]`): How many tokens each row has written.
         """
-        noise = [gumbel_noise(seed, number, scores) for seed, number in zip(seeds, numbers, strict=True)]
-        return self.warp(scores).float() + torch.stack(noise)
+        tokens = list(zip(seeds, numbers, strict=True))
+        noise = {token: gumbel_noise(*token, scores) for token in dict.fromkeys(tokens)}  # rows may share it
+        return self.warp(scores).float() + torch.stack([noise[token] for token in tokens])

@@ -78,10 +78,11 @@ def test_score_of_args_is_the_formula(tokenizer):
 
 @every_door
 def test_a_classifier_reads_each_prefix_once(door):
+    """The first step finds out that branches are texts; then each new token and four candidates are one forward."""
     models = Models.make()
     fed = fed_tokens(models.judge)
     decode(door, models.base, args(models.judge, k=4), max_new_tokens=6)
-    assert fed == [5] + [1] * 11
+    assert fed == [5, 1, 3, 1] + [1 + 4] * 5
 
 
 @every_door
@@ -91,13 +92,12 @@ def test_objectives_share_their_rollouts(door):
     rewards = {"one": ClassifierReward(models.judge), "two": ClassifierReward(models.judge, label=1)}
     formula = transfer_q(rewards, models.first, [0.5, 0.5], k=3, rollout_tokens=4)
     decode(door, models.base, formula, max_new_tokens=2)
-    assert fed[:5] == [5, 1, 1, 1, 1]
-    assert len(fed) <= 10
+    assert fed == [5, 1, 1, 1, 1, 1 + 3, 3] + [1 + 3, 3, 3, 3]
     assert repr(formula).count("RolloutReward(ClassifierReward, k=3)") == 2
 
 
 @every_door
-@pytest.mark.parametrize("name", ["LFM2", "Qwen3.5", "Gemma-3"])
+@pytest.mark.parametrize("name", ["LFM2", "Qwen3.5", "Gemma-3", "Llama", "GPT-2", "OPT", "BLOOM", "Mixtral"])
 def test_a_policy_of_another_architecture_decodes_on(name, door):
     """Rows of any cache are repeated; the rollouts are those of whole texts."""
     policy, seen = tiny(name), []

@@ -50,7 +50,7 @@ class DecodingArguments:
     max_prompt_length: int | None = option(None, "Most tokens of a prompt; its end stays.")
     escape_control_tokens: bool = option(False, "Read text of control tokens, such as <|im_end|>, in prompts as text.")
     seed: int = option(0, "Of the noise of all prompts, and of their choice.")
-    batch_size: int = option(16, "Prompts decoded at once.")
+    batch_size: int = option(16, "Texts decoded at once, of one prompt or several.")
     max_new_tokens: int = option(128, "Most tokens of a response.")
     do_sample: bool = option(False, "Sample, instead of taking the likeliest token.")
     temperature: float | None = option(None, "Of sampling.")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from .prefix import empty, layers_of
 from .reading import Part
@@ -28,12 +28,14 @@ class GuidedCache(Cache):
         rows (`int`): R.
         text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.
         memory (`dict`): See [`Step`].
+        staying (`torch.Tensor` or `None`): The rows that are still read, if some have left.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
         self.text: torch.Tensor | None = None
         self.memory: dict[Any, Any] = {}
+        self.staying: torch.Tensor | None = None
 
     def is_of(self, base: Any, terms: Sequence[LM]) -> bool:
         """Whether it was made for this base model and these terms, and their adapters are as they were."""
@@ -49,6 +51,17 @@ class GuidedCache(Cache):
         """Keeps what is read, `(rows, new)`, and returns all of it, `(rows, length)`."""
         self.text = ids if self.text is None else torch.cat([self.text, ids], 1)
         return self.text
+
+    def leave(self, ended: torch.Tensor) -> None:
+        """Rows whose texts have ended, `(rows,)`, are not read any further. What models say of them means nothing from
+        now on, and rows can't change places any more."""
+        held = torch.arange(self.rows, device=ended.device) if self.staying is None else self.staying
+        stays = ~ended[held]
+        dynamic = all(type(part.cache) is DynamicCache for part in self.parts)
+        if dynamic and bool(stays.any()) and not bool(stays.all()):
+            self.staying = held[stays]
+            for part in self.parts:
+                part.leave(stays, self.staying)
 
     @property
     def layers(self) -> list[Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -78,6 +91,8 @@ class GuidedCache(Cache):
             cast(Cache, part.cache).activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self.staying is not None:
+            raise ValueError("Rows of this cache have left. Leave `end_tokens` out where rows change places.")
         for part in self.parts:
             part.reorder(beam_idx, self.rows)
         if self.text is not None:
@@ -100,7 +115,8 @@ class GuidedCache(Cache):
     def reset(self) -> None:
         for part in self.parts:
             empty(cast(Cache, part.cache))
-            part.mask = None
+            part.mask = part.staying = None
+        self.staying = None
         self.length, self.text = 0, None
         self.memory.clear()
 
@@ -113,4 +129,5 @@ class GuidedCache(Cache):
             parts.append(new)
         other = GuidedCache(parts)
         other.length, other.rows, other.text = self.length, self.rows, self.text
+        other.staying = self.staying
         return other

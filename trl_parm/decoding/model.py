@@ -24,7 +24,7 @@ from .reading import New, holds_tensors, parts_of
 from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
 
 
-OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length")
+OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length", "end_tokens")
 """Arguments of a guided model's `generate` and forward that its base model does not know."""
 SEEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 """Inputs of the base model that guides see too, as far as they take them."""
@@ -130,7 +130,7 @@ class Guided(GenerationMixin, nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, with two arguments more: `guide_input_ids` and `guide_attention_mask`."""
+        """As the base model's, with `guide_input_ids`, `guide_attention_mask` and `end_tokens` as of the forward."""
         self._check_modes()
         if kwargs.get("cache_implementation") == "paged":
             self.generate_batch()
@@ -159,6 +159,7 @@ class Guided(GenerationMixin, nn.Module):
         guide_attention_mask: torch.Tensor | None = None,
         prompt_length: int | None = None,
         text_mask: torch.Tensor | None = None,
+        end_tokens: list[int] | None = None,
         compile_config: Any = None,
         **inputs: Any,
     ) -> Any:
@@ -168,6 +169,9 @@ class Guided(GenerationMixin, nn.Module):
             input_ids, attention_mask, position_ids, use_cache, logits_to_keep: As in the base model's forward.
             guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
                 The prompts that guides read in the place of the base model's, padded on the left.
+            end_tokens (`list[int]`, *optional*):
+                After one of these that `generate` has chosen, a row is not read any further, where caches allow it.
+                Give `generate` the same as `eos_token_id`, for greedy decoding and sampling, without its cache.
             prompt_length, text_mask, compile_config: What `generate` hands on between its steps.
             **inputs: Further inputs of the base model; the cache, under the name that its forward has for it, is a
                 [`GuidedCache`].
@@ -198,6 +202,8 @@ class Guided(GenerationMixin, nn.Module):
         state = self._state(cache, keeps, own is not None)
         self._check_inputs(state, inputs, own is not None)
         new = New(text, mask, positions, own, text.shape[1] if prompt_length is None else prompt_length, state.length)
+        if end_tokens and text.shape[1] == 1 and prompt_length is not None and state.length >= prompt_length:
+            state.leave(torch.isin(text[:, 0], text.new_tensor(end_tokens)))
         output, scores, answers = None, None, {}
         for part in state.parts:
             logits, found = part.read(new, inputs if part.is_base else {}, logits_to_keep, compile_config)

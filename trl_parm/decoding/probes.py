@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from peft_pblora.kv_cache import cache_argument
 
 from .adapters import Adapters
+from .branches import is_close, may_branch
 
 
 TOKENS = 16
@@ -35,6 +37,26 @@ def goes_on(model: Any, adapters: Adapters) -> bool:
             later = model(input_ids=part, use_cache=True, **cache_argument(model, cache)).logits
     error = (later[:, -1].float() - whole).norm() / whole.norm()
     return bool(error < torch.finfo(model.dtype).eps ** 0.5)
+
+
+@torch.no_grad()
+def sees_over_padding(model: Any, adapters: Adapters) -> bool:
+    """Whether padding within a text changes nothing: positions count tokens, not columns, and nothing but attention
+    to the whole text tells one from the other."""
+    taken = inspect.signature(type(model).forward).parameters
+    if model.config.is_encoder_decoder or not may_branch(model) or not {"attention_mask", "use_cache"} <= set(taken):
+        return False
+    ids = torch.arange(1, TOKENS, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    padded = torch.cat([ids[:, :4], torch.zeros_like(ids[:, :5]), ids[:, 4:]], 1)
+    mask = torch.ones_like(padded)
+    mask[:, 4:9] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    given = {name: value for name, value in given.items() if name in taken}
+    found = []
+    for text, more in ((ids, {}), (padded, given)):
+        with adapters.acting([], 1, text.shape[1], None, None):
+            found.append(model(input_ids=text, use_cache=False, **more).logits[:, -1])
+    return is_close(found[1], found[0])
 
 
 @torch.no_grad()

@@ -24,9 +24,14 @@ from peft_pblora.kv_cache import cache_argument
 from peft_pblora.rows import Entry
 
 from .adapters import Adapters, same_stamp
-from .prefix import holds
+from .prefix import can_take_back, holds
 from .probes import check_order, goes_on, tensors_on_modules
 from .terms import LM
+
+
+LEAST_COMMON = 8
+"""Columns that all rows begin with which are worth a forward of their own."""
+OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,18 @@ class New:
     prompt: int = 0
     start: int = 0
     unknown: torch.Tensor | None = None
+
+    def split(self, columns: int) -> tuple[New, New]:
+        """The first columns, and the others, to be read one after the other; of a text that is the model's own."""
+
+        def part(x: torch.Tensor | None, which: slice) -> torch.Tensor | None:
+            return None if x is None else x[:, which]
+
+        first, others = slice(columns), slice(columns, None)
+        return (
+            New(self.ids[:, first], part(self.mask, first), part(self.positions, first), start=self.start),
+            New(self.ids[:, others], self.mask, part(self.positions, others), start=self.start + columns),
+        )
 
     def for_guide(self, term: LM, former: torch.Tensor | None) -> New:
         """What a guide reads, with the mask of all that it has read then.
@@ -128,6 +145,7 @@ class Part:
         self.terms, self.guides, self.adapters, self.on_rows = terms, guides, adapters, on_rows
         self.is_base, self.cache, self.model = is_base, cache, terms[0].backbone
         self.mask: torch.Tensor | None = None
+        self.staying: torch.Tensor | None = None
         self._stamp = adapters.stamp(terms)
         self._planned: tuple[int, list[Entry]] | None = None
         self._goes_on = self._keeps_order = False  # until it was found out
@@ -177,9 +195,18 @@ class Part:
         for term in self.terms:
             self.adapters.check(term)
             check_rows(term.rows, rows)
-        empty = self.cache is not None and not holds(self.cache)
-        places = self._places(new, inputs, rows) if empty and type(self.cache) is DynamicCache else None
+        empty = fresh = self.cache is not None and not holds(self.cache)
+        if empty and compiled is None and (common := self._common_start(new, inputs, last)):
+            start, new = new.split(common)
+            self.forward(start, inputs, 1)
+            empty = False
+        places = self._places(new, inputs, rows) if fresh and type(self.cache) is DynamicCache else None
         chosen = None if places is None else places[0]
+        if self.staying is not None:
+            chosen = [self.staying.to(new.ids.device)] * len(self.terms)
+        if places is not None and chosen is not None and not empty:
+            read = torch.cat([i * rows + own for i, own in enumerate(chosen)])
+            cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, read))
         copies = len(self.terms)
         stacked = None
         if chosen is not None or copies > 1:
@@ -220,8 +247,12 @@ class Part:
             order = torch.cat(places[1]).to(logits.device)
             cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, order))
             logits = logits[order]
+        if self.staying is not None:
+            whole = logits.new_zeros(copies * rows, *logits.shape[1:])
+            whole[torch.cat([i * rows + self.staying.to(logits.device) for i in range(copies)])] = logits
+            logits = whole
         if self.is_base and stacked is not None:
-            own = slice(rows) if places is None else places[1][0]
+            own = places[1][0] if places is not None else slice(rows if chosen is None else len(chosen[0]))
             for name in ("hidden_states", "attentions"):
                 if output.get(name) is not None:
                     output[name] = tuple(value[own] for value in output[name])
@@ -244,6 +275,13 @@ class Part:
             self.cache.reorder_cache(cast(torch.LongTensor, (offsets[:, None] + rows).flatten()))
         if self.mask is not None:
             self.mask = self.mask[rows.to(self.mask.device)]
+
+    def leave(self, stays: torch.Tensor, staying: torch.Tensor) -> None:
+        """Keeps the rows that stay of those that it holds, `(held,)`, which are the rows `staying` of the batch."""
+        offsets = len(stays) * torch.arange(len(self.terms), device=stays.device)
+        rows = (offsets[:, None] + stays.nonzero()[:, 0]).flatten()
+        cast(Cache, self.cache).reorder_cache(cast(torch.LongTensor, rows))
+        self.staying = staying
 
     def crop(self, tokens: int) -> None:
         """Takes the last `tokens` back."""
@@ -299,10 +337,7 @@ class Part:
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
         text = torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
-        keys = [
-            text * rows + torch.arange(t.rows, device=text.device).repeat_interleave(rows // t.rows)
-            for t in self.terms
-        ]
+        keys = [text * rows + _kinds(t).to(text.device).repeat_interleave(rows // t.rows) for t in self.terms]
         chosen, places, offset = [], [], 0
         for key in keys:
             found, inverse = torch.unique(key, return_inverse=True)
@@ -313,6 +348,24 @@ class Part:
             places.append(offset + inverse)
             offset += len(found)
         return (chosen, places) if offset < rows * len(keys) else None
+
+    def _common_start(self, new: New, inputs: dict[str, Any], last: int) -> int:
+        """How many columns all rows begin with, such as a system prompt, if it is worth while to read them by
+        themselves: once for each adapter and α, in the place of once a row."""
+        outputs = (inputs.get(name) or getattr(self.model.config, name, False) for name in OUTPUTS)
+        if last == 0 or len(new.ids) == 1 or type(self.cache) is not DynamicCache or any(outputs):
+            return 0
+        if any(map(holds_tensors, inputs.values())) or not can_take_back(self.cache):  # as of recurrent layers
+            return 0
+        same = (new.ids == new.ids[:1]).all(0)
+        if bool(same.all()) or new.mask is not None and new.mask.ndim != 2:
+            return 0
+        if new.mask is not None:
+            same &= (new.mask[:, : len(same)] != 0).all(0)
+        if new.positions is not None:
+            same &= (new.positions == new.positions[:1]).all(0)
+        found = min(int(same.int().cumprod(0).sum()), len(same) - last)
+        return found if found >= LEAST_COMMON else 0
 
     def _positions(self, new: New, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Of what is new, `(rows or 1, new)`; `None` where the model has to find them, as with images."""
@@ -399,6 +452,13 @@ def holds_tensors(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(map(holds_tensors, value))
     return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _kinds(term: LM) -> torch.Tensor:
+    """A number for each of the rows that a term tells apart, the same for the same preference."""
+    if term.rows == 1:
+        return torch.zeros(1, dtype=torch.long)
+    return torch.unique(cast(torch.Tensor, term.preference), dim=0, return_inverse=True)[1]
 
 
 def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:

@@ -40,6 +40,11 @@ class TopKReward(Scorer):
         self.reward, self.k, self.rollout = reward, k, rollout
 
     @property
+    def reads_text_alone(self) -> bool:
+        """Whether it sees texts, and so not where padding stands."""
+        return self.rollout is None and isinstance(self.reward, TextReward)
+
+    @property
     def pad_token_id(self) -> int | None:
         """The pad token of the reward, if it knows any."""
         return getattr(self.reward, "pad_token_id", None)

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_pblora.kv_cache import cache_argument
 from trl_parm.algebra import Step
 from trl_parm.rewards import Reward, score
 from trl_parm.texts import PromptText
 
-from .prefix import can_take_back, follow, rewindable_cache
-from .terms import check_evaluates
+from .branches import Classifier, Continuations
 
 
 class TrajectoryReward:
@@ -92,7 +89,7 @@ class TextReward(TrajectoryReward):
 
 class ClassifierReward(TrajectoryReward):
     """A sequence classifier with the base model's vocabulary: its output at a text's last token. It reads every prefix
-    once.
+    once, and all candidates as branches of it in one forward, where its architecture allows that.
 
     Args:
         model (`PreTrainedModel`): Such as `AutoModelForSequenceClassification` of a causal model.
@@ -112,14 +109,13 @@ class ClassifierReward(TrajectoryReward):
         self.model, self.label, self.pad_token_id = model, label, config.pad_token_id
 
     def __call__(self, step, candidates, candidate_mask):
-        cache = _cache_of_prefixes(self.model, step, candidates.shape[1])
-        ids, mask = (x.to(self.model.device) for x in _texts(step, candidates, candidate_mask))
-        new = ids.masked_fill(mask == 0, self.pad_token_id)[:, -candidates.shape[2] :]
-        return _checked(_read(self.model, new, mask, cache).logits[:, self.label], candidates)
+        reader = step.memory.setdefault(("classifier", id(self.model)), Classifier(self.model, self.pad_token_id))
+        return _checked(reader.scores(step, candidates, candidate_mask)[..., self.label], candidates)
 
 
 class Rollout:
-    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495).
+    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495): of all
+    candidates in one forward for each token, as branches of one text, where its architecture allows that.
 
     Args:
         policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
@@ -143,22 +139,14 @@ class Rollout:
         asked = step.text[0], candidates
         known = step.memory.get(("rollout", id(self)))  # several rewards judge the same rollouts
         if known is None or not all(map(torch.equal, known[0], asked)):
-            known = step.memory["rollout", id(self)] = asked, self._decode(step, candidates)
+            known = step.memory["rollout", id(self)] = asked, self._reader(step).decode(step, candidates)
         texts = known[1]
         ends = torch.isin(texts, texts.new_tensor(self.ends)).long()
         return texts, (ends.cumsum(-1) == ends).long()
 
-    def _decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
-        rows, k = candidates.shape
-        cache = _cache_of_prefixes(self.policy, step, k, logits_to_keep=1)
-        one = candidates[..., None]
-        ids, mask = (x.to(self.policy.device) for x in _texts(step, one, torch.ones_like(one)))
-        output = cast(Any, self.policy).generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
-            pad_token_id=self.pad_token_id, return_dict_in_generate=False, **cache_argument(self.policy, cache),
-        )  # fmt: skip
-        texts = output[:, ids.shape[1] - 1 :].view(rows, k, -1).to(candidates.device)
-        return torch.nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
+    def _reader(self, step: Step) -> Continuations:
+        made = Continuations(self.policy, self.tokens, self.ends, self.pad_token_id)
+        return step.memory.setdefault(("continuations", id(self)), made)
 
 
 def _texts(step: Step, candidates: torch.Tensor, candidate_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,59 +165,3 @@ def _checked(values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
             "for each."
         )
     return values.float().view(rows, k).to(candidates.device)
-
-
-class _Prefix:
-    """The tokens that a model of its own has read, addressed by themselves: what is shared is not read again.
-
-    Args:
-        model (`PreTrainedModel`): The model; its forwards are the caller's.
-    """
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.tokens = torch.empty(0, 0, dtype=torch.long)
-        self.cache = rewindable_cache(model)
-
-    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-        """Makes the cache hold a prefix of what is not masked of `tokens`, and returns its length: one token at least
-        is left to feed."""
-        text = tokens.masked_fill(mask == 0, -1)
-        rows, shared = follow(self.tokens, text)
-        kept = min(shared, tokens.shape[1] - 1)
-        surplus = self.tokens.shape[1] - kept
-        if kept == 0 or (surplus and not can_take_back(self.cache)):
-            self.cache, kept = rewindable_cache(self.model), 0
-        else:
-            if rows is not None:
-                self.cache.reorder_cache(cast(torch.LongTensor, rows))
-            if surplus:
-                self.cache.crop(-surplus)
-        self.tokens = text
-        return kept
-
-    def repeated(self, rows: int, times: int) -> Cache:
-        """A copy of the cache in which each of its rows stands so many times."""
-        cache = copy.deepcopy(self.cache)
-        cache.reorder_cache(cast(torch.LongTensor, torch.arange(rows).repeat_interleave(times)))
-        return cache
-
-
-def _cache_of_prefixes(model: PreTrainedModel, step: Step, times: int, **settings: Any) -> Cache:
-    """A copy of what a model has read of the prefixes, each `times` times; it reads only what is new of them."""
-    check_evaluates(model)
-    tokens, mask = (x.to(model.device) for x in step.text)
-    prefix = step.memory.setdefault(("prefix", id(model)), _Prefix(model))
-    kept = prefix.align(tokens, mask)
-    _read(model, tokens[:, kept:], mask, prefix.cache, **settings)
-    return prefix.repeated(len(tokens), times)
-
-
-@torch.no_grad()
-def _read(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, **settings: Any) -> Any:
-    """A model's output for the last tokens of the texts of a mask."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
-        **cache_argument(model, cache), **settings,
-    )  # fmt: skip

@@ -37,20 +37,22 @@ class Batch:
     """What a method decodes in one call of `generate`.
 
     Attributes:
-        preference (`torch.Tensor` of shape `(k,)` or `None`): α, or `None` for a control.
+        preference (`torch.Tensor` of shape `(k,)` or `(rows, k)`, or `None`): α, or that of each row where runs are
+            decoded [together](trl_parm.evaluation.decoding.Run), or `None` for a control.
         prompts (`list`): The prompts as given.
         inputs (`BatchEncoding`): What the base model reads: `input_ids` and `attention_mask`, padded on the left.
-        weights (`dict[str, float]`): α by objective; empty for a control.
+        weights (`dict[str, float]`, or a `list` of one for each row): α by objective; empty for a control.
         escape_control_tokens (`bool`): As in [`encode_prompts`], for guides with a template of their own.
     """
 
     preference: torch.Tensor | None
     prompts: list[PromptText]
     inputs: BatchEncoding
-    weights: dict[str, float]
+    weights: dict[str, float] | list[dict[str, float]]
     escape_control_tokens: bool = False
 
 
+ANY, SAME_OBJECTIVES = "any", "same objectives"
 ModelAt = Callable[[Batch], Any]
 """A method: the model that decodes a [`Batch`] at its preference, such as `PARM(base, arm, batch.preference)`; or that
 and further arguments of its `generate` as a pair."""
@@ -67,6 +69,9 @@ class Run:
             Gives the model that decodes a [`Batch`], such as `lambda batch: PARM(base, arm, batch.preference)`, or a
             pair of it and of further arguments of its `generate`; the base model if not given.
         extra_parameters, extra_bytes (`int`, *optional*): What the method keeps in memory beside the base model.
+        together (`str`, *optional*): Whether runs of this method share batches, in which every row has a preference of
+            its own: `ANY` do, or those that weigh the [`SAME_OBJECTIVES`]; none if not given. A prompt is then read
+            once for several preferences, where the base model reads the same.
     """
 
     method: str
@@ -74,6 +79,7 @@ class Run:
     model: ModelAt | None = None
     extra_parameters: int = 0
     extra_bytes: int = 0
+    together: str | None = None
 
     def weights(self, objectives: Sequence[str]) -> tuple[float, ...] | None:
         """The preference in numbers that a file can hold. Raises `ValueError` if it is off the simplex."""
@@ -126,6 +132,20 @@ def encode_prompts(
     tokenizer.padding_side = "left"
     ids = prompt_ids(tokenizer, prompts, template, max_length, escape_control_tokens)
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+
+
+def with_common_start(inputs: BatchEncoding) -> BatchEncoding:
+    """The same prompts, `(rows, columns)` as before, but what all of them begin with stands in the first columns, and
+    padding after it in the place of before it: a guided model then reads that once."""
+    ids, mask = cast(torch.Tensor, inputs["input_ids"]), cast(torch.Tensor, inputs["attention_mask"])
+    pads = ids.shape[1] - mask.sum(1, keepdim=True)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    begin = ids.gather(1, (pads + columns[: int(mask.sum(1).min()) - 1]).clamp(max=ids.shape[1] - 1))
+    common = int((begin == begin[:1]).all(0).int().cumprod(0).sum())
+    padding = (columns >= common) & (columns < common + pads)
+    moved = ids.gather(1, torch.where(columns < common, pads + columns, columns).expand_as(ids))
+    moved = moved.masked_fill(padding, int(ids[mask == 0].amax()) if bool(padding.any()) else 0)
+    return BatchEncoding({"input_ids": moved, "attention_mask": (~padding).to(mask)})
 
 
 def prompt_ids(

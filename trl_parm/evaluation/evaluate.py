@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from datasets import Dataset
@@ -18,6 +19,9 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from peft_pblora import as_preference, name_preference
 from peft_pblora.preference import Preference, check_columns, check_objectives
 from trl_parm.decoding import BASE, Guided
+from trl_parm.decoding.adapters import Adapters
+from trl_parm.decoding.probes import sees_over_padding
+from trl_parm.decoding.search import TopKReward
 from trl_parm.identity import describe_model, short_hash
 from trl_parm.noise import row_seed
 from trl_parm.records import Records
@@ -29,6 +33,7 @@ from trl_parm.texts import PromptText, prompt_key
 from .answers import with_all_columns
 from .decoding import (
     GREEDY,
+    SAME_OBJECTIVES,
     Batch,
     RowSampling,
     Run,
@@ -38,6 +43,7 @@ from .decoding import (
     prompt_ids,
     split_settings,
     text_length,
+    with_common_start,
 )
 from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
 from .likelihood import ChosenLogProbs, base_log_probs, own_adapters
@@ -74,7 +80,8 @@ def sweep(
         prompts (`Sequence`): The prompts, texts or conversations, each once, the same for all runs.
         runs (`Sequence[Run]`): Methods and preferences.
         rewards (`Mapping[str, Reward]`): Objective name → reward, higher is better.
-        batch_size (`int`, *optional*, defaults to 16): Prompts decoded at once.
+        batch_size (`int`, *optional*, defaults to 16): Texts decoded at once: of as many prompts, or of fewer at
+            several preferences each, see [`Run`].
         seed (`int`, *optional*, defaults to 0): Of the noise of all prompts.
         path (`str` or `Path`, *optional*): A JSONL file for the rows, from which a run that was killed goes on. Runs,
             preferences and prompts may be added to it later.
@@ -210,6 +217,7 @@ class _Table:
         self.sampling, self.generation = split_settings(generation)
         self.ends = self.generation.get("eos_token_id", base_config.eos_token_id)
         chat = tokenizer.chat_template if template is None else None
+        self._over_padding: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
         self.configuration = {
             "objectives": self.objectives,
             "rewards": {name: reward_configuration(reward) for name, reward in rewards.items()},
@@ -261,24 +269,52 @@ class _Table:
         self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]
     ) -> None:
         """Decodes what the records lack of some runs, and only then loads the base model and theirs."""
-        batches = [list(records.missing(self._cells(run), row_cell, self.batch_size)) for run in runs]
-        lacking = any(todo for of_run in batches for _, todo in of_run)
-        base, runs = load() if lacking else (cast(Any, None), runs)
-        for run, of_run in zip(runs, batches):
-            for _, todo in of_run:
-                if todo:
-                    records.append(self._rows(run, base, [self.prompts[i] for i in todo]))
-                self.on_batch(run)
+        batches = [batch for group in self._together(runs) for batch in self._batches(records, runs, group)]
+        base, runs = load() if any(todo for _, _, todo in batches) else (cast(Any, None), runs)
+        for group, prompts, todo in batches:
+            if todo:
+                records.append(self._rows([(runs[number], self.prompts[i]) for number, i in todo], base))
+            # As often for each run as there are batches of its prompts alone.
+            ends = sum(i % self.batch_size == self.batch_size - 1 or i == len(self.prompts) - 1 for i in prompts)
+            for number in group:
+                for _ in range(ends):
+                    self.on_batch(runs[number])
+
+    def _together(self, runs: Sequence[Run]) -> list[list[int]]:
+        """The numbers of runs that share batches."""
+        groups: dict[Any, list[int]] = {}
+        for number, run in enumerate(runs):
+            kind: Any = run.together
+            if kind == SAME_OBJECTIVES:
+                kind = kind, tuple(weight > 0 for weight in run.weights(self.objectives) or ())
+            groups.setdefault(number if kind is None else (run.method, kind), []).append(number)
+        size = self.batch_size
+        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+    def _batches(
+        self, records: Records, runs: Sequence[Run], group: list[int]
+    ) -> Iterator[tuple[list[int], range, list[tuple[int, int]]]]:
+        """Of a group of runs, for each batch: the group, the prompts, and the pairs of run and prompt that no row is
+        of. No batch has more pairs than its size."""
+        count = max(1, self.batch_size // len(group))
+        chunks = [range(start, min(start + count, len(self.prompts))) for start in range(0, len(self.prompts), count)]
+        pairs = [(number, i) for chunk in chunks for number in group for i in chunk]
+        cells = {number: self._cells(runs[number]) for number in group}
+        done = records.missing([cells[number][i] for number, i in pairs], row_cell, count * len(group))
+        for chunk, (_, todo) in zip(chunks, done, strict=True):
+            yield group, chunk, [pairs[i] for i in todo]
 
     def _cells(self, run: Run) -> list[tuple]:
         weights = run.weights(self.objectives)
         return [(run.method, weights, key) for key in self.keys]
 
-    def _rows(self, run: Run, base: PreTrainedModel, prompts: list[PromptText]) -> list[dict[str, Any]]:
-        """The rows of a run for some prompts, decoded together."""
-        weights = run.weights(self.objectives)
-        α = None if run.preference is None else as_preference(run.preference, self.objectives)
-        named = {} if α is None else dict(zip(self.objectives, α.tolist(), strict=True))
+    def _rows(self, pairs: Sequence[tuple[Run, PromptText]], base: PreTrainedModel) -> list[dict[str, Any]]:
+        """The rows of runs and prompts, decoded together: of one run, or of several that share batches."""
+        runs, prompts = [run for run, _ in pairs], [prompt for _, prompt in pairs]
+        run, several = runs[0], any(run is not runs[0] for run in runs)
+        αs = [None if run.preference is None else as_preference(run.preference, self.objectives) for run in runs]
+        names = [{} if α is None else dict(zip(self.objectives, α.tolist(), strict=True)) for α in αs]
+        α, named = (torch.stack(cast(list, αs)), names) if several else (αs[0], names[0])
         escape = self.escape_control_tokens
         inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length, escape).to(base.device)
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
@@ -294,11 +330,12 @@ class _Table:
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         judges = {name: reward for name, reward in self.rewards.items() if reward is not None}
         scores = {name: score(name, reward, prompts, responses) for name, reward in judges.items()}
+        weights = [run.weights(self.objectives) for run in runs]
         return [
             {
                 "method": run.method,
-                "preference": None if weights is None else list(weights),
-                "label": "-" if α is None else name_preference(α, self.objectives),
+                "preference": None if (own := weights[i]) is None else list(own),
+                "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives),
                 "prompt": prompt,
                 "response": responses[i],
                 **{name: values[i] for name, values in scores.items()},
@@ -311,7 +348,7 @@ class _Table:
                 "log_prob_base": likely[i],
                 "log_ratio": guided[i] - likely[i],
             }
-            for i, prompt in enumerate(prompts)
+            for i, (run, prompt) in enumerate(pairs)
         ]
 
     def _generate(
@@ -324,15 +361,31 @@ class _Table:
         own = dict.fromkeys(acting_settings(cast(Any, model.generation_config)) or {})  # the base's act instead
         length = cast(torch.Tensor, inputs["input_ids"]).shape[1]
         noise = [] if self.sampling is None else [RowSampling(seeds, length, **self.sampling)]
+        if self._reads_over_padding(model, arguments):
+            inputs = with_common_start(inputs)
         start = _now(model.device)
         output = cast(Any, model).generate(
             **inputs,
             **arguments,
             logits_processor=[chosen, *noise],
             pad_token_id=self.tokenizer.pad_token_id,
+            end_tokens=[self.ends] if isinstance(self.ends, int) else self.ends,
             **{**own, **self.settings, **GREEDY, "eos_token_id": self.ends, **self.generation},
         )
         return output[:, length:], _now(model.device) - start
+
+    def _reads_over_padding(self, model: Guided, arguments: Mapping[str, Any]) -> bool:
+        """Whether padding may stand within the prompts, so that what they all begin with is read once."""
+        others = {"cache_implementation", "use_cache", "prefill_chunk_size"} & set(self.generation)
+        if others or not set(arguments) <= {"guide_input_ids", "guide_attention_mask"}:
+            return False
+        scorers = set(model.formula.scorers()) - {BASE, *model.terms}
+        if not all(isinstance(scorer, TopKReward) and scorer.reads_text_alone for scorer in scorers):
+            return False
+        for backbone in (model.backbone, *(term.backbone for term in model.terms)):
+            if backbone not in self._over_padding:
+                self._over_padding[backbone] = sees_over_padding(backbone, Adapters(backbone))
+        return all(self._over_padding[term.backbone] for term in model.terms) and self._over_padding[model.backbone]
 
 
 def _repeated(values: Iterable[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from trl_parm.decoding.methods import guidance_strength
 from trl_parm.identity import known_by
 from trl_parm.reward_models import ModelReward, RewardSource
 
-from .decoding import Batch, ModelAt, Run
+from .decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt, Run
 from .models import Guide, Models, backbone_name, canonical, own_prompt
 
 
@@ -37,11 +37,14 @@ class Method:
         title (`str`): Its name in tables and figures, if no other is given.
         make (`Callable`): Takes [`Models`] and settings by keyword, and gives the model for each [`Batch`].
         control (`bool`, *optional*, defaults to `False`): Whether it has no preference.
+        together (`str`, *optional*): Which preferences may be decoded in one batch, see [`Run`]. Where there is a
+            model for each objective, those that leave the same ones out, which then cost nothing.
     """
 
     title: str
     make: Callable[..., ModelAt]
     control: bool = False
+    together: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ class Entry:
 
     def runs(self, preferences: Sequence[Preference]) -> list[Run]:
         """One run for each preference, or one for a control."""
-        return [Run(self.name)] if self.method.control else [Run(self.name, p) for p in preferences]
+        if self.method.control:
+            return [Run(self.name)]
+        return [Run(self.name, preference, together=self.method.together) for preference in preferences]
 
 
 def with_fingerprints(value: Any, base: str | None = None) -> Any:
@@ -258,18 +263,18 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
 METHODS = {
     "base": Method("Base", base_model, control=True),
     "untrained_arm": Method("Base × untrained ARM", untrained_arm, control=True),
-    "parm": Method("PARM", parm),
+    "parm": Method("PARM", parm, together=ANY),
     "parm_shuffled": Method("PARM, α permuted", parm_shuffled),
     "arm_alone": Method("ARM alone", arm_alone),
-    "svd_lora": Method("SVD-LoRA", parm),
-    "uniarm": Method("UniARM", parm),
-    "genarm": Method("GenARM", genarm),
-    "mod": Method("MOD", mod),
-    "mod_w2s": Method("MOD-w2s", mod_w2s),
+    "svd_lora": Method("SVD-LoRA", parm, together=ANY),
+    "uniarm": Method("UniARM", parm, together=ANY),
+    "genarm": Method("GenARM", genarm, together=SAME_OBJECTIVES),
+    "mod": Method("MOD", mod, together=SAME_OBJECTIVES),
+    "mod_w2s": Method("MOD-w2s", mod_w2s, together=SAME_OBJECTIVES),
     "cage": Method("CAGE", cage),
     "worst_case": Method("Worst case", worst_case, control=True),
-    "args": Method("ARGS", args),
-    "transfer_q": Method("Transfer-Q", transfer_q),
+    "args": Method("ARGS", args, together=SAME_OBJECTIVES),
+    "transfer_q": Method("Transfer-Q", transfer_q, together=SAME_OBJECTIVES),
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),
 }
 """All methods by the name that a configuration gives."""
@@ -285,19 +290,22 @@ def _guided(models: Models, guides: Iterable[Guide], formula: Callable[[Batch], 
     return lambda batch: (Guided(models.base, formula(batch)), own_prompt(guides, batch))
 
 
-def _weighted(guides: Mapping[str, Guide], batch: Batch) -> tuple[dict[str, Scorer], list[float]]:
+def _weighted(guides: Mapping[str, Guide], batch: Batch) -> tuple[dict[str, Scorer], list]:
     """log π of each guide, and α in their order."""
     return {objective: guide.lm() for objective, guide in guides.items()}, _ordered(batch, guides)
 
 
-def _ordered(batch: Batch, models: Mapping[str, Any]) -> list[float]:
-    """α in the order of models by objective. Raises `ValueError` if they are not for the same objectives."""
-    if set(batch.weights) != set(models):
+def _ordered(batch: Batch, models: Mapping[str, Any]) -> list:
+    """α in the order of models by objective, or a list of those of all rows. Raises `ValueError` if they are not for
+    the same objectives."""
+    rows = batch.weights if isinstance(batch.weights, list) else [batch.weights]
+    if set(rows[0]) != set(models):
         raise ValueError(
-            f"A method has models for {', '.join(models)}, but the objectives are {', '.join(batch.weights)}. Give "
+            f"A method has models for {', '.join(models)}, but the objectives are {', '.join(rows[0])}. Give "
             "one for each objective."
         )
-    return [batch.weights[objective] for objective in models]
+    found = [[weights[objective] for objective in models] for weights in rows]
+    return found if isinstance(batch.weights, list) else found[0]
 
 
 def _search(

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates as branches of one forward: each judged as the text that it is, on architectures that can and can't."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_llama
+from decoding.architectures import ARCHITECTURES, tiny
+from decoding.tables import MASK, PROMPTS, fed_rows, tiny_judge
+from transformers import AutoModelForSequenceClassification
+
+from trl_parm import ClassifierReward, Guided, SequenceReward
+from trl_parm.algebra import Step
+from trl_parm.decoding import args, transfer_q
+from trl_parm.decoding.branches import Classifier, Continuations
+
+
+BRANCH = {"Llama": True, "GPT-2": True, "OPT": True, "Mixtral": True, "BLOOM": False, "Qwen3-Next": False,
+          "Phi-3": False}  # fmt: skip
+"""Whether a classifier of this architecture can read branches, which windows and recurrent layers forbid."""
+
+
+def classifier(name):
+    config = copy.deepcopy(ARCHITECTURES[name].config)
+    config.num_labels, config.vocab_size, config.pad_token_id = 2, 65, 64  # a pad token that no text has
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that a token more or less is seen
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model
+
+
+def of_whole_texts(model, label=0):
+    """The classifier on every text from its beginning, one by one."""
+
+    @torch.no_grad()
+    def reward(ids, mask):
+        texts = [row[keep.bool()][None] for row, keep in zip(ids, mask)]
+        return torch.stack([model(input_ids=text, use_cache=False).logits[0, label] for text in texts])
+
+    return SequenceReward(reward)
+
+
+@pytest.mark.parametrize(("name", "k"), [*((name, 3) for name in BRANCH), ("Llama", 1)])
+def test_texts_are_those_of_whole_texts(name, k):
+    model = classifier(name)
+    rows = fed_rows(model)
+    for settings in ({"max_new_tokens": 5}, {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}):
+        texts = []
+        for reward in (ClassifierReward(model), of_whole_texts(model)):
+            rows.clear()
+            torch.manual_seed(0)
+            guided = Guided(tiny_llama(0), args(reward, weight=2.0, k=k))
+            texts.append(guided.generate(PROMPTS, attention_mask=MASK, **settings).tolist())
+            if isinstance(reward, ClassifierReward):
+                n = len(PROMPTS) * settings.get("num_return_sequences", 1)
+                assert (rows[-1] == n) == (BRANCH[name] or k == 1)
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("name", BRANCH)
+def test_scores_are_those_of_whole_texts(name):
+    """At one step after the other, with branches of several tokens and padding on both sides, and steps back."""
+    model, generator = classifier(name), torch.Generator().manual_seed(1)
+    reader, slow = Classifier(model, 64), [of_whole_texts(model, label) for label in (0, 1)]
+    ids = torch.randint(2, 64, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :2] = 0
+    for length, new in ((7, 1), (8, 1), (9, 3), (12, 2), (8, 1)):
+        candidates = torch.randint(2, 64, (3, 4, new), generator=generator)
+        seen = torch.ones_like(candidates)
+        seen[1, 2, 1:] = seen[0, 3, 2:] = 0
+        step = Step(torch.zeros(3, 64), tokens=ids[:, :length], mask=mask[:, :length], prompt_length=7)
+        found = reader.scores(step, candidates, seen)
+        for label in (0, 1):
+            torch.testing.assert_close(found[..., label], slow[label](step, candidates, seen), atol=2e-4, rtol=2e-4)
+    assert bool(reader.branches) == BRANCH[name]
+
+
+def test_objectives_that_are_outputs_of_one_model_ask_it_once():
+    model = tiny_judge()
+    rows = fed_rows(model)
+    both = {"one": ClassifierReward(model), "two": ClassifierReward(model, label=1)}
+    Guided(tiny_llama(0), args(both, [0.5, 0.5], k=3)).generate(PROMPTS, attention_mask=MASK, max_new_tokens=4)
+    assert rows == [3, 9, 3, 6] + [3] * 3
+
+
+def test_a_rollout_is_judged_in_branches():
+    model, policy = classifier("Llama"), tiny_llama(2)
+    texts = []
+    for reward in (ClassifierReward(model), of_whole_texts(model)):
+        guided = Guided(tiny_llama(0), transfer_q(reward, policy, k=3, rollout_tokens=4))
+        texts.append(guided.generate(PROMPTS, attention_mask=MASK, max_new_tokens=5).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_a_classifier_whose_branches_would_be_wrong_reads_texts():
+    """One that does not heed the positions it is given counts columns, and a second candidate would stand later."""
+    model = tiny_judge()
+    inner = model.model.forward
+
+    def forward(input_ids, attention_mask, position_ids, cache=None, past_key_values=None, **more):
+        given = {"cache": cache} if past_key_values is None else {"past_key_values": past_key_values}
+        past = next(iter(given.values())).get_seq_length()
+        positions = torch.arange(past, past + input_ids.shape[1])[None].expand_as(input_ids)
+        return inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, **given, **more)
+
+    model.model.forward = forward
+    reader = Classifier(model, 0)
+    for length in (5, 6):
+        tokens = torch.arange(2, 2 + length)[None]
+        reader.scores(
+            Step(torch.zeros(1, 64), tokens=tokens, mask=torch.ones_like(tokens)),
+            torch.tensor([[[9], [11], [13]]]),
+            torch.ones(1, 3, 1, dtype=torch.long),
+        )
+    assert reader.branches is False
+
+
+@pytest.mark.parametrize("name", BRANCH)
+def test_rollouts_are_those_of_each_text_alone(name):
+    """At one step after the other and back, with padding, and texts that end at different tokens."""
+    policy, ends, generator = tiny(name), list(range(34, 64)), torch.Generator().manual_seed(1)
+    reader = Continuations(policy, 5, ends, 0)
+    policy.generation_config.eos_token_id = ends
+    ids = torch.randint(2, 64, (3, 12), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :2] = 0
+    lengths = set()
+    for length in (7, 8, 9, 12, 8):
+        candidates = torch.randint(2, 64, (3, 4), generator=generator)
+        step = Step(torch.zeros(3, 64), tokens=ids[:, :length], mask=mask[:, :length], prompt_length=7)
+        found = reader.decode(step, candidates)
+        for row in range(3):
+            start = ids[row, :length][mask[row, :length] == 1]
+            for i, token in enumerate(candidates[row]):
+                text = torch.cat([start, token[None]])[None]
+                output = policy.generate(
+                    text, attention_mask=torch.ones_like(text), max_new_tokens=5, do_sample=False, pad_token_id=0
+                )[0, len(start) :]
+                lengths.add(len(output))
+                assert found[row, i, : len(output)].tolist() == output.tolist()
+                assert not found[row, i, len(output) :].any()
+    assert len(lengths) > 1
+    assert bool(reader.branches) == BRANCH[name]
+
+
+@pytest.mark.parametrize("setting", ["repetition_penalty", "no_repeat_ngram_size"])
+def test_a_policy_with_settings_of_its_own_decodes_by_generate(setting):
+    policy = tiny_llama(2)
+    setattr(policy.generation_config, setting, 2)
+    assert Continuations(policy, 3, [1], 0).branches is False

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a judge or a policy of its own reads: the text once, and what may follow it as branches of one forward.
+
+    text ── candidate 1, and what follows it
+        └── candidate 2, and what follows it
+
+Branches stand one after the other in the columns after the text. A mask lets each see the text and itself, and their
+positions begin anew. Whether a model reads them as texts of their own is found out by looking, not by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from peft_pblora.kv_cache import cache_argument
+from trl_parm.algebra import Step
+
+from .prefix import can_take_back, follow, rewindable_cache
+from .terms import check_evaluates
+
+
+WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size", "local_attention")
+"""Names in a configuration of attention that does not see the whole text, which is told by columns."""
+WITHOUT_EFFECT = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "temperature", "top_k",
+    "top_p", "min_p", "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
+    "num_beams",
+}  # fmt: skip
+"""What a generation config may say that does nothing to greedy decoding of so many tokens."""
+TOLERANCE = 0.03
+"""How far branches may be from texts of their own, at most, relative to them; less where a dtype is exact."""
+
+
+class Prefix:
+    """The tokens that a model of its own has read, addressed by themselves: what is shared is not read again.
+
+    Args:
+        model (`PreTrainedModel`): The model; its forwards are the caller's.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.tokens = torch.empty(0, 0, dtype=torch.long)
+        self.cache = rewindable_cache(model)
+
+    def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+        """Makes the cache hold a prefix of what is not masked of `tokens`, and returns its length: one token at least
+        is left to feed."""
+        text = tokens.masked_fill(mask == 0, -1)
+        rows, shared = follow(self.tokens, text)
+        kept = min(shared, tokens.shape[1] - 1)
+        surplus = self.tokens.shape[1] - kept
+        if kept == 0 or (surplus and not can_take_back(self.cache)):
+            self.cache, kept = rewindable_cache(self.model), 0
+        else:
+            if rows is not None:
+                self.cache.reorder_cache(cast(torch.LongTensor, rows))
+            if surplus:
+                self.cache.crop(-surplus)
+        self.tokens = text
+        return kept
+
+    def repeated(self, rows: int, times: int) -> Cache:
+        """A copy of the cache in which each of its rows stands so many times."""
+        cache = copy.deepcopy(self.cache)
+        cache.reorder_cache(cast(torch.LongTensor, torch.arange(rows).repeat_interleave(times)))
+        return cache
+
+
+class Classifier:
+    """How a sequence classifier judges branches, for one call of `generate`: what it has read, and how it reads best.
+
+    Args:
+        model (`PreTrainedModel`): The classifier.
+        pad_token_id (`int`): Its pad token.
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
+        self.model, self.pad_token_id = model, pad_token_id
+        self.prefix = Prefix(model)
+        self.branches: bool | None = None if may_branch(model) and _head(model) is not None else False
+        self._asked: list[torch.Tensor] = []
+        self._answer = torch.empty(0)
+
+    def scores(self, step: Step, candidates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """All outputs for each candidate, `(rows, k, outputs)`. Objectives that are outputs of one model ask once.
+
+        Args:
+            step ([`Step`]): The prefixes.
+            candidates, mask (`torch.Tensor` of shape `(rows, k, new)`): What may follow, padded on the right.
+        """
+        asked = [*step.text, candidates, mask]
+        if len(self._asked) != len(asked) or not all(map(torch.equal, self._asked, asked)):
+            check_evaluates(self.model)
+            text, seen, new, new_mask = (x.to(self.model.device) for x in asked)
+            new = new.masked_fill(new_mask == 0, self.pad_token_id)
+            self._answer = self._read(text, seen, new, new_mask)
+            self._asked = [x.clone() for x in asked]
+        return self._answer
+
+    def _read(self, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
+        kept = self.prefix.align(text, seen)
+        if self.branches:
+            return self._as_branches(self.prefix.cache, text[:, kept:], seen, new, new_mask)[1]
+        read(self.model, text[:, kept:], seen, self.prefix.cache)
+        found = self._apart(self.model, seen, new, new_mask).logits
+        found = found.view(*new.shape[:2], -1)
+        if self.branches is None and new.shape[1] > 1:
+            self.branches = self._can_branch(text, seen, new[:, :2], new_mask[:, :2], found[:, :2])
+        return found
+
+    def _apart(self, model: Any, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> Any:
+        """What a model says of every candidate as a text of its own, on a copy of what was read of its prefix."""
+        rows, k, _ = new.shape
+        mask = torch.cat([seen.repeat_interleave(k, 0), new_mask.flatten(0, 1).to(seen)], 1)
+        return read(model, new.flatten(0, 1), mask, self.prefix.repeated(rows, k))
+
+    def _as_branches(
+        self, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states `(rows, k, hidden)` and scores of candidates that are read together with the last of the
+        text. The cache holds the text afterwards."""
+        rows, k, length = new.shape
+        hidden = read_branches(_backbone(self.model), cache, text, seen, new, new_mask).last_hidden_state
+        cache.crop(-k * length)
+        # As the classifiers of transformers choose: the last token that is no pad token.
+        last = (torch.arange(length, device=new.device) * (new != self.pad_token_id)).argmax(-1)
+        places = text.shape[1] + torch.arange(k, device=new.device) * length + last
+        hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+        return hidden, cast(nn.Module, _head(self.model))(hidden)
+
+    def _can_branch(
+        self, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor, scores: torch.Tensor
+    ) -> bool:
+        """Whether two candidates as branches have the hidden states and scores that they have as texts."""
+        cache = copy.deepcopy(self.prefix.cache)
+        cache.crop(-1)
+        try:
+            hidden, found = self._as_branches(cache, text[:, -1:], seen, new, new_mask)
+        except Exception:  # whatever a model says to such a mask
+            return False
+        whole = self._apart(_backbone(self.model), seen, new, new_mask).last_hidden_state
+        last = (torch.arange(new.shape[2], device=new.device) * (new != self.pad_token_id)).argmax(-1)
+        whole = whole[torch.arange(len(whole), device=whole.device), last.flatten()].view_as(hidden)
+        return is_close(hidden, whole) and is_close(found, scores)
+
+
+class Continuations:
+    """How a policy goes on after candidates, greedily, for one call of `generate`: in branches where it can.
+
+    Args:
+        policy (`PreTrainedModel`): The policy.
+        tokens (`int`): How many tokens after each candidate, at most.
+        ends (`list[int]`): After which of them a text ends.
+        pad_token_id (`int`): What stands after an end.
+    """
+
+    def __init__(self, policy: PreTrainedModel, tokens: int, ends: list[int], pad_token_id: int) -> None:
+        self.policy, self.tokens, self.ends, self.pad_token_id = policy, tokens, ends, pad_token_id
+        self.prefix = Prefix(policy)
+        settings = cast(Any, policy.generation_config).to_diff_dict()
+        acting = {name for name, value in settings.items() if value not in (None, False)} - WITHOUT_EFFECT
+        self.branches: bool | None = None if not acting and may_branch(policy) else False
+
+    def decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
+        """Candidates `(rows, k)` with what follows them, `(rows, k, 1 + tokens)`."""
+        check_evaluates(self.policy)
+        text, seen = (x.to(self.policy.device) for x in step.text)
+        one = candidates[..., None].to(text)
+        kept = self.prefix.align(text, seen)
+        if self.branches:
+            return self._in_branches(self.prefix.cache, text[:, kept:], seen, one, self.tokens)[0].to(
+                candidates.device
+            )
+        read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
+        found, logits = self._apart(text, seen, one)
+        if self.branches is None and candidates.shape[1] > 1:
+            self.branches = self._can_branch(text, seen, one, found, logits)
+        return found.to(candidates.device)
+
+    def _apart(
+        self, text: torch.Tensor, seen: torch.Tensor, one: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """By the policy's own `generate`, on a copy of what it has read for each candidate; and logits of each token,
+        `(rows, k, vocab)`."""
+        rows, k, _ = one.shape
+        ids = torch.cat([text.repeat_interleave(k, 0), one.flatten(0, 1)], 1)
+        mask = torch.cat([seen.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
+        output = cast(Any, self.policy).generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
+            pad_token_id=self.pad_token_id, return_dict_in_generate=True, output_logits=self.branches is None,
+            **cache_argument(self.policy, self.prefix.repeated(rows, k)),
+        )  # fmt: skip
+        logits = [x.view(rows, k, -1) for x in output.logits or ()]
+        return self._whole(output.sequences[:, text.shape[1] :].view(rows, k, -1)), logits
+
+    @torch.no_grad()
+    def _in_branches(
+        self, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `_apart`, of so many tokens. The text is read with the candidates, and the cache holds it afterwards."""
+        rows, k, _ = new.shape
+        found, logits = new, []
+        ended = torch.zeros(rows, k, dtype=torch.bool, device=new.device)
+        own = torch.eye(k, dtype=torch.bool, device=new.device)
+        output = read_branches(self.policy, cache, text, seen, new, torch.ones_like(new), logits_to_keep=k)
+        place = seen.sum(1, keepdim=True)
+        while True:
+            logits.append(output.logits[:, -k:])
+            token = logits[-1].float().argmax(-1).masked_fill(ended, self.pad_token_id)
+            found = torch.cat([found, token[..., None]], 2)
+            ended |= torch.isin(token, token.new_tensor(self.ends))
+            count = found.shape[2]
+            if count > tokens or bool(ended.all()):
+                break
+            allowed = torch.cat(
+                [seen.bool()[:, None].expand(-1, k, -1), own.repeat(1, count)[None].expand(rows, -1, -1)], 2
+            )
+            output = self.policy(
+                input_ids=token, attention_mask=additive(allowed, self.policy.dtype),
+                position_ids=(place + count - 1).expand(-1, k), use_cache=True, logits_to_keep=k,
+                **cache_argument(self.policy, cache),
+            )  # fmt: skip
+        cache.crop(-k * (found.shape[2] - 1))
+        return self._whole(found), logits
+
+    def _can_branch(
+        self,
+        text: torch.Tensor,
+        seen: torch.Tensor,
+        one: torch.Tensor,
+        found: torch.Tensor,
+        logits: list[torch.Tensor],
+    ) -> bool:
+        """Whether the same two tokens follow in branches, from the same logits."""
+        cache = copy.deepcopy(self.prefix.cache)
+        cache.crop(-1)
+        try:
+            same, others = self._in_branches(cache, text[:, -1:], seen, one, min(2, self.tokens))
+        except Exception:  # whatever a model says to such a mask
+            return False
+        count = len(others)
+        return torch.equal(same[..., : 1 + count], found[..., : 1 + count]) and is_close(others[-1], logits[count - 1])
+
+    def _whole(self, texts: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
+
+
+def may_branch(model: PreTrainedModel) -> bool:
+    """Whether a model has nothing but attention to whole texts."""
+    config: Any = model.config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    windows = any(getattr(config, name, None) for name in WINDOWS)
+    return not windows and all(type(layer) is DynamicLayer for layer in layers)
+
+
+@torch.no_grad()
+def read(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, **settings: Any) -> Any:
+    """A model's output for the last tokens of the texts of a mask."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        **cache_argument(model, cache), **settings,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def read_branches(
+    model: Any,
+    cache: Cache,
+    text: torch.Tensor,
+    seen: torch.Tensor,
+    new: torch.Tensor,
+    new_mask: torch.Tensor,
+    **settings: Any,
+) -> Any:
+    """A model's output for the last tokens of texts and k branches after each, in one forward.
+
+    Args:
+        model: The model.
+        cache (`Cache`): What it has read of the texts; their last tokens and the branches are added.
+        text (`torch.Tensor` of shape `(rows, last)`): The tokens of the texts that it has not.
+        seen (`torch.Tensor` of shape `(rows, length)`): The mask of the whole texts.
+        new, new_mask (`torch.Tensor` of shape `(rows, k, new)`): The branches, and 0 for padding on the right.
+
+    Returns:
+        The output, with positions `(rows, last + k · new)`.
+    """
+    rows, k, length = new.shape
+    last, columns = text.shape[1], seen.shape[1]
+    seen, new_mask = seen.bool(), new_mask.bool()
+    allowed = torch.zeros(rows, last + k * length, columns + k * length, dtype=torch.bool, device=new.device)
+    steps = torch.arange(columns, device=new.device)
+    allowed[:, :last, :columns] = (steps <= steps[columns - last :, None]) & seen[:, None]
+    allowed[:, last:, :columns] = seen[:, None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=new.device).tril()
+    own = torch.eye(k, dtype=torch.bool, device=new.device)[:, None, :, None] & causal[:, None]
+    allowed[:, last:, columns:] = own.reshape(k * length, k * length) & new_mask.flatten(1)[:, None]
+    allowed.diagonal(offset=columns - last, dim1=1, dim2=2).fill_(True)  # padding sees itself, or nothing would be
+    positions = (seen.long().cumsum(-1) - 1).clamp(min=0)
+    after = positions[:, -1:, None] + 1 + torch.arange(length, device=new.device)
+    return model(
+        input_ids=torch.cat([text, new.flatten(1)], 1),
+        attention_mask=additive(allowed, model.dtype),
+        position_ids=torch.cat([positions[:, columns - last :], after.expand(-1, k, -1).flatten(1)], 1),
+        use_cache=True,
+        **cache_argument(model, cache),
+        **settings,
+    )
+
+
+def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What attention adds to its scores, `(rows, 1, queries, keys)`, for what each query may see."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two ways to compute something agree, as far as its dtype lets them."""
+    allowed = min(TOLERANCE, torch.finfo(expected.dtype).eps ** 0.5)
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).norm() <= allowed * expected.norm())
+
+
+def _backbone(model: PreTrainedModel) -> Any:
+    """The transformer of a classifier."""
+    return getattr(model, model.base_model_prefix, None)
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    """What a classifier applies to the hidden state of a text's last token, if that is a module of its own."""
+    found = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
+    return found if isinstance(found, nn.Module) and isinstance(_backbone(model), nn.Module) else None
