@@ -229,7 +229,7 @@ def test_model_without_adapter():
         ({"default_preference": [0.5, 0.6]}, "must sum to 1"),
         ({"r1": 0, "r2": 0}, "one must be positive"),
         ({"r1": -1}, "0 or larger"),
-        ({"lora_alpha": 0}, "The scaling is 0.0, so that the adapter does nothing"),
+        ({"lora_alpha": 0}, "The scaling is 0.0, with which the adapter does nothing"),
         ({"lora_alpha": float("nan")}, "The scaling is nan"),
         ({"lora_dropout": 1.0}, r"must lie in \[0, 1\)"),
     ],
