@@ -132,8 +132,9 @@ def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | N
     guide, strength = models.guide(arm, template), guidance_strength(beta)
 
     def formula(batch: Batch) -> Scorer:
-        values = list(batch.weights.values())
-        return BASE + strength * guide.lm(dict(zip(batch.weights, values[1:] + values[:1], strict=True)))
+        weights = cast(dict[str, float], batch.weights)  # one preference at a time
+        values = list(weights.values())
+        return BASE + strength * guide.lm(dict(zip(weights, values[1:] + values[:1], strict=True)))
 
     return _guided(models, [guide], formula)
 
@@ -190,9 +191,9 @@ def cage(
     def formula(batch: Batch) -> Scorer:
         if arms is not None:
             return formulas.cage(*_weighted(guides, batch), tau, k, rounds)
-        vertices = {one: {other: float(other == one) for other in batch.weights} for one in batch.weights}
-        principals = {one: guides[""].lm(vertex) for one, vertex in vertices.items()}
-        return formulas.cage(principals, list(batch.weights.values()), tau, k, rounds)
+        weights = cast(dict[str, float], batch.weights)  # one preference at a time
+        principals = {one: guides[""].lm({other: float(other == one) for other in weights}) for one in weights}
+        return formulas.cage(principals, list(weights.values()), tau, k, rounds)
 
     return _guided(models, guides.values(), formula)
 
