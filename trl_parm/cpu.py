@@ -23,7 +23,7 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Makes the linear layers of a model on a CPU multiply by oneDNN with packed weights, in training too.
 
     A product with one or a few rows, as in decoding, then costs one reading of the weights; PyTorch's default kernels
-    take up to three times as long in float32. Each plain `nn.Linear` is replaced, in place, by a [`PackedLinear`] with
+    take longer. Each plain `nn.Linear` is replaced, in place, by a [`PackedLinear`] with
     the same parameters, so that adapters, saving, merging and training go on as before, and weights that change are
     packed anew. It costs the memory of one packed copy of the weights. [`undo_optimize_for_cpu`] takes it back.
 
@@ -34,8 +34,8 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
         model (`nn.Module`): Any model on a CPU, with adapters or without.
         dtype (`torch.dtype`, *optional*):
             Of the products, float32 or bfloat16; inputs, outputs and parameters keep theirs. If not given, bfloat16
-            for a CPU with units for it (AVX512-BF16 or AMX), which halves the time of a product, and otherwise each
-            layer's own. In bfloat16 log-probabilities differ from float32's in the third digit or so, as on a GPU.
+            for a CPU with units for it (AVX512-BF16 or AMX), and otherwise float32. In bfloat16 log-probabilities are
+            as coarse as on a GPU.
 
     Returns:
         The model.
@@ -50,16 +50,14 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
         raise ValueError(f"`dtype` is {dtype}, but products can be made in float32 or bfloat16.")
     if dtype == torch.bfloat16 and not has_bfloat16_units():
         warnings.warn(
-            "This CPU has no units for bfloat16, so that its products are slower than in float32 (1.5 to 6 times, as "
-            "measured with AVX2 and AVX512). Leave `dtype` out.",
+            "This CPU has no units for bfloat16, so that its products are slower than in float32. Leave `dtype` out.",
             stacklevel=2,
         )
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise ValueError("The model's linear layers are packed already. Call `undo_optimize_for_cpu` first.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("The model has weights on `meta`, which are not there. Load it whole into memory first.")
-    if dtype is None and has_bfloat16_units():
-        dtype = torch.bfloat16
+    dtype = dtype or getattr(torch, cast(str, products_of()))
     small = _of_adapters(model)
     packed = {m: PackedLinear.of(cast(nn.Linear, m), dtype) for m in model.modules() if _can_be_packed(m, small)}
     if not packed:
@@ -75,10 +73,11 @@ def optimize_loaded(model: Model, dtype: str = "auto") -> Model:
     """As [`optimize_for_cpu`], of a model that was just loaded with a `dtype`, by its name: one that can't be packed,
     or is on another device, stays as it is. Products are in bfloat16 on a CPU with units, unless it is `float32`.
     """
-    if products_of(dtype) is None:
+    products = products_of(dtype)
+    if products is None:
         return model
     try:
-        return optimize_for_cpu(model, torch.bfloat16 if products_of(dtype) == "bfloat16" else torch.float32)
+        return optimize_for_cpu(model, getattr(torch, products))
     except ValueError:
         return model
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from trl_parm.algebra import BASE, Combination, Scorer, Step, Weight, of_rows
+from trl_parm.algebra import BASE, Combination, Scorer, Step, of_rows
 
 
 WORST_CASE = "worst_case"
@@ -63,10 +65,7 @@ class WorstCase(Combination):
     Made by [`parm`] and [`genarm`] with `preference="worst_case"`.
     """
 
-    def __init__(self, values: list[tuple[Weight, Scorer]]) -> None:
-        super().__init__(values)
-
-    def scorers(self):
+    def scorers(self) -> Iterator[Scorer]:
         yield BASE
         yield from super().scorers()
 
