@@ -40,7 +40,7 @@ from .data import (
 )
 from .log_probs import Responses
 from .losses import count_labels
-from .metrics import EvalMetrics, TrainMetrics
+from .metrics import EvalMetrics, TrainMetrics, check_metric
 from .model import (
     adapt_model,
     check_causal,
@@ -134,6 +134,8 @@ class PreferenceARMTrainer(SavingTrainer):
             self.objectives = only_objective(sources, cast(dict, args.label_columns))
         self.arm_loss = args.arm_loss(self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
+        if args.metric_for_best_model and compute_metrics is None:
+            check_metric(args.metric_for_best_model, self.objectives, list(self.eval_preferences))
         fixed = list(name_preferences(args.train_preferences or [], self.objectives).values())
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
