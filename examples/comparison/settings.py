@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_parm.evaluation import arrange, mean_inner_product, standardized
+from trl_parm.evaluation import arrange, mean_and_error, mean_inner_product, standardized
 from trl_parm.records import Records, read_rows
 
 from .methods import METHODS, decode, mean_kl
@@ -47,8 +47,9 @@ class Settings:
         self._search(RATE, kind, self.task.rates, tried)
 
     def choose_beta(self, method: str) -> None:
-        """Tries β: the best has the largest mean inner product of standardised rewards. A method without one is
-        measured once."""
+        """Tries β: the largest whose mean inner product of standardised rewards is within a standard error of the
+        largest, since more strength than that goes further from the base for nothing. A method without β is measured
+        once."""
         grid = self.task.betas if METHODS[method].has_beta else [1.0]
         self._search(BETA, method, grid, lambda beta: self._front(method, beta))
 
@@ -89,8 +90,9 @@ class Settings:
         prompts = self.task.prompts("validation", self.task.validation_prompts)
         rows = decode(self.task, prompts, GRID_STEPS, ["base", entry], self.work / "answers.jsonl")
         front = standardized(arrange(rows, self.task.objectives), "Base", self.task.objectives)[1]
-        product = mean_inner_product(front.preferences, front.points)
-        return {"value": -product, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
+        products = [mean_inner_product(front.preferences, rewards) for rewards in front.rewards]
+        value, error = mean_and_error([-product for product in products])
+        return {"value": value, "error": error, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
 
     def _search(self, what: str, of: str, grid: Sequence[float], value: Callable[[float], dict[str, Any]]) -> None:
         with Records(self.path, self._configuration(), cell_of=lambda row: (row["what"], row["of"], row["at"])) as kept:
@@ -135,8 +137,10 @@ def next_of(rows: Sequence[dict[str, Any]], grid: Sequence[float], limits: Seque
 
 
 def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The smallest value of what was tried."""
-    return min(rows, key=lambda row: row["value"])
+    """What has the smallest value; or of values with a standard error the largest setting that is within one of it."""
+    lowest = min(rows, key=lambda row: row["value"])
+    near = [row for row in rows if "error" in row and row["value"] <= lowest["value"] + lowest["error"]]
+    return max(near, key=lambda row: row["at"], default=lowest)
 
 
 def at_edge(rows: Sequence[dict[str, Any]]) -> bool:

@@ -52,10 +52,10 @@ class Task:
     budgets: dict[int, list[int]]
     settings_steps: int
     settings_seed: int = 100
-    rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2])
-    betas: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
-    limits: dict[str, list[float]] = field(default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.03, 8.0]})
-    validation_pairs: int = 400
+    rates: list[float] = field(default_factory=lambda: [2e-3, 5e-3, 1e-2])
+    betas: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
+    limits: dict[str, list[float]] = field(default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.015, 8.0]})
+    validation_pairs: int = 240
     validation_prompts: int = 60
     test_prompts: int = 120
     grid_steps: int = 5
