@@ -48,9 +48,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Runs the pieces that are asked for. Raises `ValueError` for tasks and pieces that there are not."""
+    import datasets
     from comparison.piece import pieces
     from comparison.task import Task
 
+    datasets.disable_progress_bars()  # of hundreds of short trainings
     known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     names = args.task or known
     if unknown := set(names) - set(known):

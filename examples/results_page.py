@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from comparison.figures import draw
 from comparison.methods import BASE, METHODS, UNTRAINED
-from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
+from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
 from comparison.settings import BETA, RATE, Settings, best
 from comparison.statements import edges, interval, statements
 from comparison.task import Task
 from comparison.training import KINDS
 
 from peft_pblora.output import output_folder
-from trl_parm.evaluation import markdown
+from trl_parm.evaluation import Interval, markdown
 
 
 WRITER = "results_page.py"
@@ -25,52 +25,58 @@ VERSIONS = ("python", "torch", "transformers", "peft", "trl")
 
 INTRODUCTION = """# Results on two cores
 
-Every method on the same prompts, trained on the same pairs with as many passes over pairs, on CPUs. `make
-reproduce-small` trains, evaluates and writes this page from the tables in `benchmarks/results/small`; every number and
-every sentence under "What holds" is worked out from them. The models are tiny and the rewards need no model, so that
-this shows whether methods steer, not how well they would steer a large model towards helpful and harmless answers.
+Every method on the same prompts, trained on the same pairs with as many passes over pairs, on CPUs.
+`make reproduce-small` trains, evaluates and writes this page from the tables in `benchmarks/results/small`: numbers
+and sentences about them are worked out from these. The models are small and the rewards need no model, so that it
+shows whether methods steer, not how well they would steer a large model towards helpful and harmless answers.
 
 Rewards are *standardised*: minus the mean, by the standard deviation, of the base's answers. **MIP** is the mean inner
 product of α and standardised rewards, **HV** the hypervolume of mean standardised rewards above −1 or 0 in all
-objectives. All intervals are 95 % intervals over prompts *and* training seeds, where there are several; differences are
+objectives. Brackets are 95 % intervals over prompts *and* training seeds, where there are several; differences are
 paired, prompt by prompt and seed by seed."""
 
-SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and policies. Adapters have rank 8 on q, k and v.
-- **Pairs**: {pairs} of its own answers for {steps} steps of {batch}, labelled for {objectives}; the labels agree in
-  {agreement:.0%} of them. PARM, SVD-LoRA and UniARM see all of them; each ARM of GenARM, and each policy, sees the part
-  that it has for itself, {share}, with its own label.
-- **Learning rates**, the least loss on {held_out} held-out pairs, on a seed of their own, after {settings_steps} steps:
-  {rates}. {rate_edges}
-- **β**, the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their own:
+SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and policies. Adapters have rank 8 and
+  lie on the attention's q, k and v.
+- **Pairs**: {pairs} of its own answers for {steps} steps of {batch}, labelled for {objectives}; the labels agree
+  in {agreement:.0%} of them. PARM, SVD-LoRA and UniARM see all of them; each ARM of GenARM, and each policy, has a
+  part for itself, {share}, with its own label.
+- **Learning rates** have the least loss on {held_out} held-out pairs, on a seed of their own, after {settings_steps}
+  steps: {rates}. {rate_edges}
+- **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their own:
   {betas}. {beta_edges}
-- **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from the
-  {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
+- **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
+  the {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
 - **Versions**: {versions}."""
 
 METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
-without training. *ARM alone* is PARM's ARM without the base model. Rewarded Soups and MOD combine DPO policies, which is
-another kind of model than an ARM. *Base × untrained ARM* multiplies the base by itself as strongly as PARM guides it,
-which sharpens without any preference; *PARM, α permuted* guides by the wrong preference."""
+without training. *ARM alone* is PARM's ARM without the base model. Rewarded Soups and MOD combine DPO policies, which
+are another kind of model than an ARM. *Base × untrained ARM* multiplies the base by itself as strongly as PARM guides
+it, which sharpens without any preference; *PARM, α permuted* guides by the wrong preference."""
+
+FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
+the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
 
 LIMITS = """## What this does not show
 
-Small models, and rewards that short happy phrases satisfy; no judge but the scorers that labelled. Learning rates and β
-were chosen once, with {settings}, and are used for every budget and seed. Hypervolume of few prompts is biased upwards,
-and of six noisy points more than of a control's one. KL is estimated from the sampled answers. The noise of sampling is
-the same in all seeds of training, so that an interval over seeds has that of training alone. Times are those of a
-shared machine; [decoding](decoding.md) has paired measurements."""
+Small models, and rewards that short happy phrases satisfy; no judge but the scorers that labelled. Learning rates and
+β were chosen once, after {settings}, and are used for every budget and seed. Hypervolume of few prompts is biased
+upwards, and of several noisy points more than of a control's one. KL is estimated from the sampled answers. The noise
+of sampling is the same for all seeds of training. Times are those of a shared machine; [decoding](decoding.md) has
+paired measurements."""
 
 
-def write_page(results: Path, page: Path, configs: Path) -> Path | None:
+def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) -> Path | None:
     """Writes `results.md` and its figures into a folder, of every task with pieces; `None` if there is none.
 
     Args:
         results (`Path`): The folder with tables, of all tasks.
         page (`Path`): The folder to write.
         configs (`Path`): The folder with the tasks' configurations.
+        resamples (`int`): Of the bootstrap.
     """
     tasks = [Task.read(path) for path in sorted(configs.glob("*.yaml"), reverse=True)]
-    found = {task.name: (task, budgets) for task in tasks if (budgets := read_budgets(results / task.name, task))}
+    every = {task.name: (task, read_budgets(results / task.name, task, resamples)) for task in tasks}
+    found = {name: (task, budgets) for name, (task, budgets) in every.items() if budgets}
     if not found:
         return None
     with output_folder(page, WRITER) as staging:
@@ -78,14 +84,14 @@ def write_page(results: Path, page: Path, configs: Path) -> Path | None:
         parts = [INTRODUCTION, summary(found), METHODS_TEXT]
         for task, budgets in found.values():
             parts += section(task, budgets, results, staging / "images")
-        steps = " and ".join(f"{task.settings_steps} steps ({task.title.lower()})" for task, _ in found.values())
+        steps = " and ".join(f"{task.settings_steps} steps ({task.title})" for task, _ in found.values())
         parts.append(LIMITS.format(settings=steps))
         (staging / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page / "results.md"
 
 
-def read_budgets(results: Path, task: Task) -> list[Budget]:
-    found = [Budget.read(results, steps, seeds) for steps, seeds in task.budgets.items()]
+def read_budgets(results: Path, task: Task, resamples: int) -> list[Budget]:
+    found = [Budget.read(results, steps, seeds, resamples) for steps, seeds in task.budgets.items()]
     return [budget for budget in found if budget]
 
 
@@ -116,12 +122,11 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
         name = f"results_{task.name}_{budget.steps}"
         draw(budget, images, name)
         parts += [
-            f"### {task.title}: {budget.steps} steps, {len(budget.seeds)} training seed{'s'[: len(budget.seeds) - 1]}",
-            "\n".join(f"- {line}" for line in statements(budget)),
+            f"### {task.title}: {budget.steps:,} steps, training seeds: {len(budget.seeds)}",
+            "**What holds**\n\n" + "\n".join(f"- {line}" for line in statements(budget)),
             f"![Mean rewards of all methods at every preference](images/{name}.png)",
             f"![Mean inner product over KL to the base](images/{name}_kl.png)",
-            "Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are "
-            "the same methods at the β with which they should be as far from the base as PARM, the grey line.",
+            FIGURES,
             markdown(measures_table(budget)),
             markdown(answers_table(budget)),
         ]
@@ -163,8 +168,8 @@ def settings_text(task: Task, settings: Settings, budgets: Sequence[Budget]) -> 
 def measures_table(budget: Budget) -> list[dict[str, Any]]:
     """The measures of each method, a column for each."""
     found: dict[str, dict[str, Any]] = {}
-    for row in budget.measures():
-        text = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    for row in budget.measures:
+        text = str(Interval(row["value"], row["low"], row["high"]))
         found.setdefault(row["method"], {"method": row["method"]})[row["measure"]] = text
     columns = [PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO, *(f"spread of {name}" for name in budget.objectives)]
     rows = []
@@ -172,7 +177,7 @@ def measures_table(budget: Budget) -> list[dict[str, Any]]:
         steered = {}
         if budget.fronts[method].preferences is not None:
             steered = dict(zip(budget.objectives, budget.correlations(method)[0].tolist()))
-        rank = {f"rank correlation of {name}": steered.get(name) for name in budget.objectives}
+        rank = {f"rank, {name}": f"{steered[name]:.2f}" if name in steered else None for name in budget.objectives}
         rows.append({"method": method, **{name: cells.get(name) for name in columns}, **rank})
     return rows
 
@@ -186,13 +191,12 @@ def answers_table(budget: Budget) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": method,
-                **{name: float(np.mean([row[name] for row in own])) for name in budget.objectives},
-                "KL to the base": budget.kl(method),
-                "log π_base": sum(row["log_prob_base"] for row in own) / tokens,
-                "repeated 4-grams": float(np.mean([row["repetition"] or 0.0 for row in own])),
-                "at the cap": float(np.mean([row["capped"] for row in own])),
-                "tokens": tokens / len(own),
-                "time of a token": budget.seconds(method),
+                **{name: f"{np.mean([row[name] for row in own]):.2f}" for name in budget.objectives},
+                "KL to the base": f"{max(0.0, budget.kl(method)):.2f}",
+                "log π_base": f"{sum(row['log_prob_base'] for row in own) / tokens:.2f}",
+                "repeated 4-grams": f"{np.mean([row['repetition'] or 0.0 for row in own]):.1%}",
+                "at the cap": f"{np.mean([row['capped'] for row in own]):.0%}",
+                "tokens": f"{tokens / len(own):.0f}",
                 "extra parameters": budget.fronts[method].extra_parameters,
             }
         )

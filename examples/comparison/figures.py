@@ -44,7 +44,7 @@ def mean_rows(budget: Budget, methods: Sequence[str]) -> list[dict[str, Any]]:
 
 def _against_kl(budget: Budget) -> Figure:
     """Mean inner product of standardised rewards over KL to the base; open marks are of another β, at PARM's KL."""
-    rows = {row["method"]: row for row in budget.measures() if row["measure"] == PRODUCT}
+    rows = {row["method"]: row for row in budget.measures if row["measure"] == PRODUCT}
     matched = budget.matched()
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -61,7 +61,8 @@ def _against_kl(budget: Budget) -> Figure:
             label = name if filled else None
             axes.plot(x, y, marker, mfc=face, mec=colour, ms=8, ls="none", label=label)
     for name, marker in ((BASE, "*"), (UNTRAINED, "P")):
-        axes.plot(budget.kl(name), rows[name]["value"], marker, color="black", mfc="white", ms=10, ls="none", label=name)
+        at = budget.kl(name), rows[name]["value"]
+        axes.plot(*at, marker, color="black", mfc="white", ms=10, ls="none", label=name)
     axes.set(xlabel="KL to the base (nats a token)", ylabel="mean inner product of standardised rewards")
     axes.grid(color="0.92", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -68,7 +68,7 @@ def decode(
     task: Task, prompts: Sequence[PromptText], grid_steps: int, entries: Sequence[Any], path: Path
 ) -> list[dict[str, Any]]:
     """The rows of [`trl_parm.evaluation.evaluate`], from which a run that was killed goes on."""
-    models = Models(task.model, task.dtype, optimize=task.dtype == "bfloat16")
+    models = Models(task.model, task.dtype, optimize=True)
     rewards = {name: RewardSource.of(source).load() for name, source in task.rewards.items()}
     table = evaluate(
         models,

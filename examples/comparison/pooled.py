@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,6 +35,7 @@ class Budget:
         facts (`list[dict]`): Of each seed.
         rows (`list[dict]`): Of all seeds, each method named with its seed.
         names (`dict[str, str]`): Method with seed → method.
+        resamples (`int`): Of the bootstrap.
     """
 
     steps: int
@@ -42,9 +44,10 @@ class Budget:
     facts: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     names: dict[str, str]
+    resamples: int = 2000
 
     @classmethod
-    def read(cls, results: Path, steps: int, planned: Sequence[int]) -> Budget | None:
+    def read(cls, results: Path, steps: int, planned: Sequence[int], resamples: int = 2000) -> Budget | None:
         """From the files of a task; `None` if there is no seed. Raises `ValueError` for pieces of different runs."""
         paths = {seed: path for seed in planned if facts_path(path := rows_path(results, steps, seed)).exists()}
         if not paths:
@@ -63,7 +66,8 @@ class Budget:
                 name = f"{row['method']} (seed {seed})"
                 names[name] = row["method"]
                 rows.append({**row, "method": name})
-        return cls(steps, list(paths), [seed for seed in planned if seed not in paths], facts, rows, names)
+        missing = [seed for seed in planned if seed not in paths]
+        return cls(steps, list(paths), missing, facts, rows, names, resamples)
 
     @property
     def objectives(self) -> list[str]:
@@ -82,15 +86,23 @@ class Budget:
         """The fronts with rewards in standard deviations of the base's answers, from their mean."""
         return {front.method: front for front in standardized(list(self.fronts.values()), BASE, self.objectives)}
 
+    @cached_property
     def measures(self) -> list[dict[str, Any]]:
         """MIP and HV of standardised rewards, and spreads, of each method, with 95 % intervals."""
-        return [_named(row) for row in measure(list(self.scaled.values()), self.objectives, self._references)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing lies above a reference point: the table says so
+            rows = measure(list(self.scaled.values()), self.objectives, self._references, self.resamples)
+        return [_named(row) for row in rows]
 
     def difference(self, method: str, minus: str) -> dict[str, dict[str, Any]]:
         """Paired differences of two methods by measure, each with `value`, `low`, `high` and `differs`."""
-        pair = [self.scaled[method], self.scaled[minus]]
-        rows = differences(pair, self.objectives, self._references, minus)
-        return {_named(row)["measure"]: row for row in rows}
+        if (method, minus) not in self._differences:
+            pair = [self.scaled[method], self.scaled[minus]]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rows = differences(pair, self.objectives, self._references, minus, self.resamples)
+            self._differences[method, minus] = {_named(row)["measure"]: row for row in rows}
+        return self._differences[method, minus]
 
     def correlations(self, method: str) -> np.ndarray:
         """Rank correlation of α with its reward, of shape `(1 + seeds, k)`: of the mean over seeds, and of each."""
@@ -102,13 +114,10 @@ class Budget:
         """Mean KL to the base of a token, over seeds and preferences."""
         return mean_kl([row for row in self.rows if self.names[row["method"]] == method])
 
-    def seconds(self, method: str) -> float:
-        """Time of a token, relative to the base's in the same run: the median over seeds."""
-        found = []
-        for seed in self.seeds:
-            own = self._seconds(f"{method} (seed {seed})")
-            found.append(own / self._seconds(f"{BASE} (seed {seed})"))
-        return float(np.median(found))
+    def relative_time(self, method: str, other: str) -> float:
+        """The time of a token of a method by that of another, in batches of one size: the median over seeds."""
+        both = [[self._seconds(f"{name} (seed {seed})") for name in (method, other)] for seed in self.seeds]
+        return float(np.median([own / others for own, others in both]))
 
     def mean_metric(self, kind: str, name: str) -> tuple[float, float, float] | None:
         """Mean, least and largest over seeds of a metric of training on held-out pairs."""
@@ -123,6 +132,10 @@ class Budget:
     def matched(self) -> dict[str, str]:
         """Method → its name at PARM's KL, where it was decoded with another β for that."""
         return {name: AT_KL.format(name) for name in self.fronts if AT_KL.format(name) in self.fronts}
+
+    @cached_property
+    def _differences(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+        return {}
 
     @property
     def _references(self) -> list[list[float]]:

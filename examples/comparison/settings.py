@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Settings:
         return {"value": value, "error": error, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
 
     def _search(self, what: str, of: str, grid: Sequence[float], value: Callable[[float], dict[str, Any]]) -> None:
-        with Records(self.path, self._configuration(), cell_of=lambda row: (row["what"], row["of"], row["at"])) as kept:
+        with Records(self.path, self._configuration(), cell_of=cell_of) as kept:
             while (at := next_of(self.tried(what, of), grid, self.task.limits[what])) is not None:
                 print(f"{self.task.name}: {of} at {what} {at:g}", flush=True)
                 kept.append([{"what": what, "of": of, "at": at, **value(at)}])
@@ -113,6 +113,11 @@ class Settings:
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
             "held_out": len(task.held_out()), "prompts": task.validation_prompts, "kinds": list(KINDS),
         }  # fmt: skip
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple:
+    """What a row is of."""
+    return row["what"], row["of"], row["at"]
 
 
 def next_of(rows: Sequence[dict[str, Any]], grid: Sequence[float], limits: Sequence[float]) -> float | None:

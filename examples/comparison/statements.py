@@ -24,8 +24,9 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, GENARM, "GenARM") + halves(budget),
         steering(budget),
         against(budget, PARM, SHUFFLED, "PARM with a permuted α") if SHUFFLED in budget.fronts else "",
-        against(budget, JOINED, GENARM, "GenARM") + costs(budget, JOINED, GENARM),
-        *at_matched_kl(budget),
+        against(budget, JOINED, GENARM, "GenARM")
+        + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
+        at_matched_kl(budget),
         others(budget),
         diagnosis(budget),
         seeds(budget),
@@ -43,13 +44,7 @@ def against(budget: Budget, method: str, minus: str, called: str) -> str:
 def halves(budget: Budget) -> str:
     """What PARM and GenARM keep in memory."""
     own, other = (budget.fronts[name].extra_parameters for name in (PARM, GENARM))
-    return f" PARM has {own / other:.2f} of GenARM's parameters, and one guide row in the place of {len(budget.objectives)}."
-
-
-def costs(budget: Budget, method: str, minus: str) -> str:
-    """The time of a token of two methods."""
-    own, other = budget.seconds(method), budget.seconds(minus)
-    return f" A token takes {own:.2f} times as long as the base's; GenARM's takes {other:.2f} times as long."
+    return f" PARM has {own / other:.2f} of GenARM's parameters, and one guide row for {len(budget.objectives)}."
 
 
 def steering(budget: Budget) -> str:
@@ -60,25 +55,20 @@ def steering(budget: Budget) -> str:
         for name, mean, least, most in zip(budget.objectives, found[0], found[1:].min(0), found[1:].max(0))
     )
     reached = [name for name in (PARM, *budget.compared()) if (budget.correlations(name)[0] > STEERED - 1e-6).all()]
-    aim = "reaches" if PARM in reached else "does not reach"
     return (
-        f"**Steering**: the rank correlation of α with its reward is {own} for PARM, which {aim} {STEERED} for all "
-        f"objectives; so do {', '.join(name for name in reached if name != PARM) or 'no others'}."
-        if PARM in reached
-        else f"**Steering**: the rank correlation of α with its reward is {own} for PARM, which {aim} {STEERED} for "
-        f"all objectives; {', '.join(reached) or 'no method'} does."
+        f"**Steering**: the rank correlation of α with its reward is {own} for PARM. It is {STEERED} or more for all "
+        f"objectives of {', '.join(reached) or 'no method'}."
     )
 
 
-def at_matched_kl(budget: Budget) -> list[str]:
+def at_matched_kl(budget: Budget) -> str:
     """Other methods at the β with which they are as far from the base as PARM."""
     parts = []
     for name, matched in budget.matched().items():
-        row = budget.difference(PARM, matched)[PRODUCT]
-        parts.append(f"{name} {interval(row)} ({verdict(row)}; KL {budget.kl(matched):.2f}, its own {budget.kl(name):.2f})")
-    if not parts:
-        return []
-    return [f"**At PARM's KL to the base**, {budget.kl(PARM):.2f} a token, PARM's MIP minus that of " + "; ".join(parts) + "."]
+        row, kl = budget.difference(PARM, matched)[PRODUCT], f"KL {budget.kl(matched):.2f}, at its own β"
+        parts.append(f"{name} {interval(row)} ({verdict(row)}; {kl} {budget.kl(name):.2f})")
+    head = f"**At PARM's KL to the base**, {budget.kl(PARM):.2f} a token, PARM's MIP minus that of "
+    return head + "; ".join(parts) + "." if parts else ""
 
 
 def others(budget: Budget) -> str:
@@ -105,8 +95,8 @@ def diagnosis(budget: Budget) -> str:
             gains.append(f"{name} {own[0]:+.3f} (GenARM's ARM {other[0]:+.3f})")
     said = (
         f"**On held-out pairs** the changes that training made at PARM's vertices correlate by {found[0]:.2f} "
-        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing), and the loss at an objective's vertex fell "
-        f"by {', '.join(gains)}."
+        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing). The loss at an objective's vertex fell by "
+        f"{', '.join(gains)}."
     )
     behind = [name for name in JUDGED if budget.difference(PARM, GENARM)[name]["high"] < 0]
     if behind:
@@ -143,7 +133,7 @@ def edges(tried: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> str:
     if not found:
         return f"Each {word} lies inside the values that were tried."
     return (
-        f"The {word} of {', '.join(found)} lies at the edge of the values that were tried: a better one may lie beyond."
+        f"The {word} of {', '.join(found)} lies at an edge of the values that were tried: a better one may lie beyond."
     )
 
 

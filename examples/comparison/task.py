@@ -40,7 +40,8 @@ class Task:
         grid_steps (`int`): Preferences are 0, 1/n, ..., 1.
         reward_beta, policy_beta (`float`): β of the loss of ARMs, and of DPO.
         batch (`int`): Pairs of a step.
-        dtype (`str`): Of the frozen weights; with `bfloat16` products too, on a CPU with units for it.
+        dtype (`str`): Of the frozen weights, as [`trl_parm.optimize_for_cpu`] takes it: with `auto` products are in
+            bfloat16 on a CPU with units for it.
         batch_texts, max_new_tokens, top_k (`int`): How answers are sampled.
     """
 
@@ -84,7 +85,7 @@ class Task:
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """The pairs by split. Raises `ValueError` for a file without them, and for prompts in two splits."""
         if not Path(self.pairs).exists():
-            raise ValueError(f"There are no pairs at {self.pairs}. The head of the task in configs/small/tasks says what makes them.")
+            raise ValueError(f"There are no pairs at {self.pairs}. The task's configuration says what makes them.")
         found: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         home: dict[str, str] = {}
         for number, row in enumerate(read_rows(Path(self.pairs)), 1):

@@ -150,7 +150,7 @@ class Training:
 
     def _backbone(self) -> Any:
         model = AutoModelForCausalLM.from_pretrained(self.task.model, dtype=self.task.dtype)
-        return optimize_loaded(model, self.task.dtype) if self.task.dtype == "bfloat16" else model
+        return optimize_loaded(model, self.task.dtype)
 
     def _config(self, objectives: list[str]) -> PeftConfig:
         common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
