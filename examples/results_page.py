@@ -46,6 +46,7 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
   {betas}. {beta_edges}
 - **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
   the {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
+- **Cost** on one thread: {costs}.
 - **Versions**: {versions}."""
 
 METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
@@ -55,6 +56,15 @@ it, which sharpens without any preference; *PARM, α permuted* guides by the wro
 
 FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
 the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
+
+AGAIN = """## Run it
+
+`make reproduce-small MODEL=...` runs all pieces one after the other; a piece that was stopped goes on, and one that is
+complete is not done again. Single pieces, such as one seed, by the beginning of their names:
+
+    python examples/reproduce_small.py --list
+    python examples/reproduce_small.py --task stories --model MODEL --only stories/settings stories/200/0
+    python examples/reproduce_small.py --page"""
 
 LIMITS = """## What this does not show
 
@@ -85,7 +95,7 @@ def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) 
         for task, budgets in found.values():
             parts += section(task, budgets, results, staging / "images")
         steps = " and ".join(f"{task.settings_steps} steps ({task.title})" for task, _ in found.values())
-        parts.append(LIMITS.format(settings=steps))
+        parts += [AGAIN, LIMITS.format(settings=steps)]
         (staging / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page / "results.md"
 
@@ -161,8 +171,16 @@ def settings_text(task: Task, settings: Settings, budgets: Sequence[Budget]) -> 
         points=len(budgets[0].fronts[PARM].labels),
         tokens=facts["max_new_tokens"],
         top_k=facts["top_k"],
+        costs="; ".join(map(cost, budgets)),
         versions=", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS),
     )
+
+
+def cost(budget: Budget) -> str:
+    """How long a piece takes."""
+    training = np.mean([sum(kind["seconds"] for kind in one["trained"].values()) for one in budget.facts]) / 60
+    decoding = sum(row["seconds"] for row in budget.rows) / len(budget.seeds) / 60
+    return f"a seed of {budget.steps:,} steps {training:.0f} CPU-minutes of training and {decoding:.0f} of decoding"
 
 
 def measures_table(budget: Budget) -> list[dict[str, Any]]:
