@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the pairs of a task of `reproduce_small.py`: answers of its model, labelled for two objectives that mostly do
-not contradict each other, more positive (VADER) and fewer words in a sentence.
+not contradict each other. Of `stories` and `smollm2` they are more positive (VADER) and fewer words in a sentence, of
+`manners` inoffensive and relevant, by the scorers in `comparison/scorers.py`.
 
     python examples/make_task_pairs.py stories --model MODEL
     python examples/make_task_pairs.py smollm2
+    python examples/make_task_pairs.py manners --red-team PROMPTS.jsonl
 
 The model answers each prompt several times. All twos of its answers are pairs, of which each objective prefers one,
-the other, or, where they hardly differ, neither. Prompts of a split are in no other, for `smollm2` topics too.
+the other, or, where they hardly differ, neither. Prompts of a split are in no other, nor are topics.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison.scorers import inoffensive, relevant
 from make_pairs import DATA, TEMPLATES
 from smollm2 import smollm2
 from tqdm import tqdm
@@ -30,8 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_pblora.output import output_file
 from trl_parm.cpu import optimize_loaded
 from trl_parm.evaluation.decoding import encode_prompts
-from trl_parm.rewards import SENTENCE_END, conciseness, positivity
-from trl_parm.texts import as_messages
+from trl_parm.records import read_rows
+from trl_parm.rewards import SENTENCE_END, Reward, conciseness, positivity
+from trl_parm.texts import as_messages, as_text
 
 
 NAMES = ("Anna", "Ben", "Jack", "Lily", "Max", "Mia", "Sara", "Sue", "Tim", "Tom")
@@ -43,8 +47,6 @@ THINGS = (
     "a broken cup", "a little dog", "a pretty flower", "a red ball", "a sad cat", "a scary bear", "a toy car",
     "a yellow bird", "a big box", "an old man",
 )  # fmt: skip
-TIE = 0.2, 1.0
-"""Differences of positivity, and of words in a sentence, below which neither answer is better."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,22 @@ class Source:
     """Where the pairs of a task come from.
 
     Attributes:
-        prompts (`Callable`): Gives the prompts of each split, from a random generator.
-        objectives (`tuple[str, str]`): Names of more positive, and of fewer words in a sentence.
+        prompts (`Callable`): Gives the prompts of each split, from a random generator and further prompts.
+        rewards (`dict[str, Reward]`): Objective → what labels it.
+        ties (`tuple[float, float]`): Differences of the rewards below which neither answer is better.
         chat (`bool`): Whether prompts and answers are messages, and answers end in a whole sentence.
         batch_size, max_new_tokens (`int`): Prompts that are answered at once, and how long.
     """
 
-    prompts: Callable[[random.Random], dict[str, list[str]]]
-    objectives: tuple[str, str]
+    prompts: Callable[[random.Random, list[str]], dict[str, list[str]]]
+    rewards: dict[str, Reward]
+    ties: tuple[float, float]
     chat: bool
     batch_size: int
     max_new_tokens: int
 
 
-def story_prompts(rng: random.Random) -> dict[str, list[str]]:
+def story_prompts(rng: random.Random, further: list[str]) -> dict[str, list[str]]:
     """Beginnings of stories, of which 120 are for tests and 60 for validation."""
     prompts = [
         f"One day, {name} went {place}. {name} saw {thing}."
@@ -75,8 +79,8 @@ def story_prompts(rng: random.Random) -> dict[str, list[str]]:
     return {"train": prompts[180:], "validation": prompts[120:180], "test": prompts[:120]}
 
 
-def topic_prompts(rng: random.Random) -> dict[str, list[str]]:
-    """Questions about topics, of which 16 are for tests and 8 for validation."""
+def topic_prompts(rng: random.Random, further: list[str]) -> dict[str, list[str]]:
+    """Questions about topics, 16 of them for tests and 8 for validation, and such shares of further prompts."""
     topics = (DATA / "topics.txt").read_text(encoding="utf-8").splitlines()
     rng.shuffle(topics)
     parts = {"train": topics[24:], "validation": topics[16:24], "test": topics[:16]}
@@ -84,14 +88,27 @@ def topic_prompts(rng: random.Random) -> dict[str, list[str]]:
         split: [template.format(topic) for topic, template in itertools.product(part, TEMPLATES)]
         for split, part in parts.items()
     }
-    for prompts in found.values():
-        rng.shuffle(prompts)
+    further = sorted(set(further))
+    rng.shuffle(further)
+    start = 0
+    for split, part in parts.items():
+        end = start + len(further) * len(part) // len(topics)
+        found[split] += further[start:end]
+        rng.shuffle(found[split])
+        start = end
     return found
 
 
 SOURCES = {
-    "stories": Source(story_prompts, ("positive", "brief"), chat=False, batch_size=32, max_new_tokens=64),
-    "smollm2": Source(topic_prompts, ("positive", "concise"), chat=True, batch_size=6, max_new_tokens=40),
+    "stories": Source(
+        story_prompts, {"positive": positivity, "brief": conciseness}, (0.2, 1.0), False, 32, max_new_tokens=64
+    ),
+    "smollm2": Source(
+        topic_prompts, {"positive": positivity, "concise": conciseness}, (0.2, 1.0), True, 6, max_new_tokens=40
+    ),
+    "manners": Source(
+        topic_prompts, {"inoffensive": inoffensive, "relevant": relevant}, (0.02, 0.05), True, 6, max_new_tokens=40
+    ),
 }
 
 
@@ -99,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(SOURCES))
     parser.add_argument("--model", help="folder or Hub id (for smollm2 by default from its wheel)")
+    parser.add_argument("--red-team", type=Path, help="JSONL with `prompt`, for manners, beside everyday questions")
     parser.add_argument("--output", type=Path, help="default: runs/small/TASK.jsonl")
     parser.add_argument("--samples", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--prompts", type=int, help="only the first so many prompts of each split")
@@ -106,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.model is None and args.task == "stories":
         parser.error("the task stories needs --model, a model that continues stories")
+    if (args.red_team is None) == (args.task == "manners"):
+        parser.error("the task manners, and no other, needs --red-team, prompts that ask for what offends")
 
     torch.manual_seed(args.seed)
     source, name = SOURCES[args.task], args.model or smollm2()
@@ -114,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = optimize_loaded(AutoModelForCausalLM.from_pretrained(name), "auto" if source.chat else "float32")
     output, count = args.output or Path(f"runs/small/{args.task}.jsonl"), Counter()
     with output_file(output, "make_task_pairs.py") as file:
-        for split, prompts in source.prompts(random.Random(args.seed)).items():
+        further = [as_text(row["prompt"]) for row in read_rows(args.red_team)] if args.red_team else []
+        for split, prompts in source.prompts(random.Random(args.seed), further).items():
             prompts = prompts[: args.prompts]
             for start in tqdm(range(0, len(prompts), source.batch_size), desc=split, unit="batch"):
                 few = prompts[start : start + source.batch_size]
@@ -153,17 +174,17 @@ def whole_sentences(text: str) -> str:
 
 def label_pairs(prompt: str, answers: list[str], source: Source) -> list[dict[str, Any]]:
     """All twos of the answers, with which of them each objective prefers; those that no objective tells apart go."""
-    rewards = [reward([prompt] * len(answers), answers) for reward in (positivity, conciseness)]
+    rewards = [reward([prompt] * len(answers), answers) for reward in source.rewards.values()]
     pairs = []
     for i, j in itertools.combinations(range(len(answers)), 2):
-        labels = [better(found[i], found[j], least) for found, least in zip(rewards, TIE)]
+        labels = [better(found[i], found[j], least) for found, least in zip(rewards, source.ties)]
         if labels != [-1, -1]:
             texts = {"prompt": prompt, "response_0": answers[i], "response_1": answers[j]}
             if source.chat:
                 texts = {
                     name: as_messages(text, "assistant" if "_" in name else "user") for name, text in texts.items()
                 }
-            pairs.append({**texts, **dict(zip(source.objectives, labels))})
+            pairs.append({**texts, **dict(zip(source.rewards, labels))})
     return pairs
 
 
