@@ -225,7 +225,7 @@ def _chosen(tried: Mapping[str, Sequence[Mapping[str, Any]]], losses: bool) -> s
     """The best of each, and all that was tried."""
     parts = []
     for name, rows in tried.items():
-        own = best(list(rows))
+        own = best(rows)
         values = " ".join(
             f"{row['at']:g}: {row['value']:.3f}" if losses else f"{row['at']:g}: {-row['value']:.2f}" for row in rows
         )

@@ -133,7 +133,7 @@ def test_every_method_trains_on_as_many_pairs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Training, "_part", part)
     for kind in KINDS:
-        Training(task, kind, 5, 3, 0.01, tmp_path).run()
+        Training(task, kind, 5, 3, 0.01, tmp_path, 3).run()
     assert [part[:2] for part in seen["parm"]] == [("", 5)]
     assert [part[:2] for part in seen["genarm"]] == [("early", 2), ("short", 2)]
     assert seen["genarm"] == seen["dpo"]
@@ -247,7 +247,7 @@ def test_matched_kl_lies_between_what_was_tried(tmp_path):
 def test_joined_loras_are_made_of_the_training(finished):
     folder, _ = finished
     task = Task.read(folder / "tasks" / "tiny.yaml")
-    training = Training(task, "genarm", 4, 0, 0.01, folder / "work" / "tiny" / "4-seed0")
+    training = Training(task, "genarm", 4, 0, 0.01, folder / "work" / "tiny" / "4-seed0", 3)
     assert Path(join_loras(training), "adapter_config.json").exists()
     assert set(training.adapters()) == set(OBJECTIVES)
 

@@ -67,7 +67,8 @@ def compare(task: Task, steps: int, seed: int, settings: Settings, results: Path
     path, folder = rows_path(results, steps, seed), work / f"{steps}-seed{seed}"
     if facts_path(path).exists():
         return
-    trainings = {kind: Training(task, kind, steps, seed, settings.rate(kind), folder) for kind in KINDS}
+    rates = {kind: settings.rate(kind) for kind in KINDS}
+    trainings = {k: Training(task, k, steps, seed, rates[k], folder, task.diagnosis_pairs) for k in KINDS}
     entries = chosen_entries(settings, trainings)  # before hours of training, whether all is chosen
     trained = {}
     for kind, training in trainings.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -79,7 +79,15 @@ class Settings:
 
     def training(self, kind: str, rate: float) -> Training:
         folder = self.work / f"{kind}-{rate:g}"
-        return Training(self.task, kind, self.task.settings_steps, self.task.settings_seed, rate, folder)
+        return Training(
+            self.task,
+            kind,
+            self.task.settings_steps,
+            self.task.settings_seed,
+            rate,
+            folder,
+            self.task.validation_pairs,
+        )
 
     def _front(self, method: str, beta: float) -> dict[str, Any]:
         chosen, kind = METHODS[method], METHODS[method].kind
@@ -90,7 +98,7 @@ class Settings:
         prompts = self.task.prompts("validation", self.task.validation_prompts)
         rows = decode(self.task, prompts, GRID_STEPS, ["base", entry], self.work / "answers.jsonl")
         front = standardized(arrange(rows, self.task.objectives), "Base", self.task.objectives)[1]
-        products = [mean_inner_product(front.preferences, rewards) for rewards in front.rewards]
+        products = [mean_inner_product(cast(Any, front.preferences), rewards) for rewards in front.rewards]
         value, error = mean_and_error([-product for product in products])
         return {"value": value, "error": error, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
 
@@ -111,7 +119,7 @@ class Settings:
         return {
             "task": task.name, "pairs": task.fingerprint(), "steps": task.settings_steps, "seed": task.settings_seed,
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
-            "held_out": len(task.held_out()), "prompts": task.validation_prompts, "kinds": list(KINDS),
+            "held_out": task.validation_pairs, "prompts": task.validation_prompts, "kinds": list(KINDS),
         }  # fmt: skip
 
 
@@ -120,7 +128,7 @@ def cell_of(row: Mapping[str, Any]) -> tuple:
     return row["what"], row["of"], row["at"]
 
 
-def next_of(rows: Sequence[dict[str, Any]], grid: Sequence[float], limits: Sequence[float]) -> float | None:
+def next_of(rows: Sequence[Mapping[str, Any]], grid: Sequence[float], limits: Sequence[float]) -> float | None:
     """What to try next: the rest of a grid, or beyond its edge if that is the best so far; `None` at the end.
 
     A grid of one is no search.
@@ -141,14 +149,14 @@ def next_of(rows: Sequence[dict[str, Any]], grid: Sequence[float], limits: Seque
     return further if limits[0] <= further <= limits[1] else None
 
 
-def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """What has the smallest value; or of values with a standard error the largest setting that is within one of it."""
     lowest = min(rows, key=lambda row: row["value"])
     near = [row for row in rows if "error" in row and row["value"] <= lowest["value"] + lowest["error"]]
     return max(near, key=lambda row: row["at"], default=lowest)
 
 
-def at_edge(rows: Sequence[dict[str, Any]]) -> bool:
+def at_edge(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the best of several lies at an edge of what was tried, so that a better one may lie beyond."""
     tried = [row["at"] for row in rows]
     return len(tried) > 1 and best(rows)["at"] in (min(tried), max(tried))

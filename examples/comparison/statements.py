@@ -128,7 +128,7 @@ def seeds(budget: Budget) -> str:
 
 def edges(tried: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> str:
     """Which grids have their best at an edge, in words."""
-    found = [name for name, rows in tried.items() if at_edge(list(rows))]
+    found = [name for name, rows in tried.items() if at_edge(rows)]
     word = {RATE: "learning rate", BETA: "β"}[what]
     if not found:
         return f"Each {word} lies inside the values that were tried."

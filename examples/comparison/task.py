@@ -36,7 +36,9 @@ class Task:
         settings_steps, settings_seed (`int`): The training that learning rates and β are chosen with.
         rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge.
         limits (`dict[str, list[float]]`): How far they may grow.
-        validation_pairs, validation_prompts, test_prompts (`int`): How many are used.
+        validation_pairs, diagnosis_pairs (`int`): Held-out pairs that learning rates are chosen with, and that the
+            trainings of a piece are measured on.
+        validation_prompts, test_prompts (`int`): Prompts that β are chosen with, and of the comparison.
         grid_steps (`int`): Preferences are 0, 1/n, ..., 1.
         reward_beta, policy_beta (`float`): β of the loss of ARMs, and of DPO.
         batch (`int`): Pairs of a step.
@@ -57,6 +59,7 @@ class Task:
     betas: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
     limits: dict[str, list[float]] = field(default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.015, 8.0]})
     validation_pairs: int = 240
+    diagnosis_pairs: int = 96
     validation_prompts: int = 60
     test_prompts: int = 120
     grid_steps: int = 5
@@ -113,10 +116,10 @@ class Task:
             pairs += rng.sample(self.rows["train"], min(count - len(pairs), len(self.rows["train"])))
         return pairs
 
-    def held_out(self) -> list[dict[str, Any]]:
-        """Pairs that learning rates are chosen with."""
+    def held_out(self, count: int) -> list[dict[str, Any]]:
+        """Pairs of the split `validation`, the same ones for every training."""
         rows = self.rows["validation"]
-        return random.Random(0).sample(rows, min(self.validation_pairs, len(rows)))
+        return random.Random(0).sample(rows, min(count, len(rows)))
 
     def fingerprint(self) -> str:
         """A hash of the pairs, and so of the prompts."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ class Training:
         seed (`int`): Of the adapter, the pairs and their order.
         rate (`float`): The learning rate.
         folder (`Path`): Where its adapters go.
+        held_out (`int`): Held-out pairs that the adapters are measured on.
     """
 
     task: Task
@@ -51,6 +51,7 @@ class Training:
     seed: int
     rate: float
     folder: Path
+    held_out: int
 
     @property
     def parts(self) -> list[str]:
@@ -105,7 +106,7 @@ class Training:
             self._backbone(),
             config,
             train_dataset=Dataset.from_list(with_labels(pairs, objectives)),
-            eval_dataset=Dataset.from_list(with_labels(self.task.held_out(), objectives)),
+            eval_dataset=Dataset.from_list(with_labels(self.task.held_out(self.held_out), objectives)),
             processing_class=AutoTokenizer.from_pretrained(self.task.model),
             peft_config=self._config(objectives),
         )
@@ -120,7 +121,7 @@ class Training:
             self._backbone(),
             args=DPOConfig(**self._arguments(objective, steps), beta=self.task.policy_beta),
             train_dataset=Dataset.from_list(ranked(pairs, objective)),
-            eval_dataset=Dataset.from_list(ranked(self.task.held_out(), objective)),
+            eval_dataset=Dataset.from_list(ranked(self.task.held_out(self.held_out), objective)),
             processing_class=AutoTokenizer.from_pretrained(self.task.model),
             peft_config=self._config([objective]),
         )
@@ -181,9 +182,3 @@ def join_loras(genarm: Training) -> str:
     if not (folder / "adapter_config.json").exists():
         from_loras(genarm.adapters(), folder)
     return str(folder)
-
-
-def trainings(task: Task, steps: int, seed: int, rates: dict[str, float], folder: Path) -> Iterator[Training]:
-    """All trainings of a piece."""
-    for kind in KINDS:
-        yield Training(task, kind, steps, seed, rates[kind], folder)
