@@ -60,7 +60,8 @@ the same methods at the β with which they were to be as far from the base as PA
 AGAIN = """## Run it
 
 `make reproduce-small MODEL=...` runs all pieces one after the other; a piece that was stopped goes on, and one that is
-complete is not done again. Single pieces, such as one seed, by the beginning of their names:
+complete is not done again. Another task is another file in `examples/configs/small/tasks`. Single pieces, such as one
+seed, by the beginning of their names:
 
     python examples/reproduce_small.py --list
     python examples/reproduce_small.py --task stories --model MODEL --only stories/settings stories/200/0

@@ -7,12 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl_parm.training.diagnosis import ALIKE
+
 from .methods import METHODS, UNTRAINED
 from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
 from .settings import BETA, RATE, at_edge
 
 
 STEERED = 0.9
+"""A rank correlation from which a reward follows α."""
 JUDGED = (PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO)
 JOINED = METHODS["from_loras"].title
 
@@ -112,7 +115,7 @@ def reason(budget: Budget, correlation: float) -> str:
         if own and other and own[0] < other[0]:
             less.append(name)
     parts = [f"it has learned {' and '.join(less)} less than GenARM's ARMs"] if less else []
-    parts += ["its vertices are alike"] if correlation > STEERED else []
+    parts += ["its vertices are alike"] if correlation > ALIKE else []
     return (" and ".join(parts) or "held-out pairs do not show why") + "."
 
 
