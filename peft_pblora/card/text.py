@@ -179,8 +179,8 @@ def _introduction(config: Any) -> str:
             "token; they guide a frozen language model while it decodes:\n\n"
             "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t) − log Z"
         )
-    pairs = zip(config.objectives, config.initial_preference, strict=True)
-    listed = _items([[f"**{name}**", f"weight {weight:.3g} unless set"] for name, weight in pairs], ", ")
+    pairs, texts = zip(config.objectives, config.initial_preference, strict=True), _descriptions(config)
+    listed = _items([[f"**{name}**", f"weight {weight:.3g} unless set{texts[name]}"] for name, weight in pairs], ", ")
     return (
         f"A {_method(config)} adapter on {_base(config)}: one small autoregressive reward model (ARM) for all "
         "preferences α over its objectives. Its log-probabilities are rewards for each token; they guide a frozen "
@@ -188,6 +188,12 @@ def _introduction(config: Any) -> str:
         "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t; α) − log Z\n\n"
         f"## Objectives\n\n{listed}\n\nWeights are not negative and sum to 1."
     )
+
+
+def _descriptions(config: Any) -> dict[str, str]:
+    """What stands behind each objective in a list: its description, if it has one."""
+    given = getattr(config, "objective_descriptions", None) or {}
+    return {name: f": {_cell(given[name])}" if name in given else "" for name in config.objectives}
 
 
 def _sample(facts: CardFacts) -> str:

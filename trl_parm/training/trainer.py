@@ -121,7 +121,7 @@ class PreferenceARMTrainer(SavingTrainer):
         model = load_model(model, args, quantization_config)
         check_causal(model)
         tokenizer = load_tokenizer(model, processing_class, args)
-        model = adapt_model(model, args, peft_config)
+        model = adapt_model(model, args, peft_config, tokenizer)
         if args.disable_dropout:
             disable_dropout(model)
         self.adapter = trained_adapter(model)
