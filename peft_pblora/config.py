@@ -239,8 +239,8 @@ class MoSLoraConfig(PreferenceConfig):
             A text for each objective, such as `{"helpful": "Answers the question in full."}`: o are frozen embeddings
             of these texts in the place of learned ones, as in UniARM. `objectives` are the keys if not given.
         objective_embeddings (`list[list[float]]`, *optional*):
-            These embeddings, of shape `(k, d)`. [`embed_objectives`] makes them, which [`trl_parm.PreferenceARMTrainer`]
-            calls; they are saved with the configuration, so that loading needs neither the texts' tokenizer nor model.
+            These embeddings, of shape `(k, d)`. [`embed_objectives`] makes them, and so does `PreferenceARMTrainer`;
+            they are saved with the configuration, so that loading needs neither the texts' tokenizer nor model.
 
     The other arguments are those of [`PreferenceConfig`].
 
@@ -281,8 +281,8 @@ class MoSLoraConfig(PreferenceConfig):
     def build_core(self) -> MoSLoraCore:
         if self.lacks_embeddings:
             raise ValueError(
-                "`objective_descriptions` have no embeddings yet. Make the configuration with `embed_objectives(config, "
-                "model, tokenizer)`, or give it to `PreferenceARMTrainer`, which does so."
+                "`objective_descriptions` have no embeddings yet. Make the configuration with "
+                "`embed_objectives(config, model, tokenizer)`, or give it to `PreferenceARMTrainer`, which does so."
             )
         return MoSLoraCore(len(self.objectives), self.r, self.embedding_size, self.objective_embeddings)
 
@@ -296,8 +296,8 @@ def check_descriptions(given: Any, objectives: list[str]) -> dict[str, str]:
     if not isinstance(given, Mapping) or set(given) != set(objectives):
         names = sorted(map(str, given)) if isinstance(given, Mapping) else given
         raise ValueError(
-            f"`objective_descriptions` describes {names!r}, but the objectives are {objectives}. Give a mapping with a "
-            "text for each of them."
+            f"`objective_descriptions` describes {names!r}, but the objectives are {objectives}. Give a mapping with "
+            "a text for each of them."
         )
     for name, text in given.items():
         if not isinstance(text, str) or not text.strip():
@@ -312,6 +312,6 @@ def _check_embeddings(given: Any, objectives: int) -> None:
     whole = len(rows) == objectives and len(sizes) == 1 and sizes != {0} and all(isinstance(r, list) for r in rows)
     if not whole or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
         raise ValueError(
-            f"`objective_embeddings` must be {objectives} lists of equally many finite numbers, one for each objective. "
-            "Make them with `embed_objectives`."
+            f"`objective_embeddings` must be {objectives} lists of equally many finite numbers, one for each "
+            "objective. Make them with `embed_objectives`."
         )

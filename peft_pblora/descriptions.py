@@ -69,8 +69,8 @@ def embed_objectives(
     embeddings = [*(known or []), *found]
     if len({len(row) for row in embeddings}) > 1:
         raise ValueError(
-            f"The model's embeddings have size {len(found[0])}, but those of the adapter {len(embeddings[0])}. Give the "
-            "model that the adapter is for."
+            f"The model's embeddings have size {len(found[0])}, but those of the adapter {len(embeddings[0])}. Give "
+            "the model that the adapter is for."
         )
     start = config.default_preference
     if more:

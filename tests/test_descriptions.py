@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from conftest import OBJECTIVES, tiny_gpt2, tiny_llama, tiny_tokenizer
-from pair_data import pairs
 from peft import PeftConfig, PeftModel, get_peft_model
 from training_runs import trainer
 

@@ -63,7 +63,7 @@ def test_every_decoder_in_every_mode(name, mode, door, on_base):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [name for name, decoder in DECODERS.items() if decoder.prompt is None])
 @pytest.mark.parametrize("door", DOORS)
 def test_sampling_is_unbiased(door, name):
     """The first two tokens of many samples against their exact joint distribution, a vocabulary of 8."""

@@ -19,10 +19,11 @@ from trl_parm.arguments import check_fields
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.identity import known_by
+from trl_parm.preference_text import PreferenceText
 from trl_parm.reward_models import ModelReward, RewardSource
 
 from .decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt, Run
-from .models import Guide, Models, backbone_name, canonical, own_prompt
+from .models import Guide, Models, backbone_name, canonical, own_prompt, prompt_with_preference
 
 
 MODELS = ("arm", "arms", "policies", "policy", "reference")
@@ -122,6 +123,16 @@ def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = Non
     """log π_base + 1/β · log π_ARM(α), for every preference-conditioned adapter."""
     guide, strength = models.guide(arm, template), guidance_strength(beta)
     return _guided(models, [guide], lambda batch: BASE + strength * guide.lm(batch.weights))
+
+
+def parm_prompt(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
+    """log π_base + 1/β · log π_ARM of prompts that begin with α as text: an ARM that was trained to read it there."""
+    guide, strength, text = models.guide(arm, template), guidance_strength(beta), PreferenceText.load(arm)
+
+    def model_at(batch: Batch) -> tuple[Guided, dict[str, Any]]:
+        return Guided(models.base, BASE + strength * guide.lm()), prompt_with_preference(guide, batch, text)
+
+    return model_at
 
 
 def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
@@ -267,6 +278,7 @@ METHODS = {
     "parm": Method("PARM", parm, together=ANY),
     "parm_shuffled": Method("PARM, α permuted", parm_shuffled),
     "arm_alone": Method("ARM alone", arm_alone),
+    "parm_prompt": Method("PARM, α in the prompt", parm_prompt, together=ANY),
     "svd_lora": Method("SVD-LoRA", parm, together=ANY),
     "uniarm": Method("UniARM", parm, together=ANY),
     "genarm": Method("GenARM", genarm, together=SAME_OBJECTIVES),

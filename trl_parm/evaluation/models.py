@@ -31,6 +31,7 @@ from trl_parm.cpu import optimize_loaded, products_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
 from trl_parm.identity import short_hash
 from trl_parm.loading import load_whole
+from trl_parm.preference_text import PreferenceText
 from trl_parm.records import plain, recorded
 
 from .decoding import Batch, encode_prompts
@@ -85,6 +86,17 @@ def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
             "one tokenizer, and a `template` with {prompt}."
         )
     return Prompt(batch.inputs, guide=found[0]).arguments if found else {}
+
+
+def prompt_with_preference(guide: Guide, batch: Batch, text: PreferenceText) -> dict[str, Any]:
+    """As [`own_prompt`], of prompts that begin with the preference of each row: the base model's where the guide reads
+    those, or else its own. Raises `ValueError` for preferences over other objectives than the text's."""
+    own = None
+    if guide.template is not None or guide.vocabulary is not None:
+        template = None if guide.template == CHAT else guide.template
+        escaped = batch.escape_control_tokens
+        own = encode_prompts(guide.tokenizer, batch.prompts, template, escape_control_tokens=escaped)
+    return Prompt.with_preference(batch.inputs, batch.weights, text, guide.tokenizer, own).arguments
 
 
 def positions_of(config: Any) -> int | None:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from peft_pblora import MoSLoraConfig, embed_objectives
+from peft_pblora import MoSLoraConfig, PreferenceConfig, embed_objectives
 from peft_pblora.loading import check_start
 from trl_parm.cpu import optimize_loaded
 from trl_parm.loading import load_whole
@@ -28,10 +28,12 @@ logger = logging.get_logger(__name__)
 
 
 class Limits(NamedTuple):
-    """What a model can read: tokens that it has embeddings for, and places in a text; `None` for any."""
+    """What a model can read: tokens that it has embeddings for, and places in a text; `None` for any. Of the places
+    some are reserved for what comes to a prompt while it trains."""
 
     vocabulary: int | None = None
     positions: int | None = None
+    reserved: int = 0
 
 
 def limits_of(model: Any) -> Limits:
@@ -136,6 +138,15 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def check_unconditioned(adapter: PeftConfig | None) -> None:
+    """Raises `ValueError` for an adapter that has a preference, in the place of prompts with one."""
+    if isinstance(adapter, PreferenceConfig):
+        raise ValueError(
+            "`preference_template` writes preferences into prompts, but the model has a preference-conditioned "
+            "adapter. Leave the template out, or use a plain `LoraConfig`."
+        )
 
 
 def trained_adapter(model) -> str | None:
