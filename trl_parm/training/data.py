@@ -69,7 +69,8 @@ def objectives_of(sources: Mapping[str, Pairs], label_columns: Mapping[str, str]
         ValueError: labelled data without `label_columns`.
     """
     ranked = [name for name, data in sources.items() if not has_labels(name, data)]
-    names = list(dict.fromkeys([*((label_columns or {}) if len(ranked) < len(sources) else ()), *ranked]))
+    labels = list(label_columns or {}) if len(ranked) < len(sources) else []
+    names = list(dict.fromkeys([*labels, *ranked]))
     if not names:
         raise ValueError(
             "The labelled data does not say which column belongs to the objective. Pass for example "
