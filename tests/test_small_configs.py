@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configurations of the small comparison, run as they are on a tiny model, from pairs to answers of each method."""
+"""The configurations of the small comparison, run on a tiny model: from pairs to answers of every method."""
 
 from pathlib import Path
 
