@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preferences that stand in the prompt's text: how they are written, trained with, kept and decoded with."""
 
+import re
+
 import pytest
 import torch
 from conftest import OBJECTIVES, character_tokenizer, tiny_llama
@@ -180,6 +182,17 @@ def test_a_run_evaluates_at_preferences_saves_its_text_and_goes_on(tmp_path, cha
     other = prompted(tmp_path / "run", characters, **settings, preference_template="{preference}: ")
     with pytest.raises(ValueError, match=r"another training: preference_template was \[{preference}\]"):
         other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+
+
+def test_the_code_of_its_card_guides(tmp_path, characters, capsys):
+    models_in(tmp_path)
+    run = prompted(tmp_path / "run", characters, model=str(tmp_path / "base"))
+    run.train()
+    run.save_model()
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "run/README.md").read_text(), re.DOTALL)
+    assert 'Prompt.with_preference(inputs, {"helpful": 0.5, "harmless": 0.5}, text, tokenizer)' in code
+    exec(code.replace("path/to/this/folder", str(tmp_path / "run")), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_ranked_data_sets_and_whole_models_too(tmp_path, characters):

@@ -145,7 +145,7 @@ peft_pblora.set_preference(model, {weights}, normalize=True)
 {note}"""
     arguments, names, read = (f", {weights}" if weights else ""), "PARMLogitsProcessor", ""
     if text:
-        even = {name: round(1 / len(text["objectives"]), 2) for name in text["objectives"]}
+        even = dict.fromkeys(text["objectives"], 1 / len(text["objectives"]))
         arguments, names = ", prompt=prompt", "PARMLogitsProcessor, PreferenceText, Prompt"
         read = (
             f"text = PreferenceText.load({json.dumps(FOLDER)})\nprompt = Prompt.with_preference(inputs, "
