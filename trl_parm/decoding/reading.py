@@ -80,6 +80,8 @@ class Part:
             `tuple` of the logits of every term, and the model's output.
         """
         if not self.is_base:
+            if new.own is not None and new.start + new.ids.shape[1] < new.prompt:
+                return self._no_answer(len(new.ids), last or new.ids.shape[1]), None
             own_text = new.own is not None or self.terms[0].vocabulary is not None
             new = new.for_guide(self.terms[0], self.mask)
             self.mask = new.mask if own_text else None
@@ -95,6 +97,12 @@ class Part:
                 columns = (columns - first)[..., None]
                 return {t: x.gather(1, columns.expand(-1, -1, x.shape[-1])) for t, x in found.items()}, output
         return self.forward(new, inputs, last, compiled)
+
+    def _no_answer(self, rows: int, last: int) -> dict[LM, torch.Tensor]:
+        """What stands for logits within a prompt that is read in chunks: a prompt of the guide's own is read when the
+        last one comes, and nobody asks for more."""
+        head = cast(Any, self.model.get_output_embeddings())
+        return dict.fromkeys(self.terms, torch.zeros(rows, last, head.weight.shape[0], device=self.model.device))
 
     def forward(
         self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
