@@ -92,6 +92,18 @@ def can_join(guided_at: Callable[[int], Guided]) -> bool:
     return is_close(found, torch.cat(expected))
 
 
+@torch.no_grad()
+def can_read_on(guided: Guided) -> bool:
+    """Whether a text can be read in two parts, where several tokens follow others."""
+    cache, ids = open_cache(guided), torch.ones(1, 4, dtype=torch.long, device=guided.device)
+    read(guided, cache, ids, [0])
+    try:
+        read(guided, cache, ids, [0])
+    except ValueError:  # of a model that forgets
+        return False
+    return True
+
+
 def read(
     guided: Guided,
     cache: GuidedCache,
@@ -161,7 +173,9 @@ def _joined_layer(layers: Sequence[Any], rows: Sequence[torch.Tensor], shifts: S
     if isinstance(new, LinearAttentionCacheLayerMixin):
         for name in STATES:
             places = [getattr(layer, name) for layer in layers]
-            whole = {i: None if x is None else _side_by_side([p[i] for p in places], rows) for i, x in places[0].items()}
+            whole = {
+                i: None if x is None else _side_by_side([p[i] for p in places], rows) for i, x in places[0].items()
+            }
             setattr(new, name, whole)
     return new
 
