@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 import threading
@@ -15,15 +16,18 @@ import torch
 import uvicorn
 from conftest import tiny_arm, tiny_llama
 from demo_folder import spaced_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trl_parm.decoding import PARM
+from trl_parm.decoding import PARM, GenARM
 from trl_parm.evaluation.decoding import RowSampling
 from trl_parm.server.command import ServeArguments, bind, make_server
 from trl_parm.server.texts import choice_seed
 
 
 OBJECTIVES = ["helpful", "brief"]
+ESCAPES = "sanitize_control_tokens" in inspect.signature(PreTrainedTokenizerFast.apply_chat_template).parameters
+"""Whether this transformers can read control tokens as text."""
 SIZES = {"max_position_embeddings": 512}
 
 
@@ -32,18 +36,19 @@ def save_models(folder: Path) -> None:
     spaced_tokenizer().save_pretrained(folder / "base")
     base = tiny_llama(0, **SIZES)
     base.save_pretrained(folder / "base")
-    _save_on(folder, "base", tiny_arm(base, OBJECTIVES), "arm")
+    save_on(folder, "base", tiny_arm(base, OBJECTIVES), "arm")
     for seed, name in enumerate(OBJECTIVES):
         torch.manual_seed(seed)
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-        _save_on(folder, "base", get_peft_model(tiny_llama(0, **SIZES), config), name)
+        save_on(folder, "base", get_peft_model(tiny_llama(0, **SIZES), config), name)
     small = {**SIZES, "hidden_size": 16, "intermediate_size": 24}
     spaced_tokenizer().save_pretrained(folder / "small")
     tiny_llama(5, **small).save_pretrained(folder / "small")
-    _save_on(folder, "small", tiny_arm(tiny_llama(5, **small), OBJECTIVES, seed=5), "small_arm")
+    save_on(folder, "small", tiny_arm(tiny_llama(5, **small), OBJECTIVES, seed=5), "small_arm")
 
 
-def _save_on(folder: Path, backbone: str, model: Any, name: str) -> None:
+def save_on(folder: Path, backbone: str, model: Any, name: str) -> None:
+    """Saves an adapter as one that was trained on a model of the folder."""
     model.peft_config["default"].base_model_name_or_path = str(folder / backbone)
     model.save_pretrained(folder / name)
 
@@ -54,7 +59,8 @@ def arguments(folder: Path, **changes: Any) -> ServeArguments:
         {"method": "genarm", "arms": {name: str(folder / name) for name in OBJECTIVES}},
         {"method": "parm", "name": "beside", "arm": str(folder / "small_arm"), "template": "user {prompt} assistant"},
     ]
-    given = {"arm": str(folder / "arm"), "methods": methods, "dtype": "float32", "optimize_for_cpu": False, **changes}
+    given = {"arm": str(folder / "arm"), "methods": methods, "dtype": "float32", "optimize_for_cpu": False}
+    given |= {"escape_control_tokens": ESCAPES, **changes}
     return ServeArguments(str(folder / "base"), **given)
 
 
@@ -100,12 +106,29 @@ def running(args: ServeArguments, keys: list[str] | None = None):
 
 
 class Twin:
-    """The texts of requests by `generate`, one at a time, on models that share nothing with the server's."""
+    """The texts of requests by `generate`, one at a time, on models of its own that share nothing.
 
-    def __init__(self) -> None:
-        self.tokenizer = spaced_tokenizer()
-        self.arm = tiny_arm(tiny_llama(0, **SIZES), OBJECTIVES)
-        self.base = self.arm.get_base_model()
+    Args:
+        folder (`Path`): Where the models are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer, self.folder = spaced_tokenizer(), folder
+        self.base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+        self.guides = {
+            name: AutoPeftModelForCausalLM.from_pretrained(folder / name).eval()
+            for name in ("arm", "small_arm", *OBJECTIVES)
+        }
+
+    def guided(self, model: str, preference: Any, beta: float) -> Any:
+        """A model that is served."""
+        arms = {name: self.guides[name] for name in OBJECTIVES}
+        return {
+            "base": lambda: self.base,
+            "parm": lambda: PARM(self.base, self.guides["arm"], preference, beta),
+            "beside": lambda: PARM(self.base, self.guides["small_arm"], preference, beta),
+            "genarm": lambda: GenARM(self.base, arms, [preference[name] for name in OBJECTIVES], beta),
+        }[model]()
 
     def ids(self, content: str) -> list[int]:
         chat = [{"role": "user", "content": content}]
@@ -113,25 +136,27 @@ class Twin:
 
     def tokens(
         self, ids: list[int], preference: Any = None, beta: float = 1.0, most: int = 12, seed: int | None = None,
-        index: int = 0, **sampling: Any,
-    ) -> list[int]:
-        """The tokens after a prompt, an end token included; of the unguided base without a preference."""
-        model = self.base if preference is None else PARM(self.base, self.arm, preference, beta)
+        index: int = 0, model: str = "parm", own: list[int] | None = None, **sampling: Any,
+    ) -> list[int]:  # fmt: skip
+        """The tokens after a prompt, an end token included; a guide may have a prompt of its own."""
         noise = [] if seed is None else [RowSampling([choice_seed(seed, index)], len(ids), **sampling)]
-        with self.arm.disable_adapter() if preference is None else _nothing():
-            output = model.generate(
-                torch.tensor([ids]), max_new_tokens=most, do_sample=False, logits_processor=noise, pad_token_id=0
-            )
+        guide = {} if own is None else {"guide_input_ids": torch.tensor([own])}
+        output = self.guided(model, preference or dict.fromkeys(OBJECTIVES, 0.5), beta).generate(
+            torch.tensor([ids]), max_new_tokens=most, do_sample=False, logits_processor=noise, pad_token_id=0, **guide
+        )
         return output[0, len(ids) :].tolist()
 
-    def text(self, content: str, preference: Any = None, *args: Any, **kwargs: Any) -> str:
+    def decoded(self, tokens: list[int]) -> str:
+        """Tokens as a text, without control tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def text(
+        self, content: str, preference: Any = None, beta: float = 1.0, model: str = "parm", **settings: Any
+    ) -> str:
         """The text that answers a chat's question."""
-        return self.tokenizer.decode(self.tokens(self.ids(content), preference, *args, **kwargs), skip_special_tokens=True)
-
-
-@contextmanager
-def _nothing():
-    yield
+        own = self.tokenizer(f"user {content} assistant")["input_ids"] if model == "beside" else None
+        tokens = self.tokens(self.ids(content), preference, beta, model=model, own=own, **settings)
+        return self.decoded(tokens)
 
 
 def events(lines: Any) -> list[Any]:
