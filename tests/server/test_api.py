@@ -210,14 +210,14 @@ def test_control_tokens_in_a_message(escapes, tmp_path):
     model = tiny_llama(0, len(tokenizer), max_position_embeddings=512)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
-    save_on(tmp_path, "base", tiny_arm(model, OBJECTIVES), "arm")
     ids = prompt_ids(tokenizer, [HOSTILE], escape_control_tokens=escapes)[0]
+    output = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+    save_on(tmp_path, "base", tiny_arm(model, OBJECTIVES), "arm")
     begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
     assert ids.count(begin) == (2 if escapes else 3)  # the template writes two
     with running(arguments(tmp_path, methods=None, escape_control_tokens=escapes)) as here:
         answer = here.chat(HOSTILE, "base", logprobs=True)
     assert answer.usage.prompt_tokens == len(ids)
-    output = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
     told = [entry.token for entry in answer.choices[0].logprobs.content]
     assert told == [tokenizer.decode([token]) for token in output]
 
