@@ -114,4 +114,8 @@ class Answer:
 
     def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
         text = self._token_text(token)
-        return {"token": text, "logprob": max(log_prob, -9999.0), "bytes": list(text.encode())}
+        return {
+            "token": text,
+            "logprob": max(log_prob, -9999.0),
+            "bytes": None if "�" in text else list(text.encode()),
+        }

@@ -123,14 +123,17 @@ def make_server(arguments: ServeArguments, keys: list[str]) -> Any:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at an address. Raises `OSError` if it is in use or not one of this machine's."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listening = socket.socket(family)
+    listening = None
     try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
     except OSError as error:
-        listening.close()
-        raise OSError(f"The port {port} of {host} can't be had: {error.strerror}. Choose another `port`.") from None
+        if listening is not None:
+            listening.close()
+        why = f"The port {port} of {host} can't be had: {error.strerror}. Choose another `port` or `host`."
+        raise OSError(why) from None
     return listening
 
 

@@ -145,6 +145,11 @@ def load_served(
         settings = {"method": given} if isinstance(given, str) else dict(given)
         settings.setdefault("name", cast(str, settings.get("method")))
         entry = Entry.of(settings)
+        if "rewards" in entry.settings or entry.method.make is rewarded_soups:
+            raise ValueError(
+                f"The method {entry.name!r} can't be served: its weights change with the preference, or its rewards "
+                "judge whole texts. Serve methods whose terms are language models, such as parm, genarm and mod."
+            )
         if entry.name in entries:
             raise ValueError(f"Two models are called {entry.name!r}. Give each method a `name` of its own.")
         entries[entry.name] = entry
@@ -157,11 +162,6 @@ def load_served(
 
 
 def _load(models: Models, entry: Entry, objectives: tuple[str, ...], preference: Mapping[str, float] | None) -> Served:
-    if "rewards" in entry.settings or entry.method.make is rewarded_soups:
-        raise ValueError(
-            f"The method {entry.name!r} can't be served: its weights change with the preference, or its rewards judge "
-            "whole texts. Serve methods whose terms are language models, such as parm, genarm and mod."
-        )
     if models.base.config.is_encoder_decoder:
         raise ValueError(f"The base model is a {type(models.base).__name__}, but only decoders can be served.")
     weights = dict.fromkeys(objectives, 1 / len(objectives)) if objectives else None
