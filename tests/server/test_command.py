@@ -23,7 +23,7 @@ from trl_parm.server.command import KEYS, ServeArguments, bind
 pytest.importorskip("openai", reason="needs the extra `dev`")
 pytest.importorskip("prometheus_client", reason="needs the extra `serve`")
 
-from server.running import ESCAPES, OBJECTIVES, SIZES, arguments, running, save_models, save_on
+from server.running import ESCAPES, OBJECTIVES, SIZES, save_models, save_on
 
 
 SECRET = "w41 w42 w43"
@@ -145,11 +145,3 @@ def test_sigterm_drains(folder):
     assert refused.is_set()
     assert command.process.returncode == 0
     assert not any(word in out + err for word in (*SECRET.split(), "Traceback"))
-
-
-def test_many_texts_are_given_back_when_the_server_of_a_test_ends(folder):
-    """The helper of these tests leaves no thread behind."""
-    before = threading.active_count()
-    with running(arguments(folder, methods=None)) as here:
-        here.chat()
-    assert threading.active_count() <= before + 1  # a pool's of asyncio
