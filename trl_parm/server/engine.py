@@ -126,13 +126,14 @@ class Engine:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: not self._open or self._queue or self._tasks)
-                if not self._open:
-                    break
-            self._turn()
-        self._end_all(RequestError("The server is shutting down.", 503, "shutting_down"))
+        try:
+            while self._open:
+                self._turn()
+                with self._wake:
+                    self._wake.wait_for(lambda: not self._open or self._queue or self._tasks)
+        finally:  # whatever happens, nobody waits for ever
+            self._open = False
+            self._end_all(RequestError("The server is shutting down.", 503, "shutting_down"))
 
     def _turn(self) -> None:
         self._drop()
@@ -241,6 +242,8 @@ class Engine:
 
     def _end(self, task: Task, error: Exception | None = None) -> None:
         """Gives back what a task has, and tells it of an error."""
+        if task.over:
+            return
         task.over = True
         self._tasks.discard(task)
         self._readings = [(owner, reading) for owner, reading in self._readings if owner is not task]

@@ -88,6 +88,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(body, object_pairs_hook=pairs, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half characters could not be told back
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is no JSON that can be read: {error or 'it is nested too deeply'}.") from None
     if not isinstance(value, dict):
