@@ -143,12 +143,8 @@ async def _ask(url: str, requests: list[dict[str, Any]], at_once: bool) -> list[
 
 
 async def _answer(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> dict[str, Any]:
-    endpoint, start, first, text = (
-        "chat/completions" if "messages" in body else "completions",
-        time.perf_counter(),
-        None,
-        "",
-    )
+    endpoint = "chat/completions" if "messages" in body else "completions"
+    start, first, text = time.perf_counter(), None, ""
     body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", f"{url}/{endpoint}", json=body) as response:
         response.raise_for_status()
@@ -206,9 +202,9 @@ def notes(args: argparse.Namespace, rounds: list[dict[tuple, dict[str, Any]]], s
     price = statistics.median(_ratios(rounds, keys[2], keys[0]))
     same = [a == b for one in rounds for a, b in zip(one[keys[0]]["texts"], one[keys[1]]["texts"], strict=True)]
     return [
-        f"SmolLM2-135M with an ARM on it, {args.dtype}, one thread of the server; a clock's time, {args.repeats} rounds in "
-        f"which all lines take turns. Greedy answers of at most {args.tokens} tokens, streamed, α from one vertex to the "
-        "other; median [quartiles] of rounds, shares of all answers of all rounds.",
+        f"SmolLM2-135M with an ARM on it, {args.dtype}, one thread of the server; a clock's time, {args.repeats} rounds "
+        f"in which all lines take turns. Greedy answers of at most {args.tokens} tokens, streamed, α from one vertex to "
+        "the other; median [quartiles] of rounds, shares of all answers of all rounds.",
         f"{least} guided at once at least 3.00 times the tokens/s of one after another: {joined:.2f}, "
         f"{'met' if joined >= 3 else 'MISSED'}. Unguided / guided tokens/s with {least} clients {price:.2f}, "
         f"{verdict(price, 1.5)}.",

@@ -336,7 +336,8 @@ BODIES = {
     "an infinite number": (b'{"messages": [], "beta": 1e999}', 400), "deep": (b"[" * 9000, 400),
     "a field twice": (b'{"model": "base", "model": "parm"}', 400), "no UTF-8": (b'{"model": "\xff"}', 400),
     "half a character": (rb'{"messages": [{"role": "user", "content": "\ud83d"}]}', 400),
-    "half a character in a name": (rb'{"model": "\ud83d"}', 400), "a huge number": (b'{"seed": ' + b"9" * 5000 + b"}", 400), "too large": (b" " * 20_001, 413),
+    "half a character in a name": (rb'{"model": "\ud83d"}', 400),
+    "a huge number": (b'{"seed": ' + b"9" * 5000 + b"}", 400), "too large": (b" " * 20_001, 413),
 }  # fmt: skip
 
 
