@@ -4,8 +4,8 @@
     python benchmarks/serving.py [--clients 8 32] [--tokens 32] [--repeats 5] [--dtype auto] [--quick]
 
 One server in a process of its own, with one thread, serves an ARM on SmolLM2-135M and the unguided base. In every
-round the clients ask at once, guided and unguided, and those of the smallest number one after another. Answers are streamed;
-times are a clock's, as clients see them.
+round the clients ask at once, guided and unguided, and those of the smallest number one after another. Answers are
+streamed; times are a clock's, as clients see them.
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def notes(args: argparse.Namespace, rounds: list[dict[tuple, dict[str, Any]]], s
     price = statistics.median(_ratios(rounds, keys[2], keys[0]))
     same = [a == b for one in rounds for a, b in zip(one[keys[0]]["texts"], one[keys[1]]["texts"], strict=True)]
     return [
-        f"SmolLM2-135M with an ARM on it, {args.dtype}, one thread of the server; a clock's time, {args.repeats} rounds "
-        f"in which all lines take turns. Greedy answers of at most {args.tokens} tokens, streamed, α from one vertex to "
-        "the other; median [quartiles] of rounds, shares of all answers of all rounds.",
+        f"SmolLM2-135M with an ARM on it, {args.dtype}, a server of one thread, a clock's time, {args.repeats} rounds "
+        f"in which all lines take turns. Greedy answers of at most {args.tokens} tokens, streamed, α from end to end"
+        "; median [quartiles] of rounds, shares of all answers of all rounds.",
         f"{least} guided at once at least 3.00 times the tokens/s of one after another: {joined:.2f}, "
         f"{'met' if joined >= 3 else 'MISSED'}. Unguided / guided tokens/s with {least} clients {price:.2f}, "
         f"{verdict(price, 1.5)}.",
