@@ -17,6 +17,7 @@ from trl_parm.extras import require
 
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
+ENGINES = ("transformers", "vllm")
 KEYS = "TRL_PARM_API_KEYS"
 """The environment variable with keys, separated by commas."""
 
@@ -39,6 +40,8 @@ class ServeArguments:
     model_kwargs: dict | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
     template: str | None = option(None, "How the base reads a chat: a text with {prompt}. Its chat template if not.")
     escape_control_tokens: bool = option(True, "Read text of control tokens, such as <|im_end|>, in prompts as text.")
+    engine: str = option("transformers", "What decodes: transformers, in this process; or vllm, for `arm` alone.")
+    engine_args: dict | None = option(None, "Arguments of `vllm serve`, such as {max_loras: 16}.")
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port; 0 takes a free one.")
     api_key: str | None = option(None, f"The key that requests must have; {KEYS} in the environment has several.")
@@ -60,6 +63,10 @@ class ServeArguments:
         for name in ("max_rows", "max_texts", "max_tokens", "max_body_bytes", "read_tokens", "turn_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be 1 or larger.")
+        if self.engine not in ENGINES:
+            raise ValueError(f"`engine` is {self.engine!r}, but it must be one of {', '.join(ENGINES)}.")
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError("`engine_args` are vLLM's. Leave them out, or set `engine: vllm`.")
         if not self.max_seconds > 0 or self.max_waiting < 0:
             raise ValueError("`max_seconds` must be positive, and `max_waiting` 0 or larger.")
 
@@ -77,7 +84,10 @@ class ServeArguments:
 
 def serve(arguments: ServeArguments) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ValueError`, `OSError` or `ImportError` if it can't begin."""
-    require("serve", "`trl-parm serve`", *NEEDED)
+    if arguments.engine == "vllm":
+        require("vllm", "`engine: vllm`", "vllm")
+    else:
+        require("serve", "`trl-parm serve`", *NEEDED)
     begun = time.monotonic()
     listening = bind(arguments.host, arguments.port)
     try:
@@ -86,6 +96,8 @@ def serve(arguments: ServeArguments) -> None:
             print(
                 f"warning: anyone who reaches {arguments.host} is answered. Set {KEYS}.", file=sys.stderr, flush=True
             )
+        if arguments.engine == "vllm":
+            return on_vllm(arguments, listening, keys)
         server = make_server(arguments, keys)
         listening.listen(1024)
         try:
@@ -95,6 +107,13 @@ def serve(arguments: ServeArguments) -> None:
             server.engine.close()
     finally:
         listening.close()
+
+
+def on_vllm(arguments: ServeArguments, listening: socket.socket, keys: list[str]) -> None:
+    """Serves on vLLM, whose server takes the limits of its own arguments."""
+    from .on_vllm.command import serve as serve_on_vllm
+
+    serve_on_vllm(arguments, listening, keys)
 
 
 def make_server(arguments: ServeArguments, keys: list[str]) -> Any:

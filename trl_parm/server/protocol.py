@@ -120,7 +120,7 @@ def read_request(body: Mapping[str, Any], chat: bool, catalogue: Catalogue, most
     stream = _flag(body, "stream")
     seed = _whole(body, "seed", None, -(2**63), 2**63 - 1)
     return Request(
-        served, chat, prompts, _preference(body, served), _beta(body, served), n, _max_tokens(body, chat),
+        served, chat, prompts, *wanted_guidance(body, served), n, _max_tokens(body, chat),
         _sampling(body), secrets.randbits(53) if seed is None else seed, _stop(body.get("stop")),
         _logprobs(body, chat), stream, _include_usage(body, stream),
     )  # fmt: skip
@@ -170,6 +170,11 @@ def _prompts(given: Any) -> list[Any]:
                 "prompt", "`prompt` must be a text, a list of token ids, or a list of those, none of them empty."
             )
     return prompts
+
+
+def wanted_guidance(body: Mapping[str, Any], served: Served) -> tuple[dict[str, float], float | None]:
+    """α by objective and β of a request to a model, or the model's own. Raises [`RequestError`]."""
+    return _preference(body, served), _beta(body, served)
 
 
 def _preference(body: Mapping[str, Any], served: Served) -> dict[str, float]:
