@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from trl_parm.arguments import option, required
@@ -18,6 +18,11 @@ from trl_parm.extras import require
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
 ENGINES = ("transformers", "vllm")
+EMBEDDED = (
+    "methods", "optimize_for_cpu", "model_kwargs", "template", "max_rows", "max_waiting", "max_texts",
+    "max_prompt_tokens", "max_tokens", "max_seconds", "read_tokens", "turn_tokens",
+)  # fmt: skip
+"""Arguments that the engine in this process alone knows."""
 KEYS = "TRL_PARM_API_KEYS"
 """The environment variable with keys, separated by commas."""
 
@@ -67,6 +72,14 @@ class ServeArguments:
             raise ValueError(f"`engine` is {self.engine!r}, but it must be one of {', '.join(ENGINES)}.")
         if self.engine_args and self.engine != "vllm":
             raise ValueError("`engine_args` are vLLM's. Leave them out, or set `engine: vllm`.")
+        own = {field.name: field.default for field in fields(self) if field.name in EMBEDDED}
+        if self.engine == "vllm" and (given := [name for name in own if getattr(self, name) != own[name]]):
+            raise ValueError(f"{', '.join(given)} can't be had with `engine: vllm`. Leave it out; see `engine_args`.")
+        if self.engine == "vllm" and self.escape_control_tokens:
+            raise ValueError(
+                "vLLM's server lets control tokens in a message act, whoever wrote them. Set `escape_control_tokens: "
+                "false` to say that you know, or use `engine: transformers`."
+            )
         if not self.max_seconds > 0 or self.max_waiting < 0:
             raise ValueError("`max_seconds` must be positive, and `max_waiting` 0 or larger.")
 

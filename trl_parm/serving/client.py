@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from .engine import INSTALL, Capacity, Need
@@ -142,7 +142,7 @@ class AsyncGuidance:
         self._room = asyncio.Condition()
         self._submitting = asyncio.Lock()
 
-    async def generate(self, prompt: str | list[int], sampling_params: Any, guidance: Guidance) -> AsyncIterator[Any]:
+    async def generate(self, prompt: str | list[int], sampling_params: Any, guidance: Guidance) -> AsyncGenerator[Any]:
         """Yields the base model's output as it grows, the whole text so far each time.
 
         It waits until the engine has room for all requests of the sample. A reader that goes away ends them together.
@@ -178,7 +178,7 @@ class AsyncGuidance:
 
     async def generate_alone(
         self, prompt: Any, sampling_params: Any, request_id: str, **arguments: Any
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any]:
         """`AsyncLLMEngine.generate` without guides, which waits for its room too.
 
         Args:

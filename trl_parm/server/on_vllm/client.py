@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from trl_parm.noise import row_seed
@@ -82,7 +82,7 @@ class GuidedClient:
         finally:
             self.exports.give_back(export)
 
-    async def _text(self, prompt: Any, params: Any, own: Guidance, index: int) -> AsyncIterator[Any]:
+    async def _text(self, prompt: Any, params: Any, own: Guidance, index: int) -> AsyncGenerator[Any]:
         """The outputs of one text, by what is new in each; a stop string ends it here, in all of its requests."""
         stops, ids = list(params.stop or ()), list(_ids(prompt))
         delta = params.output_kind.name == "DELTA"

@@ -25,8 +25,8 @@ OURS = ("model", "served_model_name", "enable_lora", "max_lora_rank", "logits_pr
 
 def serve(arguments: Any, listening: Any, keys: list[str]) -> None:
     """Serves on a bound socket until it is told to end. Raises `ValueError` for what can't be served."""
-    if not arguments.arm or arguments.methods:
-        raise ValueError("With `engine: vllm` give `arm`, an adapter on the base model, and no `methods`.")
+    if not arguments.arm:
+        raise ValueError("With `engine: vllm` give `arm`, an adapter on the base model.")
     if wrong := [name for name in arguments.engine_args or {} if name.replace("-", "_") in OURS]:
         raise ValueError(f"`engine_args` has {', '.join(wrong)}, which is set here. Leave it out.")
     guidance_strength(arguments.beta)

@@ -61,7 +61,7 @@ class Exports:
         trained_on = backbone_name(arm)
         if trained_on is None or canonical(trained_on) != canonical(base):
             raise ValueError(
-                f"The ARM {arm!r} must be an adapter on the base model {base!r}, but it was trained on {trained_on!r}. "
+                f"The ARM {arm!r} must be an adapter on the base model {base!r}, but it is one on {trained_on!r}. "
                 "One vLLM engine has one set of weights; serve it without `engine: vllm`."
             )
         with torch.device("meta"):
@@ -107,14 +107,11 @@ class Exports:
         return Export(number, path)
 
     def _least_rank(self) -> int:
-        config = self._arm.peft_config["default"]
         own = max(adapter_rank(layer) for layer in self._arm.modules() if hasattr(layer, "adapters"))
         for rank in VLLM_RANKS:
             if rank >= own and rank > 1:
                 return rank
-        raise ValueError(
-            f"The adapter has the rank {own} ({config.peft_type}), but vLLM takes at most {VLLM_RANKS[-1]}."
-        )
+        raise ValueError(f"The adapter has the rank {own}, but vLLM takes at most {VLLM_RANKS[-1]}.")
 
 
 def adapter_rank(layer: Any) -> int:

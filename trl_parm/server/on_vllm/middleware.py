@@ -75,8 +75,8 @@ def guided_body(
     """
     unknown = [name for name in body if name not in known | {"preference", "beta"}]
     if unknown:
-        raise wrong(unknown[0], f"`{unknown[0][:80]}` is not known here, and might change the text, so that it is refused.",
-                    "unknown_parameter")  # fmt: skip
+        message = f"`{unknown[0][:80]}` is not known here, and might change the text, so that it is refused."
+        raise wrong(unknown[0], message, "unknown_parameter")
     extra = body.get("vllm_xargs") or {}
     if not isinstance(extra, Mapping) or any(name.startswith("guidance_") for name in extra):
         raise wrong("vllm_xargs", "`vllm_xargs` must be an object without `guidance_`. Give `preference` and `beta`.")
