@@ -110,11 +110,10 @@ def serve(arguments: ServeArguments) -> None:
                 f"warning: anyone who reaches {arguments.host} is answered. Set {KEYS}.", file=sys.stderr, flush=True
             )
         if arguments.engine == "vllm":
-            return on_vllm(arguments, listening, keys)
+            return on_vllm(arguments, listening, keys, begun)
         server = make_server(arguments, keys)
-        listening.listen(1024)
         try:
-            say_ready(server, listening, time.monotonic() - begun)
+            say_ready([served.name for served in server.catalogue], listening, begun)
             _run(server, listening)
         finally:
             server.engine.close()
@@ -122,11 +121,11 @@ def serve(arguments: ServeArguments) -> None:
         listening.close()
 
 
-def on_vllm(arguments: ServeArguments, listening: socket.socket, keys: list[str]) -> None:
-    """Serves on vLLM, whose server takes the limits of its own arguments."""
+def on_vllm(arguments: ServeArguments, listening: socket.socket, keys: list[str], begun: float) -> None:
+    """Serves on vLLM."""
     from .on_vllm.command import serve as serve_on_vllm
 
-    serve_on_vllm(arguments, listening, keys)
+    serve_on_vllm(arguments, listening, keys, lambda names: say_ready(names, listening, begun))
 
 
 def make_server(arguments: ServeArguments, keys: list[str]) -> Any:
@@ -169,11 +168,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listening
 
 
-def say_ready(server: Any, listening: socket.socket, seconds: float) -> None:
-    """One line, when requests are answered."""
+def say_ready(names: list[str], listening: socket.socket, begun: float) -> None:
+    """One line, from which on connections are taken."""
+    listening.listen(1024)
     host, port = listening.getsockname()[:2]
-    names, url = ", ".join(served.name for served in server.catalogue), f"http://{_in_url(host)}:{port}/v1"
-    print(f"Serving {names} at {url}, {seconds:.1f} s after its start", flush=True)
+    url, seconds = f"http://{_in_url(host)}:{port}/v1", time.monotonic() - begun
+    print(f"Serving {', '.join(names)} at {url}, {seconds:.1f} s after its start", flush=True)
 
 
 def _run(server: Any, listening: socket.socket) -> None:

@@ -106,8 +106,9 @@ class Preparing:
         for i in range(number * request.n, (number + 1) * request.n):
             seed = choice_seed(request.seed, i)
             settings = Settings(
-                most, request.sampling, seed, request.stop, self._ends, request.logprobs, self._processors(len(ids))
-            )
+                most, request.sampling, seed, request.stop, self._ends, request.logprobs, not request.chat,
+                self._processors(len(ids)),
+            )  # fmt: skip
             task.texts.append(Text(task, i, ids, settings, self._tokenizer))
         return task
 

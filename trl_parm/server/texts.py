@@ -12,6 +12,10 @@ import torch
 from trl_parm.noise import Sampling, row_seed
 
 
+BEFORE = 6
+"""Tokens of a prompt with which it is found out whether a space follows."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """A token with log π of it and of the likeliest ones, by the distribution before temperature."""
@@ -51,6 +55,7 @@ class Settings:
         stop (`tuple[str, ...]`): It ends before any of these.
         ends (`frozenset[int]`): It ends with any of these tokens, which are not of its text.
         logprobs (`int` or `None`): How many of the likeliest tokens to tell.
+        goes_on (`bool`, *optional*): Whether it goes on with the text of its prompt, and is no answer to it.
         processors (`Callable`, *optional*): Changes scores `(1, vocab)` by the ids so far, `(1, length)`.
     """
 
@@ -60,6 +65,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     ends: frozenset[int] = frozenset()
     logprobs: int | None = None
+    goes_on: bool = False
     processors: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
@@ -68,11 +74,12 @@ class Decoder:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The base model's.
+        before (`Sequence[int]`, *optional*): The end of a text that they go on with, which may begin with a space then.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._tokens = tokenizer, []
-        self._start = self._told = 0
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        self._tokenizer, self._tokens = tokenizer, list(before)
+        self._start, self._told = 0, len(self._tokens)
 
     def add(self, token: int) -> str:
         """The text that is certain with one token more."""
@@ -119,7 +126,7 @@ class Text:
     finished: str | None = None
 
     def __post_init__(self) -> None:
-        self._decoder = Decoder(self.tokenizer)
+        self._decoder = Decoder(self.tokenizer, self.prompt[-BEFORE:] if self.settings.goes_on else ())
         self._waiting, self._untold = "", []
 
     @property

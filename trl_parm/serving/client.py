@@ -142,7 +142,9 @@ class AsyncGuidance:
         self._room = asyncio.Condition()
         self._submitting = asyncio.Lock()
 
-    async def generate(self, prompt: str | list[int], sampling_params: Any, guidance: Guidance) -> AsyncGenerator[Any]:
+    async def generate(
+        self, prompt: str | list[int], sampling_params: Any, guidance: Guidance
+    ) -> AsyncGenerator[Any, None]:
         """Yields the base model's output as it grows, the whole text so far each time.
 
         It waits until the engine has room for all requests of the sample. A reader that goes away ends them together.
@@ -178,7 +180,7 @@ class AsyncGuidance:
 
     async def generate_alone(
         self, prompt: Any, sampling_params: Any, request_id: str, **arguments: Any
-    ) -> AsyncGenerator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """`AsyncLLMEngine.generate` without guides, which waits for its room too.
 
         Args:

@@ -82,7 +82,7 @@ class GuidedClient:
         finally:
             self.exports.give_back(export)
 
-    async def _text(self, prompt: Any, params: Any, own: Guidance, index: int) -> AsyncGenerator[Any]:
+    async def _text(self, prompt: Any, params: Any, own: Guidance, index: int) -> AsyncGenerator[Any, None]:
         """The outputs of one text, by what is new in each; a stop string ends it here, in all of its requests."""
         stops, ids = list(params.stop or ()), list(_ids(prompt))
         delta = params.output_kind.name == "DELTA"
@@ -121,7 +121,7 @@ def _texts_of(params: Any) -> list[Any]:
     return found
 
 
-async def _merged(texts: list[AsyncIterator[Any]], request_id: str, whole: bool) -> AsyncIterator[Any]:
+async def _merged(texts: Sequence[AsyncIterator[Any]], request_id: str, whole: bool) -> AsyncIterator[Any]:
     """The outputs of several texts as those of one request: as they come, or all at the end."""
     inbox: asyncio.Queue[Any] = asyncio.Queue()
 

@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ OURS = ("model", "served_model_name", "enable_lora", "max_lora_rank", "logits_pr
 """Arguments of vLLM's that are set here."""
 
 
-def serve(arguments: Any, listening: Any, keys: list[str]) -> None:
+def serve(arguments: Any, listening: Any, keys: list[str], on_ready: Callable[[list[str]], None]) -> None:
     """Serves on a bound socket until it is told to end. Raises `ValueError` for what can't be served."""
     if not arguments.arm:
         raise ValueError("With `engine: vllm` give `arm`, an adapter on the base model.")
@@ -34,7 +34,7 @@ def serve(arguments: Any, listening: Any, keys: list[str]) -> None:
         most = int((arguments.engine_args or {}).get("max_loras", 8))
         exports = Exports(arguments.model_name_or_path, arguments.arm, Path(folder), most)
         guided = guided_model(exports, arguments.preference, arguments.beta)
-        asyncio.run(_serve(arguments, listening, keys, exports, guided))
+        asyncio.run(_serve(arguments, listening, keys, exports, guided, on_ready))
 
 
 def guided_model(exports: Exports, preference: Mapping[str, float] | None, beta: float) -> Served:
@@ -77,7 +77,9 @@ def _runs_v1() -> bool:
     return current_platform.is_cpu() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
 
 
-async def _serve(arguments: Any, listening: Any, keys: list[str], exports: Exports, guided: Served) -> None:
+async def _serve(
+    arguments: Any, listening: Any, keys: list[str], exports: Exports, guided: Served, on_ready: Callable
+) -> None:
     from vllm.entrypoints.launchers.api_server import entry  # pyright: ignore[reportMissingImports]
     from vllm.entrypoints.launchers.cli_args import (  # pyright: ignore[reportMissingImports]
         make_arg_parser,
@@ -93,5 +95,6 @@ async def _serve(arguments: Any, listening: Any, keys: list[str], exports: Expor
     args.port = port
     async with entry.build_async_engine_client(args) as engine:
         client = GuidedClient(engine, exports, guided, arguments.max_body_bytes)
+        on_ready([GUIDED_NAME, BASE_NAME])
         shutdown = await entry.build_and_serve(client, f"http://{host}:{port}", listening, args)
     await shutdown
