@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`trl-parm serve --engine vllm` over HTTP, against transformers' guided `generate`. `make test-vllm` runs it."""
 
+import json
 import os
 import re
 import subprocess
@@ -41,8 +42,6 @@ class Server:
     """The command in a process of its own, whose output is read as it comes."""
 
     def __init__(self, folder: Path, **more: str) -> None:
-        import json
-
         words = ["--model_name_or_path", str(folder / "base"), "--arm", str(folder / "arm"), "--engine", "vllm"]
         words += ["--dtype", "float32", "--escape_control_tokens", "false", "--port", "0"]
         words += ["--engine_args", json.dumps(ENGINE), *(w for n, v in more.items() for w in (f"--{n}", v))]
@@ -53,8 +52,10 @@ class Server:
         self.lines: list[str] = []
         self.url, self._ready = "", threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
-        assert self._ready.wait(300), "".join(self.lines[-40:])
-        assert self.url, "".join(self.lines[-60:])
+        self._ready.wait(300)
+        if not self.url:
+            self.process.terminate()
+            raise AssertionError("".join(self.lines[-60:]))
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -91,7 +92,13 @@ def prompts(count: int) -> list[list[int]]:
 def expected(prompt: list[int], weight: float, beta: float) -> str:
     base, arm = models()
     output = PARM(base, arm, [weight, 1 - weight], beta).generate(torch.tensor([prompt]), max_new_tokens=TOKENS)
-    return spaced_tokenizer().decode(output[0, len(prompt) :], skip_special_tokens=True)
+    return after(prompt, output[0, len(prompt) :].tolist())
+
+
+def after(prompt: list[int], tokens: list[int]) -> str:
+    """The text with which tokens go on after others."""
+    whole, start = (spaced_tokenizer().decode(ids, skip_special_tokens=True) for ids in (prompt + tokens, prompt))
+    return whole[len(start) :]
 
 
 def ask(server, prompt, weight=None, beta=None, **settings):
@@ -116,8 +123,8 @@ def test_the_base_is_unguided_beside_them(server):
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(ask, server, prompts(2)[0], model="base") for _ in range(2)]
         guided = [pool.submit(ask, server, prompts(2)[0], 0.2, 1.0) for _ in range(2)]
-        output = base.generate(torch.tensor(prompts(1)), max_new_tokens=TOKENS)[0, 3:]
-        text = spaced_tokenizer().decode(output, skip_special_tokens=True)
+        output = base.generate(torch.tensor(prompts(1)), max_new_tokens=TOKENS)[0, 3:].tolist()
+        text = after(prompts(1)[0], output)
         assert [one.result().choices[0].text for one in found] == [text] * 2
         assert [one.result().choices[0].text for one in guided] == [expected(prompts(1)[0], 0.2, 1.0)] * 2
 

@@ -150,6 +150,10 @@ class Twin:
         """Tokens as a text, without control tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
+    def after(self, ids: list[int], tokens: list[int]) -> str:
+        """The text with which tokens go on after others."""
+        return self.decoded(ids + tokens)[len(self.decoded(ids)) :]
+
     def text(
         self, content: str, preference: Any = None, beta: float = 1.0, model: str = "parm", **settings: Any
     ) -> str:

@@ -175,14 +175,14 @@ def test_completions_of_texts_and_of_ids(here, twin):
     settings = {"model": "parm", "max_tokens": 6, "temperature": 0, "extra_body": {"preference": ALPHAS[1]}}
     for prompt in (texts, ids):
         answer = here.client.completions.create(prompt=prompt, logprobs=1, **settings)
-        assert [choice.text for choice in answer.choices] == [twin.decoded(tokens) for tokens in expected]
+        assert [choice.text for choice in answer.choices] == [twin.after(*one) for one in zip(ids, expected)]
         assert [choice.index for choice in answer.choices] == [0, 1]
         assert answer.usage.prompt_tokens == sum(map(len, ids))
         logprobs = answer.choices[0].logprobs
         assert logprobs.tokens == [twin.tokenizer.decode([token]) for token in expected[0]]
         assert [max(top.values()) for top in logprobs.top_logprobs] == logprobs.token_logprobs
     streamed = here.client.completions.create(prompt=texts[0], stream=True, **settings)
-    assert "".join(chunk.choices[0].text for chunk in streamed) == twin.decoded(expected[0])
+    assert "".join(chunk.choices[0].text for chunk in streamed) == twin.after(ids[0], expected[0])
 
 
 def test_sixteen_tokens_are_the_default_of_completions(here):

@@ -74,7 +74,7 @@ class Decoder:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The base model's.
-        before (`Sequence[int]`, *optional*): The end of a text that they go on with, which may begin with a space then.
+        before (`Sequence[int]`, *optional*): The end of a text that they go on with: after it a space may come first.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
