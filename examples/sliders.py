@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page with a slider for each objective, whose answers come from `trl-parm serve`: any client of OpenAI's API does.
 
-    trl-parm serve --model_name_or_path runs/models/smollm2-135m-instruct --arm runs/demo/arm
-    python examples/sliders.py
+trl-parm serve --model_name_or_path runs/models/smollm2-135m-instruct --arm runs/demo/arm
+python examples/sliders.py
 """
 
 import os

@@ -186,8 +186,9 @@ def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: st
     guides = {objective: models.guide(name, template) for objective, name in arms.items()}
 
     def formula(batch: Batch) -> Scorer:
-        β = batch.beta_or(beta)
-        return formulas.genarm(*_weighted(guides, batch), β, allow_off_simplex=batch.allow_off_simplex)
+        return formulas.genarm(
+            *_weighted(guides, batch), batch.beta_or(beta), allow_off_simplex=batch.allow_off_simplex
+        )
 
     return _guided(models, guides.values(), formula)
 
