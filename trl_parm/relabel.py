@@ -19,6 +19,7 @@ from transformers.utils import logging
 from peft_pblora.output import check_output, file_name, output_file
 from peft_pblora.preference import check_columns, check_objectives
 
+from .processes import ALONE, Processes
 from .records import Records
 from .reward_models import RewardSource, reward_configuration
 from .rewards import Reward, score
@@ -48,6 +49,7 @@ def relabel(
     restart: bool = False,
     on_start: Callable[[str], Any] = lambda objective: None,
     on_batch: Callable[[int], Any] = lambda pairs: None,
+    processes: Processes = ALONE,
 ) -> DatasetDict:
     """Scores both responses of every pair with every reward model, and labels the better one (PARM, its `relabel.py`).
 
@@ -75,6 +77,8 @@ def relabel(
             changed, instead of refusing to go on.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
         on_batch (`Callable`, *optional*): Called with the number of pairs done, for progress bars.
+        processes ([`Processes`], *optional*): Those that share the batches, each of which calls this with the same
+            arguments and one folder. All get the splits, which the first one writes.
 
     Returns:
         `DatasetDict` with the splits; columns `prompt`, `response_0`, `response_1`, one of labels named like each
@@ -105,16 +109,20 @@ def relabel(
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
         "rewards": {name: reward_configuration(source) for name, source in rewards.items()},
     }
-    with Records(folder / SCORES, configuration, {"rewards": "objective"}, restart, _scored_cell) as records:
+    processes.agree({"batch_size": batch_size})
+    cells = {objective: [(objective, number) for number in range(len(rows))] for objective in rewards}
+    with Records(
+        folder / SCORES, configuration, {"rewards": "objective"}, restart, _scored_cell, processes
+    ) as records:
         for objective, source in rewards.items():
             on_start(objective)
             # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.
             reward = replace(source) if isinstance(source, RewardSource) else source
-            cells = [(objective, number) for number in range(len(rows))]
-            for size, todo in records.missing(cells, _cell, batch_size):
+            for size, todo in records.missing(cells[objective], _cell, batch_size):
                 if todo:
                     records.append(_scored(objective, reward, rows, todo))
                 on_batch(size)
+        records.gather([cell for of_objective in cells.values() for cell in of_objective], _cell)
         scores = {_cell(row): row["scores"] for row in records.rows}
     for number, row in enumerate(written):
         for objective in rewards:
@@ -122,10 +130,11 @@ def relabel(
             label = -1 if abs(first - second) <= tie_margin else int(second > first)
             row |= {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
     splits = {name: [written[i] for i in numbers[name]] for name in files}
-    for name, path in files.items():
-        _write(path, splits[name])
-    for objective, path in ranked_files.items():
-        _write(path, as_ranked(splits["train"], objective))
+    if processes.is_first:
+        for name, path in files.items():
+            _write(path, splits[name])
+        for objective, path in ranked_files.items():
+            _write(path, as_ranked(splits["train"], objective))
     return DatasetDict({name: Dataset.from_list(chosen, on_mixed_types="use_json") for name, chosen in splits.items()})
 
 
