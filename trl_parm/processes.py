@@ -53,7 +53,7 @@ class Processes:
         return self.number == 0
 
     def first(self, work: Callable[[], Any]) -> None:
-        """Lets the first process do something, for which all others wait. They raise [`Stopped`] after an error there."""
+        """Lets the first process do something, for which all wait. After an error there others raise [`Stopped`]."""
         error: Exception | None = None
         if self.is_first:
             try:

@@ -263,7 +263,8 @@ class Records:
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file and of the parts that several processes write beside it. A last line without its end,
-    which a killed run leaves, is passed over. Raises `ValueError` if there is no such file, no row, or a line that is no JSON."""
+    which a killed run leaves, is passed over. Raises `ValueError` if there is no such file, no row, or a line that is
+    no JSON."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There are no results at {path}. Name a JSONL file that `evaluate` has written.")

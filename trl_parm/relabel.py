@@ -111,9 +111,8 @@ def relabel(
     }
     processes.agree({"batch_size": batch_size})
     cells = {objective: [(objective, number) for number in range(len(rows))] for objective in rewards}
-    with Records(
-        folder / SCORES, configuration, {"rewards": "objective"}, restart, _scored_cell, processes
-    ) as records:
+    growing = {"rewards": "objective"}
+    with Records(folder / SCORES, configuration, growing, restart, _scored_cell, processes) as records:
         for objective, source in rewards.items():
             on_start(objective)
             # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.

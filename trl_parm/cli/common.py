@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_parm.arguments import check_fields
+from trl_parm.processes import ALONE, Processes
 
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ class Progress:
         total (`int`): How much there is to do.
         unit (`str`): What is counted, such as `batch`.
         done (`int`, *optional*, defaults to 0): How much an earlier run has done.
+        quiet (`bool`, *optional*, defaults to `False`): Say nothing, as another process does.
     """
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, total: int, unit: str, done: int = 0, quiet: bool = False) -> None:
         from tqdm import tqdm
 
         self.total, self.unit, self.first, self.done = total, unit, done, done
         self.start = self.said = time.monotonic()
-        terminal = sys.stderr.isatty()
+        self.quiet, terminal = quiet, sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, unit=unit, initial=done, dynamic_ncols=True) if terminal else None
 
     def __enter__(self) -> Progress:
@@ -56,7 +58,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(done)
             self.bar.set_postfix_str(note or self.bar.postfix or "")
-        elif note or now - self.said >= EVERY:
+        elif not self.quiet and (note or now - self.said >= EVERY):
             self.said, gone = now, now - self.start
             left = gone / max(1, self.done - self.first) * (self.total - self.done)
             times = f"{timedelta(seconds=round(gone))} gone, about {timedelta(seconds=round(left))} to go"
@@ -64,18 +66,20 @@ class Progress:
             print(f"{self.unit} {self.done} of {self.total}{told}; {times}", file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    """A line on standard output, at once."""
+def say(text: str, processes: Processes = ALONE) -> None:
+    """A line on standard output, at once, from the first of several processes."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    if processes.is_first:
+        tqdm.write(text)
 
 
-def write_run(folder: str | Path, verb: str, arguments: Any) -> None:
-    """Writes the resolved arguments, seeds and versions beside results."""
+def write_run(folder: str | Path, verb: str, arguments: Any, processes: Processes = ALONE) -> None:
+    """Writes the resolved arguments, seeds and versions beside results, in the first of several processes."""
     from trl_parm import records
 
-    records.write_run(Path(folder) / "run.yaml", verb, vars(arguments))
+    if processes.is_first:
+        records.write_run(Path(folder) / "run.yaml", verb, vars(arguments))
 
 
 def load_data(given: Any) -> Dataset:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.processes import Processes
 
 from .common import grid, load_rewards, say, write_run
 from .generate import DecodingArguments
@@ -40,17 +41,18 @@ def main(argv: list[str]) -> None:
     from trl_parm.evaluation.evaluate import Entry
     from trl_parm.evaluation.fronts import summarize
 
+    processes = Processes.launched()
     sources = load_rewards(arguments.rewards)
     objectives, folder = list(sources), Path(arguments.output_dir)
     preferences = grid(arguments.preferences, arguments.grid_steps, objectives)
     methods: list[Any] = arguments.methods or []
     prompts = arguments.read_prompts()
     runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-    say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}")
+    say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}", processes)
 
     def start(name: str) -> None:
-        write_run(folder, "evaluate", arguments)
-        say(name)
+        write_run(folder, "evaluate", arguments, processes)
+        say(name, processes)
 
     table = arguments.evaluate(
         methods,
@@ -60,7 +62,11 @@ def main(argv: list[str]) -> None:
         path=folder / RESULTS,
         restart=arguments.restart,
         on_start=start,
+        processes=processes,
     )
+    processes.end()
+    if not processes.is_first:
+        return
     say(_means(summarize(table, objectives), objectives))
     plot = ["trl-parm", "plot", "--results", str(folder / RESULTS), "--output_dir", str(folder)]
     say(f"Measures and figures: {shlex.join(plot)}")

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from trl_parm.processes import Stopped
 from trl_parm.version import __version__
 
 
@@ -29,6 +30,8 @@ VERBS = {
     "demo": "serve a page where a preference slider steers a model",
 }
 """Verb → what it does. Each is a module of this package with a function `main`."""
+SHARED = ("train", "evaluate", "relabel")
+"""Verbs whose work several processes share."""
 HELP = {"-h", "--help"}
 GOES_ON = {
     "train": "the same command with --resume true goes on from its last checkpoint",
@@ -57,6 +60,11 @@ def main(argv: list[str] | None = None) -> int:
             close = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"the verb {verb!r} is not known; there are {', '.join(VERBS)}.{hint}")
+        if verb not in SHARED and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"it was launched in {os.environ['WORLD_SIZE']} processes, which {', '.join(SHARED)} can share. Start "
+                f"{verb} without `accelerate launch`."
+            )
         module = importlib.import_module(f"{__package__}.{verb}")
         with _plain_output(quiet=not HELP & set(argv)):
             module.main(argv[1:])
@@ -68,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         left = GOES_ON.get(verb, "the same command goes on from here")
         print(f"{name}: interrupted; {left}", file=sys.stderr, flush=True)
         return 130
+    except Stopped:  # another process has said why
+        return 2
     except (ValueError, TypeError, OSError, ImportError) as error:
         # A note says whose code it was.
         if os.environ.get(TRACEBACK) or getattr(error, "__notes__", None) or _is_of_others(error):

@@ -128,7 +128,8 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
 
 def _objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
     """The objectives in the order in which the preferences of a file are."""
-    from trl_parm.records import configuration_path, read_configuration
+    from trl_parm.jsonl import configuration_path
+    from trl_parm.records import read_configuration
 
     beside = configuration_path(path)
     if beside.exists():

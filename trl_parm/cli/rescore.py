@@ -27,7 +27,8 @@ class RescoreArguments:
 def main(argv: list[str]) -> None:
     arguments: RescoreArguments = parse("rescore", RescoreArguments, argv, __doc__)
     from trl_parm.evaluation.rescoring import rescore
-    from trl_parm.records import beside, read_rows, write_run
+    from trl_parm.jsonl import beside
+    from trl_parm.records import read_rows, write_run
 
     rewards = load_rewards(arguments.rewards)
     with Progress(len(read_rows(arguments.results)), "row") as bar:

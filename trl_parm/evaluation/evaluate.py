@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.preference import Preference
 from trl_parm.identity import describe_model
-from trl_parm.processes import Processes
-from trl_parm.records import ALONE
+from trl_parm.processes import ALONE, Processes
 from trl_parm.rewards import Reward
 from trl_parm.texts import PromptText
 
