@@ -155,10 +155,11 @@ class Records:
         data = self._file.read()
         with taken_parts(self.path) as parts:
             stored, whole = parse(data, self.path)
+            self._check_marks({part: mark for part, (mark, rows) in parts.items() if rows})
             self.rows = with_parts(stored, [rows for _, rows in parts.values()])
             if self._cell_of is not None:
                 check_cells(self.rows, self._cell_of, self.path)
-            kept = self._match(growing, [mark for mark, rows in parts.values() if rows], bool(data), restart)
+            kept = self._match(growing, bool(data or self.rows), restart)
             if whole < len(data):  # only now that the file is known to be one of ours
                 logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
                 self._file.truncate(whole)
@@ -169,6 +170,13 @@ class Records:
         self._write_configuration()
         if self.processes.count > 1:
             make_parts(self.path, self.processes.count, self._mark())
+
+    def _check_marks(self, marks: Mapping[Path, str | None]) -> None:
+        for part, mark in marks.items() if configuration_path(self.path).is_file() else ():
+            if mark != self._mark():
+                raise ValueError(
+                    f"{part} has rows of another configuration than those of {self.path}. Move that file away."
+                )
 
     def _lock(self) -> None:
         try:
@@ -208,9 +216,7 @@ class Records:
         """What says in a part of which configuration its rows are: a hash of the file that has it."""
         return hashlib.sha256(configuration_path(self.path).read_bytes()).hexdigest()[:16]
 
-    def _match(
-        self, growing: Mapping[str, str], marks: Sequence[str | None], begun: bool, restart: bool
-    ) -> list[dict[str, Any]]:
+    def _match(self, growing: Mapping[str, str], begun: bool, restart: bool) -> list[dict[str, Any]]:
         """The rows that stay. Refuses rows of another configuration, and files that are none of ours."""
         path, known, fault = configuration_path(self.path), cast(Any, None), None
         if os.path.lexists(path):
@@ -220,9 +226,7 @@ class Records:
                 fault = f"{path} is not the configuration of any rows"
             elif not self.rows and set(known) != set(self.configuration):
                 fault = f"{path} was there before {self.path} and is no configuration of such rows"
-            elif any(mark != self._mark() for mark in marks):
-                fault = f"A part beside {self.path} has rows of another configuration than {path}"
-        elif begun or marks:
+        elif begun:
             fault = (
                 f"{self.path}, or a part of it, is not empty, but {path.name}, which says of what configuration its "
                 "rows are, is not beside it"
@@ -249,7 +253,7 @@ class Records:
             logger.warning(
                 "%d rows of %s are done again: %s.", len(self.rows) - len(kept), self.path, "; ".join(found)
             )
-        for key in growing if kept else ():
+        for key in {*growing} & {*known, *given} if kept else ():
             given[key] = {**known.get(key, {}), **given.get(key, {})}
         return kept
 
@@ -294,6 +298,8 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
     found = []
     for key in sorted(set(known) | set(given)):
         old, new = known.get(key), given.get(key)
+        if key in growing:
+            old, new = old or None, new or None
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             both = set(old) & set(new) if key in growing else set(old) | set(new)
             old, new = ({k: v for k, v in values.items() if k in both} for values in (old, new))
