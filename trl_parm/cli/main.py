@@ -25,18 +25,22 @@ VERBS = {
     "generate": "decode prompts with a method",
     "evaluate": "decode and score prompts with all methods at all preferences",
     "rescore": "other rewards for the responses of an evaluation",
+    "lm_eval": "tasks of lm-evaluation-harness with a guided model",
     "plot": "measures, tables and figures of an evaluation",
+    "convert": "responses of an evaluation for AlpacaEval, or as a data set",
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
 }
 """Verb → what it does. Each is a module of this package with a function `main`."""
-SHARED = ("train", "evaluate", "relabel")
+SHARED = ("train", "evaluate", "relabel", "lm_eval")
 """Verbs whose work several processes share."""
 HELP = {"-h", "--help"}
 GOES_ON = {
+    "convert": "what was not complete is not there",
     "train": "the same command with --resume true goes on from its last checkpoint",
     "export": "what was not complete is not there",
     "plot": "what was not complete is not there",
+    "lm_eval": "the harness starts anew, but for what `--use_cache` has kept",
     "demo": "the page is closed",
 }
 """What an interrupted command has left, of those that don't just go on."""
