@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .answers import describe_answers, repetition
     from .decoding import Batch, Run
     from .evaluate import sweep
+    from .formats import alpaca_eval_files, dataset_folder
     from .fronts import Front, arrange, pool_seeds, standardized, summarize
     from .measures import correlations, costs, differences, markdown, measure
     from .metrics import (
@@ -35,6 +36,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "answers": ("describe_answers", "repetition"),
         "decoding": ("Batch", "Run"),
         "evaluate": ("sweep",),
+        "formats": ("alpaca_eval_files", "dataset_folder"),
         "fronts": ("Front", "arrange", "pool_seeds", "standardized", "summarize"),
         "measures": ("correlations", "costs", "differences", "markdown", "measure"),
         "metrics": (
