@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+UNJUDGED_PROMPTS = (
+    "{} prompts have an answer on which a judge failed, and are left out of all methods. `trl-parm rescore` asks "
+    "again; what was answered comes from the cache."
+)
 EVERY = 30.0
 """Seconds between two lines about long work where standard error is no terminal."""
 
@@ -90,20 +94,39 @@ def load_data(given: Any) -> Dataset:
 
 
 def load_rewards(given: Any) -> dict[str, Any]:
-    """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there."""
+    """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there, or a [`Judge`]
+    that answers."""
     from peft_pblora.preference import check_objectives
+    from trl_parm.endpoint import Endpoint
+    from trl_parm.judges import SOURCE, Judge, judge_of
     from trl_parm.reward_models import RewardSource
 
     if not isinstance(given, Mapping):
         raise ValueError(f"`rewards` is {given!r}, but it must map each objective to a reward.")
     sources = {}
     for name in check_objectives(given):
-        source = {"source": given[name]} if not isinstance(given[name], Mapping) else given[name]
-        sources[name] = RewardSource.of(check_fields(source, RewardSource, f"The reward of {name!r}"))
+        source, of = given[name], f"The reward of {name!r}"
+        if isinstance(source, Mapping) and source.get("source") == SOURCE:
+            sources[name] = judge_of(check_fields(check_fields(source, Endpoint, of), Judge, of))
+            continue
+        source = {"source": source} if not isinstance(source, Mapping) else source
+        sources[name] = RewardSource.of(check_fields(source, RewardSource, of))
     for source in sources.values():
-        if not source.is_model:
+        if isinstance(source, Judge):
+            source.endpoint.check()
+        elif not source.is_model:
             source.load()
     return sources
+
+
+def tell_costs(rewards: Mapping[str, Any], processes: Processes = ALONE) -> None:
+    """Says what judges were asked; several processes each say their own."""
+    from trl_parm.judges import Judge
+
+    who = "" if processes.count == 1 else f"Process {processes.number}: "
+    for name, judge in rewards.items():
+        if isinstance(judge, Judge):
+            say(f"{who}{name} was judged by {judge.endpoint.cost()}.")
 
 
 def grid(preferences: Any, steps: int | None, objectives: list[str]) -> list[list[float]]:

@@ -11,7 +11,7 @@ from typing import Any
 from trl_parm.arguments import option, parse, required
 from trl_parm.processes import Processes
 
-from .common import grid, load_rewards, say, write_run
+from .common import UNJUDGED_PROMPTS, grid, load_rewards, say, tell_costs, write_run
 from .generate import DecodingArguments
 
 
@@ -39,7 +39,7 @@ class EvaluateArguments(DecodingArguments):
 def main(argv: list[str]) -> None:
     arguments: EvaluateArguments = parse("evaluate", EvaluateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
-    from trl_parm.evaluation.fronts import summarize
+    from trl_parm.evaluation.fronts import judged, summarize
 
     processes = Processes.launched()
     sources = load_rewards(arguments.rewards)
@@ -64,10 +64,15 @@ def main(argv: list[str]) -> None:
         on_start=start,
         processes=processes,
     )
+    tell_costs(sources, processes)
     processes.end()
     if not processes.is_first:
         return
-    say(_means(summarize(table, objectives), objectives))
+    rows, lost = judged(table, objectives)
+    if lost:
+        say(UNJUDGED_PROMPTS.format(lost))
+    if rows:
+        say(_means(summarize(rows, objectives), objectives))
     plot = ["trl-parm", "plot", "--results", str(folder / RESULTS), "--output_dir", str(folder)]
     say(f"Measures and figures: {shlex.join(plot)}")
 

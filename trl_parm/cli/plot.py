@@ -15,7 +15,7 @@ from typing import Any
 from trl_parm.arguments import option, parse, required
 from trl_parm.extras import require
 
-from .common import say, write_run
+from .common import UNJUDGED_PROMPTS, say, write_run
 
 
 TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "answers.csv", "costs.csv")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     from peft_pblora import add_results
     from peft_pblora.card.files import WRITER as FIGURE
     from peft_pblora.output import check_output
-    from trl_parm.evaluation.fronts import summarize
+    from trl_parm.evaluation.fronts import judged, summarize
     from trl_parm.evaluation.measures import WRITER
     from trl_parm.evaluation.plots import draw_fronts, figure_files
 
@@ -64,7 +64,9 @@ def main(argv: list[str]) -> None:
             f"There is no adapter in {arguments.card!r}, whose card could get the figure. Name its folder."
         )
     rows, objectives, names = read_results(arguments.results or [], arguments.objectives)
-    rows = _chosen(rows, names, arguments.methods)
+    rows, lost = judged(_chosen(rows, names, arguments.methods), objectives)
+    if lost:
+        say(UNJUDGED_PROMPTS.format(lost))
     references = [_point(given, objectives) for given in arguments.references or []]
     folder = Path(arguments.output_dir)
     planned = [folder / name for name in TABLES] + figure_files(objectives, folder, arguments.name)

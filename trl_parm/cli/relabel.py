@@ -11,7 +11,7 @@ from typing import Any
 from trl_parm.arguments import option, parse, required
 from trl_parm.processes import ALONE, Processes
 
-from .common import Progress, load_data, load_rewards, say, write_run
+from .common import Progress, load_data, load_rewards, say, tell_costs, write_run
 
 
 SHARED = ("test_size", "validation_size", "tie_margin", "ranked", "seed")
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     pairs, folder = load_data(arguments.data), Path(arguments.output_dir)
     options = {name: getattr(arguments, name) for name in ("template", "batch_size")}
     label(pairs, rewards, folder, arguments, "relabel", processes, **options)
+    tell_costs(rewards, processes)
     processes.end()
 
 

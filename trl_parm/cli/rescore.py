@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trl_parm.arguments import option, parse, required
 
-from .common import Progress, load_rewards, say
+from .common import Progress, load_rewards, say, tell_costs
 
 
 @dataclass
@@ -35,5 +35,6 @@ def main(argv: list[str]) -> None:
         table = rescore(
             arguments.results, rewards, arguments.output, arguments.batch_size, arguments.restart, bar.update
         )
+    tell_costs(rewards)
     write_run(beside(arguments.output, "run.yaml"), "rescore", vars(arguments))
     say(f"{len(table)} responses with the rewards {', '.join(rewards)} in {arguments.output}")

@@ -19,7 +19,7 @@ from trl_parm.decoding.search import TopKReward
 from trl_parm.identity import short_hash
 from trl_parm.noise import row_seed
 from trl_parm.reward_models import reward_configuration
-from trl_parm.rewards import Reward, score
+from trl_parm.rewards import Reward, score, with_failures
 from trl_parm.texts import PromptText
 
 from .decoding import (
@@ -107,7 +107,8 @@ class Answering:
         texts = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         likely = base_log_probs(base, read, texts, own_adapters(model, base))
         responses = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        scores = {name: score(name, reward, prompts, responses) for name, reward in self.judges.items()}
+        scores = {n: score(n, reward, prompts, responses, may_fail=True) for n, reward in self.judges.items()}
+        judged = [with_failures(scores, i) for i in range(len(prompts))]
         weights = [run.weights(self.objectives) for run in runs]
         return [
             {
@@ -116,7 +117,7 @@ class Answering:
                 "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives),
                 "prompt": prompt,
                 "response": responses[i],
-                **{name: values[i] for name, values in scores.items()},
+                **judged[i][0],
                 "tokens": lengths[i],
                 "seconds": seconds / len(prompts),
                 "seed": seeds[i],
@@ -125,6 +126,7 @@ class Answering:
                 "capped": not ends_within(tokens[i], self.ends),
                 "log_prob_base": likely[i],
                 "log_ratio": guided[i] - likely[i],
+                **judged[i][1],
             }
             for i, (run, prompt) in enumerate(pairs)
         ]

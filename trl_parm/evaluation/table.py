@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from peft_pblora.preference import check_columns, check_objectives
 from trl_parm.processes import Processes
 from trl_parm.records import Records
+from trl_parm.rewards import is_unjudged
 from trl_parm.shapes import read_text
 from trl_parm.texts import PromptText, prompt_key
 
@@ -99,7 +100,8 @@ class Table:
 
     def _stored(self, row: Mapping[str, Any]) -> tuple:
         """The cell of a row in a file, which must have all columns."""
-        check_scores(row, (*self.answering.judges, *DECODED))
+        judged = [name for name in self.answering.judges if not is_unjudged(row, name)]
+        check_scores(row, (*judged, *DECODED))
         return row_cell(row)
 
     def _together(self, runs: Sequence[Run]) -> list[list[int]]:
