@@ -10,6 +10,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from trl_parm.endpoint import PROBE
+
 
 class JudgeServer:
     """Serves `/v1/chat/completions`.
@@ -31,7 +33,8 @@ class JudgeServer:
                     server.headers.append(dict(self.headers))
                     server.busy += 1
                     server.most = max(server.most, server.busy)
-                found = server.answer(body["messages"][-1]["content"])
+                asked = body["messages"][-1]["content"]
+                found = "1" if asked == PROBE else server.answer(asked)
                 status, data, headers = 200, found, {}
                 if isinstance(found, float):
                     time.sleep(found)

@@ -40,6 +40,9 @@ WITHOUT = {
     "rescore": (
         "--results", "results/results.jsonl", "--rewards", json.dumps(REWARDS), "--output", "rescored/results.jsonl"
     ),
+    "compare": (
+        "--results", "results/results.jsonl", "rescored/results.jsonl", "--output_dir", "compared"
+    ),
     "convert": ("--results", "results/results.jsonl", "--format", "dataset", "--output_dir", "converted"),
     "export": ("--adapter", "arm", "--output_dir", "loras", "--grid_steps", "1"),
 }  # fmt: skip

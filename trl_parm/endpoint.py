@@ -32,6 +32,7 @@ LONGEST = 60.0
 """Most seconds between two attempts."""
 MOST = 2**22
 """Most bytes of an answer that are read."""
+PROBE = "Answer with the digit 1."
 REQUEST = {"temperature": 0, "max_tokens": 512}
 
 
@@ -92,7 +93,7 @@ class Endpoint:
 
     def check(self) -> None:
         """Asks something small, once. Raises `ValueError` if there is no answer."""
-        answer = self._post(self._body("Answer with the digit 1."), retries=min(self.retries, 1))
+        answer = self._post(self._body(PROBE), retries=min(self.retries, 1))
         if isinstance(answer, Failure):
             raise ValueError(f"The model {self.model!r} at {self.base_url} does not answer: {answer.reason}")
 

@@ -27,6 +27,7 @@ VERBS = {
     "rescore": "other rewards for the responses of an evaluation",
     "lm_eval": "tasks of lm-evaluation-harness with a guided model",
     "plot": "measures, tables and figures of an evaluation",
+    "compare": "two evaluations, or two methods, prompt by prompt",
     "convert": "responses of an evaluation for AlpacaEval, or as a data set",
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
@@ -36,6 +37,7 @@ SHARED = ("train", "evaluate", "relabel", "lm_eval")
 """Verbs whose work several processes share."""
 HELP = {"-h", "--help"}
 GOES_ON = {
+    "compare": "what was not complete is not there; a judge's answers are kept",
     "convert": "what was not complete is not there",
     "train": "the same command with --resume true goes on from its last checkpoint",
     "export": "what was not complete is not there",

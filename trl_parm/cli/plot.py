@@ -107,12 +107,12 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
     if len({path.resolve() for path in files}) < len(files):
         raise ValueError(f"A file is twice among the results {', '.join(map(str, files))}. Name each once.")
     tables = [read_rows(path) for path in files]
-    wanted = objectives or _objectives(files[0])
+    wanted = objectives or read_objectives(files[0])
     methods = [list(dict.fromkeys(row["method"] for row in rows)) for rows in tables]
     count = Counter(name for of_file in methods for name in of_file)
     names: dict[str, str] = {}
     for path, label, rows, of_file in zip(files, _own_parts(files), tables, methods):
-        order = _objectives(path, objectives)
+        order = read_objectives(path, objectives)
         if objectives is None and set(order) != set(wanted):
             raise ValueError(f"{path} has the objectives {order}, but {files[0]} has {wanted}. Plot them apart.")
         shown = {name: f"{name} ({label})" if count[name] > 1 else name for name in of_file}
@@ -128,7 +128,7 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
     return [row for rows in tables for row in rows], wanted, names
 
 
-def _objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
+def read_objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
     """The objectives in the order in which the preferences of a file are."""
     from trl_parm.jsonl import configuration_path
     from trl_parm.records import read_configuration
