@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
 
     processes = Processes.launched()
     sources = load_rewards(arguments.rewards)
+    for source in sources.values():
+        processes.check_devices(getattr(source, "model_kwargs", {}))
     objectives, folder = list(sources), Path(arguments.output_dir)
     preferences = grid(arguments.preferences, arguments.grid_steps, objectives)
     methods: list[Any] = arguments.methods or []

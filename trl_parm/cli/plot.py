@@ -43,6 +43,8 @@ class PlotArguments:
     resamples: int = option(2000, "Of the bootstrap over prompts.")
     seed: int = option(0, "Of the bootstrap.")
     name: str = option("fronts", "How the figures' files begin.")
+    html: bool = option(False, "Also write one page that needs no other file, with all of this and the responses.")
+    html_prompts: int = option(50, "To how many prompts that page has the responses.")
     card: str | None = option(None, "The folder of an adapter, whose card gets the measures and the first figure.")
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ def main(argv: list[str]) -> None:
     references = [_point(given, objectives) for given in arguments.references or []]
     folder = Path(arguments.output_dir)
     planned = [folder / name for name in TABLES] + figure_files(objectives, folder, arguments.name)
+    planned += [page := folder / f"{arguments.name}.html"] if arguments.html else []
     if len({str(path).casefold() for path in planned}) < len(planned):
         raise ValueError(f"`name` is {arguments.name!r}, which is the name of a table. Name the figures otherwise.")
     for path in planned:
@@ -81,7 +84,18 @@ def main(argv: list[str]) -> None:
     text = _write(tables, folder)
     if missing:
         text += f"\n\n{missing}"
-    figures = draw_fronts(summarize(rows, objectives), objectives, folder, references, arguments.name)
+    summary = summarize(rows, objectives)
+    figures = draw_fronts(summary, objectives, folder, references, arguments.name)
+    if arguments.html:
+        from trl_parm.evaluation.page import write_page
+
+        records = _records(arguments.results or [])
+        told = [missing, UNJUDGED_PROMPTS.format(lost)][: 1 + bool(lost)]
+        write_page(
+            page, rows, summary, objectives, tables, records, references, list(filter(None, told)),
+            arguments.html_prompts,
+        )  # fmt: skip
+        say(f"The page is {page}; it needs no other file.")
     write_run(folder, "plot", arguments)
     if arguments.card:
         measures = next(iter(tables.values()))
@@ -126,6 +140,14 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
                 weights = dict(zip(order, row["preference"], strict=True))
                 row["preference"] = [weights.get(name, 0.0) for name in wanted]
     return [row for rows in tables for row in rows], wanted, names
+
+
+def _records(results: Sequence[str]) -> dict[str, str]:
+    """What stands beside files of results: their configuration, and the run that made them."""
+    from trl_parm.jsonl import configuration_path
+
+    found = [path for file in results for path in (configuration_path(file), Path(file).with_name("run.yaml"))]
+    return {str(path): path.read_text(encoding="utf-8") for path in found if path.is_file()}
 
 
 def read_objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:

@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     arguments: RelabelArguments = parse("relabel", RelabelArguments, argv, __doc__)
     processes = Processes.launched()
     rewards = load_rewards(arguments.rewards)
+    for source in rewards.values():
+        processes.check_devices(getattr(source, "model_kwargs", {}))
     pairs, folder = load_data(arguments.data), Path(arguments.output_dir)
     options = {name: getattr(arguments, name) for name in ("template", "batch_size")}
     label(pairs, rewards, folder, arguments, "relabel", processes, **options)
