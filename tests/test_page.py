@@ -106,10 +106,8 @@ def test_marks_stand_where_their_numbers_are(tmp_path):
     page = Read(page_of(tmp_path).read_text())
     circles = [attrs for tag, attrs in page.elements if tag == "circle"]
     told = [a["data-told"] for _, a in page.elements if a.get("class") == "point" and a["data-alpha"] != "-"]
-    values = [
-        [float(n.replace("−", "-")) for n in re.findall(r"ful (−?[\d.]+)|less (−?[\d.]+)", t) for n in n if n][-2:]
-        for t in told
-    ]
+    number = re.compile(r"^(?:helpful|harmless) (−?[\d.]+)", re.MULTILINE)
+    values = [[float(found.replace("−", "-")) for found in number.findall(text)] for text in told]
     for axis, name, sign in ((0, "cx", 1), (1, "cy", -1)):
         at = np.array([float(circle[name]) for circle in circles])
         assert np.corrcoef(at, [value[axis] for value in values])[0, 1] * sign > 0.999

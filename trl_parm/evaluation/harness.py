@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
@@ -94,7 +94,7 @@ class GuidedLM(HFLM):
         models = Models(base, dtype, optimize_for_cpu, **{**place, **(model_kwargs or {})})
         processes.check_devices(models.kwargs)
         model = _guided(models, entry, weights)
-        super().__init__(
+        cast(Any, super()).__init__(
             pretrained=model,
             tokenizer=models.tokenizer,
             max_length=_shortest(model, max_length),
