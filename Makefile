@@ -33,8 +33,12 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about a quarter of an hour on two cores)
 	$(PY) examples/quickstart.py
 
-reproduce-small: $(VENV)/.demo  ## Train and compare all methods, and write runs/small/page (several hours on two cores)
-	$(PY) examples/reproduce_small.py
+# MODEL continues stories, such as karpathy/tinyllamas' stories260K as a folder of transformers.
+reproduce-small: $(VENV)/.demo  ## Train and compare all methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
+	test -e runs/small/stories.jsonl || $(PY) examples/make_task_pairs.py stories --model $(MODEL)
+	test -e runs/small/smollm2.jsonl || $(PY) examples/make_task_pairs.py smollm2
+	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task stories --model $(MODEL)
+	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task smollm2
 
 test: $(VENV)/.demo  ## Run the tests
 	$(TEST_ENV) $(PY) -m pytest -n 2

@@ -1,174 +1,234 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of `docs/results.md`: what `reproduce_small.py` found, and what holds, worked out from its tables."""
+"""The page of `docs/results.md`, worked out from the tables that `reproduce_small.py` keeps."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import numpy as np
+from comparison.figures import draw
+from comparison.methods import BASE, METHODS, UNTRAINED
+from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
+from comparison.settings import BETA, RATE, Settings, best
+from comparison.statements import edges, interval, statements
+from comparison.task import Task
+from comparison.training import KINDS
 
 from peft_pblora.output import output_folder
-from trl_parm.evaluation.fronts import summarize
-from trl_parm.evaluation.measures import markdown, with_error
-from trl_parm.records import read_rows
+from trl_parm.evaluation import Interval, markdown
 
 
-AGAINST = "PARM"
-UPPER_BOUNDS = ("ARGS", "Transfer-Q")
-STEERED = 0.9
-"""A correlation of rank that five points in random order reach in 5 of 120 orders."""
+WRITER = "results_page.py"
 VERSIONS = ("python", "torch", "transformers", "peft", "trl")
 
 INTRODUCTION = """# Results on two cores
 
-All methods on the same prompts, with the same training pairs and the same budget. `make reproduce-small` trains,
-evaluates and writes this page; every sentence under "What holds" is worked out from the tables. A language model of
-135 million parameters and two rewards that need no model (`positive`: VADER's compound sentiment; `concise`: minus the
-mean number of words in a sentence) make a small and easy test: it shows whether methods steer, not how well they would
-steer a large model towards helpful and harmless answers."""
+Every method on the same prompts, trained on the same pairs with as many passes over pairs, on CPUs.
+`make reproduce-small` trains, evaluates and writes this page from the tables in `benchmarks/results/small`: numbers
+and sentences about them are worked out from these. The models are small and the rewards need no model, so that it
+shows whether methods steer, not how well they would steer a large model towards helpful and harmless answers.
 
-SETTINGS = """- **Model**: SmolLM2-135M-Instruct, frozen, float32; it is also the backbone of all reward models and
-  policies.
-- **Pairs**: {pairs} of its own answers, labelled for both objectives, about topics that no evaluation prompt is about.
-- **Budget**: {steps} steps of {batch} pairs for each method: {steps} for the one adapter of PARM, SVD-LoRA and UniARM,
-  {share} for each objective's of GenARM and DPO. Adapters have rank 8 and lie on the attention's q, k and v.
-- **Learning rates and β**: for each method those of the front with the largest hypervolume above (positive 0,
-  concise -40) on {validation} prompts that no training pair has, of {tried} combinations: {chosen}.
-  Rewarded Soups and MOD have no β. ARGS (w 1.5, k 10) and Transfer-Q (w 1, k 4, rollouts of 8 tokens) are not tuned.
-- **Evaluation**: {prompts} prompts, five preferences, 40 new tokens sampled from the 50 likeliest; seed {seed}, the
-  same noise for each prompt in all runs. The scorers that judge are those that labelled the pairs, no reward model.
+Rewards are *standardised*: minus the mean, by the standard deviation, of the base's answers. **MIP** is the mean inner
+product of α and standardised rewards, **HV** the hypervolume of mean standardised rewards above −1 or 0 in all
+objectives. Brackets are 95 % intervals over prompts *and* training seeds, where there are several; differences are
+paired, prompt by prompt and seed by seed."""
+
+SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and policies. Adapters have rank 8 and
+  lie on the attention's q, k and v.
+- **Pairs**: {pairs} of its own answers for {steps} steps of {batch}, labelled for {objectives}; the labels agree
+  in {agreement:.0%} of them. PARM, SVD-LoRA and UniARM see all of them; each ARM of GenARM, and each policy, has a
+  part for itself, {share}, with its own label.
+- **Learning rates** have the least loss on {held_out} held-out pairs, on a seed of their own, after {settings_steps}
+  steps: {rates}. {rate_edges}
+- **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their own:
+  {betas}. {beta_edges}
+- **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
+  the {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
+- **Cost** on one thread: {costs}.
 - **Versions**: {versions}."""
 
-CONTROLS = """ARGS and Transfer-Q search with the very scorers that judge, which a user of a reward model does not
-have: they are upper bounds for search, not rivals. The untrained ARM multiplies the base model with the ARM's
-backbone, which sharpens it without any preference."""
+METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
+without training. *ARM alone* is PARM's ARM without the base model. Rewarded Soups and MOD combine DPO policies, which
+are another kind of model than an ARM. *Base × untrained ARM* multiplies the base by itself as strongly as PARM guides
+it, which sharpens without any preference; *PARM, α permuted* guides by the wrong preference."""
+
+FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
+the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
+
+AGAIN = """## Run it
+
+`make reproduce-small MODEL=...` runs all pieces one after the other; a piece that was stopped goes on, and one that is
+complete is not done again. Another task is another file in `examples/configs/small/tasks`. Single pieces, such as one
+seed, by the beginning of their names:
+
+    python examples/reproduce_small.py --list
+    python examples/reproduce_small.py --task stories --model MODEL --only stories/settings stories/200/0
+    python examples/reproduce_small.py --page"""
 
 LIMITS = """## What this does not show
 
-One seed of training for each method, one small model, {prompts} prompts, and rewards that short happy phrases satisfy.
-The intervals are over prompts, so they do not contain what another training run would change. Two settings were
-changed after evaluations on the same prompts: PARM, SVD-LoRA and UniARM got the budget of the others, 100 steps for
-50, and UniARM's objectives got embeddings, without which it did not follow the preference. Three learning rates and
-three β are a coarse choice, made on few prompts. With few prompts hypervolume is biased upwards, more so for methods
-with noisier points. Times are those of a shared machine with two cores; [decoding](decoding.md) has paired
-measurements."""
+Small models, and rewards that short happy phrases satisfy; no judge but the scorers that labelled. Learning rates and
+β were chosen once, after {settings}, and are used for every budget and seed. Hypervolume of few prompts is biased
+upwards, and of several noisy points more than of a control's one. KL is estimated from the sampled answers. The noise
+of sampling is the same for all seeds of training. Times are those of a shared machine; [decoding](decoding.md) has
+paired measurements."""
 
 
-def write_page(folder: Path, page: Path, settings: Mapping[str, Mapping[str, float]]) -> None:
-    """Writes `results.md` and its figure into `page`, from the tables that `trl-parm plot` left in `folder`."""
-    search = [row for row in _table(folder / "figures_transfer_q" / "measures.csv") if row["measure"] == "hypervolume"]
-    figures = folder / "figures"
-    lines = [steering(_table(figures / "correlations.csv")), *findings(_table(figures / "differences.csv"))]
-    sections = [
-        INTRODUCTION,
-        settings_text(folder, settings),
-        "![Mean rewards of all methods at five preferences](images/results.png)",
-        CONTROLS,
-        "## What holds\n\n" + "\n".join(f"- {line}" for line in lines),
-        "## Mean rewards\n\n" + rewards_text(folder / "results" / "results.jsonl"),
-        (figures / "measures.md").read_text().strip(),
-        f"## With Transfer-Q\n\nTransfer-Q was run on {search[0]['prompts']} of the prompts, beside these methods.",
-        (folder / "figures_transfer_q" / "measures.md").read_text().strip(),
-        LIMITS.format(prompts=_run(folder / "results")["num_prompts"]),
-    ]
-    with output_folder(page, "results_page.py") as staging:
+def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) -> Path | None:
+    """Writes `results.md` and its figures into a folder, of every task with pieces; `None` if there is none.
+
+    Args:
+        results (`Path`): The folder with tables, of all tasks.
+        page (`Path`): The folder to write.
+        configs (`Path`): The folder with the tasks' configurations.
+        resamples (`int`): Of the bootstrap.
+    """
+    tasks = [Task.read(path) for path in sorted(configs.glob("*.yaml"), reverse=True)]
+    every = {task.name: (task, read_budgets(results / task.name, task, resamples)) for task in tasks}
+    found = {name: (task, budgets) for name, (task, budgets) in every.items() if budgets}
+    if not found:
+        return None
+    with output_folder(page, WRITER) as staging:
         (staging / "images").mkdir()
-        (staging / "images" / "results.png").write_bytes((figures / "fronts.png").read_bytes())
-        (staging / "results.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+        parts = [INTRODUCTION, summary(found), METHODS_TEXT]
+        for task, budgets in found.values():
+            parts += section(task, budgets, results, staging / "images")
+        steps = " and ".join(f"{task.settings_steps} steps ({task.title})" for task, _ in found.values())
+        parts += [AGAIN, LIMITS.format(settings=steps)]
+        (staging / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page / "results.md"
 
 
-def settings_text(folder: Path, settings: Mapping[str, Mapping[str, float]]) -> str:
-    """What was run, from the files that the commands wrote beside their results."""
-    evaluated = _run(folder / "results")
-    trained = _run(folder / f"parm-{settings['parm']['rate']:g}")
-    versions = yaml.safe_load((folder / "results" / "run.yaml").read_text())["versions"]
+def read_budgets(results: Path, task: Task, resamples: int) -> list[Budget]:
+    found = [Budget.read(results, steps, seeds, resamples) for steps, seeds in task.budgets.items()]
+    return [budget for budget in found if budget]
+
+
+def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
+    """The claims of the project in one table."""
+    rows = []
+    for task, budgets in found.values():
+        for budget in budgets:
+            control, genarm = (budget.difference(PARM, other) for other in (UNTRAINED, GENARM))
+            rows.append(
+                {
+                    "task": task.title, "steps": budget.steps, "seeds": len(budget.seeds),
+                    "PARM − untrained: MIP": interval(control[PRODUCT]),
+                    "HV above 0": interval(control[ABOVE_ZERO]),
+                    "PARM − GenARM: MIP": interval(genarm[PRODUCT]),
+                    "HV above 0 ": interval(genarm[ABOVE_ZERO]),
+                    "rank correlations": ", ".join(f"{value:.2f}" for value in budget.correlations(PARM)[0]),
+                }
+            )  # fmt: skip
+    return "## In one table\n\n" + markdown(rows)
+
+
+def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) -> list[str]:
+    """What was run for a task, and what was found with each budget."""
+    settings = Settings(task, results / task.name, Path())
+    parts = [f"## {task.title}", settings_text(task, settings, budgets)]
+    for budget in budgets:
+        name = f"results_{task.name}_{budget.steps}"
+        draw(budget, images, name)
+        parts += [
+            f"### {task.title}: {budget.steps:,} steps, training seeds: {len(budget.seeds)}",
+            "**What holds**\n\n" + "\n".join(f"- {line}" for line in statements(budget)),
+            f"![Mean rewards of all methods at every preference](images/{name}.png)",
+            f"![Mean inner product over KL to the base](images/{name}_kl.png)",
+            FIGURES,
+            markdown(measures_table(budget)),
+            markdown(answers_table(budget)),
+        ]
+    for file in images.glob(f"results_{task.name}_*"):
+        if file.suffix != ".png":
+            file.unlink()
+    return parts
+
+
+def settings_text(task: Task, settings: Settings, budgets: Sequence[Budget]) -> str:
+    """What was run, from what the pieces say of themselves."""
+    facts = budgets[-1].facts[0]
+    rates = {kind: settings.tried(RATE, kind) for kind in KINDS}
+    betas = {m.title: settings.tried(BETA, name) for name, m in METHODS.items() if m.has_beta}
+    count = facts["steps"] * facts["batch"]
     return SETTINGS.format(
-        pairs=len((folder / "pairs" / "train.jsonl").read_text().splitlines()),
-        steps=trained["max_steps"],
-        share=_run(folder / f"genarm_positive-{settings['genarm']['rate']:g}")["max_steps"],
-        batch=trained["per_device_train_batch_size"],
-        tried=len(json.loads((folder / "validation.json").read_text())),
-        chosen=", ".join(label(method, setting) for method, setting in settings.items()),
-        validation=_run(folder / "validation")["num_prompts"],
-        prompts=evaluated["num_prompts"],
-        seed=evaluated["seed"],
-        versions=", ".join(f"{name} {versions[name]}" for name in VERSIONS),
+        model=Path(task.model).name,
+        pairs=f"{count:,}",
+        steps=f"{facts['steps']:,}",
+        batch=facts["batch"],
+        objectives=" and ".join(facts["objectives"]),
+        agreement=facts["agreement"],
+        share=f"{count // len(facts['objectives']):,} pairs",
+        held_out=task.validation_pairs,
+        settings_steps=task.settings_steps,
+        rates=_chosen(rates, losses=True),
+        rate_edges=edges(rates, RATE),
+        validation=task.validation_prompts,
+        betas=_chosen(betas, losses=False),
+        beta_edges=edges(betas, BETA),
+        prompts=len(budgets[0].fronts[BASE].rewards),
+        points=len(budgets[0].fronts[PARM].labels),
+        tokens=facts["max_new_tokens"],
+        top_k=facts["top_k"],
+        costs="; ".join(map(cost, budgets)),
+        versions=", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS),
     )
 
 
-def label(method: str, setting: Mapping[str, float]) -> str:
-    """A method with its settings, in words."""
-    return " ".join([method, *(f"{name} {value:g}" for name, value in setting.items())])
+def cost(budget: Budget) -> str:
+    """How long a piece takes."""
+    training = np.mean([sum(kind["seconds"] for kind in one["trained"].values()) for one in budget.facts]) / 60
+    decoding = sum(row["seconds"] for row in budget.rows) / len(budget.seeds) / 60
+    return f"a seed of {budget.steps:,} steps {training:.0f} CPU-minutes of training and {decoding:.0f} of decoding"
 
 
-def steering(correlations: Sequence[Mapping[str, str]]) -> str:
-    """Which methods move each reward with the weight of its objective."""
-    objectives = [name for name in correlations[0] if name != "method"]
-    moved: dict[str, list[str]] = {}
-    for row in correlations:
-        names = [name for name in objectives if float(row[name]) > STEERED - 1e-6]
-        moved.setdefault(" and ".join(names) or "none", []).append(row["method"])
-    return (
-        f"**Steering**: rewards whose correlation of rank with their objective's weight is at least {STEERED}, which "
-        f"five points in random order reach in 5 of 120 orders: "
-        + "; ".join(f"{names}: {', '.join(methods)}" for names, methods in moved.items())
-        + "."
-    )
+def measures_table(budget: Budget) -> list[dict[str, Any]]:
+    """The measures of each method, a column for each."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in budget.measures:
+        text = str(Interval(row["value"], row["low"], row["high"]))
+        found.setdefault(row["method"], {"method": row["method"]})[row["measure"]] = text
+    columns = [PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO, *(f"spread of {name}" for name in budget.objectives)]
+    rows = []
+    for method, cells in found.items():
+        steered = {}
+        if budget.fronts[method].preferences is not None:
+            steered = dict(zip(budget.objectives, budget.correlations(method)[0].tolist()))
+        rank = {f"rank, {name}": f"{steered[name]:.2f}" if name in steered else None for name in budget.objectives}
+        rows.append({"method": method, **{name: cells.get(name) for name in columns}, **rank})
+    return rows
 
 
-def findings(differences: Sequence[Mapping[str, str]]) -> list[str]:
-    """For each measure, which methods are above PARM, below it, or not told apart from it by 95 % intervals."""
-    lines = []
-    for measure, reference in dict.fromkeys((row["measure"], row["reference"]) for row in differences):
-        rows = [row for row in differences if (row["measure"], row["reference"]) == (measure, reference)]
-        above = f" above ({reference})" if measure.startswith("hypervolume") else ""
-        parts = []
-        for verdict, chosen in _by_verdict(rows).items():
-            if chosen:
-                parts.append(f"{verdict} " + ", ".join(f"{row['method']} ({_interval(row)})" for row in chosen))
-        lines.append(f"**{measure.capitalize()}{above}**, relative to {AGAINST}: " + "; ".join(parts) + ".")
-    return lines
-
-
-def rewards_text(results: Path) -> str:
-    """Mean rewards of every run as a Markdown table."""
-    objectives = json.loads(results.with_name("results.config.json").read_text())["objectives"]
-    rows = [
-        {
-            "method": row["method"] + (" (upper bound)" if row["method"] in UPPER_BOUNDS else ""),
-            f"preference ({', '.join(objectives)})": (
-                "-" if row["preference"] is None else ", ".join(f"{weight:.2f}" for weight in row["preference"])
-            ),
-            **{name: with_error(row[name], row[f"{name}_error"], (".2f", ".2f")) for name in objectives},
-        }
-        for row in summarize(read_rows(results), objectives)
-    ]
-    return "Mean ± standard error over prompts.\n\n" + markdown(rows)
-
-
-def _by_verdict(rows: Sequence[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:
-    verdicts: dict[str, list[Mapping[str, str]]] = {"lower:": [], "not told apart:": [], "higher:": []}
-    for row in rows:
-        verdict = (
-            "not told apart:" if row["differs"] == "False" else "lower:" if float(row["value"]) < 0 else "higher:"
+def answers_table(budget: Budget) -> list[dict[str, Any]]:
+    """What answers are like, and what they cost."""
+    rows = []
+    for method in dict.fromkeys(budget.names.values()):
+        own = [row for row in budget.rows if budget.names[row["method"]] == method]
+        tokens = sum(row["tokens"] for row in own)
+        rows.append(
+            {
+                "method": method,
+                **{name: f"{np.mean([row[name] for row in own]):.2f}" for name in budget.objectives},
+                "KL to the base": f"{max(0.0, budget.kl(method)):.2f}",
+                "log π_base": f"{sum(row['log_prob_base'] for row in own) / tokens:.2f}",
+                "repeated 4-grams": f"{np.mean([row['repetition'] or 0.0 for row in own]):.1%}",
+                "at the cap": f"{np.mean([row['capped'] for row in own]):.0%}",
+                "tokens": f"{tokens / len(own):.0f}",
+                "extra parameters": budget.fronts[method].extra_parameters,
+            }
         )
-        verdicts[verdict].append(row)
-    return verdicts
+    return rows
 
 
-def _interval(row: Mapping[str, str]) -> str:
-    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-    return f"{value:+.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _run(folder: Path) -> dict[str, Any]:
-    return yaml.safe_load((folder / "run.yaml").read_text())["arguments"]
+def _chosen(tried: Mapping[str, Sequence[Mapping[str, Any]]], losses: bool) -> str:
+    """The best of each, and all that was tried."""
+    parts = []
+    for name, rows in tried.items():
+        own = best(rows)
+        values = " ".join(
+            f"{row['at']:g}: {row['value']:.3f}" if losses else f"{row['at']:g}: {-row['value']:.2f}" for row in rows
+        )
+        parts.append(f"{name} **{own['at']:g}** ({values})")
+    return ", ".join(parts)

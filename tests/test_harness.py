@@ -146,7 +146,10 @@ def test_its_command_knows_the_model(folder, monkeypatch, capsys):
         ({"arm": "arm", "preference": "helpful:0.7+harmless:0.7"}, "must sum to 1"),
         ({"arm": "arm", "preference": PREFERENCE, "betta": 1}, "has betta"),
         ({"arm": "arm", "preference": PREFERENCE, "template": "{prompt}"}, "`template` has no place here"),
-        ({"method": "args", "rewards": {"a": "trl_parm.rewards:brevity"}, "preference": {"a": 1}}, "judges whole"),
+        (
+            {"method": "args", "rewards": {"a": "trl_parm.rewards:brevity"}, "preference": {"a": 1}},
+            "needs prompts and responses apart",
+        ),
     ],
 )
 def test_bad_arguments(folder, monkeypatch, given, message):

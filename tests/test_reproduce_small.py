@@ -1,132 +1,347 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small comparison: that every configuration gets what was chosen, and that its page says what its tables say."""
+"""The small comparison: its command from training to the page, pieces that were stopped, and what the page says."""
 
-import itertools
-import json
+import gzip
+from pathlib import Path
 
+import numpy as np
 import pytest
-import reproduce_small as comparison
+import reproduce_small as command
 import results_page
 import yaml
+from comparison import piece as pieces_of
+from comparison.methods import METHODS, decode
+from comparison.pooled import ABOVE_ZERO, PARM, PRODUCT, SHUFFLED, Budget, permuted
+from comparison.results import facts_path, read_piece, rows_path, write_piece
+from comparison.settings import BETA, Settings, at_edge, best, next_of
+from comparison.statements import edges, statements
+from comparison.task import Task, agreement, ranked
+from comparison.training import KINDS, Training, join_loras
+from small_task import FACTS, OBJECTIVES, write_results, write_settings, write_task
+
+from trl_parm.evaluation import arrange
 
 
-SETTINGS = {
-    "parm": {"rate": 0.01, "beta": 2.0},
-    "svd_lora": {"rate": 0.002, "beta": 0.5},
-    "uniarm": {"rate": 0.002, "beta": 1.0},
-    "genarm": {"rate": 0.002, "beta": 0.5},
-    "rewarded_soups": {"rate": 0.01},
-    "mod": {"rate": 0.002},
-}
+def read(results: Path, planned=(0, 1, 2), **options) -> Budget:
+    budget = Budget.read(results, 4, planned, **{"resamples": 50, **options})
+    assert budget is not None
+    return budget
 
 
-def texts_in(value):
-    if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(one)
-    elif isinstance(value, str):
-        yield value
+def run(folder: Path, monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(command, "CONFIGS", folder / "tasks")
+    command.main(["--results", str(folder / "results"), "--work", str(folder / "work"), *words])
 
 
-def test_every_method_trains_on_as_many_pairs():
-    pairs = {}
-    for name in comparison.REWARD_MODELS + comparison.POLICIES:
-        config = yaml.safe_load((comparison.CONFIGS / f"{name}.yaml").read_text())
-        method = name.removesuffix("_positive").removesuffix("_concise")
-        pairs[method] = pairs.get(method, 0) + config["max_steps"] * config["per_device_train_batch_size"]
-    assert pairs == dict.fromkeys(["parm", "svd_lora", "uniarm", "genarm", "dpo"], 400)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The whole command on a tiny model, stopped in the middle of its piece's trainings and of its answers."""
+    folder = tmp_path_factory.mktemp("comparison")
+    write_task(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results_page, "write_page", lambda *paths: None)
+        run(folder, patch, "--only", "tiny/settings")
+        stop_at(patch, Training, "_reward_model", 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, patch)
+    trained = modified(folder / "work" / "tiny" / "4-seed0")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, pieces_of, "write_piece", 0)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, patch)
+    with pytest.MonkeyPatch.context() as patch:
+        run(folder, patch)
+    return folder, trained
 
 
-@pytest.mark.parametrize("name", ["evaluate", "evaluate_transfer_q"])
-def test_every_method_is_evaluated_with_its_own_settings(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(comparison, "written", lambda config, name: config)
-    config = comparison.with_settings(comparison.CONFIGS / f"{name}.yaml", SETTINGS)
-    trained = {
-        str(comparison.FOLDER / f"{one}-{rate:g}"): rate
-        for one in comparison.REWARD_MODELS + comparison.POLICIES
-        for rate in comparison.LEARNING_RATES
-    }
-    seen = set()
-    for entry in config["methods"][1:]:
-        setting = SETTINGS.get(comparison.SETTINGS_OF.get(entry["method"], entry["method"]), {})
-        folders = [text for text in texts_in(entry) if text.startswith(str(comparison.FOLDER))]
-        assert [trained[folder] for folder in folders] == [setting.get("rate")] * len(folders)
-        assert entry.get("beta") == setting.get("beta") or entry["method"] == "transfer_q"
-        seen.add(entry["method"])
-    assert {"parm", "genarm", "args"} <= seen
-    assert config["output_dir"] == yaml.safe_load((comparison.CONFIGS / f"{name}.yaml").read_text())["output_dir"]
+def stop_at(patch, owner, name: str, number: int) -> None:
+    """Lets a function be called so often, and then stops as ^C does."""
+    kept, calls = getattr(owner, name), []
+
+    def stopping(*args, **kwargs):
+        calls.append(name)
+        if len(calls) > number:
+            raise KeyboardInterrupt
+        return kept(*args, **kwargs)
+
+    patch.setattr(owner, name, stopping)
 
 
-def test_settings_are_those_of_the_largest_validation_hypervolume(tmp_path, monkeypatch):
-    """Rewards at which one setting of each method is above all others."""
-    best = {"parm rate 0.01 beta 2", "svd_lora rate 0.002 beta 0.5", "uniarm rate 0.002 beta 1"}
-    best |= {"genarm rate 0.002 beta 0.5", "rewarded_soups rate 0.01", "mod rate 0.002"}
-    asked = []
-
-    def evaluated(*words):
-        asked.extend(entry["name"] for entry in yaml.safe_load(words[-1].read_text())["methods"])
-
-    def rows(path):
-        for name in asked:
-            reward = 0.9 if name in best else 0.1
-            yield {
-                "method": name,
-                "preference": [0.5, 0.5],
-                "label": "uniform",
-                "prompt": "p",
-                "positive": reward,
-                "concise": -20.0,
-            }
-
-    monkeypatch.setattr(comparison, "FOLDER", tmp_path)
-    monkeypatch.setattr(comparison, "run", evaluated)
-    monkeypatch.setattr(comparison, "read_rows", lambda path: list(rows(path)))
-    assert comparison.choose_settings() == SETTINGS
-    assert len(asked) == len(set(asked)) == 4 * 3 * 3 + 2 * 3
+def modified(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("adapter_model.safetensors")}
 
 
-def test_findings_follow_the_intervals():
-    def row(method, value, low, high):
-        return {
-            "method": method, "minus": "PARM", "measure": "hypervolume", "reference": "a 0, b 0", "value": str(value),
-            "low": str(low), "high": str(high), "differs": str(not low <= 0 <= high),
-        }  # fmt: skip
-
-    rows = [row("Base", -2.0, -3.0, -1.0), row("MOD", 0.5, -1.0, 2.0), row("GenARM", 3.0, 1.0, 5.0)]
-    (line,) = results_page.findings(rows)
-    assert "lower: Base (-2.00 [-3.00, -1.00])" in line
-    assert "not told apart: MOD (+0.50 [-1.00, 2.00])" in line
-    assert "higher: GenARM (+3.00 [1.00, 5.00])" in line
+def test_the_whole_command_leaves_a_table_and_a_page(finished):
+    folder, _ = finished
+    rows = read_piece(rows_path(folder / "results" / "tiny", 4, 0))
+    assert len(rows) == 4 * (2 + 3 * len({row["method"] for row in rows[8:]}))
+    assert {method.title for method in METHODS.values()} <= {row["method"] for row in rows}
+    page = (folder / "work" / "page" / "results.md").read_text()
+    assert "## Tiny" in page
+    assert "One seed of training" in page
+    assert (folder / "work" / "page" / "images" / "results_tiny_4.png").exists()
 
 
-def test_what_is_steered_follows_the_correlations():
-    rows = [
-        {"method": "MOD", "a": "0.8999999999999999", "b": "1.0"}, {"method": "ARGS", "a": "0.3", "b": "1.0"},
-        {"method": "PARM", "a": "1.0", "b": "1.0"}, {"method": "UniARM", "a": "-1.0", "b": "0.8"},
-    ]  # fmt: skip
-    assert results_page.steering(rows).endswith("5 of 120 orders: a and b: MOD, PARM; b: ARGS; none: UniARM.")
+def test_what_was_trained_before_a_stop_is_kept(finished):
+    folder, trained = finished
+    assert len(trained) == 3
+    now = modified(folder / "work" / "tiny" / "4-seed0")
+    assert trained.items() <= now.items()
+    assert len(now) == 3 + 2 * 2 + 1  # and GenARM's LoRAs as one
 
 
-def test_what_counts_as_steered_is_rare_by_chance():
-    orders = list(itertools.permutations(range(5)))
-    reached = [
-        1 - 6 * sum((i - j) ** 2 for i, j in enumerate(order)) / 120 > results_page.STEERED - 1e-6 for order in orders
+def test_a_stopped_comparison_gives_what_one_run_gives(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    task = Task.read(folder / "tasks" / "tiny.yaml")
+    settings = Settings(task, folder / "results" / "tiny", folder / "work" / "tiny")
+    pieces_of.compare(task, 4, 0, settings, tmp_path, tmp_path / "work")
+    once, stopped = (read_piece(rows_path(one, 4, 0)) for one in (tmp_path, folder / "results" / "tiny"))
+    assert [without_time(row) for row in once] == [without_time(row) for row in stopped]
+
+
+def without_time(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_a_finished_piece_is_not_done_again(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained again"))
+    monkeypatch.setattr(results_page, "write_page", lambda *paths: None)
+    run(folder, monkeypatch)
+
+
+def test_a_permuted_preference_is_that_of_the_reversed_front(finished, tmp_path):
+    """The twin: every answer decoded with the permuted α."""
+    folder, _ = finished
+    task = Task.read(folder / "tasks" / "tiny.yaml")
+    arm = str(folder / "work" / "tiny" / "4-seed0" / "parm")
+    entries = ["base", *({"method": method, "arm": arm, "beta": 0.1} for method in ("parm", "parm_shuffled"))]
+    rows = decode(task, task.prompts("test", 4), 2, entries, tmp_path / "answers.jsonl")
+    _, own, twin = arrange(rows, OBJECTIVES)
+    found = permuted(own)
+    assert not np.array_equal(own.runs, twin.runs)
+    assert np.array_equal(found.runs, twin.runs)
+
+
+def test_every_method_trains_on_as_many_pairs(tmp_path, monkeypatch):
+    task = Task.read(write_task(tmp_path))
+    seen: dict[str, list] = {}
+
+    def part(self, objective, steps, pairs):
+        seen.setdefault(self.kind, []).append((objective, steps, [row["prompt"] for row in pairs]))
+        return {"losses": {}, "metrics": {}, "seconds": 0}
+
+    monkeypatch.setattr(Training, "_part", part)
+    for kind in KINDS:
+        Training(task, kind, 5, 3, 0.01, tmp_path, 3).run()
+    assert [part[:2] for part in seen["parm"]] == [("", 5)]
+    assert [part[:2] for part in seen["genarm"]] == [("early", 2), ("short", 2)]
+    assert seen["genarm"] == seen["dpo"]
+    assert seen["parm"][0][2] == seen["svd_lora"][0][2] == seen["uniarm"][0][2]
+    assert seen["genarm"][0][2] + seen["genarm"][1][2] == seen["parm"][0][2][:8]
+
+
+def test_pairs_are_drawn_once_as_long_as_there_are_enough(tmp_path):
+    task = Task.read(write_task(tmp_path))
+    prompts = [row["prompt"] for row in task.drawn(6, 0)]
+    assert len(set(prompts)) == len(prompts) == 12
+    assert prompts != [row["prompt"] for row in task.drawn(6, 1)]
+    assert len(task.drawn(7, 0)) == 14
+
+
+def test_labels_become_ranks():
+    rows = [{"prompt": "p", "response_0": "x", "response_1": "y", "a": label, "b": 0} for label in (0, 1, -1)]
+    assert [(row["chosen"], row["rejected"]) for row in ranked(rows, "a")] == [("x", "y"), ("y", "x")]
+    assert agreement(rows, ["a", "b"]) == 2 / 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:1], "no pairs of the split validation"),
+        (lambda lines: [*lines, lines[-1].replace('"test"', '"train"')], "is in test and in train"),
+        (lambda lines: [lines[0].replace('"early"', '"late"'), *lines[1:]], "Line 1 of .* lacks early"),
+        (lambda lines: [lines[0].replace('"train"', '"other"'), *lines[1:]], "split 'other'"),
+    ],
+)
+def test_unfit_pairs_are_refused(tmp_path, change, message):
+    task = Task.read(write_task(tmp_path))
+    lines = Path(task.pairs).read_text().splitlines()
+    Path(task.pairs).write_text("".join(f"{line}\n" for line in change(lines)))
+    with pytest.raises(ValueError, match=message):
+        task.rows  # noqa: B018
+
+
+def test_unknown_tasks_pieces_and_entries_are_refused(tmp_path, monkeypatch):
+    path = write_task(tmp_path)
+    with pytest.raises(ValueError, match="no task 'other'. The tasks are tiny"):
+        run(tmp_path, monkeypatch, "--task", "other")
+    with pytest.raises(ValueError, match="No piece begins with"):
+        run(tmp_path, monkeypatch, "--only", "tiny/40")
+    path.write_text(path.read_text() + "colour: red\n")
+    with pytest.raises(ValueError, match="tiny.yaml has colour"):
+        run(tmp_path, monkeypatch)
+
+
+def test_a_piece_without_settings_says_what_comes_first(tmp_path, monkeypatch):
+    write_task(tmp_path)
+    with pytest.raises(ValueError, match="Run the piece tiny/settings first"):
+        run(tmp_path, monkeypatch, "--only", "tiny/4/0")
+
+
+def test_pieces_are_asked_for_by_whole_parts_of_their_names(tmp_path, monkeypatch, capsys):
+    write_task(tmp_path, budgets={4: [0, 1], 40: [0]})
+    run(tmp_path, monkeypatch, "--list", "--only", "tiny/4", "tiny/settings/rate/dpo/")
+    assert capsys.readouterr().out.split() == ["tiny/settings/rate/dpo", "tiny/4/0", "tiny/4/1"]
+
+
+def tried(values: dict[float, float], error: float | None = None) -> list[dict]:
+    return [{"at": at, "value": value, **({} if error is None else {"error": error})} for at, value in values.items()]
+
+
+def test_a_grid_grows_while_its_best_lies_at_an_edge():
+    grid, limits = [1, 2, 4], [0.3, 100]
+    assert next_of([], grid, limits) == 1
+    assert next_of(tried({1: 3.0, 2: 2.0}), grid, limits) == 4
+    assert next_of(tried({1: 3.0, 2: 2.0, 4: 3.0}), grid, limits) is None
+    assert next_of(tried({1: 3.0, 2: 2.0, 4: 1.0}), grid, limits) == 8
+    assert next_of(tried({1: 1.0, 2: 2.0, 4: 3.0}), grid, limits) == 0.5
+    assert next_of(tried({0.5: 0.5, 1: 1.0, 2: 2.0, 4: 3.0}), grid, limits) is None
+    assert at_edge(tried({0.5: 0.5, 1: 1.0, 2: 2.0, 4: 3.0}))
+    assert next_of(tried({1: 3.0}), [1], limits) is None
+
+
+def test_the_weakest_guidance_that_is_about_as_good_is_chosen():
+    rows = tried({0.25: -1.02, 0.5: -1.0, 1: -0.95, 2: -0.5}, error=0.05)
+    assert best(rows)["at"] == 0.5
+    assert best(tried({0.25: -1.02, 0.5: -1.0}))["at"] == 0.25
+
+
+def test_a_best_setting_at_an_edge_is_said():
+    inside, outside = tried({1: 2.0, 2: 1.0, 3: 2.0}), tried({1: 2.0, 2: 1.0})
+    assert "lies inside" in edges({"parm": inside}, BETA)
+    assert "The β of dpo lies at an edge" in edges({"parm": inside, "dpo": outside}, BETA)
+
+
+def test_the_page_says_which_grid_ends_at_its_best(tmp_path):
+    path = write_task(tmp_path)
+    write_results(tmp_path / "results" / "tiny", [0])
+    write_settings(tmp_path / "results" / "tiny", losses=(1.0, 2.0, 3.0))
+    page = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20)
+    text = " ".join(page.read_text().split())
+    assert f"The learning rate of {', '.join(KINDS)} lies at an edge" in text
+
+
+def test_matched_kl_lies_between_what_was_tried(tmp_path):
+    settings = Settings(Task.read(write_task(tmp_path)), tmp_path, tmp_path)
+    settings.tried = lambda what, of: [  # KL is 1/β of PARM and 2/β of the others
+        {"at": at, "value": -at if of == "parm" else at, "error": 0.0, "kl": (1 if of == "parm" else 2) / at}
+        for at in (0.5, 1.0, 2.0, 4.0)
     ]
-    assert (sum(reached), len(orders)) == (5, 120)
+    settings.task.limits.update(beta=[0.5, 4.0])
+    assert settings.beta("parm") == 4.0
+    assert settings.matched("genarm") == pytest.approx(4.0)  # the end of what was tried
+    assert settings.matched("parm") is settings.matched("mod") is None
 
 
-def test_validation_prompts_are_neither_trained_on_nor_evaluated(tmp_path, monkeypatch):
-    pairs = comparison.read_rows(comparison.DATA / "pairs.jsonl")
-    trained = [row["prompt"] for row in pairs if row["split"] == "train"]
-    (tmp_path / "pairs").mkdir()
-    held_out = [json.dumps({"prompt": trained[0]}) + "\n", json.dumps({"prompt": trained[-1]}) + "\n"]
-    (tmp_path / "pairs" / "test.jsonl").write_text("".join(held_out))
-    monkeypatch.setattr(comparison, "FOLDER", tmp_path)
-    comparison.write_validation_prompts(tmp_path / "prompts.jsonl")
-    prompts = [row["prompt"] for row in comparison.read_rows(tmp_path / "prompts.jsonl")]
-    assert prompts[:2] == [trained[0], trained[-1]]
-    assert len(prompts) == 2 + 21
-    assert not any(row["prompt"] in prompts[2:] for row in pairs)
-    topics = {topic for topic in (comparison.DATA / "topics.txt").read_text().splitlines()
-              if any(topic in row["prompt"][0]["content"] for row in pairs if row["split"] == "test")}  # fmt: skip
-    assert not any(topic in prompt[0]["content"] for topic in topics for prompt in prompts[2:])
+def test_joined_loras_are_made_of_the_training(finished):
+    folder, _ = finished
+    task = Task.read(folder / "tasks" / "tiny.yaml")
+    training = Training(task, "genarm", 4, 0, 0.01, folder / "work" / "tiny" / "4-seed0", 3)
+    assert Path(join_loras(training), "adapter_config.json").exists()
+    assert set(training.adapters()) == set(OBJECTIVES)
+
+
+def test_what_is_kept_is_what_was_there(tmp_path):
+    write_results(tmp_path, [3])
+    rows = read_piece(rows_path(tmp_path, 4, 3))
+    facts = {**FACTS, "seed": 4}
+    write_piece(rows_path(tmp_path, 4, 4), [{**row, "response": "a b c d e"} for row in rows], facts)
+    again = read_piece(rows_path(tmp_path, 4, 4))
+    assert [{**row, "prompt": ""} for row in again] == [{**row, "prompt": ""} for row in rows]
+    assert "a b c" not in gzip.decompress(rows_path(tmp_path, 4, 4).read_bytes()).decode()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    write_results(tmp_path, [0])
+    path = rows_path(tmp_path, 4, 0)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="4-seed0.csv.gz is no whole file of results"):
+        read(tmp_path)
+
+
+def test_missing_seeds_are_said(tmp_path):
+    write_results(tmp_path, [0, 2])
+    budget = read(tmp_path)
+    assert (budget.seeds, budget.missing) == ([0, 2], [1])
+    assert "of 3 that were planned, 1 were not run" in statements(budget)[-1]
+    facts_path(rows_path(tmp_path, 4, 2)).unlink()  # as a piece whose writing was stopped
+    assert statements(read(tmp_path))[-1].startswith("**One seed of training**")
+    assert Budget.read(tmp_path, 4, [7]) is None
+
+
+def test_pieces_of_two_comparisons_are_refused(tmp_path):
+    write_results(tmp_path, [0])
+    write_results(tmp_path, [1], pairs="other")
+    with pytest.raises(ValueError, match="seeds 0 and 1 .* have different pairs"):
+        read(tmp_path)
+
+
+def test_a_method_that_one_seed_lacks_is_refused(tmp_path):
+    write_results(tmp_path, [0, 1, 2])
+    path = rows_path(tmp_path, 4, 1)
+    rows = [{**row, "response": ""} for row in read_piece(path) if row["method"] != "MOD"]
+    write_piece(path, rows, {**FACTS, "seed": 1, "trained": {}})
+    with pytest.raises(ValueError, match="different numbers of training seeds.*'MOD' has 2"):
+        _ = read(tmp_path).fronts
+
+
+@pytest.mark.parametrize(("lead", "said"), [(0.3, "lower"), (-0.3, "higher"), (0.0, "not told apart")])
+def test_statements_follow_the_intervals(tmp_path, lead, said):
+    write_results(tmp_path, [0, 1, 2], lead)
+    budget = read(tmp_path)
+    lines = statements(budget)
+    control, genarm, steering, shuffled, *_ = lines
+    assert control.count("(higher)") == 3
+    assert genarm.startswith("**PARM − GenARM**")
+    assert genarm.count(f"({said})") == 3
+    assert "PARM has 0.50 of GenARM's parameters, and one guide row for 2" in genarm
+    assert "early 1.00 (single seeds 1.00 to 1.00)" in steering
+    assert "(higher)" in shuffled
+    behind = next(line for line in lines if line.startswith("**On held-out pairs**"))
+    assert ("PARM is behind GenARM in MIP" in behind) == (lead > 0)
+
+
+def test_differences_are_those_of_the_slow_way(tmp_path):
+    write_results(tmp_path, [0, 1], 0.3)
+    budget = read(tmp_path)
+    base = budget.fronts["Base"].runs.reshape(-1, 2)
+    own, other = ((budget.fronts[name].runs - base.mean(0)) / base.std(0, ddof=1) for name in (PARM, "GenARM"))
+    α = budget.fronts[PARM].preferences
+    products = [(runs.mean((0, 1)) * α).sum(1).mean() for runs in (own, other)]
+    assert budget.difference(PARM, "GenARM")[PRODUCT]["value"] == pytest.approx(products[0] - products[1])
+    assert budget.difference(PARM, SHUFFLED)[ABOVE_ZERO]["value"] == pytest.approx(0.0)  # a front is a set of points
+
+
+def test_the_page_of_several_seeds(tmp_path):
+    path = write_task(tmp_path, budgets={4: [0, 1], 8: [0]})
+    results = tmp_path / "results" / "tiny"
+    write_results(results, [0, 1], 0.3)
+    write_results(results, [0], 0.0, steps=8)
+    write_settings(results)
+    page = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20)
+    text = page.read_text()
+    assert text.index("### Tiny: 4 steps") < text.index("### Tiny: 8 steps")
+    assert " ".join(text.split()).count("Each learning rate lies inside") == 1
+    assert {file.name for file in (page.parent / "images").iterdir() if not file.name.startswith(".")} == {
+        f"results_tiny_{steps}{kind}.png" for steps in (4, 8) for kind in ("", "_kl")
+    }
+    assert results_page.write_page(tmp_path / "nothing", tmp_path / "none", path.parent) is None
+
+
+def test_tasks_have_what_they_need():
+    for path in command.CONFIGS.glob("*.yaml"):
+        task = Task.read(path)
+        assert task.name == path.stem
+        assert len(task.objectives) == 2
+        assert yaml.safe_load(path.read_text())["budgets"]

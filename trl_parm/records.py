@@ -24,6 +24,7 @@ from peft_pblora.output import check_output, output_file
 
 from .jsonl import as_line, configuration_path, lock, parse
 from .parts import Part, find_parts, make_parts, read_part, taken_parts, with_parts
+from .preference_text import FILE as PREFERENCE_TEXT
 from .processes import ALONE, Processes
 
 
@@ -33,6 +34,7 @@ PACKAGES = (
 HASHED = (
     "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json",
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.gguf", "*.py",
+    PREFERENCE_TEXT,
 )  # fmt: skip
 """What a model's answers depend on; not what a trainer writes about itself."""
 VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json")

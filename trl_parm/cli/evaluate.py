@@ -11,7 +11,7 @@ from typing import Any
 from trl_parm.arguments import option, parse, required
 from trl_parm.processes import Processes
 
-from .common import UNJUDGED_PROMPTS, grid, load_rewards, say, tell_costs, write_run
+from .common import OFF_SIMPLEX, UNJUDGED_PROMPTS, grid, load_rewards, say, tell_costs, write_run
 from .generate import DecodingArguments
 
 
@@ -28,6 +28,7 @@ class EvaluateArguments(DecodingArguments):
     rewards: dict | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
     preferences: list[list | dict] | None = option(None, "The grid: vectors or mappings by objective, JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
+    allow_off_simplex: bool = option(False, OFF_SIMPLEX)
     output_dir: str = option("", f"Where {RESULTS} goes.")
     restart: bool = option(False, "Remove rows of another configuration, instead of refusing to go on.")
 
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     for source in sources.values():
         processes.check_devices(getattr(source, "model_kwargs", {}))
     objectives, folder = list(sources), Path(arguments.output_dir)
-    preferences = grid(arguments.preferences, arguments.grid_steps, objectives)
+    preferences = grid(arguments.preferences, arguments.grid_steps, objectives, arguments.allow_off_simplex)
     methods: list[Any] = arguments.methods or []
     prompts = arguments.read_prompts()
     runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
         restart=arguments.restart,
         on_start=start,
         processes=processes,
+        allow_off_simplex=arguments.allow_off_simplex,
     )
     tell_costs(sources, processes)
     processes.end()

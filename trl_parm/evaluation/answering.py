@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_pblora import as_preference, name_preference
+from peft_pblora import name_preference
 from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.adapters import Adapters
 from trl_parm.decoding.probes import sees_over_padding
@@ -95,7 +95,7 @@ class Answering:
     def rows(self, pairs: Sequence[tuple[Run, PromptText]], base: PreTrainedModel) -> list[dict[str, Any]]:
         """The rows of runs and prompts, decoded together: of one run, or of several that share batches."""
         runs, prompts = [run for run, _ in pairs], [prompt for _, prompt in pairs]
-        αs = [None if run.preference is None else as_preference(run.preference, self.objectives) for run in runs]
+        αs = [run.vector(self.objectives) for run in runs]
         inputs = encode_prompts(self.tokenizer, prompts, *self.reading).to(base.device)
         model, arguments = self._model(runs, prompts, αs, inputs, base)
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
@@ -114,7 +114,7 @@ class Answering:
             {
                 "method": run.method,
                 "preference": None if (own := weights[i]) is None else list(own),
-                "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives),
+                "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives, run.allow_off_simplex),
                 "prompt": prompt,
                 "response": responses[i],
                 **judged[i][0],
@@ -138,7 +138,8 @@ class Answering:
         run, several = runs[0], any(run is not runs[0] for run in runs)
         names = [{} if α is None else dict(zip(self.objectives, α.tolist(), strict=True)) for α in αs]
         α, named = (torch.stack(αs), names) if several else (αs[0], names[0])
-        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named, self.reading[2]))
+        batch = Batch(α, prompts, inputs, named, self.reading[2], run.allow_off_simplex)
+        found = base if run.model is None else run.model(batch)
         return found if isinstance(found, tuple) else (found, {})
 
     def _generate(

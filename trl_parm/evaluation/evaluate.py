@@ -110,6 +110,7 @@ def evaluate(
     processes: Processes = ALONE,
     batch_size: int = 16,
     on_batch: Callable[[Run], Any] = lambda run: None,
+    allow_off_simplex: bool = False,
     **options: Any,
 ) -> Dataset:
     """As [`sweep`], of methods by name at all preferences of a grid.
@@ -126,6 +127,7 @@ def evaluate(
         configuration (`Mapping`, *optional*): What the rows depend on beside what is given here.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
         restart, processes, batch_size, on_batch: As in [`sweep`].
+        allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
         **options: `seed`, `template`, `max_prompt_length`, `escape_control_tokens` and arguments of `generate`, as in
             [`sweep`].
 
@@ -133,10 +135,13 @@ def evaluate(
         `datasets.Dataset` as that of [`sweep`], by method, preference and prompt.
 
     Raises:
-        ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice.
+        ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice, or
+            off the simplex for a method that can't extrapolate.
     """
     entries = list(map(Entry.of, methods))
-    runs = {entry.name: entry.runs(preferences) for entry in entries}
+    for entry in entries if allow_off_simplex else ():
+        entry.check_extrapolates(preferences, list(rewards))
+    runs = {entry.name: entry.runs(preferences, allow_off_simplex) for entry in entries}
     if len(runs) < len(entries):
         raise ValueError("Two methods have the same name. Give each a `name` of its own.")
     every = [run for of_method in runs.values() for run in of_method]

@@ -25,8 +25,8 @@ from .methods import Entry
 from .models import Models, positions_of
 
 
-NEED_PROMPTS = ("args", "transfer_q")
-"""Methods that judge whole texts, and need the prompts that they answer apart."""
+NEED_PROMPTS = ("args", "transfer_q", "parm_prompt")
+"""Methods that judge whole texts or write into prompts, and need the prompts that they answer apart."""
 
 
 @register_model("trl_parm")
@@ -126,8 +126,8 @@ def _entry(method: str | None, settings: Mapping[str, Any]) -> Entry:
     entry = Entry.of({"method": method or ("parm" if "arm" in given else "base"), **given})
     if method in NEED_PROMPTS:
         raise ValueError(
-            f"{method!r} judges whole responses to prompts, which the harness's requests don't tell apart. Use "
-            "another method, or `trl-parm evaluate`."
+            f"{method!r} needs prompts and responses apart, which the harness's requests don't tell. Use another "
+            "method, or `trl-parm evaluate`."
         )
     if given.get("template") is not None:
         raise ValueError(

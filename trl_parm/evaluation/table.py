@@ -110,7 +110,7 @@ class Table:
         for number, run in enumerate(runs):
             kind: Any = run.together
             if kind == SAME_OBJECTIVES:
-                kind = kind, tuple(weight > 0 for weight in run.weights(self.objectives) or ())
+                kind = kind, tuple(weight != 0 for weight in run.weights(self.objectives) or ())
             groups.setdefault(number if kind is None else (run.method, kind), []).append(number)
         size = self.batch_size
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]

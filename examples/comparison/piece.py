@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of the comparison, each of which can be run on its own, and is never done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_parm.identity import short_hash
+from trl_parm.records import versions
+from trl_parm.texts import prompt_key
+
+from .methods import METHODS, UNTRAINED, decode
+from .results import facts_path, rows_path, write_piece
+from .settings import Settings
+from .task import Task, agreement
+from .training import KINDS, Training
+
+
+AT_KL = "{} at PARM's KL"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the work.
+
+    Attributes:
+        name (`str`): `task/settings/...` or `task/steps/seed`, by whose beginnings pieces are asked for.
+        run (`Callable`): Does what is not done yet.
+    """
+
+    name: str
+    run: Callable[[], None]
+
+    def is_asked(self, only: list[str]) -> bool:
+        """Whether it is one of those that are asked for, by whole parts of its name; all are if none is named."""
+        parts = self.name.split("/")
+        return not only or any(parts[: len(asked)] == asked for asked in (o.strip("/").split("/") for o in only))
+
+
+def pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
+    """All pieces of a task, in the order in which they need each other.
+
+    Args:
+        task ([`Task`]): The task.
+        results (`Path`): A folder for what is kept, of all tasks.
+        work (`Path`): A folder for adapters and answers, of all tasks.
+    """
+    results, work = results / task.name, work / task.name
+    settings = Settings(task, results, work)
+    for kind in KINDS:
+        yield Piece(f"{task.name}/settings/rate/{kind}", lambda kind=kind: settings.choose_rate(kind))
+    for method in METHODS:
+        yield Piece(f"{task.name}/settings/beta/{method}", lambda method=method: settings.choose_beta(method))
+    for steps, seeds in task.budgets.items():
+        for seed in seeds:
+            yield Piece(
+                f"{task.name}/{steps}/{seed}",
+                lambda steps=steps, seed=seed: compare(task, steps, seed, settings, results, work),
+            )
+
+
+def compare(task: Task, steps: int, seed: int, settings: Settings, results: Path, work: Path) -> None:
+    """Trains every kind with one seed, evaluates every method, and keeps the rewards."""
+    path, folder = rows_path(results, steps, seed), work / f"{steps}-seed{seed}"
+    if facts_path(path).exists():
+        return
+    rates = {kind: settings.rate(kind) for kind in KINDS}
+    trainings = {k: Training(task, k, steps, seed, rates[k], folder, task.diagnosis_pairs) for k in KINDS}
+    entries = chosen_entries(settings, trainings)  # before hours of training, whether all is chosen
+    trained = {}
+    for kind, training in trainings.items():
+        print(f"{task.name}: {kind}, {steps} steps, seed {seed}", flush=True)
+        trained[kind] = training.run()
+    prompts = task.prompts("test", task.test_prompts)
+    rows = decode(task, prompts, task.grid_steps, [entry() for entry in entries], folder / "answers.jsonl")
+    facts = {
+        "task": task.name, "steps": steps, "seed": seed, "batch": task.batch, "objectives": task.objectives,
+        "prompts": short_hash("\n".join(map(prompt_key, prompts)).encode()), "pairs": task.fingerprint(),
+        "agreement": agreement(task.drawn(steps, seed), task.objectives), "trained": trained,
+        "betas": {name: settings.beta(name) for name in METHODS},
+        "matched": {name: settings.matched(name) for name in METHODS},
+        "max_new_tokens": task.max_new_tokens, "top_k": task.top_k, "versions": versions(),
+    }  # fmt: skip
+    write_piece(path, rows, facts)
+
+
+def chosen_entries(settings: Settings, trainings: dict[str, Training]) -> list[Callable[[], Any]]:
+    """What is evaluated: controls, every method at its β, and at the β of PARM's KL. Each is made when adapters are
+    there."""
+    parm = trainings["parm"].adapter()
+    control = {"method": "untrained_arm", "name": UNTRAINED, "arm": parm, "beta": settings.beta("parm")}
+    found: list[Callable[[], Any]] = [lambda: "base", lambda: control]
+    for name, method in METHODS.items():
+        for beta, title in ((settings.beta(name), ""), (settings.matched(name), AT_KL.format(method.title))):
+            if title and beta is None:
+                continue
+            found.append(
+                lambda method=method, beta=beta, title=title: method.entry(trainings[method.kind], beta, title)
+            )
+    return found

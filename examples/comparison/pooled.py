@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of one budget of a task, put together: fronts over training seeds, raw and standardised."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_parm.evaluation import Front, arrange, pool_seeds, rank_correlations, standardized
+from trl_parm.evaluation.measures import differences, measure
+
+from .methods import BASE, UNTRAINED, mean_kl
+from .piece import AT_KL
+from .results import facts_path, read_facts, read_piece, rows_path
+
+
+PARM, GENARM, SHUFFLED = "PARM", "GenARM", "PARM, α permuted"
+PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO = "MIP", "HV above −1", "HV above 0"
+"""Measures of standardised rewards: mean inner product, and hypervolume above −1 and above 0 in all objectives."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What was found with one budget.
+
+    Attributes:
+        steps (`int`): Steps of training in all.
+        seeds, missing (`list[int]`): Seeds of training that are there, and those that were planned beside them.
+        facts (`list[dict]`): Of each seed.
+        rows (`list[dict]`): Of all seeds, each method named with its seed.
+        names (`dict[str, str]`): Method with seed → method.
+        resamples (`int`): Of the bootstrap.
+    """
+
+    steps: int
+    seeds: list[int]
+    missing: list[int]
+    facts: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    names: dict[str, str]
+    resamples: int = 2000
+
+    @classmethod
+    def read(cls, results: Path, steps: int, planned: Sequence[int], resamples: int = 2000) -> Budget | None:
+        """From the files of a task; `None` if there is no seed. Raises `ValueError` for pieces of different runs."""
+        paths = {seed: path for seed in planned if facts_path(path := rows_path(results, steps, seed)).exists()}
+        if not paths:
+            return None
+        facts = [read_facts(path) for path in paths.values()]
+        for seed, one in zip(paths, facts):
+            for key in ("prompts", "pairs", "betas", "batch"):
+                if one[key] != facts[0][key]:
+                    raise ValueError(
+                        f"The seeds {min(paths)} and {seed} of {results.name}, {steps} steps, have different {key}. "
+                        "Only pieces of one comparison can be put together: run the others again."
+                    )
+        rows, names = [], {}
+        for seed, path in paths.items():
+            for row in read_piece(path):
+                name = f"{row['method']} (seed {seed})"
+                names[name] = row["method"]
+                rows.append({**row, "method": name})
+        missing = [seed for seed in planned if seed not in paths]
+        return cls(steps, list(paths), missing, facts, rows, names, resamples)
+
+    @property
+    def objectives(self) -> list[str]:
+        return self.facts[0]["objectives"]
+
+    @cached_property
+    def fronts(self) -> dict[str, Front]:
+        """Raw fronts by method, PARM with permuted α among them."""
+        found = {front.method: front for front in pool_seeds(arrange(self.rows, self.objectives), self.names)}
+        if shuffled := permuted(found[PARM]):
+            found[SHUFFLED] = shuffled
+        return found
+
+    @cached_property
+    def scaled(self) -> dict[str, Front]:
+        """The fronts with rewards in standard deviations of the base's answers, from their mean."""
+        return {front.method: front for front in standardized(list(self.fronts.values()), BASE, self.objectives)}
+
+    @cached_property
+    def measures(self) -> list[dict[str, Any]]:
+        """MIP and HV of standardised rewards, and spreads, of each method, with 95 % intervals."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing lies above a reference point: the table says so
+            rows = measure(list(self.scaled.values()), self.objectives, self._references, self.resamples)
+        return [_named(row) for row in rows]
+
+    def difference(self, method: str, minus: str) -> dict[str, dict[str, Any]]:
+        """Paired differences of two methods by measure, each with `value`, `low`, `high` and `differs`."""
+        if (method, minus) not in self._differences:
+            pair = [self.scaled[method], self.scaled[minus]]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rows = differences(pair, self.objectives, self._references, minus, self.resamples)
+            self._differences[method, minus] = {_named(row)["measure"]: row for row in rows}
+        return self._differences[method, minus]
+
+    def correlations(self, method: str) -> np.ndarray:
+        """Rank correlation of α with its reward, of shape `(1 + seeds, k)`: of the mean over seeds, and of each."""
+        front = self.fronts[method]
+        every = [front.points, *front.runs.mean(1)]
+        return np.array([rank_correlations(front.preferences, points) for points in every])
+
+    def kl(self, method: str) -> float:
+        """Mean KL to the base of a token, over seeds and preferences."""
+        return mean_kl([row for row in self.rows if self.names[row["method"]] == method])
+
+    def relative_time(self, method: str, other: str) -> float:
+        """The time of a token of a method by that of another, in batches of one size: the median over seeds."""
+        both = [[self._seconds(f"{name} (seed {seed})") for name in (method, other)] for seed in self.seeds]
+        return float(np.median([own / others for own, others in both]))
+
+    def mean_metric(self, kind: str, name: str) -> tuple[float, float, float] | None:
+        """Mean, least and largest over seeds of a metric of training on held-out pairs."""
+        found = [value for one in self.facts if (value := one["trained"][kind]["metrics"].get(name)) is not None]
+        return (float(np.mean(found)), min(found), max(found)) if found else None
+
+    def compared(self) -> list[str]:
+        """Methods but PARM itself, its permuted control and those at another's KL."""
+        own = {PARM, SHUFFLED, BASE, UNTRAINED}
+        return [name for name in self.fronts if name not in own and name not in self.matched().values()]
+
+    def matched(self) -> dict[str, str]:
+        """Method → its name at PARM's KL, where it was decoded with another β for that."""
+        return {name: AT_KL.format(name) for name in self.fronts if AT_KL.format(name) in self.fronts}
+
+    @cached_property
+    def _differences(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+        return {}
+
+    @property
+    def _references(self) -> list[list[float]]:
+        return [[value] * len(self.objectives) for value in (-1.0, 0.0)]
+
+    def _seconds(self, name: str) -> float:
+        rows = [row for row in self.rows if row["method"] == name]
+        return sum(row["seconds"] for row in rows) / sum(row["tokens"] for row in rows)
+
+
+def permuted(front: Front) -> Front | None:
+    """PARM's front where its ARM gets the reversed α, which for two objectives is the permuted one: its answers are
+    PARM's at that preference, noise included. `None` where there is another number, or no such preference."""
+    grid = front.preferences
+    if grid is None or grid.shape[1] != 2 or not np.allclose(grid[::-1], grid[:, ::-1]):
+        return None
+    return replace(front, method=SHUFFLED, runs=front.runs[:, :, ::-1])
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    reference = row["reference"].split()[-1] if row["measure"] == "hypervolume" else ""
+    name = {"-1": ABOVE_MINUS_ONE, "0": ABOVE_ZERO}.get(reference, row["measure"])
+    return {**row, "measure": PRODUCT if name == "mean inner product" else name}

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of a piece: rewards of each answer and facts about the training, without any text of an answer."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_pblora import name_preference
+from peft_pblora.output import output_file
+from trl_parm.evaluation import repetition
+
+
+WRITER = "reproduce_small.py"
+HEAD = ("method", "preference", "prompt")
+MEASURED = ("tokens", "capped", "repetition", "log_prob_base", "log_ratio", "seconds")
+COSTS = ("extra_parameters", "extra_bytes")
+
+
+def rows_path(results: Path, steps: int, seed: int) -> Path:
+    """Where the rows of a piece stand, `<results>/<steps>-seed<seed>.csv.gz`, with its facts in `.json` beside it."""
+    return results / f"{steps}-seed{seed}.csv.gz"
+
+
+def facts_path(rows: Path) -> Path:
+    return rows.with_name(rows.name.removesuffix(".csv.gz") + ".json")
+
+
+def write_piece(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
+    """Writes a piece, the facts last, so that a piece with facts is whole.
+
+    Args:
+        path (`Path`): From [`rows_path`].
+        rows (`Sequence[Mapping]`): Of `trl_parm.evaluation.evaluate`.
+        facts (`Mapping`): With `objectives` and whatever else is to be known of it.
+    """
+    numbers: dict[str, int] = {}
+    methods = {row["method"]: {name: row[name] for name in COSTS} for row in rows}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*HEAD, *facts["objectives"], *MEASURED])
+    for row in rows:
+        number = numbers.setdefault(json.dumps(row["prompt"]), len(numbers))
+        weights = "" if row["preference"] is None else " ".join(f"{weight:g}" for weight in row["preference"])
+        repeated = repetition(row["response"])
+        found = {**row, "capped": int(row["capped"]), "repetition": "" if repeated is None else repeated}
+        values = [_short(found[name]) for name in (*facts["objectives"], *MEASURED)]
+        writer.writerow([row["method"], weights, number, *values])
+    with output_file(path, WRITER, binary=True) as file:
+        file.write(gzip.compress(text.getvalue().encode(), mtime=0))
+    with output_file(facts_path(path), WRITER) as file:
+        json.dump({**facts, "methods": methods}, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    return json.loads(facts_path(path).read_text(encoding="utf-8"))
+
+
+def read_piece(path: Path) -> list[dict[str, Any]]:
+    """The rows of a piece, as [`trl_parm.evaluation.arrange`] takes them. Raises `ValueError` for a damaged file."""
+    facts = read_facts(path)
+    objectives = facts["objectives"]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(file))
+        return [_row(row, objectives, facts) for row in found]
+    except (EOFError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no whole file of results: {error!r}. Take it from where it was made.") from error
+
+
+def _row(row: Mapping[str, str], objectives: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    weights = [float(weight) for weight in row["preference"].split()] or None
+    return {
+        "method": row["method"],
+        "preference": weights,
+        "label": "-" if weights is None else name_preference(weights, list(objectives)),
+        "prompt": f"{facts['prompts']}:{row['prompt']}",
+        "response": "",
+        **{name: float(row[name]) for name in objectives},
+        "tokens": int(row["tokens"]),
+        "capped": row["capped"] == "1",
+        **{name: float(row[name]) if row[name] else None for name in MEASURED[2:]},
+        **facts["methods"][row["method"]],
+    }
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rate and the β of each method: chosen once, with a training seed, pairs and prompts of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from trl_parm.evaluation import arrange, mean_and_error, mean_inner_product, standardized
+from trl_parm.records import Records, read_rows
+
+from .methods import METHODS, decode, mean_kl
+from .task import Task
+from .training import KINDS, Training
+
+
+RATE, BETA = "rate", "beta"
+GRID_STEPS = 2
+CLOSE = 1.1
+"""β whose quotient is smaller count as one."""
+
+
+class Settings:
+    """What was tried, in `settings.jsonl`, and what follows from it.
+
+    Args:
+        task ([`Task`]): Whose settings.
+        results (`Path`): The task's folder with results.
+        work (`Path`): Where adapters and answers go.
+    """
+
+    def __init__(self, task: Task, results: Path, work: Path) -> None:
+        self.task, self.work = task, work / "settings"
+        self.path = results / "settings.jsonl"
+
+    def choose_rate(self, kind: str) -> None:
+        """Tries learning rates: the best has the smallest sum of the objectives' losses on held-out pairs."""
+
+        def tried(rate: float) -> dict[str, Any]:
+            found = self.training(kind, rate).run()
+            return {"value": sum(found["losses"].values()), "losses": found["losses"], "seconds": found["seconds"]}
+
+        self._search(RATE, kind, self.task.rates, tried)
+
+    def choose_beta(self, method: str) -> None:
+        """Tries β: the largest whose mean inner product of standardised rewards is within a standard error of the
+        largest, since more strength than that goes further from the base for nothing. A method without β is measured
+        once."""
+        grid = self.task.betas if METHODS[method].has_beta else [1.0]
+        self._search(BETA, method, grid, lambda beta: self._front(method, beta))
+
+    def tried(self, what: str, of: str) -> list[dict[str, Any]]:
+        """All that was tried for a kind or a method, in the order of the grid."""
+        rows = read_rows(self.path) if self.path.exists() and self.path.stat().st_size else []
+        return sorted((r for r in rows if (r["what"], r["of"]) == (what, of)), key=lambda r: r["at"])
+
+    def rate(self, kind: str) -> float:
+        """The learning rate of a kind. Raises `ValueError` if its search has not come to its end."""
+        return self._best(RATE, kind, self.task.rates)
+
+    def beta(self, method: str) -> float | None:
+        """The β of a method; `None` for one that has none. Raises `ValueError` as [`rate`] does."""
+        return self._best(BETA, method, self.task.betas) if METHODS[method].has_beta else None
+
+    def matched(self, method: str) -> float | None:
+        """The β at which a method is as far from the base, in KL, as PARM at its own; `None` if that is its own β too,
+        or it has none. Between the β that were tried log KL is taken to be linear in log β."""
+        if method == "parm" or not METHODS[method].has_beta:
+            return None
+        aim = next(row["kl"] for row in self.tried(BETA, "parm") if row["at"] == self.beta("parm"))
+        rows = sorted(self.tried(BETA, method), key=lambda row: row["kl"])
+        logs = np.log([[row["kl"], row["at"]] for row in rows])
+        found = round(float(np.exp(np.interp(math.log(aim), logs[:, 0], logs[:, 1]))), 3)
+        return None if 1 / CLOSE < found / (self.beta(method) or 1.0) < CLOSE else found
+
+    def training(self, kind: str, rate: float) -> Training:
+        folder = self.work / f"{kind}-{rate:g}"
+        return Training(
+            self.task,
+            kind,
+            self.task.settings_steps,
+            self.task.settings_seed,
+            rate,
+            folder,
+            self.task.validation_pairs,
+        )
+
+    def _front(self, method: str, beta: float) -> dict[str, Any]:
+        chosen, kind = METHODS[method], METHODS[method].kind
+        training = self.training(kind, self.rate(kind))
+        training.run()
+        own = beta if chosen.has_beta else None
+        entry = chosen.entry(training, own, f"{chosen.title} {beta:g}" if chosen.has_beta else "")
+        prompts = self.task.prompts("validation", self.task.validation_prompts)
+        rows = decode(self.task, prompts, GRID_STEPS, ["base", entry], self.work / "answers.jsonl")
+        front = standardized(arrange(rows, self.task.objectives), "Base", self.task.objectives)[1]
+        products = [mean_inner_product(cast(Any, front.preferences), rewards) for rewards in front.rewards]
+        value, error = mean_and_error([-product for product in products])
+        return {"value": value, "error": error, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
+
+    def _search(self, what: str, of: str, grid: Sequence[float], value: Callable[[float], dict[str, Any]]) -> None:
+        with Records(self.path, self._configuration(), cell_of=cell_of) as kept:
+            while (at := next_of(self.tried(what, of), grid, self.task.limits[what])) is not None:
+                print(f"{self.task.name}: {of} at {what} {at:g}", flush=True)
+                kept.append([{"what": what, "of": of, "at": at, **value(at)}])
+
+    def _best(self, what: str, of: str, grid: Sequence[float]) -> float:
+        rows = self.tried(what, of)
+        if next_of(rows, grid, self.task.limits[what]) is not None:
+            raise ValueError(f"The {what} of {of} is not chosen yet. Run the piece {self.task.name}/settings first.")
+        return best(rows)["at"]
+
+    def _configuration(self) -> dict[str, Any]:
+        task = self.task
+        return {
+            "task": task.name, "pairs": task.fingerprint(), "steps": task.settings_steps, "seed": task.settings_seed,
+            "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
+            "held_out": task.validation_pairs, "prompts": task.validation_prompts, "kinds": list(KINDS),
+        }  # fmt: skip
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple:
+    """What a row is of."""
+    return row["what"], row["of"], row["at"]
+
+
+def next_of(rows: Sequence[Mapping[str, Any]], grid: Sequence[float], limits: Sequence[float]) -> float | None:
+    """What to try next: the rest of a grid, or beyond its edge if that is the best so far; `None` at the end.
+
+    A grid of one is no search.
+    """
+    known = {row["at"] for row in rows}
+    if rest := [at for at in grid if at not in known]:
+        return rest[0]
+    if len(grid) == 1:
+        return None
+    ordered, at = sorted(known), best(rows)["at"]
+    if at == ordered[0]:
+        further = ordered[0] ** 2 / ordered[1]
+    elif at == ordered[-1]:
+        further = ordered[-1] ** 2 / ordered[-2]
+    else:
+        return None
+    further = float(f"{further:.3g}")
+    return further if limits[0] <= further <= limits[1] else None
+
+
+def best(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What has the smallest value; or of values with a standard error the largest setting that is within one of it."""
+    lowest = min(rows, key=lambda row: row["value"])
+    near = [row for row in rows if "error" in row and row["value"] <= lowest["value"] + lowest["error"]]
+    return max(near, key=lambda row: row["at"], default=lowest)
+
+
+def at_edge(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the best of several lies at an edge of what was tried, so that a better one may lie beyond."""
+    tried = [row["at"] for row in rows]
+    return len(tried) > 1 and best(rows)["at"] in (min(tried), max(tried))

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds, in sentences that are worked out from the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_parm.training.diagnosis import ALIKE
+
+from .methods import METHODS, UNTRAINED
+from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
+from .settings import BETA, RATE, at_edge
+
+
+STEERED = 0.9
+"""A rank correlation from which a reward follows α."""
+JUDGED = (PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO)
+JOINED = METHODS["from_loras"].title
+
+
+def statements(budget: Budget) -> list[str]:
+    """Sentences in Markdown about one budget of a task."""
+    found = [
+        against(budget, PARM, UNTRAINED, "the untrained control"),
+        against(budget, PARM, GENARM, "GenARM") + halves(budget),
+        steering(budget),
+        against(budget, PARM, SHUFFLED, "PARM with a permuted α") if SHUFFLED in budget.fronts else "",
+        against(budget, JOINED, GENARM, "GenARM")
+        + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
+        at_matched_kl(budget),
+        others(budget),
+        diagnosis(budget),
+        seeds(budget),
+    ]
+    return [line for line in found if line]
+
+
+def against(budget: Budget, method: str, minus: str, called: str) -> str:
+    """One method beside another: each measure with its interval, and what the intervals say."""
+    rows = budget.difference(method, minus)
+    parts = [f"{name} {interval(rows[name])} ({verdict(rows[name])})" for name in JUDGED]
+    return f"**{method} − {called}**: {', '.join(parts)}."
+
+
+def halves(budget: Budget) -> str:
+    """What PARM and GenARM keep in memory."""
+    own, other = (budget.fronts[name].extra_parameters for name in (PARM, GENARM))
+    return f" PARM has {own / other:.2f} of GenARM's parameters, and one guide row for {len(budget.objectives)}."
+
+
+def steering(budget: Budget) -> str:
+    """Rank correlations of α with its reward, of PARM, and which methods reach the aim for all objectives."""
+    found = budget.correlations(PARM)
+    own = ", ".join(
+        f"{name} {mean:.2f} (single seeds {least:.2f} to {most:.2f})"
+        for name, mean, least, most in zip(budget.objectives, found[0], found[1:].min(0), found[1:].max(0))
+    )
+    reached = [name for name in (PARM, *budget.compared()) if (budget.correlations(name)[0] > STEERED - 1e-6).all()]
+    return (
+        f"**Steering**: the rank correlation of α with its reward is {own} for PARM. It is {STEERED} or more for all "
+        f"objectives of {', '.join(reached) or 'no method'}."
+    )
+
+
+def at_matched_kl(budget: Budget) -> str:
+    """Other methods at the β with which they are as far from the base as PARM."""
+    parts = []
+    for name, matched in budget.matched().items():
+        row, kl = budget.difference(PARM, matched)[PRODUCT], f"KL {budget.kl(matched):.2f}, at its own β"
+        parts.append(f"{name} {interval(row)} ({verdict(row)}; {kl} {budget.kl(name):.2f})")
+    head = f"**At PARM's KL to the base**, {budget.kl(PARM):.2f} a token, PARM's MIP minus that of "
+    return head + "; ".join(parts) + "." if parts else ""
+
+
+def others(budget: Budget) -> str:
+    """The other methods, by whether their measures are above PARM's."""
+    lines = []
+    for measure in (PRODUCT, ABOVE_ZERO):
+        groups: dict[str, list[str]] = {}
+        for name in budget.compared():
+            row = budget.difference(name, PARM)[measure]
+            groups.setdefault(verdict(row), []).append(f"{name} {interval(row)}")
+        lines.append(f"{measure}: " + "; ".join(f"{key}: {', '.join(names)}" for key, names in groups.items()))
+    return "**All methods relative to PARM**: " + ". ".join(lines) + "."
+
+
+def diagnosis(budget: Budget) -> str:
+    """What the ARM does on held-out pairs, and where it is behind GenARM why, as far as that says it."""
+    found = budget.mean_metric("parm", "vertex_correlation")
+    if found is None:
+        return ""
+    gains = []
+    for name in budget.objectives:
+        own, other = (budget.mean_metric(kind, f"{name}_gain") for kind in ("parm", "genarm"))
+        if own and other:
+            gains.append(f"{name} {own[0]:+.3f} (GenARM's ARM {other[0]:+.3f})")
+    said = (
+        f"**On held-out pairs** the changes that training made at PARM's vertices correlate by {found[0]:.2f} "
+        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing). The loss at an objective's vertex fell by "
+        f"{', '.join(gains)}."
+    )
+    behind = [name for name in JUDGED if budget.difference(PARM, GENARM)[name]["high"] < 0]
+    if behind:
+        said += f" PARM is behind GenARM in {' and '.join(behind)}: {reason(budget, found[0])}"
+    return said
+
+
+def reason(budget: Budget, correlation: float) -> str:
+    """Why PARM is behind GenARM, of what can be told from held-out pairs."""
+    less = []
+    for name in budget.objectives:
+        own, other = (budget.mean_metric(kind, f"{name}_gain") for kind in ("parm", "genarm"))
+        if own and other and own[0] < other[0]:
+            less.append(name)
+    parts = [f"it has learned {' and '.join(less)} less than GenARM's ARMs"] if less else []
+    parts += ["its vertices are alike"] if correlation > ALIKE else []
+    return (" and ".join(parts) or "held-out pairs do not show why") + "."
+
+
+def seeds(budget: Budget) -> str:
+    """What intervals lack."""
+    if len(budget.seeds) == 1:
+        return "**One seed of training**: the intervals are over prompts and lack what another training would change."
+    if budget.missing:
+        listed = ", ".join(map(str, budget.missing))
+        return f"**Seeds**: of {len(budget.seeds) + len(budget.missing)} that were planned, {listed} were not run."
+    return ""
+
+
+def edges(tried: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> str:
+    """Which grids have their best at an edge, in words."""
+    found = [name for name, rows in tried.items() if at_edge(rows)]
+    word = {RATE: "learning rate", BETA: "β"}[what]
+    if not found:
+        return f"Each {word} lies inside the values that were tried."
+    return (
+        f"The {word} of {', '.join(found)} lies at an edge of the values that were tried: a better one may lie beyond."
+    )
+
+
+def interval(row: Mapping[str, Any]) -> str:
+    """A difference with its 95 % interval."""
+    if math.isnan(row["low"]):
+        return f"{row['value']:+.2f} (one prompt: no interval)"
+    return f"{row['value']:+.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    if not row["differs"]:
+        return "not told apart"
+    return "higher" if row["value"] > 0 else "lower"

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task of the comparison: a base model, pairs labelled for every objective, rewards, and what is spent on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_parm.records import read_rows
+from trl_parm.texts import PromptText, prompt_key
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What stands in `configs/small/tasks/<name>.yaml`.
+
+    Attributes:
+        name (`str`): Its name in pieces, files and the page.
+        title (`str`): The same in words.
+        model (`str`): The frozen base model, which is also the backbone of all ARMs and policies.
+        pairs (`str`): JSONL of `prompt`, `response_0`, `response_1`, `split`, and for each objective which response is
+            better (0 or 1; -1 for a tie), with the prompts of a split in no other.
+        rewards (`dict[str, str]`): Objective → `module:function` that judges, higher is better.
+        budgets (`dict[int, list[int]]`): Steps of `batch` pairs in all → seeds of training.
+        settings_steps, settings_seed (`int`): The training that learning rates and β are chosen with.
+        rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge.
+        limits (`dict[str, list[float]]`): How far they may grow.
+        validation_pairs, diagnosis_pairs (`int`): Held-out pairs that learning rates are chosen with, and that the
+            trainings of a piece are measured on.
+        validation_prompts, test_prompts (`int`): Prompts that β are chosen with, and of the comparison.
+        grid_steps (`int`): Preferences are 0, 1/n, ..., 1.
+        reward_beta, policy_beta (`float`): β of the loss of ARMs, and of DPO.
+        batch (`int`): Pairs of a step.
+        dtype (`str`): Of the frozen weights, as [`trl_parm.optimize_for_cpu`] takes it: with `auto` products are in
+            bfloat16 on a CPU with units for it.
+        batch_texts, max_new_tokens, top_k (`int`): How answers are sampled.
+    """
+
+    name: str
+    title: str
+    model: str
+    pairs: str
+    rewards: dict[str, str]
+    budgets: dict[int, list[int]]
+    settings_steps: int
+    settings_seed: int = 100
+    rates: list[float] = field(default_factory=lambda: [2e-3, 5e-3, 1e-2])
+    betas: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
+    limits: dict[str, list[float]] = field(default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.015, 8.0]})
+    validation_pairs: int = 240
+    diagnosis_pairs: int = 96
+    validation_prompts: int = 60
+    test_prompts: int = 120
+    grid_steps: int = 5
+    reward_beta: float = 0.05
+    policy_beta: float = 0.1
+    batch: int = 8
+    dtype: str = "float32"
+    batch_texts: int = 240
+    max_new_tokens: int = 64
+    top_k: int = 50
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> Task:
+        """A task from YAML, with some entries replaced. Raises `ValueError` for entries that a task does not have."""
+        given = {**yaml.safe_load(path.read_text(encoding="utf-8")), **changes}
+        known = {one.name for one in fields(cls)}
+        if unknown := set(given) - known:
+            raise ValueError(f"{path} has {', '.join(sorted(unknown))}; a task has {', '.join(sorted(known))}.")
+        return cls(**given)
+
+    @property
+    def objectives(self) -> list[str]:
+        return list(self.rewards)
+
+    @cached_property
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The pairs by split. Raises `ValueError` for a file without them, and for prompts in two splits."""
+        if not Path(self.pairs).exists():
+            raise ValueError(f"There are no pairs at {self.pairs}. The task's configuration says what makes them.")
+        found: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        home: dict[str, str] = {}
+        for number, row in enumerate(read_rows(Path(self.pairs)), 1):
+            if missing := {"prompt", "response_0", "response_1", "split", *self.objectives} - set(row):
+                raise ValueError(f"Line {number} of {self.pairs} lacks {', '.join(sorted(missing))}.")
+            if row["split"] not in found:
+                raise ValueError(f"Line {number} of {self.pairs} is of the split {row['split']!r}, none of {SPLITS}.")
+            first = home.setdefault(prompt_key(row["prompt"]), row["split"])
+            if first != row["split"]:
+                raise ValueError(f"The prompt in line {number} of {self.pairs} is in {first} and in {row['split']}.")
+            found[row["split"]].append(row)
+        if empty := [split for split, rows in found.items() if not rows]:
+            raise ValueError(f"{self.pairs} has no pairs of the split {empty[0]}.")
+        return found
+
+    def prompts(self, split: str, count: int) -> list[PromptText]:
+        """The first prompts of a split, each once."""
+        found = {prompt_key(row["prompt"]): row["prompt"] for row in self.rows[split]}
+        return list(found.values())[:count]
+
+    def drawn(self, steps: int, seed: int) -> list[dict[str, Any]]:
+        """The pairs of a training, the same for all methods, in order; no pair twice as long as there are enough."""
+        count, rng, pairs = steps * self.batch, random.Random(seed), []
+        while len(pairs) < count:
+            pairs += rng.sample(self.rows["train"], min(count - len(pairs), len(self.rows["train"])))
+        return pairs
+
+    def held_out(self, count: int) -> list[dict[str, Any]]:
+        """Pairs of the split `validation`, the same ones for every training."""
+        rows = self.rows["validation"]
+        return random.Random(0).sample(rows, min(count, len(rows)))
+
+    def fingerprint(self) -> str:
+        """A hash of the pairs, and so of the prompts."""
+        return hashlib.sha256(Path(self.pairs).read_bytes()).hexdigest()[:16]
+
+
+def ranked(rows: Sequence[Mapping[str, Any]], objective: str) -> list[dict[str, Any]]:
+    """Labelled pairs as TRL's `prompt`, `chosen` and `rejected` by one objective, without ties."""
+    return [
+        {"prompt": row["prompt"], "chosen": row[f"response_{row[objective]}"],
+         "rejected": row[f"response_{1 - row[objective]}"]}
+        for row in rows
+        if row[objective] in (0, 1)
+    ]  # fmt: skip
+
+
+def agreement(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> float:
+    """The share of pairs of which all objectives that tell them apart prefer the same response."""
+    labels = [{row[name] for name in objectives} - {-1} for row in rows]
+    return sum(len(found) <= 1 for found in labels) / len(labels)
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains what a method needs, in this process: ARMs with our trainer, policies with TRL's DPO."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, from_loras
+from peft_pblora.output import output_file
+from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
+from trl_parm.cpu import optimize_loaded
+
+from .task import Task, as_json, ranked
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj"]
+ONE_FOR_ALL = ("parm", "svd_lora", "uniarm")
+ONE_EACH = ("genarm", "dpo")
+KINDS = (*ONE_FOR_ALL, *ONE_EACH)
+"""What is trained: with one adapter for all preferences, or an adapter for each objective."""
+FACTS = "trained.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a kind: of all its adapters, on `steps` steps of pairs in all.
+
+    Attributes:
+        task ([`Task`]): What it is trained on.
+        kind (`str`): One of [`KINDS`].
+        steps (`int`): Of `task.batch` pairs, of which an adapter for one objective gets its share.
+        seed (`int`): Of the adapter, the pairs and their order.
+        rate (`float`): The learning rate.
+        folder (`Path`): Where its adapters go.
+        held_out (`int`): Held-out pairs that the adapters are measured on.
+    """
+
+    task: Task
+    kind: str
+    steps: int
+    seed: int
+    rate: float
+    folder: Path
+    held_out: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The objectives that have an adapter of their own; one part without a name for one adapter."""
+        return self.task.objectives if self.kind in ONE_EACH else [""]
+
+    def adapter(self, objective: str = "") -> str:
+        """The folder of an adapter."""
+        return str(self.folder / (f"{self.kind}_{objective}" if objective else self.kind))
+
+    def adapters(self) -> dict[str, str]:
+        """The folders by objective, of a kind that has one for each."""
+        return {objective: self.adapter(objective) for objective in self.parts}
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is not there yet, and gives `losses` on held-out pairs by objective, `metrics` and `seconds`."""
+        found: dict[str, Any] = {"kind": self.kind, "rate": self.rate, "losses": {}, "metrics": {}, "seconds": 0.0}
+        share = self.steps // len(self.parts)
+        pairs = self.task.drawn(share * len(self.parts), self.seed)
+        for number, objective in enumerate(self.parts):
+            size = share * self.task.batch
+            facts = self._part(objective, share, pairs[number * size : (number + 1) * size])
+            found["losses"] |= facts["losses"]
+            found["metrics"] |= facts["metrics"]
+            found["seconds"] += facts["seconds"]
+        return found
+
+    def _part(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        facts = Path(self.adapter(objective), FACTS)
+        if facts.exists():
+            return json.loads(facts.read_text(encoding="utf-8"))
+        start = time.process_time()
+        train = self._policy if self.kind == "dpo" else self._reward_model
+        losses, metrics = train(objective, steps, pairs)
+        found = {"losses": losses, "metrics": metrics, "seconds": time.process_time() - start}
+        with output_file(facts, "reproduce_small.py") as file:
+            file.write(as_json(found))
+        return found
+
+    def _reward_model(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> tuple[dict, dict]:
+        objectives = [objective] if objective else self.task.objectives
+        config = PreferenceARMConfig(
+            **self._arguments(objective, steps),
+            beta=self.task.reward_beta,
+            global_weight=1.0 if self.kind == "uniarm" else 0.0,
+            label_columns={name: name for name in objectives},
+            share_prompt=True,
+            eval_preferences=torch.eye(len(objectives)).tolist(),
+            card_prompt=None,
+        )
+        trainer = PreferenceARMTrainer(
+            self._backbone(),
+            config,
+            train_dataset=Dataset.from_list(with_labels(pairs, objectives)),
+            eval_dataset=Dataset.from_list(with_labels(self.task.held_out(self.held_out), objectives)),
+            processing_class=AutoTokenizer.from_pretrained(self.task.model),
+            peft_config=self._config(objectives),
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        trainer.save_model()
+        kept = {name.removeprefix("eval_"): value for name, value in metrics.items() if is_telling(name)}
+        return {name: kept[f"{name}_loss@{name}"] for name in objectives}, kept
+
+    def _policy(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> tuple[dict, dict]:
+        trainer = DPOTrainer(
+            self._backbone(),
+            args=DPOConfig(**self._arguments(objective, steps), beta=self.task.policy_beta),
+            train_dataset=Dataset.from_list(ranked(pairs, objective)),
+            eval_dataset=Dataset.from_list(ranked(self.task.held_out(self.held_out), objective)),
+            processing_class=AutoTokenizer.from_pretrained(self.task.model),
+            peft_config=self._config([objective]),
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        trainer.save_model()
+        return {objective: metrics["eval_loss"]}, {f"{objective}_accuracy": metrics["eval_rewards/accuracies"]}
+
+    def _arguments(self, objective: str, steps: int) -> dict[str, Any]:
+        return {
+            "output_dir": self.adapter(objective),
+            "max_steps": steps,
+            "per_device_train_batch_size": self.task.batch,
+            "per_device_eval_batch_size": 4 * self.task.batch,
+            "learning_rate": self.rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": max(1, steps // 20),
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataloader_pin_memory": False,
+            "save_strategy": "no",
+            "logging_steps": max(1, steps // 4),
+            "disable_tqdm": True,
+            "report_to": "none",
+            "seed": self.seed,
+        }
+
+    def _backbone(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.task.model, dtype=self.task.dtype)
+        return optimize_loaded(model, self.task.dtype)
+
+    def _config(self, objectives: list[str]) -> PeftConfig:
+        common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+        if self.kind in ONE_EACH:
+            return LoraConfig(r=8, lora_alpha=16, **common)
+        if self.kind == "svd_lora":
+            return SVDLoraConfig(objectives=objectives, r=8, lora_alpha=16, **common)
+        if self.kind == "uniarm":
+            return MoSLoraConfig(objectives=objectives, r=8, lora_alpha=16, embedding_size=64, **common)
+        return PBLoraConfig(objectives=objectives, r1=4, r2=4, lora_alpha=8, **common)
+
+
+def with_labels(rows: list[dict[str, Any]], objectives: list[str]) -> list[dict[str, Any]]:
+    """The pairs with the labels of some objectives, without those that none of them tells apart."""
+    columns = ("prompt", "response_0", "response_1", *objectives)
+    kept = [{name: row[name] for name in columns} for row in rows]
+    return [row for row in kept if any(row[name] in (0, 1) for name in objectives)]
+
+
+def is_telling(name: str) -> bool:
+    """Whether a metric of an evaluation says something of the model, other than how fast it was evaluated."""
+    return not name.endswith(("_runtime", "_per_second", "_preparation_time", "epoch"))
+
+
+def join_loras(genarm: Training) -> str:
+    """GenARM's LoRAs as one PBLoRA, and its folder."""
+    folder = genarm.folder / "from_loras"
+    if not (folder / "adapter_config.json").exists():
+        from_loras(genarm.adapters(), folder)
+    return str(folder)
