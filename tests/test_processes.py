@@ -259,7 +259,9 @@ def test_several_label_pairs_as_one(tmp_path):
 def test_only_some_verbs_share_work(monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["plot", "--results", "none.jsonl", "--output_dir", "none"]) == 2
-    assert "it was launched in 2 processes, which train, evaluate, relabel can share" in capfd.readouterr().err
+    assert (
+        "it was launched in 2 processes, which train, evaluate, relabel, lm_eval can share" in capfd.readouterr().err
+    )
 
 
 def test_a_model_over_all_gpus_needs_a_process_alone(monkeypatch):

@@ -300,8 +300,8 @@ def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Ite
     found = []
     for key in sorted(set(known) | set(given)):
         old, new = known.get(key), given.get(key)
-        if key in growing:
-            old, new = old or None, new or None
+        if key in growing and not old and not new:
+            continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             both = set(old) & set(new) if key in growing else set(old) | set(new)
             old, new = ({k: v for k, v in values.items() if k in both} for values in (old, new))
