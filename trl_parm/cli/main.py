@@ -31,6 +31,7 @@ VERBS = {
     "convert": "responses of an evaluation for AlpacaEval, or as a data set",
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
+    "serve": "serve OpenAI's API, with a preference for every request",
 }
 """Verb → what it does. Each is a module of this package with a function `main`."""
 SHARED = ("train", "evaluate", "relabel", "lm_eval")
@@ -44,6 +45,7 @@ GOES_ON = {
     "plot": "what was not complete is not there",
     "lm_eval": "the harness starts anew, but for what `--use_cache` has kept",
     "demo": "the page is closed",
+    "serve": "what it had begun was answered",
 }
 """What an interrupted command has left, of those that don't just go on."""
 TRACEBACK = "TRL_PARM_TRACEBACK"
