@@ -321,7 +321,7 @@ def test_bad_prompts_of_completions(here, name):
 
 
 def test_guides_with_a_template_need_a_text(here):
-    with pytest.raises(openai.BadRequestError, match="by a template of their own"):
+    with pytest.raises(openai.BadRequestError, match="read prompts of their own"):
         here.client.completions.create(model="beside", prompt=[5, 6])
 
 

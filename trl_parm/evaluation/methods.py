@@ -153,8 +153,8 @@ def parm_prompt(models: Models, arm: str, beta: float = 1.0, template: str | Non
     guide, text = models.guide(arm, template), PreferenceText.load(arm)
 
     def model_at(batch: Batch) -> tuple[Guided, dict[str, Any]]:
-        guided = Guided(models.base, BASE + _strength(batch, beta) * guide.lm())
-        return guided, prompt_with_preference(guide, batch, text)
+        formula = BASE + _strength(batch, beta) * guide.lm()
+        return Guided(models.base, formula), prompt_with_preference(guide, batch, text) if batch.prompts else {}
 
     return model_at
 

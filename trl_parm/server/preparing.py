@@ -87,17 +87,14 @@ class Preparing:
         param = "messages" if request.chat else "prompt"
         try:
             ids = self._ids(request, prompt)
-            own = served.own_prompt(
-                "x" if _is_ids(prompt) else cast(PromptText, prompt), request.weights, request.beta, self.escape
-            )
+            text = "x" if _is_ids(prompt) else cast(PromptText, prompt)
+            own = served.own_prompt(text, ids, request.weights, request.beta, self.escape)
         except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
             raise wrong(param, f"The prompt can't be read: {error}") from None
         if not ids:
             raise wrong(param, "The prompt has no tokens, so that there is nothing to go on from.")
         if own is not None and _is_ids(prompt):
-            raise wrong(
-                param, "Guides of this model read prompts by a template of their own. Give the prompt as text."
-            )
+            raise wrong(param, "Guides of this model read prompts of their own. Give the prompt as text.")
         length = max(len(ids), 0 if own is None else own[0].shape[1])
         most = self._most(request, length)
         task = Task(

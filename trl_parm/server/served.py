@@ -17,8 +17,9 @@ from peft_pblora.switch import backbone_of
 from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.joining import can_join, can_read_on
 from trl_parm.evaluation.decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt
-from trl_parm.evaluation.methods import Entry, rewarded_soups
+from trl_parm.evaluation.methods import Entry, parm_prompt, rewarded_soups
 from trl_parm.evaluation.models import Models, adapter_config, positions_of
+from trl_parm.preference_text import PreferenceText
 from trl_parm.texts import PromptText
 
 from .errors import RequestError
@@ -64,13 +65,13 @@ class Served:
 
     def guided(self, weights: Sequence[Mapping[str, float]], betas: Sequence[float | None]) -> Guided:
         """The model for rows at these preferences and β."""
-        return self._made([dict(own) for own in weights], list(betas), [])[0]
+        return self._made([dict(own) for own in weights], list(betas))[0]
 
     def own_prompt(
-        self, prompt: PromptText, weights: Mapping[str, float], beta: float | None, escape: bool
+        self, prompt: PromptText, ids: list[int], weights: Mapping[str, float], beta: float | None, escape: bool
     ) -> OwnPrompt | None:
         """What its guides read in the place of the base model's prompt, if they do. Raises `ValueError`."""
-        arguments = self._made([dict(weights)], [beta], [prompt], escape)[1]
+        arguments = self._made([dict(weights)], [beta], [prompt], ids, escape)[1]
         own = arguments.get("guide_input_ids"), arguments.get("guide_attention_mask")
         return None if own[0] is None else cast(OwnPrompt, own)
 
@@ -85,16 +86,21 @@ class Served:
         return self.name, shared, own_prompt
 
     def _made(
-        self, weights: list[dict[str, float]], betas: list[Any], prompts: list[PromptText], escape: bool = False
+        self,
+        weights: list[dict[str, float]],
+        betas: list[Any],
+        prompts: Sequence[PromptText] = (),
+        ids: Sequence[int] = (),
+        escape: bool = False,
     ) -> tuple[Guided, dict[str, Any]]:
-        ones = torch.ones(1, 1, dtype=torch.long)
-        inputs = BatchEncoding({"input_ids": ones, "attention_mask": ones})
+        read = torch.tensor([list(ids)], dtype=torch.long)
+        inputs = BatchEncoding({"input_ids": read, "attention_mask": torch.ones_like(read)})
         α, named, beta = None, cast(Any, weights), None if betas[0] is None else torch.tensor(betas)
         if self.together is None:
             named, beta = weights[0], betas[0]
         if self.objectives:
             α = as_preference(named, self.objectives)
-        found = self.model_at(Batch(α, prompts, inputs, named, escape, beta=beta))
+        found = self.model_at(Batch(α, list(prompts), inputs, named, escape, beta=beta))
         model, arguments = found if isinstance(found, tuple) else (found, {})
         return model if isinstance(model, Guided) else Guided(model, BASE), arguments
 
@@ -186,4 +192,7 @@ def _objectives(entry: Entry) -> tuple[str, ...]:
     for setting in OBJECTIVES_OF:
         if entry.settings.get(setting):
             return tuple(entry.settings[setting])
-    return tuple(getattr(adapter_config(entry.settings["arm"]), "objectives", None) or ())
+    arm = entry.settings["arm"]
+    if entry.method.make is parm_prompt:
+        return tuple(PreferenceText.load(arm).objectives)
+    return tuple(getattr(adapter_config(arm), "objectives", None) or ())

@@ -14,10 +14,7 @@ from trl_parm.server.texts import until_stop
 from trl_parm.serving import AsyncGuidance, Guidance
 
 from .exports import Exports
-
-
-PREFERENCE, BETA = "guidance_preference", "guidance_beta"
-"""What the middleware puts into a request's free-form arguments."""
+from .middleware import BETA, PREFERENCE
 
 
 class GuidedClient:

@@ -11,9 +11,9 @@ from trl_parm.server.errors import RequestError, wrong
 from trl_parm.server.protocol import read_json, wanted_guidance
 from trl_parm.server.served import BASE_NAME, Served
 
-from .client import BETA, PREFERENCE
 
-
+PREFERENCE, BETA = "guidance_preference", "guidance_beta"
+"""Names of what stands in a request's free-form arguments, for the engine's client."""
 ANSWERS = ("/v1/chat/completions", "/v1/completions")
 OTHERS = ("/health", "/metrics", "/ping", "/version", "/load", "/v1/models", "/tokenize", "/detokenize")
 """All that is reachable: what else vLLM serves would answer without guidance, or changes the server."""
