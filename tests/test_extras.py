@@ -41,12 +41,17 @@ WITHOUT = {
     "rescore": (
         "--results", "results/results.jsonl", "--rewards", json.dumps(REWARDS), "--output", "rescored/results.jsonl"
     ),
+    "compare": (
+        "--results", "results/results.jsonl", "rescored/results.jsonl", "--output_dir", "compared"
+    ),
+    "convert": ("--results", "results/results.jsonl", "--format", "dataset", "--output_dir", "converted"),
     "export": ("--adapter", "arm", "--output_dir", "loras", "--grid_steps", "1"),
 }  # fmt: skip
 """Words of each verb that needs no extra, in the order in which one reads what another has written."""
 NEEDS = [
     ("plot", ("--results", "results/results.jsonl", "--output_dir", "refused"), "eval", "matplotlib, moocore, scipy"),
     ("demo", ("--arm", "arm"), "demo", ", ".join(NEEDED)),
+    ("lm_eval", ("--model", "trl_parm"), "lm_eval", "lm_eval"),
     ("serve", ("--model_name_or_path", "base"), "serve", ", ".join(SERVING)),
     ("relabel", ("--data", "pairs.jsonl", "--rewards", json.dumps(VADER), "--output_dir", "refused"), "eval", "vader"),
     ("make_pairs", (*DECODING, "--rewards", json.dumps(VADER), "--output_dir", "refused"), "eval", "vader"),
@@ -112,11 +117,11 @@ def answers(tmp_path_factory):
 
 
 def packages() -> list[str]:
-    """The packages of the extras `eval`, `demo` and `serve`."""
+    """The packages of the extras `eval`, `demo`, `lm_eval` and `serve`."""
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parents[1] / "setup.cfg")
     extras = setup["options.extras_require"]
-    lines = f"{extras['eval']}\n{extras['demo']}\n{extras['serve']}".split()
+    lines = "\n".join(extras[name] for name in ("eval", "demo", "lm_eval", "serve")).split()
     return sorted({re.split("[<>=]", line)[0] for line in lines})
 
 

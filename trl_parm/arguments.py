@@ -27,8 +27,8 @@ KINDS = {
 """Types that an argument can have, as errors call them."""
 POSITIVE = {
     "batch_size", "max_new_tokens", "max_prompt_length", "num_prompts", "num_answers", "grid_steps", "resamples",
-    "rank", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length",
-    "pad_to_multiple_of", "dataset_num_proc",
+    "html_prompts", "rank", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "max_length", "pad_to_multiple_of", "dataset_num_proc",
 }  # fmt: skip
 """Whole numbers that must be 1 or larger."""
 CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}

@@ -5,22 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from textwrap import shorten
 from types import MappingProxyType
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import yaml
 
 from peft_pblora.output import check_output, output_file
 
+from .jsonl import as_line, configuration_path, lock, parse
+from .parts import Part, find_parts, make_parts, read_part, taken_parts, with_parts
 from .preference_text import FILE as PREFERENCE_TEXT
+from .processes import ALONE, Processes
 
 
 PACKAGES = (
@@ -48,6 +53,10 @@ class Records:
 
     Rows are written as soon as they are there. What a kill left half-written is the last line at most; it is dropped.
 
+    Several [`Processes`] write one file together. Each appends to a part of its own, and [`gather`](Records.gather)
+    puts the parts into the file. Parts that a kill has left are put there when the file is opened the next time, by as
+    many processes as there are then.
+
     Args:
         path (`str` or `Path`, *optional*):
             The file, such as `results.jsonl`, with its configuration in `results.config.json`; in memory if `None`.
@@ -58,11 +67,12 @@ class Records:
         restart (`bool`, *optional*, defaults to `False`):
             Remove rows of another configuration, instead of refusing them: those of the entries that differ, or all.
         cell_of (`Callable`, *optional*): What a row is of, such as its method and prompt. No two are of the same.
+        processes ([`Processes`], *optional*): Who writes together, on one disk; this process alone if not given.
 
     Raises:
         ValueError: rows of another configuration, or without one; rows that are not such rows, or twice there;
-            anything else in one of the two files; a path that can't be written to; another process that writes this
-            file.
+            anything else in one of the files; a path that can't be written to; another job that writes this file;
+            processes with other configurations, without a path, or without a common folder.
     """
 
     def __init__(
@@ -72,66 +82,143 @@ class Records:
         growing: Mapping[str, str] = MappingProxyType({}),
         restart: bool = False,
         cell_of: Callable[[Mapping[str, Any]], Any] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._file: Any = None
+        self._part: Part | None = None
+        self._merged = False
+        self._turns = itertools.count()
+        self._cell_of, self.processes = cell_of, processes
         if path is None:
+            if processes.count > 1:
+                raise ValueError(f"{processes.count} processes share work by a file of rows. Name one as `path`.")
             return
         self.path, self.configuration = Path(path), json.loads(json.dumps(configuration))
+        processes.agree({key: self.configuration[key] for key in sorted(self.configuration)})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        except OSError as error:
-            raise ValueError(f"{self.path} can't be written: {error}. Name another output.") from None
-        try:
-            lock(self._file, self.path)
-            self._file.seek(0)
-            data = self._file.read()
-            self.rows, whole = _parse(data, self.path)
-            if cell_of is not None:
-                check_cells(self.rows, cell_of, self.path)
-            kept = self._match(growing, empty=not data, restart=restart)
-            if len(kept) < len(self.rows):
-                with output_file(os.path.realpath(self.path)) as file:  # whatever ends this, no row that stays is lost
-                    file.writelines(map(_line, kept))
-                self._file.close()
-                self._file = self.path.open("a+b")
-                lock(self._file, self.path)
-                self.rows, whole = kept, len(data)
-            if whole < len(data):  # only now that the file is known to be one of ours
-                logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
-                self._file.truncate(whole)
-            self._write_configuration()
+            processes.first(partial(self._open, growing, restart))
+            if processes.count > 1:
+                self.rows = parse(self.path.read_bytes(), self.path)[0]
+                self._part = Part(self.path, processes.number, self._mark())
         except BaseException:
-            self._file.close()
+            self.__exit__()
             raise
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes rows, so that they survive whatever happens to the process or to the machine after this call."""
         rows = [dict(row) for row in rows]
-        text = "".join(map(_line, rows))
-        if self._file is not None:
-            self._file.write(text.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._part is not None:
+            self._part.append(rows)
+        elif self._file is not None:
+            self._write(rows)
         self.rows += rows
 
     def missing(self, cells: Sequence[Any], cell_of: Callable, batch_size: int) -> Iterator[tuple[int, list[int]]]:
-        """The size of each batch of cells, and the numbers of those in it that no row is of. Batches are cut as if
-        nothing was there, so that they are those of one run."""
+        """The size of each batch of cells, and the numbers of those in it that no row is of and that are for this
+        process to do. Batches are cut as if nothing was there and nobody else, so that they are those of one run;
+        processes take those with something missing in turn, and must all ask for the same."""
         done = set(map(cell_of, self.rows))
         for start in range(0, len(cells), batch_size):
             batch = range(start, min(start + batch_size, len(cells)))
-            yield len(batch), [number for number in batch if cells[number] not in done]
+            todo = [number for number in batch if cells[number] not in done]
+            own = not todo or next(self._turns) % self.processes.count == self.processes.number
+            yield len(batch), todo if own else []
+
+    def gather(self, cells: Sequence[Any], cell_of: Callable) -> None:
+        """Waits until all processes have done their share. Then the file, and `rows` in each process, have the rows of
+        all, in the order of these cells, after rows of others. What one process has written alone stays as it is.
+
+        Raises:
+            ValueError: a cell without a row.
+        """
+        if self._part is not None:
+            self._part.close()
+            self.processes.gather(None)
+        if self.processes.count > 1 or self._merged:
+            self.processes.first(partial(self._put_in_order, cells, cell_of))
+            self.rows = parse(self.path.read_bytes(), self.path)[0]
+        lost = set(cells) - set(map(cell_of, self.rows))
+        if lost:
+            raise ValueError(f"{len(lost)} rows are missing, although all processes are done. Start them again.")
 
     def __enter__(self) -> Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._part):
+            if file is not None:
+                file.close()
 
-    def _match(self, growing: Mapping[str, str], empty: bool, restart: bool) -> list[dict[str, Any]]:
+    def _open(self, growing: Mapping[str, str], restart: bool) -> None:
+        """Opens the file, makes of it and of the parts beside it the rows that stay, and makes new parts."""
+        self._lock()
+        self._file.seek(0)
+        data = self._file.read()
+        with taken_parts(self.path) as parts:
+            stored, whole = parse(data, self.path)
+            self._check_marks({part: mark for part, (mark, rows) in parts.items() if rows})
+            self.rows = with_parts(stored, [rows for _, rows in parts.values()])
+            if self._cell_of is not None:
+                check_cells(self.rows, self._cell_of, self.path)
+            kept = self._match(growing, bool(data or self.rows), restart)
+            if whole < len(data):  # only now that the file is known to be one of ours
+                logger.warning("The last line of %s was not written to its end. It is redone.", self.path)
+                self._file.truncate(whole)
+            self._replace(stored, kept)
+            self._merged = len(kept) > len(stored)
+            for part in parts:
+                part.unlink()
+        self._write_configuration()
+        if self.processes.count > 1:
+            make_parts(self.path, self.processes.count, self._mark())
+
+    def _check_marks(self, marks: Mapping[Path, str | None]) -> None:
+        for part, mark in marks.items() if configuration_path(self.path).is_file() else ():
+            if mark != self._mark():
+                raise ValueError(
+                    f"{part} has rows of another configuration than those of {self.path}. Move that file away."
+                )
+
+    def _lock(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"{self.path} can't be written: {error}. Name another output.") from None
+        lock(self._file, self.path)
+
+    def _put_in_order(self, cells: Sequence[Any], cell_of: Callable) -> None:
+        """Puts the rows of all parts into the file."""
+        place = {cell: number for number, cell in enumerate(cells)}
+        with taken_parts(self.path) as parts:
+            stored = parse(self.path.read_bytes(), self.path)[0]
+            rows = with_parts(stored, [rows for _, rows in parts.values()])
+            self._replace(stored, sorted(rows, key=lambda row: place.get(cell_of(row), -1)))
+            for part in parts:
+                part.unlink()
+
+    def _replace(self, stored: Sequence[dict], rows: list[dict]) -> None:
+        """Makes the file, which holds some rows, hold others: it appends where it can."""
+        if rows[: len(stored)] == stored:
+            self._write(rows[len(stored) :])
+        else:
+            with output_file(os.path.realpath(self.path)) as file:  # whatever ends this, no row that stays is lost
+                file.writelines(map(as_line, rows))
+            self._file.close()
+            self._lock()
+        self.rows = rows
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._file.write("".join(map(as_line, rows)).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _mark(self) -> str:
+        """What says in a part of which configuration its rows are: a hash of the file that has it."""
+        return hashlib.sha256(configuration_path(self.path).read_bytes()).hexdigest()[:16]
+
+    def _match(self, growing: Mapping[str, str], begun: bool, restart: bool) -> list[dict[str, Any]]:
         """The rows that stay. Refuses rows of another configuration, and files that are none of ours."""
         path, known, fault = configuration_path(self.path), cast(Any, None), None
         if os.path.lexists(path):
@@ -141,10 +228,10 @@ class Records:
                 fault = f"{path} is not the configuration of any rows"
             elif not self.rows and set(known) != set(self.configuration):
                 fault = f"{path} was there before {self.path} and is no configuration of such rows"
-        elif not empty:
+        elif begun:
             fault = (
-                f"{self.path} is not empty, but {path.name}, which says of what configuration its rows are, is not "
-                "beside it"
+                f"{self.path}, or a part of it, is not empty, but {path.name}, which says of what configuration its "
+                "rows are, is not beside it"
             )
         if fault is not None:
             raise ValueError(f"{fault}. Name another output, or move that file away.")
@@ -168,7 +255,7 @@ class Records:
             logger.warning(
                 "%d rows of %s are done again: %s.", len(self.rows) - len(kept), self.path, "; ".join(found)
             )
-        for key in growing if kept else ():
+        for key in {*growing} & {*known, *given} if kept else ():
             given[key] = {**known.get(key, {}), **given.get(key, {})}
         return kept
 
@@ -181,13 +268,15 @@ class Records:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file. A last line without its end, which a killed run leaves, is passed over. Raises
-    `ValueError` if there is no such file, no row, or a line that is no JSON."""
+    """The rows of a JSONL file and of the parts that several processes write beside it. A last line without its end,
+    which a killed run leaves, is passed over. Raises `ValueError` if there is no such file, no row, or a line that is
+    no JSON."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There are no results at {path}. Name a JSONL file that `evaluate` has written.")
     data = path.read_bytes()
-    rows, whole = _parse(data, path)
+    rows, whole = parse(data, path)
+    rows = with_parts(rows, [read_part(part, part.read_bytes())[1] for part in find_parts(path)])
     if whole < len(data):
         logger.warning("The last line of %s was not written to its end. It is passed over.", path)
     if not rows:
@@ -205,51 +294,14 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _parse(data: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows, and how many bytes they take. Raises `ValueError` for what no run can have written."""
-    whole = data.rfind(b"\n") + 1
-    torn = data[whole:].strip(b"\0")
-    lines = data[:whole].splitlines() + ([torn] if torn and not torn.startswith(b"{") else [])
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"Line {number} of {path} is not a row in JSON. Only the last line of an interrupted run can be "
-                "incomplete, so something else has changed the file. Take that line out, or name another output."
-            )
-        rows.append(row)
-    return rows, whole
-
-
-def configuration_path(path: str | Path) -> Path:
-    """Where the configuration of a file of rows stands."""
-    return beside(path, "config.json")
-
-
-def beside(path: str | Path, ending: str) -> Path:
-    """A file that belongs to one file of rows: `results.config.json` to `results.jsonl`."""
-    path = Path(path)
-    return path.with_name(f"{path.stem if path.suffix == '.jsonl' else f'{path.name}.rows'}.{ending}")
-
-
 def differences(known: Mapping[str, Any], given: Mapping[str, Any], growing: Iterable[str] = ()) -> list[str]:
     """What a configuration says otherwise than one that is known, in words; of `growing` keys the entries of both.
     What is missing counts as `None`."""
     found = []
     for key in sorted(set(known) | set(given)):
         old, new = known.get(key), given.get(key)
+        if key in growing and not old and not new:
+            continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             both = set(old) & set(new) if key in growing else set(old) | set(new)
             old, new = ({k: v for k, v in values.items() if k in both} for values in (old, new))
@@ -278,20 +330,6 @@ def check_cells(rows: Sequence[Mapping[str, Any]], cell_of: Callable[[Mapping[st
                 "another output."
             )
     return list(seen)
-
-
-def lock(file: IO, path: Path) -> None:
-    """Keeps other processes from writing what an open file stands for, until it is closed, as far as the system can.
-    Raises `ValueError` if another process has the lock."""
-    with contextlib.suppress(ImportError):  # not a Unix
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"Another process is writing {path}. Wait for it, or name another output.") from None
-        except OSError:  # a file system without locks
-            return
 
 
 def versions() -> dict[str, str]:

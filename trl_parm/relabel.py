@@ -19,9 +19,11 @@ from transformers.utils import logging
 from peft_pblora.output import check_output, file_name, output_file
 from peft_pblora.preference import check_columns, check_objectives
 
+from .endpoint import Failure
+from .processes import ALONE, Processes
 from .records import Records
 from .reward_models import RewardSource, reward_configuration
-from .rewards import Reward, score
+from .rewards import UNJUDGED, Reward, is_unjudged, score
 from .shapes import CONTEXT, REPEATED, read_pair
 from .texts import as_text, fill, prompt_key
 
@@ -48,13 +50,15 @@ def relabel(
     restart: bool = False,
     on_start: Callable[[str], Any] = lambda objective: None,
     on_batch: Callable[[int], Any] = lambda pairs: None,
+    processes: Processes = ALONE,
 ) -> DatasetDict:
     """Scores both responses of every pair with every reward model, and labels the better one (PARM, its `relabel.py`).
 
     The label of an objective is 0 or 1, the response with the higher reward, or −1 where the rewards are equal or
-    differ by no more than the margin. Reward models are loaded one after the other. The folder gets `scores.jsonl`,
-    from which a run that was killed goes on, and in the end `train.jsonl`, `validation.jsonl` and `test.jsonl`, as far
-    as they are not empty. Pairs of one prompt come into one split.
+    differ by no more than the margin, or where a judge failed on one of them, whose score then is `None`. Reward
+    models are loaded one after the other. The folder gets `scores.jsonl`, from which a run that was killed goes on,
+    and in the end `train.jsonl`, `validation.jsonl` and `test.jsonl`, as far as they are not empty. Pairs of one
+    prompt come into one split.
 
     Args:
         pairs (`Dataset`): `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and
@@ -75,6 +79,8 @@ def relabel(
             changed, instead of refusing to go on.
         on_start (`Callable`, *optional*): Called with an objective before its reward model is loaded.
         on_batch (`Callable`, *optional*): Called with the number of pairs done, for progress bars.
+        processes ([`Processes`], *optional*): Those that share the batches, each of which calls this with the same
+            arguments and one folder. All get the splits, which the first one writes.
 
     Returns:
         `DatasetDict` with the splits; columns `prompt`, `response_0`, `response_1`, one of labels named like each
@@ -105,27 +111,31 @@ def relabel(
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
         "rewards": {name: reward_configuration(source) for name, source in rewards.items()},
     }
-    with Records(folder / SCORES, configuration, {"rewards": "objective"}, restart, _scored_cell) as records:
+    processes.agree({"batch_size": batch_size})
+    cells = {objective: [(objective, number) for number in range(len(rows))] for objective in rewards}
+    growing = {"rewards": "objective"}
+    with Records(folder / SCORES, configuration, growing, restart, _scored_cell, processes) as records:
         for objective, source in rewards.items():
             on_start(objective)
             # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.
             reward = replace(source) if isinstance(source, RewardSource) else source
-            cells = [(objective, number) for number in range(len(rows))]
-            for size, todo in records.missing(cells, _cell, batch_size):
+            for size, todo in records.missing(cells[objective], _cell, batch_size):
                 if todo:
                     records.append(_scored(objective, reward, rows, todo))
                 on_batch(size)
+        records.gather([cell for of_objective in cells.values() for cell in of_objective], _cell)
         scores = {_cell(row): row["scores"] for row in records.rows}
     for number, row in enumerate(written):
         for objective in rewards:
             first, second = scores[objective, number]
-            label = -1 if abs(first - second) <= tie_margin else int(second > first)
+            label = _label(first, second, tie_margin)
             row |= {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
     splits = {name: [written[i] for i in numbers[name]] for name in files}
-    for name, path in files.items():
-        _write(path, splits[name])
-    for objective, path in ranked_files.items():
-        _write(path, as_ranked(splits["train"], objective))
+    if processes.is_first:
+        for name, path in files.items():
+            _write(path, splits[name])
+        for objective, path in ranked_files.items():
+            _write(path, as_ranked(splits["train"], objective))
     return DatasetDict({name: Dataset.from_list(chosen, on_mixed_types="use_json") for name, chosen in splits.items()})
 
 
@@ -199,7 +209,8 @@ def _cell(row: Mapping[str, Any]) -> tuple[str, int]:
 def _scored_cell(row: Mapping[str, Any]) -> tuple[str, int]:
     """The cell of a row of a file, which must have its scores."""
     first, second = row["scores"]
-    if not (math.isfinite(first) and math.isfinite(second)):
+    failed = is_unjudged({**row, row["objective"]: None}, row["objective"])
+    if not all((failed and one is None) or math.isfinite(one) for one in (first, second)):
         raise TypeError("a score is not finite")
     return _cell(row)
 
@@ -209,9 +220,25 @@ def _scored(objective: str, reward: Reward, rows: list[dict[str, Any]], numbers:
     asked = [(number, name) for number in numbers for name in RESPONSES]
     prompts = [rows[number]["prompt"] for number, _ in asked]
     responses = [as_text(rows[number][name]) for number, name in asked]
-    values = score(objective, reward, prompts, responses, [number for number, _ in asked])
+    values = score(objective, reward, prompts, responses, [number for number, _ in asked], may_fail=True)
     pairs = zip(numbers, values[::2], values[1::2], strict=True)
-    return [{"objective": objective, "row": number, "scores": [one, two]} for number, one, two in pairs]
+    return [_score_row(objective, number, pair) for number, *pair in pairs]
+
+
+def _score_row(objective: str, number: int, pair: list[Any]) -> dict[str, Any]:
+    """A row of scores; where a judge failed there is none, and the row says why."""
+    failed = next((one.reason for one in pair if isinstance(one, Failure)), None)
+    scores = [None if isinstance(one, Failure) else one for one in pair]
+    return {"objective": objective, "row": number, "scores": scores} | (
+        {UNJUDGED: {objective: failed}} if failed is not None else {}
+    )
+
+
+def _label(first: float | None, second: float | None, tie_margin: float) -> int:
+    """Which of two scores is higher; −1 for neither, also where a judge failed."""
+    if first is None or second is None or abs(first - second) <= tie_margin:
+        return -1
+    return int(second > first)
 
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -28,6 +28,8 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from .identity import known_by
+from .judges import SOURCE as JUDGE
+from .judges import Judge
 from .loading import load_whole
 from .records import plain, recorded
 from .rewards import Reward, check_installed, score
@@ -109,6 +111,10 @@ class RewardSource:
             return cls(given)
         if isinstance(given, RewardSource):
             return given
+        if given.get("source") == JUDGE:
+            raise ValueError(
+                "A judge (`source: openai`) scores whole responses: of `evaluate`, `relabel` and `rescore`."
+            )
         known = [f.name for f in fields(cls)]
         if "source" not in given or not set(given) <= set(known):
             raise ValueError(
@@ -253,10 +259,10 @@ class ScoreModel(PreTrainedModel):
 
 
 def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
-    """What the numbers of any reward depend on, as JSON: of a [`RewardSource`], a model of one, or a function."""
+    """What the numbers of any reward depend on, as JSON: of a [`RewardSource`], its model, a judge, or a function."""
     if isinstance(reward, ModelReward):
         reward = reward.source
-    return reward.configuration() if isinstance(reward, RewardSource) else reward and describe_function(reward)
+    return reward.configuration() if isinstance(reward, RewardSource | Judge) else reward and describe_function(reward)
 
 
 def load_function(path: str) -> Callable:

@@ -10,8 +10,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
+from .endpoint import Failure
 from .texts import PromptText, as_text
 
 
@@ -19,6 +20,8 @@ Reward = Callable[[Sequence[Any], Sequence[str]], Sequence[float]]
 """A reward maps prompts and responses to one float for each response. It gets prompts as texts, or as they are given,
 texts or messages, if it has an attribute `reads_messages` that is true."""
 
+UNJUDGED = "unjudged"
+"""The column that says why a row has no number of a judge."""
 SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
 """Where a sentence ends: its last mark, before white space or the end of the text."""
 
@@ -50,10 +53,12 @@ def score(
     prompts: Sequence[PromptText],
     responses: Sequence[str],
     numbers: Sequence[int] | None = None,
-) -> list[float]:
+    may_fail: bool = False,
+) -> list[Any]:
     """Asks a reward for one number for each response. `name` and the `numbers` of rows are for messages.
 
-    Prompts and responses are copies, which the reward may change.
+    Where it `may_fail`, a [`Failure`] of a judge stays in the place of a number. Prompts and responses are copies,
+    which the reward may change.
 
     Raises:
         ValueError: the reward returned something else, or a number that is not finite. What a reward raises itself
@@ -72,15 +77,30 @@ def score(
             f"The reward {name!r} returned {len(found)} numbers for {len(responses)} responses. It must return one "
             "for each, in their order."
         )
-    values = list(map(_number, found))
+    values = [value if isinstance(value, Failure) else _number(value) for value in found]
     for i, value in enumerate(values):
-        if value is None or not math.isfinite(value):
+        if isinstance(value, Failure):
+            if not may_fail:
+                raise ValueError(f"The reward {name!r} failed: {value.reason}. Here every response needs a number.")
+        elif value is None or not math.isfinite(value):
             row = "" if numbers is None else f" of row {numbers[i]}"
             raise ValueError(
                 f"The reward {name!r} returned {found[i]!r} for the response {responses[i][:80]!r}{row}. It must "
                 "return one finite number for each response."
             )
-    return cast(list[float], values)
+    return values
+
+
+def with_failures(scores: Mapping[str, Sequence[Any]], row: int) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """The rewards of a row, `None` where a judge failed, and `unjudged` with the reason of each that did."""
+    values = {name: None if isinstance(of_all[row], Failure) else of_all[row] for name, of_all in scores.items()}
+    reasons = {name: of_all[row].reason for name, of_all in scores.items() if isinstance(of_all[row], Failure)}
+    return values, {UNJUDGED: reasons} if reasons else {}
+
+
+def is_unjudged(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row has no number because a judge failed, as it says."""
+    return row.get(name, 0) is None and name in (row.get(UNJUDGED) or {})
 
 
 def check_installed(reward: Callable) -> None:

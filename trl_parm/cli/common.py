@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from trl_parm.arguments import check_fields
+from trl_parm.processes import ALONE, Processes
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
+UNJUDGED_PROMPTS = (
+    "{} prompts have an answer on which a judge failed, and are left out of all methods. `trl-parm rescore` asks "
+    "again; what was answered comes from the cache."
+)
 OFF_SIMPLEX = "Take preferences with negative weights, or that do not sum to 1, which extrapolate."
 """The help of an argument."""
 EVERY = 30.0
@@ -30,14 +35,15 @@ class Progress:
         total (`int`): How much there is to do.
         unit (`str`): What is counted, such as `batch`.
         done (`int`, *optional*, defaults to 0): How much an earlier run has done.
+        quiet (`bool`, *optional*, defaults to `False`): Say nothing, as another process does.
     """
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, total: int, unit: str, done: int = 0, quiet: bool = False) -> None:
         from tqdm import tqdm
 
         self.total, self.unit, self.first, self.done = total, unit, done, done
         self.start = self.said = time.monotonic()
-        terminal = sys.stderr.isatty()
+        self.quiet, terminal = quiet, sys.stderr.isatty() and not quiet
         self.bar = tqdm(total=total, unit=unit, initial=done, dynamic_ncols=True) if terminal else None
 
     def __enter__(self) -> Progress:
@@ -58,7 +64,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(done)
             self.bar.set_postfix_str(note or self.bar.postfix or "")
-        elif note or now - self.said >= EVERY:
+        elif not self.quiet and (note or now - self.said >= EVERY):
             self.said, gone = now, now - self.start
             left = gone / max(1, self.done - self.first) * (self.total - self.done)
             times = f"{timedelta(seconds=round(gone))} gone, about {timedelta(seconds=round(left))} to go"
@@ -66,18 +72,20 @@ class Progress:
             print(f"{self.unit} {self.done} of {self.total}{told}; {times}", file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    """A line on standard output, at once."""
+def say(text: str, processes: Processes = ALONE) -> None:
+    """A line on standard output, at once, from the first of several processes."""
     from tqdm import tqdm
 
-    tqdm.write(text)
+    if processes.is_first:
+        tqdm.write(text)
 
 
-def write_run(folder: str | Path, verb: str, arguments: Any) -> None:
-    """Writes the resolved arguments, seeds and versions beside results."""
+def write_run(folder: str | Path, verb: str, arguments: Any, processes: Processes = ALONE) -> None:
+    """Writes the resolved arguments, seeds and versions beside results, in the first of several processes."""
     from trl_parm import records
 
-    records.write_run(Path(folder) / "run.yaml", verb, vars(arguments))
+    if processes.is_first:
+        records.write_run(Path(folder) / "run.yaml", verb, vars(arguments))
 
 
 def load_data(given: Any) -> Dataset:
@@ -88,20 +96,39 @@ def load_data(given: Any) -> Dataset:
 
 
 def load_rewards(given: Any) -> dict[str, Any]:
-    """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there."""
+    """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there, or a [`Judge`]
+    that answers."""
     from peft_pblora.preference import check_objectives
+    from trl_parm.endpoint import Endpoint
+    from trl_parm.judges import SOURCE, Judge, judge_of
     from trl_parm.reward_models import RewardSource
 
     if not isinstance(given, Mapping):
         raise ValueError(f"`rewards` is {given!r}, but it must map each objective to a reward.")
     sources = {}
     for name in check_objectives(given):
-        source = {"source": given[name]} if not isinstance(given[name], Mapping) else given[name]
-        sources[name] = RewardSource.of(check_fields(source, RewardSource, f"The reward of {name!r}"))
+        source, of = given[name], f"The reward of {name!r}"
+        if isinstance(source, Mapping) and source.get("source") == SOURCE:
+            sources[name] = judge_of(check_fields(check_fields(source, Endpoint, of), Judge, of))
+            continue
+        source = {"source": source} if not isinstance(source, Mapping) else source
+        sources[name] = RewardSource.of(check_fields(source, RewardSource, of))
     for source in sources.values():
-        if not source.is_model:
+        if isinstance(source, Judge):
+            source.endpoint.check()
+        elif not source.is_model:
             source.load()
     return sources
+
+
+def tell_costs(rewards: Mapping[str, Any], processes: Processes = ALONE) -> None:
+    """Says what judges were asked; several processes each say their own."""
+    from trl_parm.judges import Judge
+
+    who = "" if processes.count == 1 else f"Process {processes.number}: "
+    for name, judge in rewards.items():
+        if isinstance(judge, Judge):
+            say(f"{who}{name} was judged by {judge.endpoint.cost()}.")
 
 
 def grid(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.processes import Processes
 
-from .common import OFF_SIMPLEX, grid, load_rewards, say, write_run
+from .common import OFF_SIMPLEX, UNJUDGED_PROMPTS, grid, load_rewards, say, tell_costs, write_run
 from .generate import DecodingArguments
 
 
@@ -39,19 +40,22 @@ class EvaluateArguments(DecodingArguments):
 def main(argv: list[str]) -> None:
     arguments: EvaluateArguments = parse("evaluate", EvaluateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
-    from trl_parm.evaluation.fronts import summarize
+    from trl_parm.evaluation.fronts import judged, summarize
 
+    processes = Processes.launched()
     sources = load_rewards(arguments.rewards)
+    for source in sources.values():
+        processes.check_devices(getattr(source, "model_kwargs", {}))
     objectives, folder = list(sources), Path(arguments.output_dir)
     preferences = grid(arguments.preferences, arguments.grid_steps, objectives, arguments.allow_off_simplex)
     methods: list[Any] = arguments.methods or []
     prompts = arguments.read_prompts()
     runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-    say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}")
+    say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}", processes)
 
     def start(name: str) -> None:
-        write_run(folder, "evaluate", arguments)
-        say(name)
+        write_run(folder, "evaluate", arguments, processes)
+        say(name, processes)
 
     table = arguments.evaluate(
         methods,
@@ -61,9 +65,18 @@ def main(argv: list[str]) -> None:
         path=folder / RESULTS,
         restart=arguments.restart,
         on_start=start,
+        processes=processes,
         allow_off_simplex=arguments.allow_off_simplex,
     )
-    say(_means(summarize(table, objectives), objectives))
+    tell_costs(sources, processes)
+    processes.end()
+    if not processes.is_first:
+        return
+    rows, lost = judged(table, objectives)
+    if lost:
+        say(UNJUDGED_PROMPTS.format(lost))
+    if rows:
+        say(_means(summarize(rows, objectives), objectives))
     plot = ["trl-parm", "plot", "--results", str(folder / RESULTS), "--output_dir", str(folder)]
     say(f"Measures and figures: {shlex.join(plot)}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.processes import ALONE
 from trl_parm.shapes import read_text
 
 from .common import OFF_SIMPLEX, Progress, load_data, say
@@ -124,7 +125,8 @@ class DecodingArguments:
         settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         settings["seed"] = self.seed if seed is None else seed
         runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-        with Progress(runs * math.ceil(len(prompts) / self.batch_size), "batch") as bar:
+        quiet = not options.get("processes", ALONE).is_first
+        with Progress(runs * math.ceil(len(prompts) / self.batch_size), "batch", quiet=quiet) as bar:
             options["on_batch"] = lambda run: bar.update()
             return evaluate(models, methods, preferences, prompts, **settings, **options)
 
@@ -158,7 +160,8 @@ class GenerateArguments(DecodingArguments):
 def main(argv: list[str]) -> None:
     arguments: GenerateArguments = parse("generate", GenerateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
-    from trl_parm.records import beside, read_rows, write_run
+    from trl_parm.jsonl import beside
+    from trl_parm.records import read_rows, write_run
     from trl_parm.texts import as_text
 
     method: Any = arguments.method

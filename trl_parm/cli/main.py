@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from trl_parm.processes import Stopped
 from trl_parm.version import __version__
 
 
@@ -24,17 +25,25 @@ VERBS = {
     "generate": "decode prompts with a method",
     "evaluate": "decode and score prompts with all methods at all preferences",
     "rescore": "other rewards for the responses of an evaluation",
+    "lm_eval": "tasks of lm-evaluation-harness with a guided model",
     "plot": "measures, tables and figures of an evaluation",
+    "compare": "two evaluations, or two methods, prompt by prompt",
+    "convert": "responses of an evaluation for AlpacaEval, or as a data set",
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
     "serve": "serve OpenAI's API, with a preference for every request",
 }
 """Verb → what it does. Each is a module of this package with a function `main`."""
+SHARED = ("train", "evaluate", "relabel", "lm_eval")
+"""Verbs whose work several processes share."""
 HELP = {"-h", "--help"}
 GOES_ON = {
+    "compare": "what was not complete is not there; a judge's answers are kept",
+    "convert": "what was not complete is not there",
     "train": "the same command with --resume true goes on from its last checkpoint",
     "export": "what was not complete is not there",
     "plot": "what was not complete is not there",
+    "lm_eval": "the harness starts anew, but for what `--use_cache` has kept",
     "demo": "the page is closed",
     "serve": "what it had begun was answered",
 }
@@ -59,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
             close = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"the verb {verb!r} is not known; there are {', '.join(VERBS)}.{hint}")
+        if verb not in SHARED and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"it was launched in {os.environ['WORLD_SIZE']} processes, which {', '.join(SHARED)} can share. Start "
+                f"{verb} without `accelerate launch`."
+            )
         module = importlib.import_module(f"{__package__}.{verb}")
         with _plain_output(quiet=not HELP & set(argv)):
             module.main(argv[1:])
@@ -70,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         left = GOES_ON.get(verb, "the same command goes on from here")
         print(f"{name}: interrupted; {left}", file=sys.stderr, flush=True)
         return 130
+    except Stopped:  # another process has said why
+        return 2
     except (ValueError, TypeError, OSError, ImportError) as error:
         # A note says whose code it was.
         if os.environ.get(TRACEBACK) or getattr(error, "__notes__", None) or _is_of_others(error):

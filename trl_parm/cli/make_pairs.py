@@ -59,9 +59,12 @@ def main(argv: list[str]) -> None:
     prompts = arguments.read_prompts()
     say(f"{arguments.num_answers} answers to each of {len(prompts)} prompts go to {folder / ANSWERS}")
     rows, chat = _answers(arguments, folder, prompts, sources)
-    kept = [row for row in rows if arguments.keep_unfinished or row["tokens"] < arguments.max_new_tokens]
+    judged = [row for row in rows if all(row[name] is not None for name in objectives)]
+    if len(judged) < len(rows):
+        say(f"On {len(rows) - len(judged)} answers a judge failed. They are left out.")
+    kept = [row for row in judged if arguments.keep_unfinished or row["tokens"] < arguments.max_new_tokens]
     pairs = choose_pairs(kept, objectives, arguments.tie_margin)
-    left_out = f"{len(rows) - len(kept)} of {len(rows)} answers were left out, having no end"
+    left_out = f"{len(judged) - len(kept)} of {len(rows)} answers were left out, having no end"
     if not pairs:
         raise ValueError(
             f"There are no pairs: no prompt has two answers that differ in a reward, and {left_out}. Sample more with "

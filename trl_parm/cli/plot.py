@@ -15,7 +15,7 @@ from typing import Any
 from trl_parm.arguments import option, parse, required
 from trl_parm.extras import require
 
-from .common import say, write_run
+from .common import UNJUDGED_PROMPTS, say, write_run
 
 
 TABLES = ("measures.md", "measures.csv", "differences.csv", "correlations.csv", "answers.csv", "costs.csv")
@@ -43,6 +43,8 @@ class PlotArguments:
     resamples: int = option(2000, "Of the bootstrap over prompts.")
     seed: int = option(0, "Of the bootstrap.")
     name: str = option("fronts", "How the figures' files begin.")
+    html: bool = option(False, "Also write one page that needs no other file, with all of this and the responses.")
+    html_prompts: int = option(50, "To how many prompts that page has the responses.")
     card: str | None = option(None, "The folder of an adapter, whose card gets the measures and the first figure.")
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ def main(argv: list[str]) -> None:
     from peft_pblora import add_results
     from peft_pblora.card.files import WRITER as FIGURE
     from peft_pblora.output import check_output
-    from trl_parm.evaluation.fronts import summarize
+    from trl_parm.evaluation.fronts import judged, summarize
     from trl_parm.evaluation.measures import WRITER
     from trl_parm.evaluation.plots import draw_fronts, figure_files
 
@@ -64,10 +66,13 @@ def main(argv: list[str]) -> None:
             f"There is no adapter in {arguments.card!r}, whose card could get the figure. Name its folder."
         )
     rows, objectives, names = read_results(arguments.results or [], arguments.objectives)
-    rows = _chosen(rows, names, arguments.methods)
+    rows, lost = judged(_chosen(rows, names, arguments.methods), objectives)
+    if lost:
+        say(UNJUDGED_PROMPTS.format(lost))
     references = [_point(given, objectives) for given in arguments.references or []]
     folder = Path(arguments.output_dir)
     planned = [folder / name for name in TABLES] + figure_files(objectives, folder, arguments.name)
+    planned += [page := folder / f"{arguments.name}.html"] if arguments.html else []
     if len({str(path).casefold() for path in planned}) < len(planned):
         raise ValueError(f"`name` is {arguments.name!r}, which is the name of a table. Name the figures otherwise.")
     for path in planned:
@@ -79,7 +84,18 @@ def main(argv: list[str]) -> None:
     text = _write(tables, folder)
     if missing:
         text += f"\n\n{missing}"
-    figures = draw_fronts(summarize(rows, objectives), objectives, folder, references, arguments.name)
+    summary = summarize(rows, objectives)
+    figures = draw_fronts(summary, objectives, folder, references, arguments.name)
+    if arguments.html:
+        from trl_parm.evaluation.page import write_page
+
+        records = _records(arguments.results or [])
+        told = [missing, UNJUDGED_PROMPTS.format(lost)][: 1 + bool(lost)]
+        write_page(
+            page, rows, summary, objectives, tables, records, references, list(filter(None, told)),
+            arguments.html_prompts,
+        )  # fmt: skip
+        say(f"The page is {page}; it needs no other file.")
     write_run(folder, "plot", arguments)
     if arguments.card:
         measures = next(iter(tables.values()))
@@ -105,12 +121,12 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
     if len({path.resolve() for path in files}) < len(files):
         raise ValueError(f"A file is twice among the results {', '.join(map(str, files))}. Name each once.")
     tables = [read_rows(path) for path in files]
-    wanted = objectives or _objectives(files[0])
+    wanted = objectives or read_objectives(files[0])
     methods = [list(dict.fromkeys(row["method"] for row in rows)) for rows in tables]
     count = Counter(name for of_file in methods for name in of_file)
     names: dict[str, str] = {}
     for path, label, rows, of_file in zip(files, _own_parts(files), tables, methods):
-        order = _objectives(path, objectives)
+        order = read_objectives(path, objectives)
         if objectives is None and set(order) != set(wanted):
             raise ValueError(f"{path} has the objectives {order}, but {files[0]} has {wanted}. Plot them apart.")
         shown = {name: f"{name} ({label})" if count[name] > 1 else name for name in of_file}
@@ -126,9 +142,18 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
     return [row for rows in tables for row in rows], wanted, names
 
 
-def _objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
+def _records(results: Sequence[str]) -> dict[str, str]:
+    """What stands beside files of results: their configuration, and the run that made them."""
+    from trl_parm.jsonl import configuration_path
+
+    found = [path for file in results for path in (configuration_path(file), Path(file).with_name("run.yaml"))]
+    return {str(path): path.read_text(encoding="utf-8") for path in found if path.is_file()}
+
+
+def read_objectives(path: Path, otherwise: list[str] | None = None) -> list[str]:
     """The objectives in the order in which the preferences of a file are."""
-    from trl_parm.records import configuration_path, read_configuration
+    from trl_parm.jsonl import configuration_path
+    from trl_parm.records import read_configuration
 
     beside = configuration_path(path)
     if beside.exists():

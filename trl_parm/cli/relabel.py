@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.processes import ALONE, Processes
 
-from .common import Progress, load_data, load_rewards, say, write_run
+from .common import Progress, load_data, load_rewards, say, tell_costs, write_run
 
 
 SHARED = ("test_size", "validation_size", "tie_margin", "ranked", "seed")
@@ -48,14 +49,25 @@ def check_sizes(arguments: Any) -> None:
 
 def main(argv: list[str]) -> None:
     arguments: RelabelArguments = parse("relabel", RelabelArguments, argv, __doc__)
+    processes = Processes.launched()
     rewards = load_rewards(arguments.rewards)
+    for source in rewards.values():
+        processes.check_devices(getattr(source, "model_kwargs", {}))
     pairs, folder = load_data(arguments.data), Path(arguments.output_dir)
     options = {name: getattr(arguments, name) for name in ("template", "batch_size")}
-    label(pairs, rewards, folder, arguments, "relabel", **options)
+    label(pairs, rewards, folder, arguments, "relabel", processes, **options)
+    tell_costs(rewards, processes)
+    processes.end()
 
 
 def label(
-    pairs: Any, rewards: Mapping[str, Any], folder: Path, arguments: Any, verb: str, **options: Any
+    pairs: Any,
+    rewards: Mapping[str, Any],
+    folder: Path,
+    arguments: Any,
+    verb: str,
+    processes: Processes = ALONE,
+    **options: Any,
 ) -> dict[str, Path]:
     """[`relabel`](trl_parm.relabel.relabel) with the arguments of a verb; returns the file of each split."""
     from trl_parm.evaluation.measures import markdown
@@ -64,13 +76,14 @@ def label(
     options |= {name: getattr(arguments, name) for name in SHARED}
 
     def start(objective: str) -> None:
-        write_run(folder, verb, arguments)
-        say(f"{objective}: {rewards[objective].source}")
+        write_run(folder, verb, arguments, processes)
+        say(f"{objective}: {rewards[objective].source}", processes)
 
-    with Progress(len(rewards) * len(pairs), "pair") as bar:
-        splits = relabel(pairs, rewards, folder, on_start=start, on_batch=bar.update, **options)
+    options |= {"on_start": start, "processes": processes}
+    with Progress(len(rewards) * len(pairs), "pair", quiet=not processes.is_first) as bar:
+        splits = relabel(pairs, rewards, folder, on_batch=bar.update, **options)
     files = {str(name): folder / f"{name}.jsonl" for name in splits}
-    say(", ".join(f"{len(rows)} pairs in {files[str(name)]}" for name, rows in splits.items()))
+    say(", ".join(f"{len(rows)} pairs in {files[str(name)]}" for name, rows in splits.items()), processes)
     labelled: list[Any] = [row for rows in splits.values() for row in rows]
-    say(markdown(agreement(labelled, list(rewards))))
+    say(markdown(agreement(labelled, list(rewards))), processes)
     return files

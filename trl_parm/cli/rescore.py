@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trl_parm.arguments import option, parse, required
 
-from .common import Progress, load_rewards, say
+from .common import Progress, load_rewards, say, tell_costs
 
 
 @dataclass
@@ -27,12 +27,14 @@ class RescoreArguments:
 def main(argv: list[str]) -> None:
     arguments: RescoreArguments = parse("rescore", RescoreArguments, argv, __doc__)
     from trl_parm.evaluation.rescoring import rescore
-    from trl_parm.records import beside, read_rows, write_run
+    from trl_parm.jsonl import beside
+    from trl_parm.records import read_rows, write_run
 
     rewards = load_rewards(arguments.rewards)
     with Progress(len(read_rows(arguments.results)), "row") as bar:
         table = rescore(
             arguments.results, rewards, arguments.output, arguments.batch_size, arguments.restart, bar.update
         )
+    tell_costs(rewards)
     write_run(beside(arguments.output, "run.yaml"), "rescore", vars(arguments))
     say(f"{len(table)} responses with the rewards {', '.join(rewards)} in {arguments.output}")

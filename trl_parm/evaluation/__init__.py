@@ -11,8 +11,10 @@ from trl_parm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .answers import describe_answers, repetition
+    from .comparison import Pairing, compare, judge_pairs, pair_up
     from .decoding import Batch, Run
     from .evaluate import sweep
+    from .formats import alpaca_eval_files, dataset_folder
     from .fronts import Front, arrange, pool_seeds, standardized, summarize
     from .measures import correlations, costs, differences, markdown, measure
     from .metrics import (
@@ -33,8 +35,10 @@ __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "answers": ("describe_answers", "repetition"),
+        "comparison": ("Pairing", "compare", "judge_pairs", "pair_up"),
         "decoding": ("Batch", "Run"),
         "evaluate": ("sweep",),
+        "formats": ("alpaca_eval_files", "dataset_folder"),
         "fronts": ("Front", "arrange", "pool_seeds", "standardized", "summarize"),
         "measures": ("correlations", "costs", "differences", "markdown", "measure"),
         "metrics": (

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from trl_parm.rewards import UNJUDGED
 
 from .fronts import MEASURED, row_cell
 
@@ -53,8 +56,12 @@ def describe_answers(table: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def with_all_columns(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of which some, of an earlier version, may lack what is measured of answers now: `None` there."""
+    """Rows of which some, of an earlier version, may lack what is measured of answers now: `None` there. Why a judge
+    failed is a text."""
     found = [dict(row) for row in rows]
+    if any(UNJUDGED in row for row in found):
+        texts = [json.dumps(row[UNJUDGED], ensure_ascii=False) if row.get(UNJUDGED) else None for row in found]
+        found = [{**row, UNJUDGED: text} for row, text in zip(found, texts)]
     measured = [name for name in MEASURED if any(name in row for row in found)]
     return [{**row, **{name: row.get(name) for name in measured}} for row in found]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from peft_pblora.preference import check_columns
+from trl_parm.rewards import is_unjudged
 from trl_parm.texts import prompt_key
 
 from .metrics import bootstrap, mean_and_error
@@ -47,6 +48,16 @@ def check_scores(row: Mapping[str, Any], names: Iterable[str]) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def judged(table: Iterable[Any], objectives: Sequence[str]) -> tuple[list[Any], int]:
+    """The rows of those prompts that have all numbers in all of their rows, and how many prompts were left out.
+
+    Methods are compared on the same prompts, so that a judge that failed on one answer takes the prompt from all.
+    """
+    rows = list(table)
+    lost = {prompt_key(row["prompt"]) for row in rows if any(is_unjudged(row, name) for name in objectives)}
+    return [row for row in rows if prompt_key(row["prompt"]) not in lost], len(lost)
 
 
 @dataclass(frozen=True)

@@ -178,12 +178,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table; `low` and `high` become brackets after `value`."""
     if not rows:
         return ""
+    names, cells = as_cells(rows)
+    head, *body = (f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in (names, *cells))
+    return "\n".join([head, "|" + "---|" * len(names), *body])
+
+
+def as_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of a table as texts; `low` and `high` become brackets after `value`."""
     cells = [dict(row) for row in rows]
     for row in cells:
         if "low" in row:
             row["value"] = str(Interval(row["value"], row.pop("low"), row.pop("high")))
-    head, *body = (f"| {' | '.join(map(_text, line))} |" for line in (cells[0], *(row.values() for row in cells)))
-    return "\n".join([head, "|" + "---|" * len(cells[0]), *body])
+    return list(map(_text, cells[0])), [list(map(_text, row.values())) for row in cells]
 
 
 def with_error(mean: float, error: float, forms: tuple[str, str] = (".3g", ".2g")) -> str:
@@ -237,4 +243,4 @@ def _text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return " ".join(str(value).split())

@@ -14,8 +14,9 @@ from peft_pblora.preference import check_columns, check_objectives
 from trl_parm.identity import short_hash
 from trl_parm.records import Records, check_cells, read_configuration, read_rows
 from trl_parm.reward_models import reward_configuration
-from trl_parm.rewards import Reward, score
+from trl_parm.rewards import UNJUDGED, Reward, score, with_failures
 
+from .answers import with_all_columns
 from .fronts import MEASURED, OF_OBJECTIVE, SUMMARY, row_cell
 
 
@@ -23,7 +24,7 @@ BEFORE = ("method", "preference", "label", "prompt", "response")
 """The columns before the rewards."""
 DECODED = ("tokens", "seconds", "seed", "extra_parameters", "extra_bytes")
 """The columns after them."""
-COLUMNS = (*BEFORE, *DECODED, *MEASURED)
+COLUMNS = (*BEFORE, *DECODED, *MEASURED, UNJUDGED)
 """Columns of a table of results beside the rewards."""
 
 
@@ -82,12 +83,18 @@ def rescore(
                 records.append(_scored([rows[i] for i in todo], names, rewards))
             on_batch(size)
         done = {row_cell(row): row for row in records.rows}
-    return Dataset.from_list([done[cell] for cell in cells])
+    return Dataset.from_list(with_all_columns(done[cell] for cell in cells))
 
 
 def _scored(rows: list[dict[str, Any]], names: list[str], rewards: Mapping[str, Reward]) -> list[dict[str, Any]]:
     """The rows with new rewards, their columns in the order of an evaluation."""
     prompts, responses = [row["prompt"] for row in rows], [row["response"] for row in rows]
-    new = {name: score(name, reward, prompts, responses) for name, reward in rewards.items()}
-    found = [{**row, **{name: values[i] for name, values in new.items()}} for i, row in enumerate(rows)]
-    return [{name: row[name] for name in (*BEFORE, *names, *DECODED, *MEASURED) if name in row} for row in found]
+    new = {name: score(name, reward, prompts, responses, may_fail=True) for name, reward in rewards.items()}
+    found = []
+    for i, row in enumerate(rows):
+        values, failed = with_failures(new, i)
+        before = {name: why for name, why in (row.get(UNJUDGED) or {}).items() if name not in rewards}
+        reasons = before | failed.get(UNJUDGED, {})
+        found.append({**row, **values, UNJUDGED: reasons})
+    columns = (*BEFORE, *names, *DECODED, *MEASURED, UNJUDGED)
+    return [{name: row[name] for name in columns if row.get(name, 0) != {} and name in row} for row in found]

@@ -25,8 +25,9 @@ from transformers.utils import logging
 from peft_pblora.loading import check_checkpoint
 from peft_pblora.output import check_output, is_written_by, output_file
 from trl_parm.identity import spread
+from trl_parm.jsonl import lock
 from trl_parm.preference_text import FILE as PREFERENCE_TEXT
-from trl_parm.records import differences, lock, plain
+from trl_parm.records import differences, plain
 
 from .config import PreferenceARMConfig
 from .data import JointPreferenceDataset, JointPreferenceStream
