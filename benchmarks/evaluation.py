@@ -3,6 +3,7 @@
 
     git worktree add ../before 7a1e14c
     python benchmarks/evaluation.py ../before [--prompts 16] [--tokens 40] [--steps 4] [--repeats 1] [--only TEXT]
+    python benchmarks/evaluation.py ../before --only ARGS Transfer --products bfloat16 --table evaluation_bfloat16
 
 One process for each checkout and kind of weights, plain or packed by [`optimize_for_cpu`](trl_parm.cpu), one thread,
 CPU time. The settings are those of the folder, with the prompts and tokens that are named here; its adapters, which
@@ -75,9 +76,10 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
             f"`batch_size` {args.batch} here, {args.batch_before} there, which has one preference in a batch. Rows of "
             f"a classifier: {args.search_tokens} tokens of one text or four, greedy, after a call that warms up; a "
             "quarter of it for Transfer-Q. "
-            f"CPU seconds, median of {args.repeats}; `both` is this checkout with packed weights beside the other one "
-            "with plain ones.",
+            f"CPU seconds, median of {args.repeats}; `packed` are weights packed by `optimize_for_cpu`, with products "
+            f"in {args.products}; `both` is this checkout with packed weights beside the other one with plain ones.",
         ],
+        table=args.table,
     )
 
 
@@ -108,6 +110,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--search-tokens", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="cases, by the beginning of their names")
+    parser.add_argument("--products", default="float32", help="of `optimize_for_cpu`: float32 or bfloat16")
+    parser.add_argument("--table", help="name of the table's files, that of the benchmark if not given")
     parser.add_argument("--folder", help="where models are kept, instead of a temporary folder")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--packed", action="store_true", help=argparse.SUPPRESS)
@@ -118,7 +122,7 @@ def start(checkout: Path, packed: bool, folder: Path, args: argparse.Namespace) 
     """A process that imports the packages of a checkout."""
     command = [sys.executable, __file__, args.other, "--worker", "--folder", str(folder), "--only", *args.only]
     command += ["--packed"] if packed else []
-    for name in ("prompts", "tokens", "steps", "search_tokens"):
+    for name in ("prompts", "tokens", "steps", "search_tokens", "products"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--batch", str(args.batch if checkout == HERE else args.batch_before)]
     environment = {
@@ -205,7 +209,7 @@ def make_cases(args: argparse.Namespace) -> dict:
 
     def packed(model):
         there = any(type(module).__name__ == "PackedLinear" for module in model.modules())
-        return packing.optimize_for_cpu(model, torch.float32) if args.packed and not there else model
+        return packing.optimize_for_cpu(model, getattr(torch, args.products)) if args.packed and not there else model
 
     class Loaded(Models):
         def _load(self, name):

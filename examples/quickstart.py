@@ -31,6 +31,7 @@ from trl_parm import BASE, LM, PARM, Guided, PreferenceARMConfig, PreferenceARMT
 from trl_parm.cpu import optimize_loaded
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.evaluation import Run, sweep
+from trl_parm.evaluation.decoding import ANY
 from trl_parm.rewards import conciseness, positivity
 
 
@@ -156,9 +157,10 @@ def guide(
     sharpened = Guided(base, BASE + strength * LM(arm, adapter_name="default", disable_adapter=True))
     runs = [Run("base"), Run("base, sharpened", model=lambda _: sharpened)]
     guided: Callable = lambda batch: PARM(base, arm, batch.preference, args.beta, adapter_name="default")  # noqa: E731
-    runs += [Run("PARM", preference, guided) for preference in preference_grid(OBJECTIVES, steps=4).tolist()]
-    batch_size = 16
-    batches = len(runs) * -(-len(prompts) // batch_size)
+    grid = preference_grid(OBJECTIVES, steps=4).tolist()
+    runs += [Run("PARM", preference, guided, together=ANY) for preference in grid]
+    batch_size = 80  # texts: of 16 prompts at five preferences
+    batches = 2 * -(-len(prompts) // batch_size) + -(-len(prompts) // (batch_size // len(grid)))
     with tqdm(total=batches, desc="Decoding", unit="batch") as bar:
         return sweep(
             base,

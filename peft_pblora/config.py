@@ -103,7 +103,7 @@ class PreferenceConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         with torch.device("meta"):  # without memory or random numbers
-            self.build_core()  # which checks its sizes
+            self.check_core()
         if not 0 < abs(self.scaling) < math.inf:
             raise ValueError(
                 f"The scaling is {self.scaling}, with which the adapter does nothing. Change `lora_alpha`."
@@ -118,6 +118,10 @@ class PreferenceConfig(PeftConfig):
     def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """Gives tensors of a file the names that they have here; ours keep theirs."""
         return tensors
+
+    def check_core(self) -> None:
+        """Raises `ValueError` for sizes that a core can't have."""
+        self.build_core()
 
     def build_core(self) -> Core:
         """A fresh core, the module that computes W(α). Raises `ValueError` for sizes that it can't have."""
@@ -231,17 +235,83 @@ class MoSLoraConfig(PreferenceConfig):
             Size d of the learned objective embeddings o; 0 uses the preference itself, with which short trainings
             hardly learn to follow α: M's gradient is zero while B is, and what objectives that disagree ask of B
             cancels over α. The larger d, the faster M changes γ and δ, and the smaller the learning rate it bears.
+        objective_descriptions (`dict[str, str]`, *optional*):
+            A text for each objective, such as `{"helpful": "Answers the question in full."}`: o are frozen embeddings
+            of these texts in the place of learned ones, as in UniARM. `objectives` are the keys if not given.
+        objective_embeddings (`list[list[float]]`, *optional*):
+            These embeddings, of shape `(k, d)`. [`embed_objectives`] makes them, and so does `PreferenceARMTrainer`;
+            they are saved with the configuration, so that loading needs neither the texts' tokenizer nor model.
 
     The other arguments are those of [`PreferenceConfig`].
+
+    Raises:
+        ValueError: beside what [`PreferenceConfig`] raises, descriptions that are empty, missing or of no objective,
+            embeddings that are not `(k, d)` finite numbers, or both kinds of embeddings.
     """
 
     r: int = 8
     lora_alpha: float = 16
     embedding_size: int = 0
+    objective_descriptions: dict[str, str] | None = None
+    objective_embeddings: list[list[float]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective_descriptions is not None and self.objectives == _numbered(2):  # none were given
+            self.objectives = list(self.objective_descriptions)
+        super().__post_init__()
+        if self.objective_descriptions is not None:
+            texts = check_descriptions(self.objective_descriptions, self.objectives)
+            self.objective_descriptions = {name: texts[name] for name in self.objectives}
+        if self.embedding_size and (self.objective_descriptions or self.objective_embeddings) is not None:
+            raise ValueError(
+                f"`embedding_size` is {self.embedding_size}, the size of embeddings that are learned, but those of "
+                "`objective_descriptions` are frozen and have the model's own size. Leave one of them out."
+            )
+
+    @property
+    def lacks_embeddings(self) -> bool:
+        """Whether descriptions are still to be embedded, see [`embed_objectives`]."""
+        return self.objective_descriptions is not None and self.objective_embeddings is None
+
+    def check_core(self) -> None:
+        if self.objective_embeddings is not None:
+            _check_embeddings(self.objective_embeddings, len(self.objectives))
+        MoSLoraCore(len(self.objectives), self.r, self.embedding_size, self.objective_embeddings)
 
     def build_core(self) -> MoSLoraCore:
-        return MoSLoraCore(len(self.objectives), self.r, self.embedding_size)
+        if self.lacks_embeddings:
+            raise ValueError(
+                "`objective_descriptions` have no embeddings yet. Make the configuration with "
+                "`embed_objectives(config, model, tokenizer)`, or give it to `PreferenceARMTrainer`, which does so."
+            )
+        return MoSLoraCore(len(self.objectives), self.r, self.embedding_size, self.objective_embeddings)
 
     @property
     def scaling(self) -> float:
         return self.lora_alpha / self.r
+
+
+def check_descriptions(given: Any, objectives: list[str]) -> dict[str, str]:
+    """The description of each objective. Raises `ValueError` unless there is a text for each, and for no other."""
+    if not isinstance(given, Mapping) or set(given) != set(objectives):
+        names = sorted(map(str, given)) if isinstance(given, Mapping) else given
+        raise ValueError(
+            f"`objective_descriptions` describes {names!r}, but the objectives are {objectives}. Give a mapping with "
+            "a text for each of them."
+        )
+    for name, text in given.items():
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"The description of the objective {name!r} is {text!r}, but it must be a text.")
+    return dict(given)
+
+
+def _check_embeddings(given: Any, objectives: int) -> None:
+    rows = given if isinstance(given, list) else []
+    sizes = {len(row) for row in rows if isinstance(row, list)}
+    numbers = [x for row in rows if isinstance(row, list) for x in row]
+    whole = len(rows) == objectives and len(sizes) == 1 and sizes != {0} and all(isinstance(r, list) for r in rows)
+    if not whole or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+        raise ValueError(
+            f"`objective_embeddings` must be {objectives} lists of equally many finite numbers, one for each "
+            "objective. Make them with `embed_objectives`."
+        )

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cores: the r×r matrix W(α) between B and A that makes a LoRA preference-conditioned. Mathematics only."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -121,13 +124,17 @@ class MoSLoraCore(Core):
     This is our reading of the paper's description, not checked against its equations. A shared module extracts
     low-rank features, and a modulation conditioned on the *mixed* preference applies an affine map to them.
     `objectives` is k, r must be positive, and `embedding_size` is d; 0 uses the preference itself (o = I, d = k).
+    `frozen` is an o of shape `(k, d)` that is given and does not train, such as embeddings of descriptions; it is part
+    of the configuration and not of the weights, so that the weights' shapes do not depend on k.
 
     Attributes:
         M (`nn.Parameter` of shape `(2r, d)`): The modulation, zero at the start.
-        embeddings (`nn.Parameter` of shape `(k, d)` or `None`): o.
+        embeddings (`nn.Parameter` or `torch.Tensor` of shape `(k, d)`, or `None`): o.
     """
 
-    def __init__(self, objectives: int, r: int, embedding_size: int = 0) -> None:
+    def __init__(
+        self, objectives: int, r: int, embedding_size: int = 0, frozen: Sequence[Sequence[float]] | None = None
+    ) -> None:
         super().__init__()
         if r < 1 or embedding_size < 0:
             raise ValueError(
@@ -135,17 +142,29 @@ class MoSLoraCore(Core):
                 "larger."
             )
         self.rank = r
-        self.embeddings = nn.Parameter(torch.empty(objectives, embedding_size)) if embedding_size else None
+        self.embeddings: torch.Tensor | None = None
+        if frozen is not None:
+            self.embeddings = torch.tensor(frozen, dtype=torch.float32, device="cpu")
+            embedding_size = self.embeddings.shape[1]
+        elif embedding_size:
+            self.embeddings = nn.Parameter(torch.empty(objectives, embedding_size))
         self.M = nn.Parameter(torch.empty(2 * r, embedding_size or objectives))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """M zero, so that W(α) = I and δ(α) = 0; the embeddings from N(0, 1)."""
+        """M zero, so that W(α) = I and δ(α) = 0; learned embeddings from N(0, 1)."""
         nn.init.zeros_(self.M)
-        if self.embeddings is not None:
+        if isinstance(self.embeddings, nn.Parameter):
             nn.init.normal_(self.embeddings)
 
     def forward(self, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mixed = preference if self.embeddings is None else preference @ self.embeddings
+        mixed = preference if self.embeddings is None else preference @ self.embeddings.to(preference)
         gamma, delta = (mixed @ self.M.T).chunk(2, dim=-1)
         return torch.diag_embed(1 + gamma), delta
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> MoSLoraCore:
+        super()._apply(fn, recurse)
+        if self.embeddings is not None and not isinstance(self.embeddings, nn.Parameter) and not self.M.is_meta:
+            # Neither parameter nor buffer: it follows the weights to their device but not to their dtype.
+            self.embeddings = self.embeddings.to(self.M.device)
+        return self

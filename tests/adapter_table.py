@@ -15,6 +15,7 @@ from peft_pblora.condition import Condition
 
 
 OBJECTIVES = ["helpful", "harmless", "humorous"]
+FROZEN = [[0.1, -0.2, 0.3, 0.4, 0.5], [0.9, 0.0, -0.7, 0.2, 0.1], [0.0, 0.5, 0.5, -0.5, 0.3]]
 
 
 def pblora_matrix(core, preference):
@@ -57,6 +58,11 @@ class Row:
     scaling: float
     parameters: callable
 
+    def settings_for(self, count: int) -> dict:
+        """The settings for the first objectives, so many of them."""
+        frozen = self.settings.get("objective_embeddings")
+        return self.settings if frozen is None else {**self.settings, "objective_embeddings": frozen[:count]}
+
 
 TABLE = {
     "pblora": Row(
@@ -78,6 +84,10 @@ TABLE = {
     "moslora, embeddings": Row(
         MoSLoraConfig, {"r": 4, "lora_alpha": 6, "embedding_size": 2}, moslora_matrix, 1.5,
         lambda m, n: 4 * (m + n) + 16 + 6,
+    ),
+    "moslora, frozen embeddings": Row(
+        MoSLoraConfig, {"r": 4, "lora_alpha": 6, "objective_embeddings": FROZEN}, moslora_matrix, 1.5,
+        lambda m, n: 4 * (m + n) + 40,
     ),
 }  # fmt: skip
 every_adapter = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -94,3 +94,15 @@ def response_ids(row: dict) -> list[int]:
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 64 tokens that are characters, so that it reads numbers; `<bos>` is one of them."""
+    characters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,:;-+*/=()[]{}<> \n"]
+    vocabulary = ["<pad>", "<eos>", "<unk>", "<bos>", *characters]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", bos_token="<bos>"
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import transformers
 import yaml
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
@@ -22,8 +23,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
+from peft_pblora import set_preference
 from peft_pblora.output import NOTES
-from trl_parm import PreferenceARMConfig
+from trl_parm import PARM, GenARM, PreferenceARMConfig, PreferenceText
 from trl_parm.arguments import parse
 from trl_parm.cli.common import grid, load_rewards
 from trl_parm.cli.evaluate import EvaluateArguments
@@ -31,6 +33,7 @@ from trl_parm.cli.export import ExportArguments
 from trl_parm.cli.main import VERBS, main
 from trl_parm.cli.plot import PlotArguments
 from trl_parm.cli.relabel import RelabelArguments
+from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.evaluation.evaluate import Entry
 from trl_parm.records import read_rows, write_run
 from trl_parm.training.config import ARMArguments
@@ -152,6 +155,76 @@ def test_generate_prints_or_writes(folder, capsys):
     assert "# Base, -: w3\n" in capsys.readouterr().out
 
 
+def test_weights_beyond_the_simplex(folder, tmp_path, capsys):
+    """As the library decodes them; the table of them has measures, and the adapter is exported there."""
+    methods = [
+        {"method": "parm", "arm": str(folder / "arm")},
+        {"method": "genarm", "arms": {"helpful": str(folder / "arm"), "harmless": str(folder / "base")}},
+    ]
+    preferences = [BEYOND, {"helpful": 0.3, "harmless": 0.7}]
+    changes = {"grid_steps": None, "do_sample": False, "allow_off_simplex": True}
+    config = evaluation(folder, tmp_path / "results", methods=methods, preferences=preferences, **changes)
+    assert run("evaluate", "--config", write(tmp_path / "beyond.yaml", config)) == 0
+    rows = read_rows(tmp_path / "results/results.jsonl")
+    assert {row["label"] for row in rows} == {"helpful=1.5,harmless=-0.5", "helpful=0.3,harmless=0.7"}
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    arm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "arm").eval()
+    arms = {"helpful": arm, "harmless": base}
+    guided = {
+        "PARM": PARM(base, arm, BEYOND, allow_off_simplex=True),
+        "GenARM": GenARM(base, arms, BEYOND, allow_off_simplex=True),
+    }
+    for row in (row for row in rows if row["label"].startswith("helpful=1.5")):
+        inputs = encode_prompts(tiny_tokenizer(), [row["prompt"]])
+        text = guided[row["method"]].generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+        assert tiny_tokenizer().decode(text, skip_special_tokens=True) == row["response"]
+    plot = ("plot", "--results", tmp_path / "results/results.jsonl", "--output_dir", tmp_path / "figures")
+    assert run(*plot, "--resamples", 10, "--references", "[-6, -6]") == 0
+    export = (
+        "export",
+        "--adapter",
+        folder / "arm",
+        "--output_dir",
+        tmp_path / "loras",
+        "--preferences",
+        "[1.5, -0.5]",
+    )
+    assert run(*export, "--allow_off_simplex", "True") == 0
+    (exported,) = (path for path in (tmp_path / "loras").iterdir() if path.is_dir())
+    ids = torch.arange(2, 12)[None]
+    set_preference(arm, BEYOND, allow_off_simplex=True)
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), exported)
+    torch.testing.assert_close(lora(ids).logits, arm(ids).logits, atol=1e-5, rtol=1e-5)
+    capsys.readouterr()
+
+
+def test_train_with_descriptions_and_with_preferences_in_prompts(folder, tmp_path, capsys):
+    data = {"data": str(folder / "pairs.jsonl"), "rewards": REWARDS, "output_dir": str(tmp_path / "labelled")}
+    assert run("relabel", "--config", write(tmp_path / "relabel.yaml", data)) == 0
+    common = {
+        "model_name_or_path": str(folder / "base"), "objectives": list(REWARDS), "max_steps": 2, "use_cpu": True,
+        "train_data": [{"path": str(tmp_path / "labelled/train.jsonl")}], "target_modules": ["q_proj"], "bf16": False,
+        "report_to": "none",
+    }  # fmt: skip
+    descriptions = {"harmless": "w7 w8", "helpful": "w3"}
+    moslora = {"adapter": "moslora", "adapter_kwargs": {"objective_descriptions": descriptions}}
+    lora = {"adapter": "lora", "preference_template": "w9 {preference} "}
+    for name, changes in (("described", moslora), ("prompted", lora)):
+        config = write(tmp_path / f"{name}.yaml", {**common, **changes, "output_dir": str(tmp_path / name)})
+        assert run("train", "--config", config) == 0
+    found = json.loads((tmp_path / "described/adapter_config.json").read_text())
+    assert found["objective_descriptions"] == descriptions
+    assert found["objectives"] == list(REWARDS)
+    assert PreferenceText.load(tmp_path / "prompted") == PreferenceText(list(REWARDS), "w9 {preference} ")
+    methods = [
+        {"method": "uniarm", "arm": str(tmp_path / "described")},
+        {"method": "parm_prompt", "arm": str(tmp_path / "prompted")},
+    ]
+    config = evaluation(folder, tmp_path / "results", methods=methods)
+    assert run("evaluate", "--config", write(tmp_path / "evaluate.yaml", config)) == 0
+    assert "| PARM, α in the prompt | 0.50, 0.50 |" in capsys.readouterr().out
+
+
 def test_an_evaluation_goes_on_and_refuses_another_configuration(folder, capsys):
     config = write(folder / "again.yaml", evaluation(folder, "again"))
     assert run("evaluate", "--config", config) == 0
@@ -201,7 +274,45 @@ def bad(folder, verb, **changes):
     return [verb, "--config", write(folder / "bad.yaml", {**defaults[verb], **changes})]
 
 
+BEYOND = {"helpful": 1.5, "harmless": -0.5}
 BAD = [
+    ("evaluate", {"preferences": [BEYOND]}, "unless `allow_off_simplex=True` is passed, which extrapolates"),
+    (
+        "generate",
+        {"method": {"method": "parm", "arm": "x"}, "preferences": [BEYOND]},
+        "unless `allow_off_simplex=True`",
+    ),
+    ("export", {"preferences": [BEYOND], "grid_steps": None}, "unless `allow_off_simplex=True`"),
+    (
+        "evaluate",
+        {"allow_off_simplex": True, "preferences": [BEYOND], "methods": [{"method": "cage", "arm": "x"}]},
+        "The method 'CAGE' has no meaning at the weights [1.5, -0.5], which are off the simplex",
+    ),
+    (
+        "evaluate",
+        {
+            "allow_off_simplex": True,
+            "preferences": [BEYOND],
+            "methods": [{"method": "mod", "policies": {"helpful": "x"}, "divergence": "alpha"}],
+        },
+        "The method 'MOD' has no meaning at the weights",
+    ),
+    ("evaluate", {"methods": [{"method": "cage"}]}, "`cage` needs either `arm`, a preference-aware one, or `arms`"),
+    (
+        "train",
+        {
+            "objectives": ["a", "b"],
+            "adapter": "moslora",
+            "adapter_kwargs": {"objective_descriptions": {"a": "It is a."}},
+        },
+        "`objective_descriptions` describes ['a'], but the objectives are ['a', 'b']",
+    ),
+    (
+        "train",
+        {"objectives": ["a"], "adapter": "moslora", "adapter_kwargs": {"objective_descriptions": {"a": ""}}},
+        "The description of the objective 'a' is '', but it must be a text",
+    ),
+    ("train", {"adapter": "lora", "preference_template": "x"}, "must be a text with {preference} in it"),
     ("evaluate", {"preferences": [[0.5, 0.6]]}, "the weights must sum to 1"),
     ("evaluate", {"preferences": [{"helpful": 0.5, "funny": 0.5}]}, "`preference` names ['funny']"),
     ("evaluate", {"preferences": "uniform"}, "An entry of `preferences` is 'uniform', but it must be a list or a map"),
@@ -759,7 +870,8 @@ def test_shipped_configurations_are_what_their_verbs_take(path):
     elif verb == "evaluate":
         arguments = parse(verb, EvaluateArguments, words)
         objectives = list(load_rewards(arguments.rewards))
-        assert len(grid(arguments.preferences, arguments.grid_steps, objectives)) in (3, 5, 11, 13)
+        points = grid(arguments.preferences, arguments.grid_steps, objectives, arguments.allow_off_simplex)
+        assert len(points) in (3, 5, 11, 13)
         names = [Entry.of(method).name for method in arguments.methods]
         assert len(set(names)) == len(names)
     elif verb == "plot":
@@ -774,5 +886,6 @@ def test_shipped_configurations_are_what_their_verbs_take(path):
     else:
         arguments, config = parse("train", (ARMArguments, PreferenceARMConfig), [*words, "--use_cpu", "true"])
         adapter = arguments.peft_config(config.label_columns)
-        assert getattr(adapter, "objectives", None) == arguments.objectives
+        conditioned = config.preference_template is None  # by the adapter
+        assert getattr(adapter, "objectives", None) == (arguments.objectives if conditioned else None)
         assert arguments.resume

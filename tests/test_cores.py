@@ -161,7 +161,7 @@ def test_merging_a_shift_into_a_layer_without_bias_warns():
 @every_adapter
 def test_mixed_batch_by_adapter_names(row):
     model, ids = make_model(row), torch.randint(2, 64, (4, 6))
-    model.add_adapter("second", row.config(objectives=["one"], target_modules=["q_proj"], **row.settings))
+    model.add_adapter("second", row.config(objectives=["one"], target_modules=["q_proj"], **row.settings_for(1)))
     for name, parameter in model.named_parameters():
         if ".second.B." in name:
             torch.nn.init.normal_(parameter, std=0.3)

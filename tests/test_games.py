@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Games on tokens, the common agency and the worst case: against SciPy in float64."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from conftest import tiny_arm, tiny_llama
 from scipy.optimize import minimize
 
 from trl_parm import BASE, LM, PARM, Step, cage, genarm, parm
+from trl_parm.decoding import worst_case
 from trl_parm.decoding.games import best_response, common_agency
 from trl_parm.decoding.worst_case import worst_weights
 
@@ -139,7 +142,9 @@ def test_worst_weights_are_those_that_scipy_finds(objectives, scale):
         theirs = minimize(
             gain, start, bounds=[(0, 1)] * objectives, constraints=simplex, tol=1e-12, options={"maxiter": 500}
         )
-        ours = worst_weights(torch.from_numpy(base), torch.from_numpy(values), tolerance=1e-9).numpy()
+        found, gap = worst_weights(torch.from_numpy(base), torch.from_numpy(values), tolerance=1e-9)
+        ours = found.numpy()
+        assert gap < 1e-4
         assert (ours >= 0).all()
         assert ours.sum() == pytest.approx(1)
         assert gain(ours) <= theirs.fun + 1e-7
@@ -152,7 +157,7 @@ def test_a_worst_case_is_the_method_at_the_weights_of_each_token():
     assert set(formula.scorers()) == {BASE, *vertices}
     scores = torch.randn(3, 64)
     answers = {vertex: torch.randn(3, 64).log_softmax(-1) for vertex in vertices}
-    weights = worst_weights(scores.log_softmax(-1), 2 * torch.stack([answers[vertex] for vertex in vertices]))
+    weights, _ = worst_weights(scores.log_softmax(-1), 2 * torch.stack([answers[vertex] for vertex in vertices]))
     fixed = BASE + 2.0 * weights[0] * vertices[0] + 2.0 * weights[1] * vertices[1]
     step = Step(scores, answers)
     torch.testing.assert_close(formula(step), fixed(step), atol=1e-4, rtol=1e-4)
@@ -162,3 +167,29 @@ def test_a_worst_case_is_the_method_at_the_weights_of_each_token():
         genarm({}, "worst_case")
     with pytest.raises(TypeError):
         parm(arm, "worst case")
+
+
+def test_worst_weights_that_are_not_found_say_so(monkeypatch):
+    """Objectives that are far from each other, and a single round, which three objectives can't be settled in."""
+    draw = torch.Generator().manual_seed(0)
+    base, values = torch.randn(4, 12, generator=draw), 10 * torch.randn(3, 4, 12, generator=draw)
+    last, gap = worst_weights(base, values, rounds=1)
+    assert gap > 0.1
+    assert (last >= 0).all()
+    torch.testing.assert_close(last.sum(0), torch.ones(4))
+    more, less = worst_weights(base, values)
+    assert less < gap
+    arm = tiny_arm(objectives=["a", "b", "c"]).eval()
+    formula = parm(arm, "worst_case")
+    terms = [scorer for scorer in formula.scorers() if isinstance(scorer, LM)]
+    step = Step(
+        torch.nn.functional.pad(base, (0, 52), value=-30.0),
+        {
+            term: torch.nn.functional.pad(value, (0, 52), value=-30.0)
+            for term, value in zip(terms, values, strict=True)
+        },
+    )
+    monkeypatch.setattr(worst_case, "worst_weights", functools.partial(worst_weights, rounds=1))
+    with pytest.warns(UserWarning, match="expected values of objectives still differ by up to"):
+        found = formula(step)
+    assert torch.isfinite(found).all()

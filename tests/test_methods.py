@@ -25,6 +25,7 @@ from trl_parm import (
     MODLogitsProcessor,
     MODWeakToStrongLogitsProcessor,
     PARMLogitsProcessor,
+    PreferenceText,
     Prompt,
     TransferQLogitsProcessor,
     Vocabulary,
@@ -77,6 +78,7 @@ def folder(tmp_path_factory):
     for i, name in enumerate(("lora_one", "lora_two")):
         save_lora(folder / "large", folder / name, i)
         save_lora(folder / "small", folder / f"small_{name}", i + 5)
+    PreferenceText(OBJECTIVES, "w9 {preference} w8 ").save(folder / "small_lora_one")
     config = tiny_llama(7).config
     config.num_labels = 2
     torch.manual_seed(7)
@@ -107,6 +109,11 @@ class Twin:
 def text_guide(twin, inputs, α):
     guide = encode_prompts(tiny_tokenizer(), PROMPTS, "w50 {prompt}")
     return PARMLogitsProcessor(twin.adapted("large", "arm"), α, 2.0, prompt=Prompt(inputs, guide=guide))
+
+
+def preference_guide(twin, inputs, α):
+    text, arm = PreferenceText(OBJECTIVES, "w9 {preference} w8 "), twin.adapted("small", "small_lora_one")
+    return PARMLogitsProcessor(arm, beta=0.5, prompt=Prompt.with_preference(inputs, α, text, tiny_tokenizer()))
 
 
 def soup_of_loras(twin, α):
@@ -141,6 +148,7 @@ TWINS = {
         ),
     ),
     "parm, another template": ({"arm": "arm", "beta": 2.0, "template": "w50 {prompt}"}, text_guide),
+    "parm_prompt": ({"arm": "small_lora_one", "beta": 0.5}, preference_guide),
     "parm_shuffled": (
         {"arm": "arm", "beta": 0.5},
         lambda t, inputs, α: PARMLogitsProcessor(t.adapted("large", "arm"), list(α)[::-1], 0.5),

@@ -243,3 +243,16 @@ def test_damage_far_into_a_stream_is_told_by_its_line(tmp_path, monkeypatch, key
     words = [w for k, v in {**data, "label_columns": labels}.items() for w in (f"--{k}", json.dumps(v))]
     with pytest.raises(ValueError, match="^Line 115 of 'far.jsonl' is no JSON object"):
         train.main(["--config", "config.yaml", *words, "--max_steps", "40"])
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_vertex_correlation", "eval_helpful_gain"])
+def test_metric_for_the_best_model(tmp_path, tokenizer, name):
+    trainer(tmp_path, tokenizer, metric_for_best_model=name)
+
+
+def test_metric_that_no_evaluation_reports(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="'eval_losss', but no evaluation reports that. Take such as loss"):
+        trainer(tmp_path, tokenizer, metric_for_best_model="eval_losss")
+    args = config(tmp_path, metric_for_best_model="mine")
+    settings = {"processing_class": tokenizer, "peft_config": copy.deepcopy(PBLORA)}
+    PreferenceARMTrainer(tiny_llama(), args, None, two_sets(), compute_metrics=lambda found: {"mine": 1.0}, **settings)

@@ -79,7 +79,8 @@ def test_add_disable_delete_and_save(row, base, tmp_path):
 
 @every_adapter
 def test_injection_without_a_peft_model(row):
-    config = row.config(objectives=OBJECTIVES, target_modules=["q_proj"], init_weights=False, **row.settings)
+    settings = row.settings_for(len(OBJECTIVES))
+    config = row.config(objectives=OBJECTIVES, target_modules=["q_proj"], init_weights=False, **settings)
     model = inject_adapter_in_model(config, tiny_llama()).eval()
     other = inject_adapter_in_model(config, tiny_llama()).eval()
     result = set_peft_model_state_dict(other, get_peft_model_state_dict(model))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cpu import optimize_for_cpu, undo_optimize_for_cpu
     from .decoding import *
     from .evaluation import hypervolume, mean_inner_product, pareto_front
+    from .preference_text import PreferenceText
     from .training import PreferenceARMConfig, PreferenceARMTrainer
 
 _DECODING = (
@@ -28,6 +29,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "cpu": ("optimize_for_cpu", "undo_optimize_for_cpu"),
         "decoding": _DECODING,
         "evaluation": ("hypervolume", "mean_inner_product", "pareto_front"),
+        "preference_text": ("PreferenceText",),
         "training": ("PreferenceARMConfig", "PreferenceARMTrainer"),
         "version": ("__version__",),
     },

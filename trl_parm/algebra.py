@@ -158,7 +158,10 @@ class Combination(Scorer):
 
 
 class LinearCombination(Combination):
-    """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone."""
+    """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone.
+
+    A token that a scorer excludes (−inf), as one that a guide does not know, is excluded at a negative weight too.
+    """
 
     def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
         merged: dict[Scorer, Weight] = {}
@@ -175,8 +178,11 @@ class LinearCombination(Combination):
             values = scorer(step)
             if isinstance(weight, torch.Tensor):
                 column = of_rows(weight, values)
+                values = torch.where((column < 0) & (values == -torch.inf), torch.inf, values)
                 values = torch.where(column == 0, torch.zeros_like(values), column * values)  # 0 · −inf is 0
                 weight = 1.0
+            elif weight < 0:
+                values = values.masked_fill(values == -torch.inf, torch.inf)
             total = weight * values if total is None else total.add_(values, alpha=weight)
         return torch.zeros_like(step.scores, dtype=torch.float32) if total is None else total
 

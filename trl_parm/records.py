@@ -20,6 +20,8 @@ import yaml
 
 from peft_pblora.output import check_output, output_file
 
+from .preference_text import FILE as PREFERENCE_TEXT
+
 
 PACKAGES = (
     "trl-parm", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "moocore",
@@ -27,6 +29,7 @@ PACKAGES = (
 HASHED = (
     "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json",
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.gguf", "*.py",
+    PREFERENCE_TEXT,
 )  # fmt: skip
 """What a model's answers depend on; not what a trainer writes about itself."""
 VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json")

@@ -34,6 +34,14 @@ CITATIONS = {
   archivePrefix = {arXiv},
   year          = {2026},
 }""",
+    "mo_odpo": """\
+@misc{gupta2025moodpo,
+  title         = {Robust Multi-Objective Preference Alignment with Online {DPO}},
+  author        = {Gupta, Raghav and Sullivan, Ryan and Li, Yunxuan and Phatale, Samrat and Rastogi, Abhinav},
+  eprint        = {2503.00295},
+  archivePrefix = {arXiv},
+  year          = {2025},
+}""",
 }
 """Name of a paper, as a card's facts hold it → its BibTeX."""
 ADAPTER_PAPERS = {"PBLORA": "parm", "SVDLORA": "panacea", "MOSLORA": "uniarm"}

@@ -25,6 +25,8 @@ class CardFacts(TypedDict, total=False):
     - `citations`: keys of [`CITATIONS`]; the adapter's own paper if not given.
     - `sample`: `prompt`, `beta`, `chat` (whether a chat template was used), and `answers`, pairs of a preference's
       name and an answer, or `missing`, the reason for which there are none.
+    - `preference_text`: of a model that reads its preference in the prompt, `objectives` and `template`, as in
+      `preference_text.json` beside it.
     - `base_model`: the base model's id on the Hub; written with the card, as `base_license` where it is known here.
     """
 
@@ -45,6 +47,7 @@ class CardFacts(TypedDict, total=False):
     versions: Table
     citations: list[str]
     sample: dict[str, Any]
+    preference_text: dict[str, Any]
 
 
 FOLDER = "path/to/this/folder"
@@ -89,7 +92,7 @@ def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: s
     figure = facts.get("figure")
     sections = [
         f"# {facts.get('title') or 'An autoregressive reward model'}\n\n{MARK}",
-        _introduction(config),
+        _introduction(config, facts),
         usage(config, facts, subfolder) if config is not None else "",
         _sample(facts),
         _section(
@@ -120,7 +123,7 @@ def render(config: Any, facts: CardFacts, tags: Iterable[str] = (), subfolder: s
 def usage(config: Any, facts: CardFacts, subfolder: str = "") -> str:
     """How to load an adapter and guide its base model with it, as code that runs."""
     place = json.dumps(FOLDER) + (f", subfolder={json.dumps(subfolder)}" if subfolder else "")
-    weights, note = "", "`pip install trl-parm` brings the guidance."
+    weights, note, text = "", "`pip install trl-parm` brings the guidance.", facts.get("preference_text")
     if hasattr(config, "objectives"):
         pairs = zip(config.objectives, config.initial_preference, strict=True)
         weights = "{" + ", ".join(f"{json.dumps(name)}: {weight!r}" for name, weight in pairs) + "}"
@@ -140,6 +143,14 @@ peft_pblora.set_preference(model, {weights}, normalize=True)
 ```
 
 {note}"""
+    arguments, names, read = (f", {weights}" if weights else ""), "PARMLogitsProcessor", ""
+    if text:
+        even = dict.fromkeys(text["objectives"], 1 / len(text["objectives"]))
+        arguments, names = ", prompt=prompt", "PARMLogitsProcessor, PreferenceText, Prompt"
+        read = (
+            f"text = PreferenceText.load({json.dumps(FOLDER)})\nprompt = Prompt.with_preference(inputs, "
+            f"{json.dumps(even, ensure_ascii=False)}, text, tokenizer)\n"
+        )
     base = json.dumps(config.base_model_name_or_path or "name/of-the-base-model")
     sample = facts.get("sample", {})
     prompt = json.dumps(sample.get("prompt", PROMPT), ensure_ascii=False)
@@ -157,14 +168,14 @@ import peft_pblora
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_parm import PARMLogitsProcessor
+from trl_parm import {names}
 
 base = AutoModelForCausalLM.from_pretrained({base})
 tokenizer = AutoTokenizer.from_pretrained({base})
 arm = PeftModel.from_pretrained(base, {place})
 
 {inputs}
-guide = PARMLogitsProcessor(arm{f", {weights}" if weights else ""}, beta=1.0)
+{read}guide = PARMLogitsProcessor(arm{arguments}, beta=1.0)
 output = base.generate(**inputs, logits_processor=[guide], max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
@@ -172,15 +183,23 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 {note} A larger model with the same tokenizer can be guided too: call its `generate` with the same `guide`."""
 
 
-def _introduction(config: Any) -> str:
+def _introduction(config: Any, facts: CardFacts) -> str:
     if not hasattr(config, "objectives"):
-        return (
+        said = (
             f"An autoregressive reward model (ARM) on {_base(config)}. Its log-probabilities are rewards for each "
             "token; they guide a frozen language model while it decodes:\n\n"
             "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t) − log Z"
         )
-    pairs = zip(config.objectives, config.initial_preference, strict=True)
-    listed = _items([[f"**{name}**", f"weight {weight:.3g} unless set"] for name, weight in pairs], ", ")
+        text = facts.get("preference_text")
+        if text is None:
+            return said
+        names = ", ".join(f"**{_cell(name)}**" for name in text["objectives"])
+        return (
+            f"{said}\n\nIt reads the preference α over its objectives, {names}, at the start of the prompt, as in "
+            f"`{_cell(text['template'])}`, with weights rounded to two decimals; `preference_text.json` says how."
+        )
+    pairs, texts = zip(config.objectives, config.initial_preference, strict=True), _descriptions(config)
+    listed = _items([[f"**{name}**", f"weight {weight:.3g} unless set{texts[name]}"] for name, weight in pairs], ", ")
     return (
         f"A {_method(config)} adapter on {_base(config)}: one small autoregressive reward model (ARM) for all "
         "preferences α over its objectives. Its log-probabilities are rewards for each token; they guide a frozen "
@@ -188,6 +207,12 @@ def _introduction(config: Any) -> str:
         "    log π(y_t) = log π_base(y_t) + 1/β · log π_ARM(y_t; α) − log Z\n\n"
         f"## Objectives\n\n{listed}\n\nWeights are not negative and sum to 1."
     )
+
+
+def _descriptions(config: Any) -> dict[str, str]:
+    """What stands behind each objective in a list: its description, if it has one."""
+    given = getattr(config, "objective_descriptions", None) or {}
+    return {name: f": {_cell(given[name])}" if name in given else "" for name in config.objectives}
 
 
 def _sample(facts: CardFacts) -> str:

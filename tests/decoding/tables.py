@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from conftest import tiny_arm, tiny_llama
+from conftest import OBJECTIVES, character_tokenizer, tiny_arm, tiny_llama
 from peft import LoraConfig, get_peft_model
 from scipy.optimize import brentq, minimize_scalar
 from transformers import (
@@ -24,7 +24,18 @@ from transformers import (
 
 from peft_pblora import set_preference
 from peft_pblora.switch import backbone_of
-from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Intersection, Scorer, Union
+from trl_parm import (
+    BASE,
+    LM,
+    ClassifierReward,
+    Guided,
+    GuidedLogitsProcessor,
+    Intersection,
+    PreferenceText,
+    Prompt,
+    Scorer,
+    Union,
+)
 from trl_parm.decoding import args, cage, genarm, mod, mod_w2s, parm, transfer_q
 
 
@@ -32,6 +43,7 @@ PROMPTS = torch.tensor([[0, 0, 5, 9, 33], [7, 8, 20, 41, 2], [0, 6, 6, 50, 11]])
 MASK = (PROMPTS != 0).long()
 ROWS = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.0, 1.0]])
 BETAS = torch.tensor([0.5, 1.0, 2.0])
+CHARACTERS, TEXT = character_tokenizer(), PreferenceText(OBJECTIVES)
 
 
 def tiny_judge(**changes):
@@ -124,6 +136,8 @@ class Decoder:
     naive: Callable[[Models, torch.Tensor, Callable], torch.Tensor]
     rows: int | None = None
     has_arm: bool = False
+    prompt: Callable[[dict[str, torch.Tensor]], Prompt] | None = None
+    """What guides read in the place of the base model's prompts."""
 
 
 def parm_of_rows(models, base, log_pi):
@@ -225,6 +239,37 @@ def game(preference, tau, k, rounds):
     return formula
 
 
+def reading(write):
+    """log π of a model row by row, without padding, of prompts that are written anew: of their tokens and number."""
+
+    def log_prob(model, log_pi):
+        rows, repeats = [], len(log_pi.tokens) // log_pi.prompts
+        for row, (tokens, mask) in enumerate(zip(log_pi.tokens, log_pi.mask, strict=True)):
+            prompt = tokens[: log_pi.columns][mask[: log_pi.columns].bool()].tolist()
+            text = [*write(prompt, row // repeats), *tokens[log_pi.columns :].tolist()]
+            rows.append(_alone(model, False, input_ids=torch.tensor([text]))[0])
+        return torch.stack(rows)
+
+    return log_prob
+
+
+def weights_before(α):
+    """Writes the preference of a row before its prompt, character by character."""
+
+    def write(prompt, number):
+        helpful, harmless = α if isinstance(α, list) else α[number].tolist()
+        text = f"helpful: {helpful:.2f}, harmless: {harmless:.2f}\n"
+        return [*CHARACTERS.convert_tokens_to_ids([*text]), *prompt]
+
+    return write
+
+
+def with_start(inputs, start):
+    """Prompts with tokens before them, padded on the left."""
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    return CHARACTERS.pad({"input_ids": [[*start, *row] for row in rows]}, padding_side="left", return_tensors="pt")
+
+
 DECODERS = {
     "PARM": Decoder(
         lambda m: parm(m.arm, [0.3, 0.7], beta=0.8),
@@ -305,6 +350,22 @@ DECODERS = {
             - 0.3 * torch.minimum(base, log_pi(m.second))
         ),
     ),
+    "PARM, α in the prompt": Decoder(
+        lambda m: parm(m.first, beta=0.8),
+        lambda m, base, log_pi: base + reading(weights_before([0.3, 0.7]))(m.first, log_pi) / 0.8,
+        prompt=lambda inputs: Prompt.with_preference(inputs, [0.3, 0.7], TEXT, CHARACTERS),
+    ),
+    "PARM, α in the prompt, one a row": Decoder(
+        lambda m: parm(m.first, beta=0.8),
+        lambda m, base, log_pi: base + reading(weights_before(ROWS))(m.first, log_pi) / 0.8,
+        rows=3,
+        prompt=lambda inputs: Prompt.with_preference(inputs, ROWS, TEXT, CHARACTERS),
+    ),
+    "a contrast of two prompts of one model": Decoder(
+        lambda m: 1.5 * LM(m.base) - 0.5 * BASE,
+        lambda m, base, log_pi: 1.5 * reading(lambda prompt, number: [20, 21, *prompt])(m.base, log_pi) - 0.5 * base,
+        prompt=lambda inputs: Prompt(inputs, guide=with_start(inputs, [20, 21])),
+    ),
     "two preferences of one ARM and the untrained one": Decoder(
         lambda m: BASE + LM(m.arm, [1.0, 0.0]) + 0.5 * LM(m.arm, [0.2, 0.8]) - 0.7 * LM(m.arm, disable_adapter=True),
         lambda m, base, log_pi: (
@@ -357,6 +418,7 @@ class NaiveProcessor(LogitsProcessor):
 
         # In float32 at the end, since a draw from a float64 tensor consumes other random numbers.
         log_pi.tokens, log_pi.mask = input_ids, mask
+        log_pi.prompts, log_pi.columns = self.mask.shape
         with torch.no_grad():
             base = torch.log_softmax(scores.double(), -1)
             guided = self.decoder.naive(self.models, base, log_pi)
@@ -382,11 +444,13 @@ def generate(models: Models, decoder: Decoder, door: str, prompts=3, assistant=N
             found[assistant] if assistant in found else Guided(models.reference, decoder.formula(models))
         )
     inputs = {"input_ids": ids, "attention_mask": mask}
+    own = None if decoder.prompt is None else decoder.prompt(inputs)
     processors: list[Any] = []
     if door == "model":
         model = Guided(models.base, decoder.formula(models))
+        inputs |= {} if own is None else own.arguments
     elif door == "processor":
-        model, processors = models.base, [GuidedLogitsProcessor(decoder.formula(models))]
+        model, processors = models.base, [GuidedLogitsProcessor(decoder.formula(models), prompt=own)]
     else:
         processors = [NaiveProcessor(decoder, models, mask)]
         model = Models.make().base  # without the ARM, which may lie on the other one

@@ -124,7 +124,7 @@ def test_a_classifier_whose_branches_would_be_wrong_reads_texts():
 def test_rollouts_are_those_of_each_text_alone(name):
     """At one step after the other and back, with padding, and texts that end at different tokens."""
     policy, ends, generator = tiny(name), list(range(34, 64)), torch.Generator().manual_seed(1)
-    reader = Continuations(policy, 5, ends, 0)
+    reader = Continuations(policy, 5, 0)
     policy.generation_config.eos_token_id = ends
     ids = torch.randint(2, 64, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
@@ -145,11 +145,19 @@ def test_rollouts_are_those_of_each_text_alone(name):
                 assert found[row, i, : len(output)].tolist() == output.tolist()
                 assert not found[row, i, len(output) :].any()
     assert len(lengths) > 1
-    assert bool(reader.branches) == BRANCH[name]
 
 
-@pytest.mark.parametrize("setting", ["repetition_penalty", "no_repeat_ngram_size"])
-def test_a_policy_with_settings_of_its_own_decodes_by_generate(setting):
+@pytest.mark.parametrize("setting", [{"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}])
+def test_a_policy_goes_on_by_its_own_settings(setting):
     policy = tiny_llama(2)
-    setattr(policy.generation_config, setting, 2)
-    assert Continuations(policy, 3, [1], 0).branches is False
+    text = torch.randint(2, 64, (1, 6), generator=torch.Generator().manual_seed(1))
+    step = Step(torch.zeros(1, 64), tokens=text, mask=torch.ones_like(text), prompt_length=6)
+    candidates = torch.tensor([[9, 11]])
+    plain = Continuations(policy, 8, 0).decode(step, candidates)
+    policy.generation_config.update(**setting)
+    found = Continuations(policy, 8, 0).decode(step, candidates)
+    for i, token in enumerate(candidates[0]):
+        ids = torch.cat([text[0], token[None]])[None]
+        output = policy.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert found[0, i, : output.shape[1] - 6].tolist() == output[0, 6:].tolist()
+    assert not torch.equal(found, plain)

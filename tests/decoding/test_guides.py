@@ -23,7 +23,7 @@ from transformers import (
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, Prompt, Vocabulary
-from trl_parm.decoding import mod_w2s, parm
+from trl_parm.decoding import genarm, mod_w2s, parm
 
 
 every_door = pytest.mark.parametrize("door", DOORS)
@@ -150,6 +150,34 @@ def test_vocabularies_of_other_sizes(base_size, guide_size, mode, door):
     formula = parm(arm, [0.3, 0.7], vocabulary=Vocabulary(base_tokenizer, guide_tokenizer))
     text = decode(door, base, formula, INPUTS, **mode)
     assert torch.equal(text, decode("naive", base, naive, INPUTS, **mode))
+    assert (text < 64).all()
+
+
+@every_door
+@pytest.mark.parametrize("method", ["MOD-w2s", "GenARM, off the simplex", "GenARM, off the simplex, a row"])
+def test_unknown_tokens_are_excluded_at_negative_weights_too(method, door):
+    base, models = tiny_llama(0, vocab_size=66), [tiny_llama(seed) for seed in (1, 2, 3)]
+    vocabulary = Vocabulary(extended_tokenizer("<image>"), tiny_tokenizer())
+    policies = dict(zip("ab", models))
+    weights = [[1.4, -0.4], [-0.2, 1.2], [0.5, 0.5]]
+    if method == "MOD-w2s":
+        formula = mod_w2s(policies, models[2], [0.3, 0.7], vocabulary=vocabulary)
+        weights = [[0.3, 0.7, -1.0]] * 3
+    else:
+        given = weights if method.endswith("a row") else weights[0]
+        weights = weights if method.endswith("a row") else [weights[0]] * 3
+        formula = genarm(policies, given, vocabulary=vocabulary, allow_off_simplex=True)
+
+    def naive(ids, scores):
+        mask = torch.ones_like(ids)
+        mask[:, :5] = MASK.repeat_interleave(len(ids) // 3, 0)
+        known = torch.full((len(ids), 66), -torch.inf, dtype=torch.float64)
+        own = torch.tensor(weights).double().repeat_interleave(len(ids) // 3, 0)
+        known[:, :64] = sum(w[:, None] * log_probs(m, ids, mask=mask) for w, m in zip(own.T, models))
+        return torch.log_softmax(torch.log_softmax(scores.double(), -1) + known, -1).float()
+
+    text = decode(door, base, formula, INPUTS)
+    assert torch.equal(text, decode("naive", base, naive, INPUTS))
     assert (text < 64).all()
 
 

@@ -92,7 +92,7 @@ def test_objectives_share_their_rollouts(door):
     rewards = {"one": ClassifierReward(models.judge), "two": ClassifierReward(models.judge, label=1)}
     formula = transfer_q(rewards, models.first, [0.5, 0.5], k=3, rollout_tokens=4)
     decode(door, models.base, formula, max_new_tokens=2)
-    assert fed == [5, 1, 1, 1, 1, 1 + 3, 3] + [1 + 3, 3, 3, 3]
+    assert fed == [5] + [1] * 4 + [1] + [1] * 4  # each step: what is new of the text, and four tokens of rollouts
     assert repr(formula).count("RolloutReward(ClassifierReward, k=3)") == 2
 
 

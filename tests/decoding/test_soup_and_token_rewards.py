@@ -20,17 +20,19 @@ from trl_parm import rewarded_soup, token_rewards
 IDS = torch.tensor([[7, 8, 20, 41, 2], [3, 6, 6, 50, 11]])
 
 
-def test_a_soup_of_loras_is_the_exact_average_of_their_products():
+@pytest.mark.parametrize("weights", [(0.3, 0.7), (1.5, -0.5)])
+def test_a_soup_of_loras_is_the_exact_average_of_their_products(weights):
     model = lora_model("helpful", "harmless")
     base = copy.deepcopy(model).unload().double()
     expected = copy.deepcopy(base)
-    for name, weight in (("helpful", 0.3), ("harmless", 0.7)):
+    for name, weight in zip(("helpful", "harmless"), weights, strict=True):
         merged = copy.deepcopy(model).double()
         merged.set_adapter(name)
         merged = merged.merge_and_unload()
         for target, own, other in zip(expected.parameters(), base.parameters(), merged.parameters()):
             target.data += weight * (other.data - own.data)
-    soup = rewarded_soup({"a": "helpful", "b": "harmless"}, {"a": 0.3, "b": 0.7}, adapters_of=model)
+    beyond = {"allow_off_simplex": True} if min(weights) < 0 else {}
+    soup = rewarded_soup({"a": "helpful", "b": "harmless"}, dict(zip("ab", weights)), adapters_of=model, **beyond)
     torch.testing.assert_close(soup(IDS).logits.double(), expected(IDS).logits, atol=1e-5, rtol=1e-5)
     assert soup.active_adapter == "soup"
     assert soup.peft_config["soup"].r == 4

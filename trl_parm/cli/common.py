@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+OFF_SIMPLEX = "Take preferences with negative weights, or that do not sum to 1, which extrapolate."
+"""The help of an argument."""
 EVERY = 30.0
 """Seconds between two lines about long work where standard error is no terminal."""
 
@@ -102,12 +104,16 @@ def load_rewards(given: Any) -> dict[str, Any]:
     return sources
 
 
-def grid(preferences: Any, steps: int | None, objectives: list[str]) -> list[list[float]]:
-    """The preferences that are given, points of the simplex, or the regular grid of so many steps."""
+def grid(
+    preferences: Any, steps: int | None, objectives: list[str], allow_off_simplex: bool = False
+) -> list[list[float]]:
+    """The preferences that are given, points of the simplex unless others are allowed, or the regular grid of so many
+    steps."""
     from peft_pblora import as_preference, preference_grid
 
     if preferences:
-        return [as_preference(preference, objectives).tolist() for preference in preferences]
+        allow = allow_off_simplex
+        return [as_preference(one, objectives, allow_off_simplex=allow).tolist() for one in preferences]
     if steps is None:
         raise ValueError("Give `preferences`, points of the simplex, or `grid_steps`, for a regular grid.")
     return preference_grid(objectives, steps).tolist()

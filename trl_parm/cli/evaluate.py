@@ -10,7 +10,7 @@ from typing import Any
 
 from trl_parm.arguments import option, parse, required
 
-from .common import grid, load_rewards, say, write_run
+from .common import OFF_SIMPLEX, grid, load_rewards, say, write_run
 from .generate import DecodingArguments
 
 
@@ -27,6 +27,7 @@ class EvaluateArguments(DecodingArguments):
     rewards: dict | None = option(None, "Objective to module:function, a model, or {source: , template: , ...}.")
     preferences: list[list | dict] | None = option(None, "The grid: vectors or mappings by objective, JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
+    allow_off_simplex: bool = option(False, OFF_SIMPLEX)
     output_dir: str = option("", f"Where {RESULTS} goes.")
     restart: bool = option(False, "Remove rows of another configuration, instead of refusing to go on.")
 
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
 
     sources = load_rewards(arguments.rewards)
     objectives, folder = list(sources), Path(arguments.output_dir)
-    preferences = grid(arguments.preferences, arguments.grid_steps, objectives)
+    preferences = grid(arguments.preferences, arguments.grid_steps, objectives, arguments.allow_off_simplex)
     methods: list[Any] = arguments.methods or []
     prompts = arguments.read_prompts()
     runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
         path=folder / RESULTS,
         restart=arguments.restart,
         on_start=start,
+        allow_off_simplex=arguments.allow_off_simplex,
     )
     say(_means(summarize(table, objectives), objectives))
     plot = ["trl-parm", "plot", "--results", str(folder / RESULTS), "--output_dir", str(folder)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_parm.arguments import option, parse, required
 
-from .common import grid, say, write_run
+from .common import OFF_SIMPLEX, grid, say, write_run
 
 
 @dataclass
@@ -21,6 +21,7 @@ class ExportArguments:
     preferences: list[list | dict] | None = option(None, "Vectors or mappings by objective, as JSON in a flag.")
     grid_steps: int | None = option(None, "A regular grid of so many steps instead.")
     vertices: bool = option(False, "One LoRA for each objective instead; weighted by α they are the adapter at α.")
+    allow_off_simplex: bool = option(False, OFF_SIMPLEX)
     rank: int | None = option(None, "Pad to this rank, for engines that know certain ranks.")
     dtype: str = option("auto", "Of the backbone while it is loaded.")
 
@@ -42,8 +43,9 @@ def main(argv: list[str]) -> None:
     model: Any = load_adapter(None, arguments.adapter, dtype=arguments.dtype)
     objectives = get_objectives(model)
     chosen = torch.eye(len(objectives)).tolist() if arguments.vertices else arguments.preferences
-    preferences = grid(chosen, arguments.grid_steps, objectives)
-    folders = save_as_lora(model, arguments.output_dir, torch.tensor(preferences), rank=arguments.rank)
+    allow = arguments.allow_off_simplex
+    preferences = torch.tensor(grid(chosen, arguments.grid_steps, objectives, allow))
+    folders = save_as_lora(model, arguments.output_dir, preferences, rank=arguments.rank, allow_off_simplex=allow)
     write_run(Path(arguments.output_dir), "export", arguments)
     for folder in folders:
         say(str(folder))

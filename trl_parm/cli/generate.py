@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trl_parm.arguments import option, parse, required
 from trl_parm.shapes import read_text
 
-from .common import Progress, load_data, say
+from .common import OFF_SIMPLEX, Progress, load_data, say
 
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class GenerateArguments(DecodingArguments):
     preferences: list[list | dict] | None = option(
         None, "Each a mapping by objective, such as {helpful: 0.7, harmless: 0.3}."
     )
+    allow_off_simplex: bool = option(False, OFF_SIMPLEX)
     output: str | None = option(None, "A JSONL file for the responses; else they are printed.")
     restart: bool = option(False, "Remove responses of another configuration, instead of refusing to go on.")
 
@@ -171,6 +172,7 @@ def main(argv: list[str]) -> None:
     output = Path(arguments.output) if arguments.output else None
     before = len(read_rows(output)) if output and output.is_file() and output.stat().st_size else 0
     options = {"rewards": unscored, "path": arguments.output, "restart": arguments.restart}
+    options["allow_off_simplex"] = arguments.allow_off_simplex
     table = arguments.evaluate([method], preferences, prompts, **options)
     if arguments.output:
         write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))

@@ -66,6 +66,8 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
         if unnamed and not config.label_columns and arguments.adapter != "lora":
             raise ValueError(f"The data {unnamed[0]!r} name no `objective`, which chosen and rejected are for.")
+    if config.preference_template and arguments.objectives and not config.label_columns:
+        config.label_columns = {objective: objective for objective in arguments.objectives}
     adapter = arguments.peft_config(cast(dict, config.label_columns))
     if not is_readable(arguments.model_name_or_path):
         raise ValueError(

@@ -27,12 +27,6 @@ from .terms import check_evaluates
 
 WINDOWS = ("sliding_window", "window_size", "attention_window", "attention_chunk_size", "local_attention")
 """Names in a configuration of attention that does not see the whole text, which is told by columns."""
-WITHOUT_EFFECT = {
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "temperature", "top_k",
-    "top_p", "min_p", "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
-    "num_beams",
-}  # fmt: skip
-"""What a generation config may say that does nothing to greedy decoding of so many tokens."""
 TOLERANCE = 0.03
 """How far branches may be from texts of their own, at most, relative to them; less where a dtype is exact."""
 
@@ -152,104 +146,35 @@ class Classifier:
 
 
 class Continuations:
-    """How a policy goes on after candidates, greedily, for one call of `generate`: in branches where it can.
+    """How a policy goes on after candidates, greedily, for one call of `generate`: from what it has read of the text.
+
+    As branches of one text they would be decoded within a tenth as fast, so that each is a text of its own.
 
     Args:
         policy (`PreTrainedModel`): The policy.
         tokens (`int`): How many tokens after each candidate, at most.
-        ends (`list[int]`): After which of them a text ends.
         pad_token_id (`int`): What stands after an end.
     """
 
-    def __init__(self, policy: PreTrainedModel, tokens: int, ends: list[int], pad_token_id: int) -> None:
-        self.policy, self.tokens, self.ends, self.pad_token_id = policy, tokens, ends, pad_token_id
+    def __init__(self, policy: PreTrainedModel, tokens: int, pad_token_id: int) -> None:
+        self.policy, self.tokens, self.pad_token_id = policy, tokens, pad_token_id
         self.prefix = Prefix(policy)
-        settings = cast(Any, policy.generation_config).to_diff_dict()
-        acting = {name for name, value in settings.items() if value not in (None, False)} - WITHOUT_EFFECT
-        self.branches: bool | None = None if not acting and may_branch(policy) else False
 
     def decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
         """Candidates `(rows, k)` with what follows them, `(rows, k, 1 + tokens)`."""
         check_evaluates(self.policy)
+        rows, k = candidates.shape
         text, seen = (x.to(self.policy.device) for x in step.text)
-        one = candidates[..., None].to(text)
         kept = self.prefix.align(text, seen)
-        if self.branches:
-            return self._in_branches(self.prefix.cache, text[:, kept:], seen, one, self.tokens)[0].to(
-                candidates.device
-            )
         read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
-        found, logits = self._apart(text, seen, one)
-        if self.branches is None and candidates.shape[1] > 1:
-            self.branches = self._can_branch(text, seen, one, found, logits)
-        return found.to(candidates.device)
-
-    def _apart(
-        self, text: torch.Tensor, seen: torch.Tensor, one: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """By the policy's own `generate`, on a copy of what it has read for each candidate; and logits of each token,
-        `(rows, k, vocab)`."""
-        rows, k, _ = one.shape
-        ids = torch.cat([text.repeat_interleave(k, 0), one.flatten(0, 1)], 1)
+        ids = torch.cat([text.repeat_interleave(k, 0), candidates.flatten()[:, None].to(text)], 1)
         mask = torch.cat([seen.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
-        output = cast(Any, self.policy).generate(
+        texts = cast(Any, self.policy).generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
-            pad_token_id=self.pad_token_id, return_dict_in_generate=True, output_logits=self.branches is None,
-            **cache_argument(self.policy, self.prefix.repeated(rows, k)),
-        )  # fmt: skip
-        logits = [x.view(rows, k, -1) for x in output.logits or ()]
-        return self._whole(output.sequences[:, text.shape[1] :].view(rows, k, -1)), logits
-
-    @torch.no_grad()
-    def _in_branches(
-        self, cache: Cache, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, tokens: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """As `_apart`, of so many tokens. The text is read with the candidates, and the cache holds it afterwards."""
-        rows, k, _ = new.shape
-        found, logits = new, []
-        ended = torch.zeros(rows, k, dtype=torch.bool, device=new.device)
-        own = torch.eye(k, dtype=torch.bool, device=new.device)
-        output = read_branches(self.policy, cache, text, seen, new, torch.ones_like(new), logits_to_keep=k)
-        place = seen.sum(1, keepdim=True)
-        while True:
-            logits.append(output.logits[:, -k:])
-            token = logits[-1].float().argmax(-1).masked_fill(ended, self.pad_token_id)
-            found = torch.cat([found, token[..., None]], 2)
-            ended |= torch.isin(token, token.new_tensor(self.ends))
-            count = found.shape[2]
-            if count > tokens or bool(ended.all()):
-                break
-            allowed = torch.cat(
-                [seen.bool()[:, None].expand(-1, k, -1), own.repeat(1, count)[None].expand(rows, -1, -1)], 2
-            )
-            output = self.policy(
-                input_ids=token, attention_mask=additive(allowed, self.policy.dtype),
-                position_ids=(place + count - 1).expand(-1, k), use_cache=True, logits_to_keep=k,
-                **cache_argument(self.policy, cache),
-            )  # fmt: skip
-        cache.crop(-k * (found.shape[2] - 1))
-        return self._whole(found), logits
-
-    def _can_branch(
-        self,
-        text: torch.Tensor,
-        seen: torch.Tensor,
-        one: torch.Tensor,
-        found: torch.Tensor,
-        logits: list[torch.Tensor],
-    ) -> bool:
-        """Whether the same two tokens follow in branches, from the same logits."""
-        cache = copy.deepcopy(self.prefix.cache)
-        cache.crop(-1)
-        try:
-            same, others = self._in_branches(cache, text[:, -1:], seen, one, min(2, self.tokens))
-        except Exception:  # whatever a model says to such a mask
-            return False
-        count = len(others)
-        return torch.equal(same[..., : 1 + count], found[..., : 1 + count]) and is_close(others[-1], logits[count - 1])
-
-    def _whole(self, texts: torch.Tensor) -> torch.Tensor:
-        return nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[-1]), value=self.pad_token_id)
+            pad_token_id=self.pad_token_id, **cache_argument(self.policy, self.prefix.repeated(rows, k)),
+        )[:, text.shape[1] :]  # fmt: skip
+        whole = nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[1]), value=self.pad_token_id)
+        return whole.view(rows, k, -1).to(candidates.device)
 
 
 def may_branch(model: PreTrainedModel) -> bool:

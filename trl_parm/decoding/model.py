@@ -18,9 +18,10 @@ from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import resting
 from .cache import GuidedCache
+from .incoming import New
 from .prefix import check_reorders
 from .prompt import own_prompt
-from .reading import New, holds_tensors, parts_of
+from .reading import holds_tensors, parts_of
 from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
 
 

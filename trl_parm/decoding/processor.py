@@ -21,10 +21,11 @@ from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
 from .cache import GuidedCache
+from .incoming import New
 from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
 from .prompt import Prompt
-from .reading import New, parts_of
+from .reading import parts_of
 from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
 
 

@@ -9,6 +9,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from peft_pblora.preference import Preference
+from trl_parm.preference_text import PreferenceText
+
 
 OwnPrompt = tuple[torch.Tensor, torch.Tensor]
 """Ids and mask of the guides' own prompts, both of shape `(rows, columns)`."""
@@ -64,6 +67,47 @@ class Prompt:
         if len(set(rows)) > 1:
             raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[1]}. Give the guide one for each.")
 
+    @classmethod
+    def with_preference(
+        cls,
+        inputs: Mapping[str, Any],
+        preference: Preference,
+        text: PreferenceText,
+        tokenizer: PreTrainedTokenizerBase,
+        guide: Mapping[str, Any] | None = None,
+        allow_off_simplex: bool = False,
+    ) -> Prompt:
+        """The guide's own prompts with α written at their start, for a guide that was trained to read it there.
+
+        Args:
+            inputs (`Mapping`): What `generate` gets, `input_ids` and `attention_mask`.
+            preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`):
+                α, or of shape `(rows, k)` with one for each prompt.
+            text ([`PreferenceText`]): How it is written, such as `PreferenceText.load("runs/arm")`.
+            tokenizer (`PreTrainedTokenizerBase`): The guide's.
+            guide (`Mapping`, *optional*):
+                The guide's own prompts, encoded, where it reads others than the base model's.
+            allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
+
+        Raises:
+            ValueError: no `input_ids`, an invalid preference, or preferences of another number of rows.
+
+        Example:
+
+        ```python
+        prompt = Prompt.with_preference(inputs, {"helpful": 0.7, "harmless": 0.3}, text, tokenizer)
+        PARM(model, arm).generate(**inputs, **prompt.arguments)
+        ```
+        """
+        read = inputs if guide is None else guide
+        if read.get("input_ids") is None:
+            raise ValueError("There are no `input_ids` that a preference could be written into. Give `guide` some.")
+        ids, mask = read["input_ids"], read.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+        written = text.insert(tokenizer, prompts, preference, allow_off_simplex)
+        return cls(inputs, guide=_padded(written, ids.device))
+
     @property
     def arguments(self) -> dict[str, torch.Tensor]:
         """The guide's own prompts as arguments of a guided model's `generate`."""
@@ -101,6 +145,17 @@ def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> OwnPrompt:
             raise ValueError("`guide` has texts, which need `tokenizer`, the guiding model's tokenizer.")
         guide = tokenizer(list(guide), return_tensors="pt", padding=len(guide) > 1, padding_side="left")
     return cast(OwnPrompt, own_prompt(guide["input_ids"], guide.get("attention_mask"), "guide"))
+
+
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Prompts as a batch, padded on the left by tokens that the mask hides."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def own_prompt(

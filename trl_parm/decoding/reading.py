@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from peft_pblora.kv_cache import cache_argument
 from peft_pblora.rows import Entry
 
 from .adapters import Adapters, same_stamp
+from .incoming import New
 from .prefix import can_take_back, holds
 from .probes import check_order, goes_on, tensors_on_modules
 from .terms import LM
@@ -32,97 +32,6 @@ from .terms import LM
 LEAST_COMMON = 8
 """Columns that all rows begin with which are worth a forward of their own."""
 OUTPUTS = ("output_hidden_states", "output_attentions")
-
-
-@dataclass(frozen=True)
-class New:
-    """What `generate` hands over to be read next, for each of its rows.
-
-    Attributes:
-        ids (`torch.Tensor` of shape `(rows, new)`): Tokens that were not read yet.
-        mask (`torch.Tensor` of shape `(rows, columns)` or `None`): 0 for padding, of all tokens; `None` if none is.
-        positions (`torch.Tensor` of shape `(rows or 1, new)` or `None`): In the text; of the mask if not given.
-        own (`tuple` or `None`): A guide's own prompt in the place of the text's first `prompt` columns: ids and mask.
-        prompt (`int`): Columns of the text that are the prompt.
-        start (`int`): Columns of the text that were read before.
-        unknown (`torch.Tensor` of shape `(rows, new)` or `None`): True for tokens of the text that a guide of another
-            vocabulary does not know; they are masked.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    own: tuple[torch.Tensor, torch.Tensor] | None = None
-    prompt: int = 0
-    start: int = 0
-    unknown: torch.Tensor | None = None
-
-    def split(self, columns: int) -> tuple[New, New]:
-        """The first columns, and the others, to be read one after the other; of a text that is the model's own."""
-
-        def part(x: torch.Tensor | None, which: slice) -> torch.Tensor | None:
-            return None if x is None else x[:, which]
-
-        first, others = slice(columns), slice(columns, None)
-        return (
-            New(self.ids[:, first], part(self.mask, first), part(self.positions, first), start=self.start),
-            New(self.ids[:, others], self.mask, part(self.positions, others), start=self.start + columns),
-        )
-
-    def for_guide(self, term: LM, former: torch.Tensor | None) -> New:
-        """What a guide reads, with the mask of all that it has read then.
-
-        Args:
-            term ([`LM`]): The guide.
-            former (`torch.Tensor` of shape `(rows, columns)` or `None`): The mask of what it has read before, where it
-                is not the text's own.
-        """
-        device = term.backbone.device
-        if self.own is None and term.vocabulary is None:
-            if self.ids.shape[1] > 1:  # what is decoded is in its vocabulary, which is compared with the base's
-                term.check_ids(self.ids)
-            mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
-            return New(self.ids.to(device), mask, positions, start=self.start)
-        ids = self.ids.to(device)
-        if self.own is not None:
-            ids = ids[:, max(0, self.prompt - self.start) :]
-        seen = torch.ones_like(ids)
-        if self.own is None and self.mask is not None:
-            seen = self.mask[:, -ids.shape[1] :].to(seen)
-        unknown = None
-        if term.vocabulary is not None:
-            ids, known = term.vocabulary.to_guide(ids, term.embeddings)
-            unknown, seen = (seen != 0) & (known == 0), seen * known
-        if self.own is not None and former is None:
-            check_rows(len(self.own[0]), len(ids))
-            repeats = len(ids) // len(self.own[0])
-            prompt, prompt_mask = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
-            term.check_ids(prompt)
-            ids, seen = torch.cat([prompt, ids], 1), torch.cat([prompt_mask.to(seen), seen], 1)
-            if unknown is not None:
-                unknown = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), unknown], 1)
-        mask = seen if former is None else torch.cat([former, seen], 1)
-        return New(ids, mask, unknown=unknown)
-
-    def answered(self, last: int) -> torch.Tensor | None:
-        """The columns at which a guide answers for the `last` ones, `(rows, last)`: for a token that it does not know,
-        at the one before that it does. `None` if it knows all of them.
-
-        Raises:
-            ValueError: a text of which it knows no token so far, or none of what was added.
-        """
-        if self.unknown is None or not bool(self.unknown[:, -last:].any()):
-            return None
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
-        read = cast(torch.Tensor, self.mask)[:, -self.ids.shape[1] :] != 0
-        before = torch.where(read, columns, -1).cummax(1).values
-        found = torch.where(self.unknown, before, columns)[:, -last:]
-        if bool((found < 0).any()):
-            raise ValueError(
-                "A guide knows no token of a text, or none of those with which it goes on, so that it has nothing to "
-                "answer. Give its tokenizer and embeddings the base model's tokens."
-            )
-        return found
 
 
 class Part:
@@ -171,6 +80,8 @@ class Part:
             `tuple` of the logits of every term, and the model's output.
         """
         if not self.is_base:
+            if new.own is not None and new.start + new.ids.shape[1] < new.prompt:
+                return self._no_answer(len(new.ids), last or new.ids.shape[1]), None
             own_text = new.own is not None or self.terms[0].vocabulary is not None
             new = new.for_guide(self.terms[0], self.mask)
             self.mask = new.mask if own_text else None
@@ -186,6 +97,12 @@ class Part:
                 columns = (columns - first)[..., None]
                 return {t: x.gather(1, columns.expand(-1, -1, x.shape[-1])) for t, x in found.items()}, output
         return self.forward(new, inputs, last, compiled)
+
+    def _no_answer(self, rows: int, last: int) -> dict[LM, torch.Tensor]:
+        """What stands for logits within a prompt that is read in chunks: a prompt of the guide's own is read when the
+        last one comes, and nobody asks for more."""
+        head = cast(Any, self.model.get_output_embeddings())
+        return dict.fromkeys(self.terms, torch.zeros(rows, last, head.weight.shape[0], device=self.model.device))
 
     def forward(
         self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None

@@ -26,6 +26,7 @@ def rewarded_soup(
     preference: Preference,
     adapters_of: PeftModel | None = None,
     adapter_name: str = "soup",
+    allow_off_simplex: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The model with weights θ(α) = Σ_i α_i θ_i (Rewarded Soups, NeurIPS 2023, arXiv 2306.04488).
 
@@ -40,6 +41,7 @@ def rewarded_soup(
         adapters_of (`PeftModel`, *optional*): The model whose adapters `policies` names.
         adapter_name (`str`, *optional*, defaults to `"soup"`):
             Name of the averaged adapter; one that exists is replaced.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
 
     Returns:
         A new model, on the device and in the dtype of the first policy; or `adapters_of` with the averaged adapter
@@ -56,7 +58,7 @@ def rewarded_soup(
     soup = rewarded_soup({"helpful": "adapter_1", "harmless": "adapter_2"}, [0.3, 0.7], adapters_of=model)
     ```
     """
-    weights = objective_weights("policies", list(policies), preference)
+    weights = objective_weights("policies", list(policies), preference, allow_off_simplex)
     if any(isinstance(weight, torch.Tensor) for weight in weights):
         raise ValueError("A soup has one preference of shape (k,). Make one soup for each preference.")
     chosen = [(float(w), policy) for w, policy in zip(weights, policies.values(), strict=True) if w]

@@ -16,7 +16,8 @@ from trl_parm.shapes import read_response, read_text
 from trl_parm.templates import tokenize_chat, tokenize_text
 from trl_parm.texts import PromptText
 
-from .reading import New, parts_of
+from .incoming import New
+from .reading import parts_of
 from .terms import LM, check_evaluates
 
 

@@ -114,8 +114,8 @@ class ClassifierReward(TrajectoryReward):
 
 
 class Rollout:
-    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495): of all
-    candidates in one forward for each token, as branches of one text, where its architecture allows that.
+    """Decodes further after every candidate with an aligned model, greedily (Transfer-Q, arXiv 2405.20495): after all
+    of them in one batch, for which it has read the text once.
 
     Args:
         policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
@@ -145,7 +145,7 @@ class Rollout:
         return texts, (ends.cumsum(-1) == ends).long()
 
     def _reader(self, step: Step) -> Continuations:
-        made = Continuations(self.policy, self.tokens, self.ends, self.pad_token_id)
+        made = Continuations(self.policy, self.tokens, self.pad_token_id)
         return step.memory.setdefault(("continuations", id(self)), made)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -12,13 +13,17 @@ from trl_parm.algebra import BASE, Combination, Scorer, Step, of_rows
 
 WORST_CASE = "worst_case"
 HALVINGS = 40
+ROUNDS = 100
+TOLERANCE = 1e-4
+MOST_GAP = 1e-2
+"""By how much expected values may differ after the last round before a warning says so, in nats."""
 MOST = 1e4
 """Largest value of a token, either way, in nats: of one that a guide excludes it would be infinite."""
 
 
 def worst_weights(
-    base: torch.Tensor, values: torch.Tensor, rounds: int = 100, tolerance: float = 1e-4
-) -> torch.Tensor:
+    base: torch.Tensor, values: torch.Tensor, rounds: int = ROUNDS, tolerance: float = TOLERANCE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights at which the decoder gains least (RMOD, arXiv 2503.08796, of values of tokens):
 
         min_{w on the simplex}  log Σ_v π_base(v) exp(Σ_i w_i V_i(v))
@@ -29,11 +34,12 @@ def worst_weights(
     Args:
         base (`torch.Tensor` of shape `(..., vocab)`): log π_base, up to a constant.
         values (`torch.Tensor` of shape `(k, ..., vocab)`): V_i.
-        rounds (`int`, *optional*, defaults to 100): Most rounds.
+        rounds (`int`, *optional*, defaults to 100): Most rounds, 1 or more.
         tolerance (`float`, *optional*, defaults to 1e-4): Of expected values, in nats.
 
     Returns:
-        `torch.Tensor` of shape `(k, ...)`: w; after `rounds` the last one.
+        `tuple` of w, of shape `(k, ...)`, after `rounds` the last one, and by how much the expected values of
+        objectives with weight differ from the least one, at most.
     """
     weights = torch.full_like(values[..., 0], 1 / len(values))
 
@@ -41,11 +47,12 @@ def worst_weights(
         π = torch.softmax(base + (weights[..., None] * values).sum(0), -1)
         return (π * values).sum(-1)
 
-    for _ in range(rounds):
+    for left in range(rounds, -1, -1):
         found = expected(weights)
         best = found.masked_fill(weights <= 0, -torch.inf).argmax(0, keepdim=True)
         worst = found.argmin(0, keepdim=True)
-        if (found.gather(0, best) - found.gather(0, worst)).max() < tolerance:
+        gap = (found.gather(0, best) - found.gather(0, worst)).max()
+        if gap < tolerance or not left:
             break
         low, high = torch.zeros_like(weights[:1]), weights.gather(0, best)
         for _ in range(HALVINGS):
@@ -56,7 +63,7 @@ def worst_weights(
         # To the very end where that is best, so that a weight can be 0.
         moved = torch.where(high == weights.gather(0, best), high, low)
         weights = weights.scatter_add(0, best, -moved).scatter_add(0, worst, moved).clamp(min=0)
-    return weights
+    return weights, gap
 
 
 class WorstCase(Combination):
@@ -75,7 +82,13 @@ class WorstCase(Combination):
             own = scorer(step)
             values.append((of_rows(weight, own) * own).clamp(-MOST, MOST))
         stacked = torch.stack(values)
-        weights = worst_weights(base, stacked)
+        weights, gap = worst_weights(base, stacked)
+        if gap > MOST_GAP:
+            warnings.warn(
+                f"After {ROUNDS} rounds the expected values of objectives still differ by up to {float(gap):.2g} "
+                "nats, so that the last weights are not quite the worst ones.",
+                stacklevel=2,
+            )
         return base + (weights[..., None] * stacked).sum(0)
 
     def __repr__(self) -> str:

@@ -43,6 +43,7 @@ class Batch:
         inputs (`BatchEncoding`): What the base model reads: `input_ids` and `attention_mask`, padded on the left.
         weights (`dict[str, float]`, or a `list` of one for each row): α by objective; empty for a control.
         escape_control_tokens (`bool`): As in [`encode_prompts`], for guides with a template of their own.
+        allow_off_simplex (`bool`): Whether α may extrapolate, as in [`Run`].
     """
 
     preference: torch.Tensor | None
@@ -50,6 +51,7 @@ class Batch:
     inputs: BatchEncoding
     weights: dict[str, float] | list[dict[str, float]]
     escape_control_tokens: bool = False
+    allow_off_simplex: bool = False
 
 
 ANY, SAME_OBJECTIVES = "any", "same objectives"
@@ -69,6 +71,8 @@ class Run:
             Gives the model that decodes a [`Batch`], such as `lambda batch: PARM(base, arm, batch.preference)`, or a
             pair of it and of further arguments of its `generate`; the base model if not given.
         extra_parameters, extra_bytes (`int`, *optional*): What the method keeps in memory beside the base model.
+        allow_off_simplex (`bool`, *optional*, defaults to `False`):
+            As in [`as_preference`]; the model gets it in its batches.
         together (`str`, *optional*): Whether runs of this method share batches, in which every row has a preference of
             its own: `ANY` do, or those that weigh the [`SAME_OBJECTIVES`]; none if not given. A prompt is then read
             once for several preferences, where the base model reads the same.
@@ -80,12 +84,18 @@ class Run:
     extra_parameters: int = 0
     extra_bytes: int = 0
     together: str | None = None
+    allow_off_simplex: bool = False
 
     def weights(self, objectives: Sequence[str]) -> tuple[float, ...] | None:
         """The preference in numbers that a file can hold. Raises `ValueError` if it is off the simplex."""
+        α = self.vector(objectives)
+        return None if α is None else tuple(round(weight, 6) for weight in α.tolist())
+
+    def vector(self, objectives: Sequence[str]) -> torch.Tensor | None:
+        """α of shape `(k,)`, or `None` for a control. Raises `ValueError` as [`weights`]."""
         if self.preference is None:
             return None
-        return tuple(round(weight, 6) for weight in as_preference(self.preference, objectives).tolist())
+        return as_preference(self.preference, objectives, allow_off_simplex=self.allow_off_simplex)
 
 
 class RowSampling(LogitsProcessor):

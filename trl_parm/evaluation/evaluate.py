@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_pblora import as_preference, name_preference
+from peft_pblora import name_preference
 from peft_pblora.preference import Preference, check_columns, check_objectives
 from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.adapters import Adapters
@@ -130,6 +130,7 @@ def evaluate(
     configuration: Mapping[str, Any] | None = None,
     on_start: Callable[[str], Any] = lambda name: None,
     restart: bool = False,
+    allow_off_simplex: bool = False,
     **options: Any,
 ) -> Dataset:
     """As [`sweep`], of methods by name at all preferences of a grid.
@@ -146,6 +147,7 @@ def evaluate(
         configuration (`Mapping`, *optional*): What the rows depend on beside what is given here.
         on_start (`Callable`, *optional*): Called with a method's name before it is loaded.
         restart: As in [`sweep`].
+        allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
         **options: `batch_size`, `seed`, `template`, `max_prompt_length`, `escape_control_tokens`, `on_batch` and
             arguments of `generate`, as in [`sweep`].
 
@@ -153,10 +155,13 @@ def evaluate(
         `datasets.Dataset` as that of [`sweep`], by method, preference and prompt.
 
     Raises:
-        ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice.
+        ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice, or
+            off the simplex for a method that can't extrapolate.
     """
     entries = list(map(Entry.of, methods))
-    runs = {entry.name: entry.runs(preferences) for entry in entries}
+    for entry in entries if allow_off_simplex else ():
+        entry.check_extrapolates(preferences, list(rewards))
+    runs = {entry.name: entry.runs(preferences, allow_off_simplex) for entry in entries}
     if len(runs) < len(entries):
         raise ValueError("Two methods have the same name. Give each a `name` of its own.")
     every = [run for of_method in runs.values() for run in of_method]
@@ -286,7 +291,7 @@ class _Table:
         for number, run in enumerate(runs):
             kind: Any = run.together
             if kind == SAME_OBJECTIVES:
-                kind = kind, tuple(weight > 0 for weight in run.weights(self.objectives) or ())
+                kind = kind, tuple(weight != 0 for weight in run.weights(self.objectives) or ())
             groups.setdefault(number if kind is None else (run.method, kind), []).append(number)
         size = self.batch_size
         return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
@@ -312,13 +317,14 @@ class _Table:
         """The rows of runs and prompts, decoded together: of one run, or of several that share batches."""
         runs, prompts = [run for run, _ in pairs], [prompt for _, prompt in pairs]
         run, several = runs[0], any(run is not runs[0] for run in runs)
-        αs = [None if run.preference is None else as_preference(run.preference, self.objectives) for run in runs]
+        αs = [run.vector(self.objectives) for run in runs]
         names = [{} if α is None else dict(zip(self.objectives, α.tolist(), strict=True)) for α in αs]
         α, named = (torch.stack(cast(list, αs)), names) if several else (αs[0], names[0])
         escape = self.escape_control_tokens
         inputs = encode_prompts(self.tokenizer, prompts, self.template, self.max_prompt_length, escape).to(base.device)
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
-        found = base if run.model is None else run.model(Batch(α, prompts, inputs, named, escape))
+        batch = Batch(α, prompts, inputs, named, escape, run.allow_off_simplex)
+        found = base if run.model is None else run.model(batch)
         model, arguments = found if isinstance(found, tuple) else (found, {})
         chosen = ChosenLogProbs()
         tokens, seconds = self._generate(model, arguments, inputs, seeds, chosen)
@@ -335,7 +341,7 @@ class _Table:
             {
                 "method": run.method,
                 "preference": None if (own := weights[i]) is None else list(own),
-                "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives),
+                "label": "-" if (α := αs[i]) is None else name_preference(α, self.objectives, run.allow_off_simplex),
                 "prompt": prompt,
                 "response": responses[i],
                 **{name: values[i] for name, values in scores.items()},

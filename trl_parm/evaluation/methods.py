@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from peft_pblora import get_objectives
+from peft_pblora import as_preference, get_objectives
 from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
 from trl_parm.arguments import check_fields
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.identity import known_by
+from trl_parm.preference_text import PreferenceText
 from trl_parm.reward_models import ModelReward, RewardSource
 
 from .decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt, Run
-from .models import Guide, Models, backbone_name, canonical, own_prompt
+from .models import Guide, Models, backbone_name, canonical, own_prompt, prompt_with_preference
 
 
+REVERSE_KL = "reverse_kl"
 MODELS = ("arm", "arms", "policies", "policy", "reference")
 """Settings that name models, one or one for each objective."""
 
@@ -39,12 +41,14 @@ class Method:
         control (`bool`, *optional*, defaults to `False`): Whether it has no preference.
         together (`str`, *optional*): Which preferences may be decoded in one batch, see [`Run`]. Where there is a
             model for each objective, those that leave the same ones out, which then cost nothing.
+        extrapolates (`bool`, *optional*, defaults to `True`): Whether it has a meaning at weights off the simplex.
     """
 
     title: str
     make: Callable[..., ModelAt]
     control: bool = False
     together: str | None = None
+    extrapolates: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,27 @@ class Entry:
             }
         return found
 
-    def runs(self, preferences: Sequence[Preference]) -> list[Run]:
+    def runs(self, preferences: Sequence[Preference], allow_off_simplex: bool = False) -> list[Run]:
         """One run for each preference, or one for a control."""
         if self.method.control:
             return [Run(self.name)]
-        return [Run(self.name, preference, together=self.method.together) for preference in preferences]
+        together = self.method.together
+        return [Run(self.name, one, together=together, allow_off_simplex=allow_off_simplex) for one in preferences]
+
+    def check_extrapolates(self, preferences: Sequence[Preference], objectives: Sequence[str]) -> None:
+        """Raises `ValueError` for a preference off the simplex where the method has no meaning there."""
+        mean = self.settings.get("divergence", REVERSE_KL) != REVERSE_KL  # of positive weights
+        if self.method.control or (self.method.extrapolates and not mean):
+            return
+        for preference in preferences:
+            try:
+                as_preference(preference, objectives)
+            except ValueError:
+                weights = as_preference(preference, objectives, allow_off_simplex=True).tolist()
+                raise ValueError(
+                    f"The method {self.name!r} has no meaning at the weights {weights}, which are off the simplex. "
+                    "Leave it or them out."
+                ) from None
 
 
 def with_fingerprints(value: Any, base: str | None = None) -> Any:
@@ -121,7 +141,17 @@ def untrained_arm(models: Models, arm: str, beta: float = 1.0, template: str | N
 def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π_ARM(α), for every preference-conditioned adapter."""
     guide, strength = models.guide(arm, template), guidance_strength(beta)
-    return _guided(models, [guide], lambda batch: BASE + strength * guide.lm(batch.weights))
+    return _guided(models, [guide], lambda batch: BASE + strength * guide.lm_at(batch))
+
+
+def parm_prompt(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
+    """log π_base + 1/β · log π_ARM of prompts that begin with α as text: an ARM that was trained to read it there."""
+    guide, strength, text = models.guide(arm, template), guidance_strength(beta), PreferenceText.load(arm)
+
+    def model_at(batch: Batch) -> tuple[Guided, dict[str, Any]]:
+        return Guided(models.base, BASE + strength * guide.lm()), prompt_with_preference(guide, batch, text)
+
+    return model_at
 
 
 def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
@@ -134,7 +164,8 @@ def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | N
     def formula(batch: Batch) -> Scorer:
         weights = cast(dict[str, float], batch.weights)  # one preference at a time
         values = list(weights.values())
-        return BASE + strength * guide.lm(dict(zip(weights, values[1:] + values[:1], strict=True)))
+        shifted = dict(zip(weights, values[1:] + values[:1], strict=True))
+        return BASE + strength * guide.lm(shifted, allow_off_simplex=batch.allow_off_simplex)
 
     return _guided(models, [guide], formula)
 
@@ -142,25 +173,34 @@ def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | N
 def arm_alone(models: Models, arm: str, template: str | None = None) -> ModelAt:
     """log π_ARM(α): the ARM decodes alone, in the place of the base model whose vocabulary it has."""
     guide = models.guide(arm, template)
-    return _guided(models, [guide], lambda batch: guide.lm(batch.weights))
+    return _guided(models, [guide], lambda batch: guide.lm_at(batch))
 
 
 def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + Σ α_i/β · log π_i."""
     guides = {objective: models.guide(name, template) for objective, name in arms.items()}
-    return _guided(models, guides.values(), lambda batch: formulas.genarm(*_weighted(guides, batch), beta))
+
+    def formula(batch: Batch) -> Scorer:
+        return formulas.genarm(*_weighted(guides, batch), beta, allow_off_simplex=batch.allow_off_simplex)
+
+    return _guided(models, guides.values(), formula)
 
 
 def mod(
     models: Models,
     policies: dict[str, str],
-    divergence: str = "reverse_kl",
+    divergence: str = REVERSE_KL,
     order: float = 1.0,
     template: str | None = None,
 ) -> ModelAt:
     """Σ α_i · log π_i, or a power mean for other divergences."""
     guides = {objective: models.guide(name, template) for objective, name in policies.items()}
-    return _guided(models, guides.values(), lambda batch: formulas.mod(*_weighted(guides, batch), divergence, order))
+
+    def formula(batch: Batch) -> Scorer:
+        scorers, weights = _weighted(guides, batch)
+        return formulas.mod(scorers, weights, divergence, order, allow_off_simplex=batch.allow_off_simplex)
+
+    return _guided(models, guides.values(), formula)
 
 
 def mod_w2s(models: Models, policies: dict[str, str], reference: str, template: str | None = None) -> ModelAt:
@@ -170,7 +210,7 @@ def mod_w2s(models: Models, policies: dict[str, str], reference: str, template: 
 
     def formula(batch: Batch) -> Scorer:
         scorers, weights = _weighted(guides, batch)
-        return formulas.mod_w2s(scorers, untuned.lm(), weights)
+        return formulas.mod_w2s(scorers, untuned.lm(), weights, allow_off_simplex=batch.allow_off_simplex)
 
     return _guided(models, [*guides.values(), untuned], formula)
 
@@ -255,7 +295,8 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
             made.clear()  # the soup before goes first
             if owner is not None:
                 owner.base_model.set_adapter([])
-            made[weights] = rewarded_soup(cast(dict, named), weights, owner)
+            allow = batch.allow_off_simplex
+            made[weights] = rewarded_soup(cast(dict, named), weights, owner, allow_off_simplex=allow)
         return made[weights]
 
     return model_at
@@ -267,15 +308,16 @@ METHODS = {
     "parm": Method("PARM", parm, together=ANY),
     "parm_shuffled": Method("PARM, α permuted", parm_shuffled),
     "arm_alone": Method("ARM alone", arm_alone),
+    "parm_prompt": Method("PARM, α in the prompt", parm_prompt, together=ANY),
     "svd_lora": Method("SVD-LoRA", parm, together=ANY),
     "uniarm": Method("UniARM", parm, together=ANY),
     "genarm": Method("GenARM", genarm, together=SAME_OBJECTIVES),
     "mod": Method("MOD", mod, together=SAME_OBJECTIVES),
     "mod_w2s": Method("MOD-w2s", mod_w2s, together=SAME_OBJECTIVES),
-    "cage": Method("CAGE", cage),
+    "cage": Method("CAGE", cage, extrapolates=False),
     "worst_case": Method("Worst case", worst_case, control=True),
-    "args": Method("ARGS", args, together=SAME_OBJECTIVES),
-    "transfer_q": Method("Transfer-Q", transfer_q, together=SAME_OBJECTIVES),
+    "args": Method("ARGS", args, together=SAME_OBJECTIVES, extrapolates=False),
+    "transfer_q": Method("Transfer-Q", transfer_q, together=SAME_OBJECTIVES, extrapolates=False),
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),
 }
 """All methods by the name that a configuration gives."""

@@ -31,6 +31,7 @@ from trl_parm.cpu import optimize_loaded, products_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
 from trl_parm.identity import short_hash
 from trl_parm.loading import load_whole
+from trl_parm.preference_text import PreferenceText
 from trl_parm.records import plain, recorded
 
 from .decoding import Batch, encode_prompts
@@ -58,12 +59,23 @@ class Guide:
     vocabulary: Vocabulary | None
     template: str | None = None
 
-    def lm(self, preference: Preference | None = None, untrained: bool = False) -> LM:
+    def lm(self, preference: Preference | None = None, untrained: bool = False, allow_off_simplex: bool = False) -> LM:
         """log π of this model, or of its backbone alone."""
         adapters = AdapterSwitch.of(backbone_of(self.model)).names  # also policies on a base model that is a guide too
         name = self.adapter_name or next(iter(adapters), None)
         alone = bool(adapters) and (untrained or self.adapter_name is None)
-        return LM(self.model, preference, name, disable_adapter=alone, vocabulary=self.vocabulary)
+        return LM(
+            self.model,
+            preference,
+            name,
+            disable_adapter=alone,
+            vocabulary=self.vocabulary,
+            allow_off_simplex=allow_off_simplex,
+        )
+
+    def lm_at(self, batch: Batch) -> LM:
+        """log π of this model at the preferences of a batch."""
+        return self.lm(batch.weights, allow_off_simplex=batch.allow_off_simplex)
 
 
 def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
@@ -85,6 +97,18 @@ def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
             "one tokenizer, and a `template` with {prompt}."
         )
     return Prompt(batch.inputs, guide=found[0]).arguments if found else {}
+
+
+def prompt_with_preference(guide: Guide, batch: Batch, text: PreferenceText) -> dict[str, Any]:
+    """As [`own_prompt`], of prompts that begin with the preference of each row: the base model's where the guide reads
+    those, or else its own. Raises `ValueError` for preferences over other objectives than the text's."""
+    own = None
+    if guide.template is not None or guide.vocabulary is not None:
+        template = None if guide.template == CHAT else guide.template
+        escaped = batch.escape_control_tokens
+        own = encode_prompts(guide.tokenizer, batch.prompts, template, escape_control_tokens=escaped)
+    allow = batch.allow_off_simplex
+    return Prompt.with_preference(batch.inputs, batch.weights, text, guide.tokenizer, own, allow).arguments
 
 
 def positions_of(config: Any) -> int | None:

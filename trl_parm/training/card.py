@@ -35,6 +35,7 @@ def first_facts(trainer: Trainer, given: Any, sources: Mapping[str, Pairs]) -> C
     names = given.values() if isinstance(given, Mapping) else [given]
     licences = dict.fromkeys(data.info.license for data in sources.values() if data.info.license)
     papers = ["parm" if trainer.preference_conditioned else "genarm"]
+    papers += ["mo_odpo"] if trainer.preference_text is not None else []
     if isinstance(trainer.adapter_config, PreferenceConfig):
         papers.append(ADAPTER_PAPERS.get(cast(Any, trainer.adapter_config.peft_type).value, "parm"))
     papers += ["panacea"] if trainer.args.aggregation == "tchebycheff" else []
@@ -47,6 +48,9 @@ def first_facts(trainer: Trainer, given: Any, sources: Mapping[str, Pairs]) -> C
         "citations": list(dict.fromkeys(papers)),
         **data_facts(trainer, list(sources), [name if isinstance(name, str) else None for name in names]),
     }
+    if trainer.preference_text is not None:
+        text = trainer.preference_text
+        facts["preference_text"] = {"objectives": list(text.objectives), "template": text.template}
     return {**facts, "data_license": ", ".join(licences)} if licences else facts
 
 
@@ -131,7 +135,7 @@ def _settings(trainer: Trainer) -> list[list[str]]:
         ["loss", args.loss_type + (", mean log-probabilities" if args.length_normalized else "")],
         ["aggregation", args.aggregation + weight],
     ]
-    if trainer.preference_conditioned:
+    if trainer.preference_conditioned or trainer.preference_text is not None:
         drawn = "a fixed set" if args.train_preferences else f"Dirichlet({args.concentration:g})"
         rows.append(["preferences in training", f"{drawn}, one for each {args.preference_per}"])
     return [*rows, ["learning rate", f"{args.learning_rate:g}"], ["seed", str(args.seed)]]

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from peft_pblora.loading import check_checkpoint
 from peft_pblora.output import check_output, is_written_by, output_file
 from trl_parm.identity import spread
+from trl_parm.preference_text import FILE as PREFERENCE_TEXT
 from trl_parm.records import differences, lock, plain
 
 from .config import PreferenceARMConfig
@@ -40,7 +41,7 @@ WRITER = "train"
 TRAINED = (
     "adapter_config.json", "config.json", "generation_config.json", "*.safetensors*", "*.bin", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", TRAINER_STATE_NAME,
-    "*_results.json",
+    "*_results.json", PREFERENCE_TEXT,
 )  # fmt: skip
 """What a training writes at its end: the model, its tokenizer, and what it measured."""
 FILES = "files"
@@ -49,14 +50,16 @@ LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
     "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
     "target_margin", "length_normalized", "aggregation", "global_weight", "concentration", "preference_per",
-    "train_preferences", "weight_column", "append_end_token",
+    "train_preferences", "weight_column", "append_end_token", "preference_template",
 )  # fmt: skip
 """Arguments that must stay: those of the loss and its preferences, and those that an optimizer's state holds."""
 PASSING = {
-    "_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "card", "default_preference", "dtype",
-    "inference_mode", "pad_token_id", "peft_version", "revision", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "bos_token_id", "card",
+    "default_preference", "dtype", "eos_token_id", "inference_mode", "pad_token_id", "peft_version", "revision",
+    "transformers_version", "use_cache",
 }  # fmt: skip
-"""Keys of the configurations of models and adapters that change nothing of a training."""
+"""Keys of the configurations of models and adapters that change nothing of a training. Special tokens are among them,
+which transformers sets to the tokenizer's when a training begins."""
 
 
 @contextlib.contextmanager

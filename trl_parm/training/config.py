@@ -25,6 +25,7 @@ from trl.trainer.base_config import _BaseConfig
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig
 from peft_pblora.card import PROMPT
 from trl_parm.arguments import check_fields
+from trl_parm.preference_text import check_template
 
 from .losses import ARMLoss
 
@@ -67,6 +68,9 @@ class PreferenceARMConfig(_BaseConfig):
         preference_per (`str`, *optional*, defaults to `"step"`):
             One preference for a whole optimisation step, as the papers do, or one for each `"pair"`: the same expected
             gradient at the same cost.
+        preference_template (`str`, *optional*):
+            A text with `{preference}` in it: α is written into the start of each prompt, for a model *without* a
+            preference-conditioned adapter, such as a plain LoRA; see [`PreferenceText`]. A baseline.
         train_preferences (`list`, *optional*):
             A fixed set to draw from instead, each by name or as a vector; one entry trains at a fixed preference.
         eval_preferences (`list`, *optional*):
@@ -124,6 +128,7 @@ class PreferenceARMConfig(_BaseConfig):
     global_weight: float = 0.0
     concentration: float = 0.5
     preference_per: str = "step"
+    preference_template: str | None = None
     train_preferences: list[str] | None = None
     eval_preferences: list[str] | None = None
     label_columns: dict | str | None = None
@@ -178,6 +183,8 @@ class PreferenceARMConfig(_BaseConfig):
         for name, holds, demand in conditions:
             if not holds:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {demand}.")
+        if self.preference_template is not None:
+            check_template(self.preference_template)
         if self.aggregation == "tchebycheff" and self.preference_per == "pair":
             raise ValueError(
                 "`aggregation='tchebycheff'` takes the largest of the objectives' weighted losses, which needs one "

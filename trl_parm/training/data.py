@@ -62,23 +62,33 @@ def name_sources(argument: str, given: PairSources | None, split: str) -> dict[s
     return sources
 
 
+def objectives_of(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
+    """The objectives of data for a model whose adapter names none: those with labels, then those with a data set.
+
+    Raises:
+        ValueError: labelled data without `label_columns`.
+    """
+    ranked = [name for name, data in sources.items() if not has_labels(name, data)]
+    labels = list(label_columns or {}) if len(ranked) < len(sources) else []
+    names = list(dict.fromkeys([*labels, *ranked]))
+    if not names:
+        raise ValueError(
+            "The labelled data does not say which column belongs to the objective. Pass for example "
+            "`label_columns={'helpful': 'better_response_id'}`."
+        )
+    return [name or "reward" for name in names]
+
+
 def only_objective(sources: Mapping[str, Pairs], label_columns: Mapping[str, str] | None) -> list[str]:
-    """The one objective of a model without a preference-conditioned adapter. Raises `ValueError` for several."""
-    names = {name for name, data in sources.items() if not has_labels(name, data)}
-    if len(names) < len(sources):
-        names |= set(label_columns or {})
+    """The one objective of a model without a preference. Raises `ValueError` for several."""
+    names = objectives_of(sources, label_columns)
     if len(names) > 1:
         raise ValueError(
             f"The model has no preference-conditioned adapter, but there are {len(names)} objectives "
             f"({', '.join(sorted(names))}). Pass `peft_config=PBLoraConfig(objectives=[...])`, or train on one "
             "objective."
         )
-    if not names:
-        raise ValueError(
-            "The labelled data does not say which column belongs to the objective. Pass for example "
-            "`label_columns={'helpful': 'better_response_id'}`."
-        )
-    return [names.pop() or "reward"]
+    return names
 
 
 def join_sources(
@@ -107,6 +117,8 @@ def join_sources(
     label_columns = cast(dict, args.label_columns) or {objective: objective for objective in objectives}
     cut_prompt = args.truncation_mode == "cut_prompt"
     longest = min((n for n in (args.max_length, limits.positions) if n is not None), default=None)
+    if longest is not None and limits.reserved:
+        longest = max(1, longest - limits.reserved)
     readers = [
         PairReader(
             name, columns_of(name, data), objectives, label_columns, tokenizer, longest, cut_prompt,
@@ -337,3 +349,32 @@ class PreferenceCollator:
     def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
         tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
         return pad(tensors, padding_value=value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
+
+
+def with_texts(
+    batch: Mapping[str, torch.Tensor], texts: Sequence[Sequence[int]], bos: int | None, pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """A batch of a [`PreferenceCollator`] whose prompts begin with a text, after a beginning-of-text token.
+
+    Args:
+        batch (`Mapping`): The batch, with one row or two for each pair.
+        texts (`Sequence`): Token ids of one text for all pairs, or of one for each.
+        bos (`int` or `None`): The beginning-of-text token.
+        pad_token_id (`int`): Id for padding.
+    """
+    ids, segments = batch["input_ids"], batch["segments"]
+    texts = [*texts] * (len(batch["pair_ids"]) // len(texts))
+    own = pad([torch.tensor([*text]) for text in texts], padding_value=pad_token_id).to(ids)
+    rows = torch.arange(len(ids), device=ids.device) % len(texts)
+    own, lengths = own[rows], torch.tensor([len(text) for text in texts], device=ids.device)[rows, None]
+    columns = torch.arange(ids.shape[1] + own.shape[1], device=ids.device).expand(len(ids), -1)
+    start = (ids[:, :1] == (-1 if bos is None else bos)).long()
+    written = (columns >= start) & (columns < start + lengths)
+    beyond = columns >= ids.shape[1] + lengths
+    former = torch.where(columns < start, columns, columns - lengths).clamp(0, ids.shape[1] - 1)
+    of_text = own.gather(1, (columns - start).clamp(0, own.shape[1] - 1))
+    found = {
+        "input_ids": torch.where(written, of_text, ids.gather(1, former)).masked_fill(beyond, pad_token_id),
+        "segments": segments.gather(1, former).masked_fill(written, PROMPT).masked_fill(beyond, PADDING),
+    }
+    return {**batch, **found}

@@ -151,6 +151,6 @@ def _remedies(config: Any) -> str:
     found = ["more steps", "another learning rate"]
     if getattr(config, "r1", 0) and getattr(config, "r2", 0):
         found.append("`r1` = 0 in the adapter's configuration, which leaves out what all preferences share")
-    elif getattr(config, "embedding_size", None) == 0:
+    elif getattr(config, "embedding_size", None) == 0 and config.objective_embeddings is None:
         found.append("an `embedding_size` of 64 in the adapter's configuration")
     return ", ".join(found[:-1]) + ", or " + found[-1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -128,3 +130,22 @@ class EvalMetrics:
             known = torch.tensor([[means.get(f"{objective}_loss@{name}", 0.0) for objective in self.objectives]])
             losses.append(self.arm_loss.aggregate(known, one[:, :-1], preference, one[0]))
         return {**means, **self._vertices.means(), "loss": torch.stack(losses).mean().item()}
+
+
+def check_metric(name: str, objectives: Sequence[str], preferences: Sequence[str]) -> None:
+    """Raises `ValueError` for a metric that no evaluation reports, before a run is trained that is to be judged by it.
+
+    Args:
+        name (`str`): As `metric_for_best_model` has it, with or without `eval_` and the name of an evaluation.
+        objectives, preferences (`Sequence[str]`): The names of the objectives, and of the evaluation preferences.
+    """
+    at_preferences = ("loss", "accuracy", "margin", "ratio_accuracy")
+    known = ["loss", "vertex_correlation", "vertex_distance"]
+    known += [f"vertex_correlation@{one},{other}" for one, other in combinations(objectives, 2)]
+    known += [f"{o}_{kind}" for o in objectives for kind in ("untrained_loss", "gain", "gain_error")]
+    known += [f"{o}_{kind}@{preference}" for o in objectives for kind in at_preferences for preference in preferences]
+    if not any(name == one or name.endswith(f"_{one}") for one in known):
+        like = get_close_matches(name.removeprefix("eval_"), known, n=3) or known
+        raise ValueError(
+            f"`metric_for_best_model` is {name!r}, but no evaluation reports that. Take such as {', '.join(like)}."
+        )

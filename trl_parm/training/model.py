@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
+from peft_pblora import MoSLoraConfig, PreferenceConfig, embed_objectives
 from peft_pblora.loading import check_start
 from trl_parm.cpu import optimize_loaded
 from trl_parm.loading import load_whole
@@ -27,10 +28,12 @@ logger = logging.get_logger(__name__)
 
 
 class Limits(NamedTuple):
-    """What a model can read: tokens that it has embeddings for, and places in a text; `None` for any."""
+    """What a model can read: tokens that it has embeddings for, and places in a text; `None` for any. Of the places
+    some are reserved for what comes to a prompt while it trains."""
 
     vocabulary: int | None = None
     positions: int | None = None
+    reserved: int = 0
 
 
 def limits_of(model: Any) -> Limits:
@@ -105,8 +108,11 @@ def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTok
     return tokenizer
 
 
-def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None):
-    """Wraps the model in a fresh adapter if a configuration is given, and readies it for training."""
+def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None, tokenizer: Any = None):
+    """Wraps the model in a fresh adapter if a configuration is given, and readies it for training.
+
+    Descriptions of objectives that have no embeddings yet get them, from the model and the tokenizer.
+    """
     quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
     zero_3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     if peft_config is not None:
@@ -115,6 +121,8 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
         if is_peft_model(model):
             raise ValueError("`model` is a PeftModel already, so `peft_config` can't be used. Leave one of them out.")
         check_start(peft_config)
+        if isinstance(peft_config, MoSLoraConfig) and peft_config.lacks_embeddings:
+            peft_config = embed_objectives(peft_config, model, tokenizer)
         # ZeRO-3 gathers parameters in the dtype of the first one, so all must have the same (trl#6089).
         model = get_peft_model(model, peft_config, autocast_adapter_dtype=not zero_3 or quantized)
     if is_peft_model(model) and args.gradient_checkpointing:
@@ -130,6 +138,15 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def check_unconditioned(adapter: PeftConfig | None) -> None:
+    """Raises `ValueError` for an adapter that has a preference, in the place of prompts with one."""
+    if isinstance(adapter, PreferenceConfig):
+        raise ValueError(
+            "`preference_template` writes preferences into prompts, but the model has a preference-conditioned "
+            "adapter. Leave the template out, or use a plain `LoraConfig`."
+        )
 
 
 def trained_adapter(model) -> str | None:

@@ -22,6 +22,7 @@ from peft_pblora import PreferenceConfig, set_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
 from peft_pblora.switch import changes_below
+from trl_parm.preference_text import PreferenceText
 
 from . import checkpoints
 from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
@@ -35,16 +36,19 @@ from .data import (
     join_evaluation,
     join_sources,
     name_sources,
+    objectives_of,
     only_objective,
     read_in_order,
+    with_texts,
 )
 from .log_probs import Responses
 from .losses import count_labels
-from .metrics import EvalMetrics, TrainMetrics
+from .metrics import EvalMetrics, TrainMetrics, check_metric
 from .model import (
     adapt_model,
     check_causal,
     check_device,
+    check_unconditioned,
     disable_dropout,
     limits_of,
     load_model,
@@ -65,7 +69,8 @@ class PreferenceARMTrainer(SavingTrainer):
     """Trains an autoregressive reward model (ARM) on preference pairs for each objective.
 
     Every step draws a preference α ~ Dirichlet, sets it in the model's adapter and minimises Σ_i α_i l_i(θ(α), D_i)
-    (PARM, arXiv 2505.06274). With one objective and a plain LoRA it is GenARM's trainer (arXiv 2410.08193).
+    (PARM, arXiv 2505.06274). With one objective and a plain LoRA it is GenARM's trainer (arXiv 2410.08193), and with
+    several and `preference_template` α stands in the prompts' text, as a baseline.
 
     Arguments that are not listed are those of `transformers.Trainer`.
 
@@ -121,24 +126,34 @@ class PreferenceARMTrainer(SavingTrainer):
         model = load_model(model, args, quantization_config)
         check_causal(model)
         tokenizer = load_tokenizer(model, processing_class, args)
-        model = adapt_model(model, args, peft_config)
+        model = adapt_model(model, args, peft_config, tokenizer)
         if args.disable_dropout:
             disable_dropout(model)
         self.adapter = trained_adapter(model)
         adapter = model.peft_config[self.adapter] if self.adapter else None
         self.adapter_config = adapter if is_peft_model(model) else None
         self.preference_conditioned = isinstance(adapter, PreferenceConfig)
+        self.preference_text = None
         if isinstance(adapter, PreferenceConfig):
             self.objectives = list(adapter.objectives)
+        elif args.preference_template is not None:
+            self.objectives = objectives_of(sources, cast(dict, args.label_columns))
         else:
             self.objectives = only_objective(sources, cast(dict, args.label_columns))
+        if args.preference_template is not None:
+            check_unconditioned(adapter)
+            self.preference_text = PreferenceText(self.objectives, args.preference_template)
         self.arm_loss = args.arm_loss(self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
+        if args.metric_for_best_model and compute_metrics is None:
+            check_metric(args.metric_for_best_model, self.objectives, list(self.eval_preferences))
         fixed = list(name_preferences(args.train_preferences or [], self.objectives).values())
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
         self.limits = limits_of(model)
+        if self.preference_text is not None:
+            self.limits = self.limits._replace(reserved=self.preference_text.most_tokens(tokenizer))
         joined = join_sources("train_dataset", sources, self.objectives, tokenizer, args, self.limits)
         if isinstance(joined, JointPreferenceStream):
             read_in_order(args)
@@ -233,7 +248,7 @@ class PreferenceARMTrainer(SavingTrainer):
             preference = self.preference_sampler.for_step(step)
         whole = None if num_items_in_batch is None else self._distances_of_step
         counts = cast(torch.Tensor, num_items_in_batch) if whole else count_labels(labels, weights)
-        self._set_preference(model, inputs, preference)
+        inputs = self._at(model, inputs, preference)
         if self.args.disable_dropout and model.training and not self._noise_checked:
             log_probs = without_noise(lambda: self.responses.log_probs(model, inputs), labels.device)
             self._noise_checked = True
@@ -250,9 +265,10 @@ class PreferenceARMTrainer(SavingTrainer):
         self.train_metrics.add(preference.to(margins), log_probs, losses, labels, weights)
         return (loss, {"margins": margins}) if return_outputs else loss
 
-    def _set_preference(self, model, inputs, preference: torch.Tensor | None) -> None:
+    def _at(self, model, inputs: dict, preference: torch.Tensor | None) -> dict:
         """Sets α, once for all forwards before a backward: none of them, nor gradient checkpointing, which runs one
-        again, may find it changed."""
+        again, may find it changed. Gives the batch to read, into whose prompts α is written where that is asked for.
+        """
         if self.args.share_prompt and not self._rows_checked:
             if self.preference_conditioned:
                 k = len(self.objectives)
@@ -263,10 +279,15 @@ class PreferenceARMTrainer(SavingTrainer):
             rows = self.responses.rows_per_pair
             preference = preference.repeat(rows, 1) if preference.ndim == 2 else preference
             set_preference(model, preference, self.adapter)
+        if preference is None or self.preference_text is None:
+            return inputs
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        texts = self.preference_text.ids(tokenizer, preference, len(torch.atleast_2d(preference)))
+        return with_texts(inputs, texts, cast(Any, tokenizer).bos_token_id, cast(int, tokenizer.pad_token_id))
 
     def _margins(self, model, inputs, preference: torch.Tensor | None) -> torch.Tensor:
         """By how much log π of the first response of each pair is larger, of the untrained model without α."""
-        self._set_preference(model, inputs, preference)
+        inputs = self._at(model, inputs, preference)
         without = nullcontext()
         if preference is None:
             model = cast(PeftModel, self.accelerator.unwrap_model(model))
@@ -345,6 +366,8 @@ class PreferenceARMTrainer(SavingTrainer):
         with alone, output_files(folder, checkpoints.WRITER) as work:
             super()._save(str(work), state_dict)
             (work / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            if self.preference_text is not None:
+                self.preference_text.save(work)
             if self._saves_checkpoint:
                 checkpoints.write_record(work, self._describe_run())
             if (folder / CARD).exists():  # which `save_card` goes on with

@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache
 
+from ..incoming import New
 from ..prefix import can_take_back, rewindable_cache
-from ..reading import New, Part, parts_of
+from ..reading import Part, parts_of
 from ..terms import LM
 
 
