@@ -111,17 +111,12 @@ def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
     rows = []
     for task, budgets in found.values():
         for budget in budgets:
-            control, genarm = (budget.difference(PARM, other) for other in (UNTRAINED, GENARM))
-            rows.append(
-                {
-                    "task": task.title, "steps": budget.steps, "seeds": len(budget.seeds),
-                    "PARM − untrained: MIP": interval(control[PRODUCT]),
-                    "HV above 0": interval(control[ABOVE_ZERO]),
-                    "PARM − GenARM: MIP": interval(genarm[PRODUCT]),
-                    "HV above 0 ": interval(genarm[ABOVE_ZERO]),
-                    "rank correlations": ", ".join(f"{value:.2f}" for value in budget.correlations(PARM)[0]),
-                }
-            )  # fmt: skip
+            row = {"task": task.title, "steps": budget.steps, "seeds": len(budget.seeds)}
+            for other, called in ((UNTRAINED, "untrained"), (GENARM, GENARM)):
+                differences = budget.difference(PARM, other)
+                row |= {f"{PARM} − {called}: {name}": interval(differences[name]) for name in (PRODUCT, ABOVE_ZERO)}
+            correlations = zip(budget.objectives, budget.correlations(PARM)[0])
+            rows.append({**row, "rank correlations": ", ".join(f"{name} {value:.2f}" for name, value in correlations)})
     return "## In one table\n\n" + markdown(rows)
 
 
