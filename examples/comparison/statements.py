@@ -26,7 +26,8 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, UNTRAINED, "the untrained control"),
         against(budget, PARM, GENARM, "GenARM") + halves(budget),
         steering(budget),
-        against(budget, PARM, SHUFFLED, "PARM with a permuted α") if SHUFFLED in budget.fronts else "",
+        # Whose front is the same set of points, so that its hypervolume says nothing.
+        against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
         against(budget, JOINED, GENARM, "GenARM")
         + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
         at_matched_kl(budget),
@@ -37,10 +38,10 @@ def statements(budget: Budget) -> list[str]:
     return [line for line in found if line]
 
 
-def against(budget: Budget, method: str, minus: str, called: str) -> str:
-    """One method beside another: each measure with its interval, and what the intervals say."""
+def against(budget: Budget, method: str, minus: str, called: str, measures: Sequence[str] = JUDGED) -> str:
+    """One method beside another: measures with their intervals, and what the intervals say."""
     rows = budget.difference(method, minus)
-    parts = [f"{name} {interval(rows[name])} ({verdict(rows[name])})" for name in JUDGED]
+    parts = [f"{name} {interval(rows[name])} ({verdict(rows[name])})" for name in measures]
     return f"**{method} − {called}**: {', '.join(parts)}."
 
 
