@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from trl_parm.training.diagnosis import ALIKE
 
 from .methods import METHODS, UNTRAINED
 from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
-from .settings import BETA, RATE, at_edge
+from .settings import BETA, RATE, Settings, at_edge
 
 
 STEERED = 0.9
@@ -73,6 +75,20 @@ def at_matched_kl(budget: Budget) -> str:
         parts.append(f"{name} {interval(row)} ({verdict(row)}; {kl} {budget.kl(name):.2f})")
     head = f"**At PARM's KL to the base**, {budget.kl(PARM):.2f} a token, PARM's MIP minus that of "
     return head + "; ".join(parts) + "." if parts else ""
+
+
+def at_policies_kl(settings: Settings) -> str:
+    """PARM beside methods whose distance from the base can't be chosen, at theirs: by what was tried for β."""
+    rows = sorted(settings.tried(BETA, "parm"), key=lambda row: row["kl"])
+    parts = []
+    for name, method in METHODS.items():
+        for own in () if method.has_beta else settings.tried(BETA, name):
+            parm = float(np.interp(own["kl"], [row["kl"] for row in rows], [-row["value"] for row in rows]))
+            parts.append(f"{method.title} {-own['value']:.2f} at KL {own['kl']:.2f}, PARM {parm:.2f}")
+    return (
+        "**At the KL of methods without β** PARM's MIP, between the β that were tried, on the prompts that β was "
+        f"chosen with and one seed of training: {'; '.join(parts)}."
+    )
 
 
 def others(budget: Budget) -> str:
