@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_parm.evaluation.measures import SPREAD
 from trl_parm.training.diagnosis import ALIKE
 
 from .methods import METHODS, UNTRAINED
@@ -28,6 +29,7 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, UNTRAINED, "the untrained control"),
         against(budget, PARM, GENARM, "GenARM") + halves(budget),
         steering(budget),
+        against(budget, PARM, GENARM, "GenARM between vertices", [SPREAD.format(name) for name in budget.objectives]),
         # Whose front is the same set of points, so that its hypervolume says nothing.
         against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
         against(budget, JOINED, GENARM, "GenARM")
