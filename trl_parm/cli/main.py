@@ -27,6 +27,7 @@ VERBS = {
     "plot": "measures, tables and figures of an evaluation",
     "export": "write an adapter at fixed preferences as plain LoRA",
     "demo": "serve a page where a preference slider steers a model",
+    "serve": "serve OpenAI's API, with a preference for every request",
 }
 """Verb → what it does. Each is a module of this package with a function `main`."""
 HELP = {"-h", "--help"}
@@ -35,6 +36,7 @@ GOES_ON = {
     "export": "what was not complete is not there",
     "plot": "what was not complete is not there",
     "demo": "the page is closed",
+    "serve": "what it had begun was answered",
 }
 """What an interrupted command has left, of those that don't just go on."""
 TRACEBACK = "TRL_PARM_TRACEBACK"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -298,16 +298,24 @@ class Guided(GenerationMixin, nn.Module):
                 )
             return cache_in(of_model)
 
-        state = GuidedCache(self._parts(new_cache, own is not None))
+        state = self.new_cache(new_cache, own is not None)
         for part in state.parts if generation_config.num_beams > 1 else ():
             check_reorders(cast(Cache, part.cache))
         model_kwargs.update(cache_argument(self.backbone, state))
 
+    def new_cache(self, make: Callable[[LM, int], Any], own_prompt: bool = False) -> GuidedCache:
+        """An empty cache for this model.
+
+        Args:
+            make (`Callable`): Makes the cache of one set of weights, by a term that has them and the number of terms.
+            own_prompt (`bool`, *optional*, defaults to `False`): Whether guides will read a prompt of their own.
+        """
+        return GuidedCache(self._parts(make, own_prompt))
+
     def _state(self, cache: Any, keeps: bool, own_prompt: bool) -> GuidedCache:
         """What was read before: the cache, or a fresh one, which keeps nothing unless it is to."""
         if cache is None:
-            made = _default_cache if keeps else lambda term, copies: None
-            return GuidedCache(self._parts(made, own_prompt))
+            return self.new_cache(_default_cache if keeps else lambda term, copies: None, own_prompt)
         if not isinstance(cache, GuidedCache) or not cache.is_of(self.backbone, self.terms):
             raise ValueError(
                 f"This {type(cache).__name__} was not made by a guided model with the same models, adapters and "

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from trl_parm.templates import in_form
 from trl_parm.texts import PromptText, as_messages, as_text, fill
 
 
@@ -40,6 +41,8 @@ def escaped_ids(
         chats = [as_messages(as_text(prompt), "user") for prompt in prompts]
         parts = [f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}" for part in template.split("{prompt}")]
         options["chat_template"], around = "{{ messages[0]['content'] }}".join(parts), _around(tokenizer)
+    else:
+        chats = [in_form(tokenizer, chat) for chat in chats]
     most = None if max_length is None else max(0, max_length - sum(map(len, around)))
     rows = [cast(list[int], ids) for ids in encode(chats, **options)["input_ids"]]
     cut = [ids if most is None else ids[max(0, len(ids) - most) :] for ids in rows]

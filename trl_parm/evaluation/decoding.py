@@ -44,6 +44,8 @@ class Batch:
         weights (`dict[str, float]`, or a `list` of one for each row): α by objective; empty for a control.
         escape_control_tokens (`bool`): As in [`encode_prompts`], for guides with a template of their own.
         allow_off_simplex (`bool`): Whether α may extrapolate, as in [`Run`].
+        beta (`float` or `torch.Tensor` of shape `(rows,)`, *optional*): β in the place of a method's own, of all rows
+            or one for each.
     """
 
     preference: torch.Tensor | None
@@ -52,6 +54,11 @@ class Batch:
     weights: dict[str, float] | list[dict[str, float]]
     escape_control_tokens: bool = False
     allow_off_simplex: bool = False
+    beta: float | torch.Tensor | None = None
+
+    def beta_or(self, own: float) -> float | torch.Tensor:
+        """β of the batch, or a method's own."""
+        return own if self.beta is None else self.beta
 
 
 ANY, SAME_OBJECTIVES = "any", "same objectives"

@@ -15,6 +15,7 @@ from typing import Any, cast
 from peft_pblora import as_preference, get_objectives
 from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
+from trl_parm.algebra import Weight
 from trl_parm.arguments import check_fields
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
 from trl_parm.decoding.methods import guidance_strength
@@ -61,7 +62,8 @@ class Entry:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | str) -> Entry:
-        """From what stands in YAML. Raises `ValueError` for an unknown method, and unknown or missing settings."""
+        """From what stands in YAML. Raises `ValueError` for an unknown method, unknown or missing settings, or a
+        wrong β."""
         settings = {"method": given} if isinstance(given, str) else dict(given)
         key = settings.pop("method", None)
         if not isinstance(key, str) or key not in METHODS:
@@ -79,7 +81,9 @@ class Entry:
             )
         if not isinstance(name, str):
             raise ValueError(f"The `name` of a method is {name!r}, but it must be a text.")
-        return cls(name, method, check_fields(settings, method.make, f"The method {name!r}"))
+        settings = check_fields(settings, method.make, f"The method {name!r}")
+        guidance_strength(settings.get("beta", 1.0))
+        return cls(name, method, settings)
 
     def configuration(self, base: str | None = None) -> dict[str, Any]:
         """What its rows depend on beside the base model: its settings, and what its models and rewards are now."""
@@ -134,22 +138,23 @@ def base_model(models: Models) -> ModelAt:
 
 def untrained_arm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π of the ARM's backbone: the sharpening of PARM and GenARM without any preference."""
-    guide, strength = models.guide(arm, template), guidance_strength(beta)
-    return _guided(models, [guide], lambda batch: BASE + strength * guide.lm(untrained=True))
+    guide = models.guide(arm, template)
+    return _guided(models, [guide], lambda batch: BASE + _strength(batch, beta) * guide.lm(untrained=True))
 
 
 def parm(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π_ARM(α), for every preference-conditioned adapter."""
-    guide, strength = models.guide(arm, template), guidance_strength(beta)
-    return _guided(models, [guide], lambda batch: BASE + strength * guide.lm_at(batch))
+    guide = models.guide(arm, template)
+    return _guided(models, [guide], lambda batch: BASE + _strength(batch, beta) * guide.lm_at(batch))
 
 
 def parm_prompt(models: Models, arm: str, beta: float = 1.0, template: str | None = None) -> ModelAt:
     """log π_base + 1/β · log π_ARM of prompts that begin with α as text: an ARM that was trained to read it there."""
-    guide, strength, text = models.guide(arm, template), guidance_strength(beta), PreferenceText.load(arm)
+    guide, text = models.guide(arm, template), PreferenceText.load(arm)
 
     def model_at(batch: Batch) -> tuple[Guided, dict[str, Any]]:
-        return Guided(models.base, BASE + strength * guide.lm()), prompt_with_preference(guide, batch, text)
+        formula = BASE + _strength(batch, beta) * guide.lm()
+        return Guided(models.base, formula), prompt_with_preference(guide, batch, text) if batch.prompts else {}
 
     return model_at
 
@@ -159,13 +164,13 @@ def parm_shuffled(models: Models, arm: str, beta: float = 1.0, template: str | N
 
     A control: its strength and sharpening are PARM's, and it follows the preference no more than by chance.
     """
-    guide, strength = models.guide(arm, template), guidance_strength(beta)
+    guide = models.guide(arm, template)
 
     def formula(batch: Batch) -> Scorer:
         weights = cast(dict[str, float], batch.weights)  # one preference at a time
         values = list(weights.values())
         shifted = dict(zip(weights, values[1:] + values[:1], strict=True))
-        return BASE + strength * guide.lm(shifted, allow_off_simplex=batch.allow_off_simplex)
+        return BASE + _strength(batch, beta) * guide.lm(shifted, allow_off_simplex=batch.allow_off_simplex)
 
     return _guided(models, [guide], formula)
 
@@ -181,7 +186,9 @@ def genarm(models: Models, arms: dict[str, str], beta: float = 1.0, template: st
     guides = {objective: models.guide(name, template) for objective, name in arms.items()}
 
     def formula(batch: Batch) -> Scorer:
-        return formulas.genarm(*_weighted(guides, batch), beta, allow_off_simplex=batch.allow_off_simplex)
+        return formulas.genarm(
+            *_weighted(guides, batch), batch.beta_or(beta), allow_off_simplex=batch.allow_off_simplex
+        )
 
     return _guided(models, guides.values(), formula)
 
@@ -254,7 +261,7 @@ def worst_case(
         guides = {"": models.guide(arm or "", template)}
         objectives = get_objectives(guides[""].model, guides[""].adapter_name)
         scorers = {one: guides[""].lm({other: float(other == one) for other in objectives}) for one in objectives}
-    return _guided(models, guides.values(), lambda batch: formulas.genarm(scorers, "worst_case", beta))
+    return _guided(models, guides.values(), lambda batch: formulas.genarm(scorers, "worst_case", batch.beta_or(beta)))
 
 
 def args(models: Models, rewards: dict[str, Any], weight: float = 1.5, k: int = 10, cached: bool = False) -> ModelAt:
@@ -331,6 +338,11 @@ def _check_either(method: str, arm: str | None, arms: Mapping[str, str] | None) 
 def _guided(models: Models, guides: Iterable[Guide], formula: Callable[[Batch], Scorer]) -> ModelAt:
     """The base model by a formula of guides, and the prompt that they read in the place of its own."""
     return lambda batch: (Guided(models.base, formula(batch)), own_prompt(guides, batch))
+
+
+def _strength(batch: Batch, beta: float) -> Weight:
+    """1/β of a batch."""
+    return guidance_strength(batch.beta_or(beta))
 
 
 def _weighted(guides: Mapping[str, Guide], batch: Batch) -> tuple[dict[str, Scorer], list]:

@@ -79,8 +79,8 @@ class Guide:
 
 
 def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
-    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`. Raises
-    `ValueError` for guides that would read different tokens."""
+    """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`; nothing
+    for a batch without prompts. Raises `ValueError` for guides that would read different tokens."""
     found = [
         encode_prompts(
             guide.tokenizer,
@@ -89,7 +89,7 @@ def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
             escape_control_tokens=batch.escape_control_tokens,
         )
         for guide in guides
-        if guide.template is not None
+        if guide.template is not None and batch.prompts
     ]
     if any(one["input_ids"].tolist() != found[0]["input_ids"].tolist() for one in found):
         raise ValueError(

@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-from .engine import INSTALL, Capacity
+from .engine import INSTALL, Capacity, Need
 from .guidance import Guidance, Sample, make_sample
 
 
@@ -142,7 +142,9 @@ class AsyncGuidance:
         self._room = asyncio.Condition()
         self._submitting = asyncio.Lock()
 
-    async def generate(self, prompt: str | list[int], sampling_params: Any, guidance: Guidance) -> AsyncIterator[Any]:
+    async def generate(
+        self, prompt: str | list[int], sampling_params: Any, guidance: Guidance
+    ) -> AsyncGenerator[Any, None]:
         """Yields the base model's output as it grows, the whole text so far each time.
 
         It waits until the engine has room for all requests of the sample. A reader that goes away ends them together.
@@ -161,25 +163,57 @@ class AsyncGuidance:
         if sampling_params.stop:
             raise ValueError("Coupled requests of an asynchronous engine have no stop strings. Use `stop_token_ids`.")
         sample = make_sample(self._capacity, self._engine.get_tokenizer, prompt, sampling_params, guidance)
-        async with self._room:
-            await self._room.wait_for(lambda: self._capacity.take(sample.name, sample.need))
-        try:
-            base, *guides = await self._submit(sample)
-            output = await base.get()
-            async with self._room:
-                self._capacity.prompt_read(sample.name)
-                self._room.notify_all()
-            while not output.finished:
-                yield output
+        async with self._taking(sample.name, sample.need) as prompt_read:
+            try:
+                base, *guides = await self._submit(sample)
                 output = await base.get()
-            outputs = [output, *[await guide.get() for guide in guides]]
-            sample.outputs = dict(zip(sample.names, outputs))
-            yield sample.result()
+                await prompt_read()
+                while not output.finished:
+                    yield output
+                    output = await base.get()
+                outputs = [output, *[await guide.get() for guide in guides]]
+                sample.outputs = dict(zip(sample.names, outputs))
+                yield sample.result()
+            finally:
+                if not sample.finished:
+                    await self._abort(sample)
+
+    async def generate_alone(
+        self, prompt: Any, sampling_params: Any, request_id: str, **arguments: Any
+    ) -> AsyncGenerator[Any, None]:
+        """`AsyncLLMEngine.generate` without guides, which waits for its room too.
+
+        Args:
+            prompt (`dict`): With `prompt_token_ids`.
+            sampling_params (`SamplingParams`), request_id (`str`), **arguments: As of the engine.
+        """
+        need = self._capacity.need(len(prompt["prompt_token_ids"]), sampling_params.max_tokens, [], sampling_params.n)
+        async with self._taking(request_id, need) as prompt_read:
+            outputs = self._engine.generate(prompt, sampling_params, request_id, **arguments)
+            try:
+                async for output in outputs:
+                    await prompt_read()
+                    yield output
+            finally:
+                await outputs.aclose()
+
+    @contextlib.asynccontextmanager
+    async def _taking(self, name: str, need: Need) -> AsyncIterator[Any]:
+        """The engine's room for something, once it is there; gives what notes that its prompts have been read."""
+
+        async def prompt_read() -> None:
+            if not need.prompt_read:
+                async with self._room:
+                    self._capacity.prompt_read(name)
+                    self._room.notify_all()
+
+        async with self._room:
+            await self._room.wait_for(lambda: self._capacity.take(name, need))
+        try:
+            yield prompt_read
         finally:
-            if not sample.finished:
-                await self._abort(sample)
             async with self._room:
-                self._capacity.give_back(sample.name)
+                self._capacity.give_back(name)
                 self._room.notify_all()
 
     async def _submit(self, sample: Sample) -> list[Any]:

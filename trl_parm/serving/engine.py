@@ -113,12 +113,12 @@ class Capacity:
         self._loras = config.lora_config.max_loras
         self._taken: dict[str, Need] = {}
 
-    def need(self, prompt_length: int, max_tokens: int | None, loras: list[int]) -> Need:
-        """What a family of one base request and a guide for each LoRA takes. Raises `ValueError` for a prompt that
-        leaves no room to write, or a family that this engine can never run together."""
+    def need(self, prompt_length: int, max_tokens: int | None, loras: list[int], texts: int = 1) -> Need:
+        """What a family of one base request and a guide for each LoRA takes, or so many texts without guides. Raises
+        `ValueError` for a prompt that leaves no room to write, or a family that this engine can never run together."""
         if not 0 < prompt_length < self._length:
             raise ValueError(f"A prompt has {prompt_length} tokens, but the engine takes 1 to {self._length - 1}.")
-        requests = 1 + len(loras)
+        requests = texts * (1 + len(loras))
         longest = min(prompt_length + (max_tokens or self._length), self._length)
         blocks = requests * math.ceil(longest / self._block_size)
         need = Need(requests, requests * prompt_length, blocks, frozenset(loras))
