@@ -12,7 +12,7 @@ from comparison.figures import draw
 from comparison.methods import BASE, METHODS, UNTRAINED
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
 from comparison.settings import BETA, RATE, Settings, best
-from comparison.statements import edges, interval, statements
+from comparison.statements import at_policies_kl, edges, interval, statements
 from comparison.task import Task
 from comparison.training import KINDS
 
@@ -44,6 +44,7 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
   steps: {rates}. {rate_edges}
 - **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their own:
   {betas}. {beta_edges}
+- {policies}
 - **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
   the {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
 - **Cost** on one thread: {costs}.
@@ -111,17 +112,12 @@ def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
     rows = []
     for task, budgets in found.values():
         for budget in budgets:
-            control, genarm = (budget.difference(PARM, other) for other in (UNTRAINED, GENARM))
-            rows.append(
-                {
-                    "task": task.title, "steps": budget.steps, "seeds": len(budget.seeds),
-                    "PARM − untrained: MIP": interval(control[PRODUCT]),
-                    "HV above 0": interval(control[ABOVE_ZERO]),
-                    "PARM − GenARM: MIP": interval(genarm[PRODUCT]),
-                    "HV above 0 ": interval(genarm[ABOVE_ZERO]),
-                    "rank correlations": ", ".join(f"{value:.2f}" for value in budget.correlations(PARM)[0]),
-                }
-            )  # fmt: skip
+            row = {"task": task.title, "steps": budget.steps, "seeds": len(budget.seeds)}
+            for other, called in ((UNTRAINED, "untrained"), (GENARM, GENARM)):
+                differences = budget.difference(PARM, other)
+                row |= {f"{PARM} − {called}: {name}": interval(differences[name]) for name in (PRODUCT, ABOVE_ZERO)}
+            correlations = zip(budget.objectives, budget.correlations(PARM)[0])
+            rows.append({**row, "rank correlations": ", ".join(f"{name} {value:.2f}" for name, value in correlations)})
     return "## In one table\n\n" + markdown(rows)
 
 
@@ -168,6 +164,7 @@ def settings_text(task: Task, settings: Settings, budgets: Sequence[Budget]) -> 
         validation=task.validation_prompts,
         betas=_chosen(betas, losses=False),
         beta_edges=edges(betas, BETA),
+        policies=at_policies_kl(settings),
         prompts=len(budgets[0].fronts[BASE].rewards),
         points=len(budgets[0].fronts[PARM].labels),
         tokens=facts["max_new_tokens"],

@@ -16,6 +16,7 @@ from torch import nn
 from peft_pblora import PBLoraConfig, set_preference
 from trl_parm import PARM, cpu, optimize_for_cpu, undo_optimize_for_cpu
 from trl_parm.cpu import PackedLinear
+from trl_parm.decoding import BASE, Guided
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 1, 2, 4, 4]])
@@ -176,6 +177,16 @@ def test_guided_texts_are_the_same_in_float32():
         guided = PARM(arm.get_base_model(), arm, {"helpful": 0.3, "harmless": 0.7}, beta=0.5)
         texts.append(guided.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, num_beams=2))
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48, 64])
+def test_as_many_rows_as_a_layer_has_features_are_no_state(rows):
+    """A packed copy that is made in a forward is not taken for what a text leaves on its model."""
+    model = optimize_for_cpu(tiny_llama(), torch.float32)
+    ids = torch.randint(2, 60, (rows, 4), generator=torch.Generator().manual_seed(0))
+    found = Guided(model, BASE).generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    expected = tiny_llama().generate(input_ids=ids, max_new_tokens=2, do_sample=False)
+    assert torch.equal(found, expected)
 
 
 def test_the_dtype_is_that_of_the_units(monkeypatch):

@@ -301,12 +301,14 @@ def test_statements_follow_the_intervals(tmp_path, lead, said):
     write_results(tmp_path, [0, 1, 2], lead)
     budget = read(tmp_path)
     lines = statements(budget)
-    control, genarm, steering, shuffled, *_ = lines
+    control, genarm, steering, spreads, shuffled, *_ = lines
     assert control.count("(higher)") == 3
     assert genarm.startswith("**PARM − GenARM**")
     assert genarm.count(f"({said})") == 3
     assert "PARM has 0.50 of GenARM's parameters, and one guide row for 2" in genarm
     assert "early 1.00 (single seeds 1.00 to 1.00)" in steering
+    assert "spread of early" in spreads
+    assert "MIP +" in shuffled
     assert "(higher)" in shuffled
     behind = next(line for line in lines if line.startswith("**On held-out pairs**"))
     assert ("PARM is behind GenARM in MIP" in behind) == (lead > 0)

@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from trl_parm.evaluation.measures import SPREAD
 from trl_parm.training.diagnosis import ALIKE
 
 from .methods import METHODS, UNTRAINED
 from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
-from .settings import BETA, RATE, at_edge
+from .settings import BETA, RATE, Settings, at_edge
 
 
 STEERED = 0.9
@@ -26,7 +29,9 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, UNTRAINED, "the untrained control"),
         against(budget, PARM, GENARM, "GenARM") + halves(budget),
         steering(budget),
-        against(budget, PARM, SHUFFLED, "PARM with a permuted α") if SHUFFLED in budget.fronts else "",
+        against(budget, PARM, GENARM, "GenARM between vertices", [SPREAD.format(name) for name in budget.objectives]),
+        # Whose front is the same set of points, so that its hypervolume says nothing.
+        against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
         against(budget, JOINED, GENARM, "GenARM")
         + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
         at_matched_kl(budget),
@@ -37,10 +42,10 @@ def statements(budget: Budget) -> list[str]:
     return [line for line in found if line]
 
 
-def against(budget: Budget, method: str, minus: str, called: str) -> str:
-    """One method beside another: each measure with its interval, and what the intervals say."""
+def against(budget: Budget, method: str, minus: str, called: str, measures: Sequence[str] = JUDGED) -> str:
+    """One method beside another: measures with their intervals, and what the intervals say."""
     rows = budget.difference(method, minus)
-    parts = [f"{name} {interval(rows[name])} ({verdict(rows[name])})" for name in JUDGED]
+    parts = [f"{name} {interval(rows[name])} ({verdict(rows[name])})" for name in measures]
     return f"**{method} − {called}**: {', '.join(parts)}."
 
 
@@ -72,6 +77,20 @@ def at_matched_kl(budget: Budget) -> str:
         parts.append(f"{name} {interval(row)} ({verdict(row)}; {kl} {budget.kl(name):.2f})")
     head = f"**At PARM's KL to the base**, {budget.kl(PARM):.2f} a token, PARM's MIP minus that of "
     return head + "; ".join(parts) + "." if parts else ""
+
+
+def at_policies_kl(settings: Settings) -> str:
+    """PARM beside methods whose distance from the base can't be chosen, at theirs: by what was tried for β."""
+    rows = sorted(settings.tried(BETA, "parm"), key=lambda row: row["kl"])
+    parts = []
+    for name, method in METHODS.items():
+        for own in () if method.has_beta else settings.tried(BETA, name):
+            parm = float(np.interp(own["kl"], [row["kl"] for row in rows], [-row["value"] for row in rows]))
+            parts.append(f"{method.title} {-own['value']:.2f} at KL {own['kl']:.2f}, PARM {parm:.2f}")
+    return (
+        "**At the KL of methods without β** PARM's MIP, between the β that were tried, on the prompts that β was "
+        f"chosen with and one seed of training: {'; '.join(parts)}."
+    )
 
 
 def others(budget: Budget) -> str:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from peft_pblora.kv_cache import cache_argument
+from trl_parm.cpu import PackedLinear
 
 from .adapters import Adapters
 from .branches import is_close, may_branch
@@ -87,10 +88,12 @@ def check_order(model: Any, adapters: Adapters) -> None:
 
 
 def tensors_on_modules(model: Any, rows: int) -> dict[tuple[int, str], torch.Tensor]:
-    """Attributes of a model's modules, beside parameters and buffers, that have so many rows."""
+    """Attributes of a model's modules, beside parameters and buffers, that have so many rows; packed copies of weights
+    are none of them."""
     return {
         (id(module), name): value
         for module in model.modules()
+        if not isinstance(module, PackedLinear)
         for name, value in vars(module).items()
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
     }

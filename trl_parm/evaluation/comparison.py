@@ -39,6 +39,7 @@ class Pairing:
 
     @property
     def head(self) -> dict[str, Any]:
+        """What its rows in a table begin with."""
         return {"method": self.method, "preference": self.label, "prompts": len(self.first)}
 
 
