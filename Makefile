@@ -30,7 +30,7 @@ GPU_PYTHON_VERSION ?= 3.12
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about a quarter of an hour on two cores)
+demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about ten minutes on two cores)
 	$(PY) examples/quickstart.py
 
 # MODEL continues stories, such as karpathy/tinyllamas' stories260K as a folder of transformers.

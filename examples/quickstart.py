@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From preference pairs to a preference slider: trains one PARM and steers a frozen language model with it.
 
-    python examples/quickstart.py     # SmolLM2-135M-Instruct on two CPU cores, about a quarter of an hour
+    python examples/quickstart.py     # SmolLM2-135M-Instruct on two CPU cores, about ten minutes
     python examples/quickstart.py --model folder-or-hub-id
 
 Writes `runs/demo/`: the adapter, the table, the Pareto figure and sample responses. What it wrote there before is
