@@ -94,8 +94,7 @@ findings:  ## Run the scripts about surprises in outside libraries, one by one (
 
 docs: $(VENV)/.docs  ## Build the site of the documentation into build/site
 	$(call remove_made,build/site,exit 1;)
-	$(VENV)/bin/zensical build --clean --strict
-	$(call new_folder,build/site)
+	$(VENV)/bin/zensical build --clean --strict; code=$$?; $(call new_folder,build/site); exit $$code
 
 check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/ruff check .
