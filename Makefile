@@ -6,10 +6,12 @@ TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # The oldest releases that setup.cfg allows and that resolve together.
 OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.8.0 huggingface_hub==1.5.0 \
 	safetensors==0.8.0 numpy==2.0.2 matplotlib==3.9.0 scipy==1.13.0 moocore==0.2.0 vaderSentiment==3.3.2
-OLDEST_TESTS := adapter adapter_layers adapter_state algebra arguments card cli cli_output control_tokens cores cpu \
-	evaluation export extras kv_cache loading log_probs losses make_pairs measures methods noise output pair_data plots \
-	preference relabel rescore resume rows serving shapes sources training training_architectures training_loss \
-	training_metrics training_preferences training_surface transformers
+OLDEST_TESTS := adapter adapter_layers adapter_state algebra answers arguments card cli cli_output combine \
+	comparison control_tokens cores cpu descriptions diagnosis evaluation export extras formats games \
+	judges kv_cache loading log_probs losses make_pairs measures methods noise output pair_data plots \
+	preference preference_text relabel rescore resume rows serving shapes sources training \
+	training_architectures training_loss training_metrics training_preferences training_surface \
+	transformers
 
 # Only a folder that was made here is ever removed, by this mark in it. A link stays too.
 MADE := .made_by_make
