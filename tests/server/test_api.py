@@ -192,13 +192,14 @@ def test_sixteen_tokens_are_the_default_of_completions(here):
 
 def test_conversations_and_parts(here, twin):
     chat = [
-        {"role": "system", "content": "w1 w2"},
+        {"role": "developer", "content": "w1 w2"},
         {"role": "user", "content": [{"type": "text", "text": "w3 "}, {"type": "text", "text": "w9"}]},
         {"role": "assistant", "content": "w4"},
-        {"role": "user", "content": "w5", "name": "somebody"},
+        {"role": "user", "content": "w5"},
     ]
     answer = here.client.chat.completions.create(model="parm", messages=chat, temperature=0, max_tokens=8)
     plain = [{**message, "content": "w3 w9"} if isinstance(message["content"], list) else message for message in chat]
+    plain[0]["role"] = "system"
     ids = twin.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert answer.choices[0].message.content == twin.decoded(twin.tokens(ids, most=8))
 
@@ -270,8 +271,16 @@ WRONG = {
     "too many texts": ({"n": 100}, "n", "from 1 to"),
     "half a text": ({"n": 1.5}, "n", "whole number"),
     "no tokens": ({"max_tokens": 0}, "max_tokens", "whole number"),
-    "too many tokens": ({"max_tokens": 5000}, "max_tokens", "at most"),
+    "too many tokens": ({"max_tokens": 5000}, "max_tokens", "this server writes at most"),
     "two numbers of tokens": ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differ"),
+    "a stop that is false": ({"stop": False}, "stop", "must be a text"),
+    "an unknown role": ({"messages": [{"role": "usr", "content": "w3"}]}, "messages[0].role", "none of system"),
+    "a role of control tokens": (
+        {"messages": [{"role": "user<|im_end|>", "content": "w3"}]}, "messages[0].role", "none of system",
+    ),
+    "a message with a name": (
+        {"messages": [{"role": "user", "content": "w3", "name": "somebody"}]}, "messages[0].name", "Leave it out",
+    ),
     "an empty stop": ({"stop": ""}, "stop", "must be a text"),
     "a stop that is a number": ({"stop": [1]}, "stop", "must be a text"),
     "a list of empty stops": ({"stop": [""]}, "stop", "must be a text"),

@@ -148,3 +148,16 @@ def test_sigterm_drains(folder):
     assert refused.is_set()
     assert command.process.returncode == 0
     assert not any(word in out + err for word in (*SECRET.split(), "Traceback"))
+
+
+def test_sigterm_is_heeded_from_the_first_line_on(folder):
+    command = Command(folder)
+    command.process.send_signal(signal.SIGTERM)
+    command.process.communicate(timeout=60)
+    assert command.process.returncode == 0
+
+
+def test_keys_that_are_none_are_refused(monkeypatch):
+    monkeypatch.setenv(KEYS, " , ")
+    with pytest.raises(ValueError, match="there is no key in it"):
+        ServeArguments(model_name_or_path="base").keys()

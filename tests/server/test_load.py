@@ -219,15 +219,21 @@ def test_too_many_that_wait_are_refused(folder, twin):
         hold = threading.Event()
         step = here.server.engine._turn
         here.server.engine._turn = lambda: (hold.wait(20), step())
-        with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(here.chat, "w3 w9") for _ in range(2)]
-            assert wait_until(lambda: len(here.server.engine._queue) == 2)
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(here.chat, "w3 w9") for _ in range(3)]  # one for the row, and two that wait
+            assert wait_until(lambda: len(here.server.engine._queue) == 3)
             with pytest.raises(openai.InternalServerError) as caught:
                 here.chat()
             hold.set()
-            assert [one.result().choices[0].message.content for one in asked] == [twin.text("w3 w9")] * 2
+            assert [one.result().choices[0].message.content for one in asked] == [twin.text("w3 w9")] * 3
     assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
     assert caught.value.response.headers["retry-after"] == "1"
+
+
+def test_texts_with_rows_do_not_wait(folder, twin):
+    with running(arguments(folder, methods=None, max_rows=4, max_waiting=0)) as here:
+        answer = here.chat("w3 w9", n=4)
+    assert [choice.message.content for choice in answer.choices] == [twin.text("w3 w9")] * 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

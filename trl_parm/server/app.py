@@ -101,8 +101,9 @@ class Server:
 
     def _check_key(self, http: HTTPRequest) -> None:
         """Raises [`RequestError`] with status 401 without a right key; how long it takes does not tell how wrong."""
-        given = http.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
-        found = [hmac.compare_digest(given, key) for key in self._keys]
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        known = scheme.lower() == "bearer"
+        found = [hmac.compare_digest(given.encode("latin-1"), key) and known for key in self._keys]
         if found and not any(found):
             raise RequestError("The API key is missing or wrong.", 401, "invalid_api_key")
 

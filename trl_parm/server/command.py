@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -92,7 +93,10 @@ class ServeArguments:
     def keys(self) -> list[str]:
         """All keys, of which a request needs one."""
         given = [self.api_key or "", *os.environ.get(KEYS, "").split(",")]
-        return [key.strip() for key in given if key.strip()]
+        found = [key.strip() for key in given if key.strip()]
+        if not found and (self.api_key is not None or KEYS in os.environ):
+            raise ValueError(f"`api_key` or {KEYS} is set, but there is no key in it. Give one, or unset it.")
+        return found
 
 
 def serve(arguments: ServeArguments) -> None:
@@ -113,8 +117,7 @@ def serve(arguments: ServeArguments) -> None:
             return on_vllm(arguments, listening, keys, begun)
         server = make_server(arguments, keys)
         try:
-            say_ready([served.name for served in server.catalogue], listening, begun)
-            _run(server, listening)
+            _run(server, listening, lambda: say_ready([served.name for served in server.catalogue], listening, begun))
         finally:
             server.engine.close()
     finally:
@@ -176,14 +179,19 @@ def say_ready(names: list[str], listening: socket.socket, begun: float) -> None:
     print(f"Serving {', '.join(names)} at {url}, {seconds:.1f} s after its start", flush=True)
 
 
-def _run(server: Any, listening: socket.socket) -> None:
-    """Until a signal; then nothing new is taken, and what runs comes to its end."""
+def _run(server: Any, listening: socket.socket, say: Callable[[], None]) -> None:
+    """Until a signal; then nothing new is taken, and what runs comes to its end. It says when signals are heeded."""
     import uvicorn
+
+    class Announcing(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            say()
 
     config = uvicorn.Config(server.app(), log_level="warning", access_log=False, lifespan="off")
     # uvicorn hands a signal on when it has drained; this one has had its effect by then.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening])
+    Announcing(config).run(sockets=[listening])
 
 
 def _is_loopback(host: str) -> bool:

@@ -89,6 +89,7 @@ class Engine:
         self._tasks: set[Task] = set()
         self._readings: list[tuple[Task, Reading]] = []
         self._lanes: dict[tuple, Lane] = {}
+        self._running = 0  # rows that are taken, as the thread last counted them
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         self._thread.start()
 
@@ -103,9 +104,11 @@ class Engine:
         with self._wake:
             if not self.is_alive:
                 raise RequestError("The server is shutting down.", 503, "shutting_down")
-            if sum(len(texts) for _, texts in self._queue) + count > self.rows.waiting:
+            room = self.rows.waiting + self.rows.rows - self._running
+            if sum(len(texts) for _, texts in self._queue) + count > room:
                 raise RequestError(
-                    f"The server is busy: {self.rows.waiting} texts may wait, and as many do. Try again later.",
+                    f"The server is busy: {self.rows.waiting} texts may wait for a row, and there is no room for "
+                    f"{count} more. Try again later.",
                     503, "overloaded",
                 )  # fmt: skip
             for task in tasks:
@@ -142,7 +145,8 @@ class Engine:
         joining = self._read()
         for key in dict.fromkeys([*self._lanes, *joining]):
             self._step(key, joining.get(key, []))
-        self.metrics.running.set(self.rows.rows - self._free)
+        self._running = self.rows.rows - self._free
+        self.metrics.running.set(self._running)
         with self._wake:
             self.metrics.waiting.set(sum(len(texts) for _, texts in self._queue))
 
@@ -187,6 +191,7 @@ class Engine:
             self._tasks.add(task)
             with self._failing(task):
                 self._readings.append((task, Reading(texts, task.guidance)))
+            self._running = self.rows.rows - self._free
 
     def _read(self) -> dict[tuple, list[tuple[Reading, list[Text]]]]:
         """Reads prompts, a part of each in turn. Returns, by their lanes, those that are read, with the texts that go

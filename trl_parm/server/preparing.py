@@ -127,6 +127,11 @@ class Preparing:
         if most is not None and length > most:
             raise wrong(param, f"The prompt has {length} tokens, but at most {most} fit.", "context_length_exceeded")
         room = limits.tokens if positions is None else min(limits.tokens, positions - length)
+        if request.max_tokens is not None and request.max_tokens > limits.tokens:
+            raise wrong(
+                "max_tokens",
+                f"`max_tokens` is {request.max_tokens}, but this server writes at most {limits.tokens} tokens.",
+            )
         if request.max_tokens is not None and request.max_tokens > room:
             raise wrong(
                 "max_tokens",

@@ -36,7 +36,9 @@ NEUTRAL: dict[str, Any] = {
     "tool_choice": ("none", "auto"), "functions": ([],), "parallel_tool_calls": (True, False),
 }  # fmt: skip
 """Fields of OpenAI's that can't be had here, each with the values that ask for nothing."""
-OF_MESSAGES = {"role", "content", "name"}
+OF_MESSAGES = {"role", "content"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Roles of messages, and those by which templates know them."""
 MOST_STOPS, MOST_STOP_LENGTH, MOST_LOGPROBS = 16, 256, 20
 LEAST_TEMPERATURE = 0.01
 
@@ -148,13 +150,17 @@ def _messages(given: Any) -> PromptText:
         where = f"messages[{number}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise wrong(where, f"`{where}` must be an object with a `role` and a `content`.")
+        if message["role"] not in ROLES:
+            raise wrong(
+                f"{where}.role", f"The role of `{where}` is {_shown(message['role'])}, none of {', '.join(ROLES)}."
+            )
         for name, value in message.items():
             if name not in OF_MESSAGES and value is not None:
                 raise wrong(f"{where}.{name}", f"`{name}` of a message can't be read here. Leave it out.")
         if not isinstance(message.get("content"), str | list):
             raise wrong(f"{where}.content", f"The content of `{where}` must be a text, or a list of text parts.")
     try:
-        return read_text([{k: v for k, v in m.items() if v is not None} for m in given], "`messages`")
+        return read_text([{"role": ROLES[m["role"]], "content": m["content"]} for m in given], "`messages`")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise wrong("messages", str(error)) from None
 
@@ -241,7 +247,7 @@ def _max_tokens(body: Mapping[str, Any], chat: bool) -> int | None:
 
 
 def _stop(given: Any) -> tuple[str, ...]:
-    stops = [given] if isinstance(given, str) else given or []
+    stops = [given] if isinstance(given, str) else [] if given is None else given
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(
         isinstance(stop, str) and 0 < len(stop) <= MOST_STOP_LENGTH for stop in stops
     ):  # fmt: skip
