@@ -67,16 +67,17 @@ def save(folder: Path, prompts: int, tokens: int) -> None:
         "model_name_or_path": str(Path(smollm2()).resolve()), "dtype": "float32", "grid_steps": 4, "batch_size": 16,
         "max_new_tokens": tokens, "do_sample": True, "rewards": rewards,
         "prompts": [f"What do you know about the number {i * i}?" for i in range(prompts)],
-        "methods": ["base", {"method": "parm", "arm": "arm", "beta": 1.0}],
+        "methods": ["base", {"method": "parm", "arm": str(folder / "arm"), "beta": 1.0}],
     }  # fmt: skip
     (folder / "evaluate.yaml").write_text(yaml.safe_dump(configuration))
 
 
 def seconds(folder: Path, count: int, output: str) -> float:
-    command = [sys.executable, "-m", *WORDS[count], "evaluate", "--config", "evaluate.yaml", "--output_dir", output]
+    given = ["--config", str(folder / "evaluate.yaml"), "--output_dir", str(folder / output)]
+    command = [sys.executable, "-m", *WORDS[count], "evaluate", *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     start = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 

@@ -5,6 +5,7 @@ A new method is one row of `TWINS`.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -411,6 +412,16 @@ def test_no_record_has_an_access_token(folder, tmp_path):
     texts = [(tmp_path / name).read_text() for name in ("results.config.json", "run.yaml")]
     assert "device_map: cpu" in texts[1]
     assert not any("hf_" in text for text in (*texts, written))
+
+
+def test_an_arm_whose_model_is_not_there_is_named(folder, tmp_path, monkeypatch):
+    """As where its folder was given by a path from another place."""
+    arm = tmp_path / "arm"
+    shutil.copytree(folder / "small_arm", arm)
+    config = json.loads((arm / "adapter_config.json").read_text())
+    (arm / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "elsewhere/small"}))
+    with pytest.raises(ValueError, match="arm' was trained on 'elsewhere/small', as `base_model_name_or_path`"):
+        run(folder, [{"method": "parm", "arm": str(arm)}], tmp_path / "results.jsonl")
 
 
 def test_another_backbone_of_an_arm_is_refused(folder, tmp_path):
