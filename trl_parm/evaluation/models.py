@@ -189,8 +189,8 @@ class Models:
         if canonical(backbone) != canonical(self.name) and backbone not in self._whole and not is_readable(backbone):
             raise ValueError(
                 f"The adapter {name!r} was trained on {backbone!r}, as `base_model_name_or_path` in its "
-                "adapter_config.json says, and there is no such model, neither in a folder, seen from here, nor on the "
-                "Hub as far as it can be reached. Start where that folder is, or write there which model it is."
+                "adapter_config.json says, and there is no such model, neither in a folder, seen from here, nor on "
+                "the Hub as far as it can be reached. Start where that folder is, or write there which model it is."
             )
         alone = changes_below(config, self.whole(backbone))
         key = canonical(backbone), name if alone else str(config.peft_type)
