@@ -16,6 +16,7 @@ from transformers import BartForConditionalGeneration, BertForMaskedLM
 from trl_parm import PreferenceARMTrainer
 from trl_parm.cli import train
 from trl_parm.training import data as training_data
+from trl_parm.training.metrics import check_metric
 
 
 def test_defaults_of_the_arguments(tokenizer, tmp_path, monkeypatch):
@@ -248,6 +249,15 @@ def test_damage_far_into_a_stream_is_told_by_its_line(tmp_path, monkeypatch, key
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_vertex_correlation", "eval_helpful_gain"])
 def test_metric_for_the_best_model(tmp_path, tokenizer, name):
     trainer(tmp_path, tokenizer, metric_for_best_model=name)
+
+
+def test_whatever_an_evaluation_reports_can_judge(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer, evaluation=two_sets())
+    run.train()
+    found = {name for name in run.evaluate() if not name.endswith(("runtime", "per_second", "epoch"))}
+    assert {"eval_loss", "eval_helpful_gain", "eval_vertex_distance"} < found
+    for name in found:
+        check_metric(name, run.objectives, list(run.eval_preferences))
 
 
 def test_metric_that_no_evaluation_reports(tmp_path, tokenizer):

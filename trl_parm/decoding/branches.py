@@ -148,7 +148,7 @@ class Classifier:
 class Continuations:
     """How a policy goes on after candidates, greedily, for one call of `generate`: from what it has read of the text.
 
-    As branches of one text they would be decoded within a tenth as fast, so that each is a text of its own.
+    Each is a text of its own: every token is one more forward, in which branches of one text would save little.
 
     Args:
         policy (`PreTrainedModel`): The policy.

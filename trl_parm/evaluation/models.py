@@ -186,7 +186,8 @@ class Models:
         """
         config = adapter_config(name)
         backbone = cast(str, backbone or config.base_model_name_or_path)
-        if canonical(backbone) != canonical(self.name) and backbone not in self._whole and not is_readable(backbone):
+        loaded = canonical(self.name), *self._whole
+        if canonical(backbone) not in loaded and not is_readable(backbone):
             raise ValueError(
                 f"The adapter {name!r} was trained on {backbone!r}, as `base_model_name_or_path` in its "
                 "adapter_config.json says, and there is no such model, neither in a folder, seen from here, nor on "
