@@ -40,15 +40,16 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
 - **Pairs**: {pairs} of its own answers for {steps} steps of {batch}, labelled for {objectives}; the labels agree
   in {agreement:.0%} of them. PARM, SVD-LoRA and UniARM see all of them; each ARM of GenARM, and each policy, has a
   part for itself, {share}, with its own label.
-- **Learning rates** have the least loss on {held_out} held-out pairs, on a seed of their own, after {settings_steps}
-  steps: {rates}. {rate_edges}
-- **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their own:
-  {betas}. {beta_edges}
-- {policies}
 - **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
   the {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
 - **Cost** on one thread: {costs}.
 - **Versions**: {versions}."""
+
+CHOSEN = """- **Learning rates** have the least loss on {held_out} held-out pairs, on a seed of their own, after
+  {steps:,} steps: {rates}. {rate_edges}
+- **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their
+  own: {betas}. {beta_edges}
+- {policies}"""
 
 METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
 without training. *ARM alone* is PARM's ARM without the base model. Rewarded Soups and MOD combine DPO policies, which
@@ -65,16 +66,16 @@ complete is not done again. Another task is another file in `examples/configs/sm
 seed, by the beginning of their names:
 
     python examples/reproduce_small.py --list
-    python examples/reproduce_small.py --task stories --model MODEL --only stories/settings stories/200/0
+    python examples/reproduce_small.py --task stories --model MODEL --only stories/settings/200 stories/200/0
     python examples/reproduce_small.py --page"""
 
 LIMITS = """## What this does not show
 
 Small models, and rewards that short happy phrases satisfy; no judge but the scorers that labelled. Learning rates and
-β were chosen once, after {settings}, and are used for every budget and seed. Hypervolume of few prompts is biased
-upwards, and of several noisy points more than of a control's one. KL is estimated from the sampled answers. The noise
-of sampling is the same for all seeds of training. Times are those of a shared machine; [decoding](decoding.md) has
-paired measurements."""
+β were chosen with one seed of training, and are used for all. Hypervolume of few prompts is biased upwards, and of
+several noisy points more than of a control's one. KL is estimated from the sampled answers. The noise of sampling is
+the same for all seeds of training. Times are those of a shared machine; [decoding](decoding.md) has paired
+measurements."""
 
 
 def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) -> Path | None:
@@ -96,8 +97,7 @@ def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) 
         parts = [INTRODUCTION, summary(found), METHODS_TEXT]
         for task, budgets in found.values():
             parts += section(task, budgets, results, staging / "images")
-        steps = " and ".join(f"{task.settings_steps} steps ({task.title})" for task, _ in found.values())
-        parts += [AGAIN, LIMITS.format(settings=steps)]
+        parts += [AGAIN, LIMITS]
         (staging / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page / "results.md"
 
@@ -123,13 +123,13 @@ def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
 
 def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) -> list[str]:
     """What was run for a task, and what was found with each budget."""
-    settings = Settings(task, results / task.name, Path())
-    parts = [f"## {task.title}", settings_text(task, settings, budgets)]
+    parts = [f"## {task.title}", settings_text(task, budgets)]
     for budget in budgets:
         name = f"results_{task.name}_{budget.steps}"
         draw(budget, images, name)
         parts += [
             f"### {task.title}: {budget.steps:,} steps, training seeds: {len(budget.seeds)}",
+            chosen_text(task, Settings(task, task.settings_of(budget.steps), results / task.name, Path())),
             "**What holds**\n\n" + "\n".join(f"- {line}" for line in statements(budget)),
             f"![Mean rewards of all methods at every preference](images/{name}.png)",
             f"![Mean inner product over KL to the base](images/{name}_kl.png)",
@@ -143,11 +143,9 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
     return parts
 
 
-def settings_text(task: Task, settings: Settings, budgets: Sequence[Budget]) -> str:
+def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
     """What was run, from what the pieces say of themselves."""
     facts = budgets[-1].facts[0]
-    rates = {kind: settings.tried(RATE, kind) for kind in KINDS}
-    betas = {m.title: settings.tried(BETA, name) for name, m in METHODS.items() if m.has_beta}
     count = facts["steps"] * facts["batch"]
     return SETTINGS.format(
         model=Path(task.model).name,
@@ -157,20 +155,28 @@ def settings_text(task: Task, settings: Settings, budgets: Sequence[Budget]) -> 
         objectives=" and ".join(facts["objectives"]),
         agreement=facts["agreement"],
         share=f"{count // len(facts['objectives']):,} pairs",
-        held_out=task.validation_pairs,
-        settings_steps=task.settings_steps,
-        rates=_chosen(rates, losses=True),
-        rate_edges=edges(rates, RATE),
-        validation=task.validation_prompts,
-        betas=_chosen(betas, losses=False),
-        beta_edges=edges(betas, BETA),
-        policies=at_policies_kl(settings),
         prompts=len(budgets[0].fronts[BASE].rewards),
         points=len(budgets[0].fronts[PARM].labels),
         tokens=facts["max_new_tokens"],
         top_k=facts["top_k"],
         costs="; ".join(map(cost, budgets)),
         versions=", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS),
+    )
+
+
+def chosen_text(task: Task, settings: Settings) -> str:
+    """The settings of a budget, with all that was tried."""
+    rates = {kind: settings.tried(RATE, kind) for kind in KINDS}
+    betas = {m.title: settings.tried(BETA, name) for name, m in METHODS.items() if m.has_beta}
+    return CHOSEN.format(
+        held_out=task.validation_pairs,
+        steps=settings.steps,
+        rates=_chosen(rates, losses=True),
+        rate_edges=edges(rates, RATE),
+        validation=task.validation_prompts,
+        betas=_chosen(betas, losses=False),
+        beta_edges=edges(betas, BETA),
+        policies=at_policies_kl(settings),
     )
 
 

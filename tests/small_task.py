@@ -78,9 +78,9 @@ def write_results(results: Path, seeds, lead=0.0, steps: int = 4, prompts: int =
         write_piece(rows_path(results, steps, seed), rows, {**FACTS, "seed": seed, "trained": trained, **facts})
 
 
-def write_settings(results: Path, rates=(1, 2, 3), losses=(2.0, 1.0, 2.0)) -> None:
+def write_settings(results: Path, rates=(1, 2, 3), losses=(2.0, 1.0, 2.0), steps: int = 2) -> None:
     """What was tried, with the best in the middle."""
-    with Records(results / "settings.jsonl", {}) as kept:
+    with Records(results / f"settings-{steps}.jsonl", {}) as kept:
         for kind in KINDS:
             kept.append([{"what": RATE, "of": kind, "at": at, "value": v} for at, v in zip(rates, losses)])
         for name in METHODS:

@@ -93,7 +93,7 @@ def test_what_was_trained_before_a_stop_is_kept(finished):
 def test_a_stopped_comparison_gives_what_one_run_gives(finished, tmp_path, monkeypatch):
     folder, _ = finished
     task = Task.read(folder / "tasks" / "tiny.yaml")
-    settings = Settings(task, folder / "results" / "tiny", folder / "work" / "tiny")
+    settings = Settings(task, 2, folder / "results" / "tiny", folder / "work" / "tiny")
     pieces_of.compare(task, 4, 0, settings, tmp_path, tmp_path / "work")
     once, stopped = (read_piece(rows_path(one, 4, 0)) for one in (tmp_path, folder / "results" / "tiny"))
     assert [without_time(row) for row in once] == [without_time(row) for row in stopped]
@@ -185,14 +185,22 @@ def test_unknown_tasks_pieces_and_entries_are_refused(tmp_path, monkeypatch):
 
 def test_a_piece_without_settings_says_what_comes_first(tmp_path, monkeypatch):
     write_task(tmp_path)
-    with pytest.raises(ValueError, match="Run the piece tiny/settings first"):
+    with pytest.raises(ValueError, match="Run the piece tiny/settings/2 first"):
         run(tmp_path, monkeypatch, "--only", "tiny/4/0")
 
 
 def test_pieces_are_asked_for_by_whole_parts_of_their_names(tmp_path, monkeypatch, capsys):
     write_task(tmp_path, budgets={4: [0, 1], 40: [0]})
-    run(tmp_path, monkeypatch, "--list", "--only", "tiny/4", "tiny/settings/rate/dpo/")
-    assert capsys.readouterr().out.split() == ["tiny/settings/rate/dpo", "tiny/4/0", "tiny/4/1"]
+    run(tmp_path, monkeypatch, "--list", "--only", "tiny/4", "tiny/settings/2/rate/dpo/")
+    assert capsys.readouterr().out.split() == ["tiny/settings/2/rate/dpo", "tiny/4/0", "tiny/4/1"]
+
+
+def test_each_budget_has_settings_of_its_own_unless_the_task_names_one(tmp_path, monkeypatch, capsys):
+    own, named = {4: [0], 40: [0]}, {"settings_steps": 2}
+    for further, expected in (({"settings_steps": None}, {"4", "40"}), (named, {"2"})):
+        write_task(tmp_path, budgets=own, **further)
+        run(tmp_path, monkeypatch, "--list", "--only", "tiny/settings")
+        assert {line.split("/")[2] for line in capsys.readouterr().out.split()} == expected
 
 
 def tried(values: dict[float, float], error: float | None = None) -> list[dict]:
@@ -233,7 +241,7 @@ def test_the_page_says_which_grid_ends_at_its_best(tmp_path):
 
 
 def test_matched_kl_lies_between_what_was_tried(tmp_path):
-    settings = Settings(Task.read(write_task(tmp_path)), tmp_path, tmp_path)
+    settings = Settings(Task.read(write_task(tmp_path)), 2, tmp_path, tmp_path)
     settings.tried = lambda what, of: [  # KL is 1/β of PARM and 2/β of the others
         {"at": at, "value": -at if of == "parm" else at, "error": 0.0, "kl": (1 if of == "parm" else 2) / at}
         for at in (0.5, 1.0, 2.0, 4.0)
@@ -326,15 +334,18 @@ def test_differences_are_those_of_the_slow_way(tmp_path):
 
 
 def test_the_page_of_several_seeds(tmp_path):
-    path = write_task(tmp_path, budgets={4: [0, 1], 8: [0]})
+    path = write_task(tmp_path, budgets={4: [0, 1], 8: [0]}, settings_steps=None)
     results = tmp_path / "results" / "tiny"
     write_results(results, [0, 1], 0.3)
     write_results(results, [0], 0.0, steps=8)
-    write_settings(results)
+    write_settings(results, steps=4)
+    write_settings(results, rates=(2, 3, 4), steps=8)
     page = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20)
     text = page.read_text()
     assert text.index("### Tiny: 4 steps") < text.index("### Tiny: 8 steps")
-    assert " ".join(text.split()).count("Each learning rate lies inside") == 1
+    chosen = " ".join(text.split())
+    assert chosen.count("Each learning rate lies inside") == 2
+    assert chosen.index("after 4 steps: parm **2**") < chosen.index("after 8 steps: parm **3**")
     assert {file.name for file in (page.parent / "images").iterdir() if not file.name.startswith(".")} == {
         f"results_tiny_{steps}{kind}.png" for steps in (4, 8) for kind in ("", "_kl")
     }

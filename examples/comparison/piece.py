@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Piece:
     """A part of the work.
 
     Attributes:
-        name (`str`): `task/settings/...` or `task/steps/seed`, by whose beginnings pieces are asked for.
+        name (`str`): `task/settings/steps/...` or `task/steps/seed`, by whose beginnings pieces are asked for.
         run (`Callable`): Does what is not done yet.
     """
 
@@ -49,17 +50,16 @@ def pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
         work (`Path`): A folder for adapters and answers, of all tasks.
     """
     results, work = results / task.name, work / task.name
-    settings = Settings(task, results, work)
-    for kind in KINDS:
-        yield Piece(f"{task.name}/settings/rate/{kind}", lambda kind=kind: settings.choose_rate(kind))
-    for method in METHODS:
-        yield Piece(f"{task.name}/settings/beta/{method}", lambda method=method: settings.choose_beta(method))
+    every = {steps: Settings(task, steps, results, work) for steps in map(task.settings_of, task.budgets)}
+    for steps, settings in every.items():
+        for kind in KINDS:
+            yield Piece(f"{task.name}/settings/{steps}/rate/{kind}", partial(settings.choose_rate, kind))
+        for method in METHODS:
+            yield Piece(f"{task.name}/settings/{steps}/beta/{method}", partial(settings.choose_beta, method))
     for steps, seeds in task.budgets.items():
+        settings = every[task.settings_of(steps)]
         for seed in seeds:
-            yield Piece(
-                f"{task.name}/{steps}/{seed}",
-                lambda steps=steps, seed=seed: compare(task, steps, seed, settings, results, work),
-            )
+            yield Piece(f"{task.name}/{steps}/{seed}", partial(compare, task, steps, seed, settings, results, work))
 
 
 def compare(task: Task, steps: int, seed: int, settings: Settings, results: Path, work: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate and the β of each method: chosen once, with a training seed, pairs and prompts of their own."""
+"""The learning rate and the β of each method: chosen with a training seed, pairs and prompts of their own."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ CLOSE = 1.1
 
 
 class Settings:
-    """What was tried, in `settings.jsonl`, and what follows from it.
+    """What was tried, in `settings-<steps>.jsonl`, and what follows from it.
 
     Args:
         task ([`Task`]): Whose settings.
+        steps (`int`): Of the trainings that they are chosen with.
         results (`Path`): The task's folder with results.
         work (`Path`): Where adapters and answers go.
     """
 
-    def __init__(self, task: Task, results: Path, work: Path) -> None:
-        self.task, self.work = task, work / "settings"
-        self.path = results / "settings.jsonl"
+    def __init__(self, task: Task, steps: int, results: Path, work: Path) -> None:
+        self.task, self.steps, self.work = task, steps, work / f"settings-{steps}"
+        self.path = results / f"settings-{steps}.jsonl"
 
     def choose_rate(self, kind: str) -> None:
         """Tries learning rates: the best has the smallest sum of the objectives' losses on held-out pairs."""
@@ -79,15 +80,7 @@ class Settings:
 
     def training(self, kind: str, rate: float) -> Training:
         folder = self.work / f"{kind}-{rate:g}"
-        return Training(
-            self.task,
-            kind,
-            self.task.settings_steps,
-            self.task.settings_seed,
-            rate,
-            folder,
-            self.task.validation_pairs,
-        )
+        return Training(self.task, kind, self.steps, self.task.settings_seed, rate, folder, self.task.validation_pairs)
 
     def _front(self, method: str, beta: float) -> dict[str, Any]:
         chosen, kind = METHODS[method], METHODS[method].kind
@@ -111,13 +104,15 @@ class Settings:
     def _best(self, what: str, of: str, grid: Sequence[float]) -> float:
         rows = self.tried(what, of)
         if next_of(rows, grid, self.task.limits[what]) is not None:
-            raise ValueError(f"The {what} of {of} is not chosen yet. Run the piece {self.task.name}/settings first.")
+            raise ValueError(
+                f"The {what} of {of} is not chosen yet. Run the piece {self.task.name}/settings/{self.steps} first."
+            )
         return best(rows)["at"]
 
     def _configuration(self) -> dict[str, Any]:
         task = self.task
         return {
-            "task": task.name, "pairs": task.fingerprint(), "steps": task.settings_steps, "seed": task.settings_seed,
+            "task": task.name, "pairs": task.fingerprint(), "steps": self.steps, "seed": task.settings_seed,
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
             "held_out": task.validation_pairs, "prompts": task.validation_prompts, "kinds": list(KINDS),
         }  # fmt: skip

@@ -33,7 +33,9 @@ class Task:
             better (0 or 1; -1 for a tie), with the prompts of a split in no other.
         rewards (`dict[str, str]`): Objective → `module:function` that judges, higher is better.
         budgets (`dict[int, list[int]]`): Steps of `batch` pairs in all → seeds of training.
-        settings_steps, settings_seed (`int`): The training that learning rates and β are chosen with.
+        settings_steps (`int`, *optional*): Steps of the trainings that learning rates and β are chosen with. By
+            default each budget has its own settings, chosen after as many steps.
+        settings_seed (`int`): The seed of these trainings.
         rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge.
         limits (`dict[str, list[float]]`): How far they may grow.
         validation_pairs, diagnosis_pairs (`int`): Held-out pairs that learning rates are chosen with, and that the
@@ -53,7 +55,7 @@ class Task:
     pairs: str
     rewards: dict[str, str]
     budgets: dict[int, list[int]]
-    settings_steps: int
+    settings_steps: int | None = None
     settings_seed: int = 100
     rates: list[float] = field(default_factory=lambda: [2e-3, 5e-3, 1e-2])
     betas: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
@@ -115,6 +117,10 @@ class Task:
         while len(pairs) < count:
             pairs += rng.sample(self.rows["train"], min(count - len(pairs), len(self.rows["train"])))
         return pairs
+
+    def settings_of(self, steps: int) -> int:
+        """Steps of the trainings that the settings of a budget are chosen with."""
+        return self.settings_steps or steps
 
     def held_out(self, count: int) -> list[dict[str, Any]]:
         """Pairs of the split `validation`, the same ones for every training."""
