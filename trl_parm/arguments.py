@@ -177,7 +177,11 @@ def required(arguments: Any, *names: str) -> None:
 
 def _check_keys(path: Path) -> None:
     """Raises `ValueError` for keys that are no texts, or are there twice, of which YAML would take the last."""
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"The configuration file {path} can't be read: {error.strerror}.") from None
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
     keys = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
     for key in keys:
         if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):

@@ -7,6 +7,8 @@ import inspect
 import json
 import socket
 import threading
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,13 @@ def running(args: ServeArguments, keys: list[str] | None = None):
         server.engine.close()
         listening.close()
     assert not thread.is_alive()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    return holds()
 
 
 class Twin:

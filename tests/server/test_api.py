@@ -25,6 +25,7 @@ from server.running import (  # noqa: E402
     running,
     save_models,
     save_on,
+    wait_until,
 )
 
 
@@ -248,6 +249,7 @@ def test_models(here):
 WRONG = {
     "an unknown objective": ({"preference": {"helpfull": 0.5, "brief": 0.5}}, "preference", "Did you mean 'helpful'"),
     "an objective left out": ({"preference": {"helpful": 1}}, "preference", "no weight for"),
+    "an objective left out, and another sum": ({"preference": {"helpful": 0.5}}, "preference", "no weight for"),
     "off the simplex": ({"preference": [0.5, 0.6]}, "preference", "sum to 1"),
     "a negative weight": ({"preference": [1.5, -0.5]}, "preference", "0 or larger"),
     "too many weights": ({"preference": [0.2, 0.3, 0.5]}, "preference", "3 entries"),
@@ -326,6 +328,12 @@ PROMPTS = {
 def test_bad_prompts_of_completions(here, name):
     with pytest.raises(openai.BadRequestError) as caught:
         here.client.completions.create(model="base", prompt=PROMPTS[name])
+    assert caught.value.body["param"] == "prompt"
+
+
+def test_too_many_prompts_are_the_prompts_fault(here):
+    with pytest.raises(openai.BadRequestError, match="17 prompts are more than 16") as caught:
+        here.client.completions.create(model="base", prompt=["w3"] * 17)
     assert caught.value.body["param"] == "prompt"
 
 
@@ -421,6 +429,14 @@ def test_what_is_counted(folder):
         here.chat("w31 w32", "base", max_tokens=4)
         with pytest.raises(openai.NotFoundError):
             here.chat(model="w31")
+        with pytest.raises(openai.BadRequestError):
+            here.chat("w31", "base", n=0)
+        with here.chat("w3 w9", stream=True, max_tokens=200, temperature=0) as stream:
+            next(iter(stream))
+        list(here.chat("w3 w9", "base", stream=True, max_tokens=2))
+        httpx.get(f"{here.url}/v1/w31")
+        httpx.get(f"{here.url}/v1/completions")
+        assert wait_until(lambda: 'status="499"' in httpx.get(f"{here.url}/metrics").text)
         text = httpx.get(f"{here.url}/metrics").text
     found = {
         (sample.name, *sorted(sample.labels.values())): sample.value
@@ -429,10 +445,14 @@ def test_what_is_counted(folder):
     }
     assert found["trl_parm_requests_total", "200", "chat/completions", "parm"] == 1
     assert found["trl_parm_requests_total", "(none)", "404", "chat/completions"] == 1
-    assert found["trl_parm_generated_tokens_total", "parm", "true"] == 10
-    assert found["trl_parm_generated_tokens_total", "base", "false"] == 4
-    assert found["trl_parm_time_to_first_token_seconds_count", "parm"] == 1
-    assert found["trl_parm_prompt_tokens_total", "base"] == 5
+    assert found["trl_parm_requests_total", "400", "base", "chat/completions"] == 1
+    assert found["trl_parm_requests_total", "499", "chat/completions", "parm"] == 1
+    assert found["trl_parm_requests_total", "200", "base", "chat/completions"] == 2
+    assert found["trl_parm_requests_total", "(none)", "(none)", "404"] == 1
+    assert found["trl_parm_requests_total", "(none)", "(none)", "405"] == 1
+    assert found["trl_parm_generated_tokens_total", "base", "false"] == 6
+    assert found["trl_parm_time_to_first_token_seconds_count", "parm"] == 2
+    assert found["trl_parm_prompt_tokens_total", "base"] == 5 + 5
     assert "w31" not in text
 
 

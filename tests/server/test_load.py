@@ -16,7 +16,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="needs the extra `dev`")
 pytest.importorskip("prometheus_client", reason="needs the extra `serve`")
 
-from server.running import OBJECTIVES, Twin, arguments, running, save_models  # noqa: E402
+from server.running import OBJECTIVES, Twin, arguments, running, save_models, wait_until  # noqa: E402
 
 from trl_parm.decoding.cache import GuidedCache  # noqa: E402
 
@@ -90,13 +90,6 @@ def is_empty(server) -> bool:
     """Whether an engine holds nothing of any request."""
     engine = server.engine
     return not (engine._queue or engine._tasks or engine._readings or engine._lanes)
-
-
-def wait_until(holds, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.01)
-    return holds()
 
 
 def test_nobodys_text_depends_on_others_or_on_the_order(folder, twin):

@@ -75,8 +75,25 @@ def test_nothing_is_sent_that_a_stop_takes_away(text, stops, cuts):
         assert not any(stop in sent for stop in stops)
 
 
-def text_of(**given) -> Text:
-    return Text(None, 0, [5, 6], Settings(**{"most": 4, **given}), TOKENIZERS["words"])
+def text_of(tokenizer: str = "words", **given) -> Text:
+    return Text(None, 0, [5, 6], Settings(**{"most": 4, **given}), TOKENIZERS[tokenizer])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text("abü", min_size=1, max_size=12), stop=st.text("abü", min_size=1, max_size=3))
+def test_tokens_are_told_with_their_text_and_none_beyond_a_stop(text, stop):
+    tokens = TOKENIZERS["bytes"](text, add_special_tokens=False)["input_ids"]
+    whole = text_of("bytes", most=len(tokens), stop=(stop,), logprobs=0)
+    sent, told = "", []
+    for token in tokens:
+        piece = whole.add(Chosen(token, -1.0, []))
+        sent, told = sent + piece.text, told + [chosen.token for chosen in piece.tokens]
+        assert TOKENIZERS["bytes"].decode(told).startswith(sent)
+        if piece.finished:
+            break
+    assert told == tokens[: len(told)]
+    assert sent == text.split(stop)[0]
+    assert len(told) == len(TOKENIZERS["bytes"](sent, add_special_tokens=False)["input_ids"])
 
 
 def test_a_text_ends_by_its_length_or_an_end_token():

@@ -101,8 +101,8 @@ class CommonAgency(Combination):
             values.append(of_rows(weight, own) * (own - own.amin(-1, keepdim=True)))
         payment, moved = common_agency(base, torch.stack(values), self.tau, self.rounds)
         if moved / self.tau > TOLERANCE:
-            warnings.warn(
-                f"After {self.rounds} rounds payments still move by up to {float(moved / self.tau):.2g} nats, so that "
+            warnings.warn(  # without what differs from token to token, so that it is shown once
+                f"After {self.rounds} rounds payments still move by more than {TOLERANCE:g} nats, so that "
                 "CAGE decodes from the last round, not from an equilibrium. More `rounds` may find one.",
                 stacklevel=2,
             )

@@ -62,7 +62,7 @@ class Server:
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.exposition, methods=["GET"]),
         ]
-        return Starlette(routes=of, exception_handlers={HTTPException: _http_error, Exception: _server_error})
+        return Starlette(routes=of, exception_handlers={HTTPException: self._http_error, Exception: _server_error})
 
     async def health(self, http: HTTPRequest) -> Response:
         ok = self.engine.is_alive
@@ -93,11 +93,22 @@ class Server:
                 response = await handler(http)
             except RequestError as error:
                 response = error_response(error)
-            endpoint = http.scope["route"].path.removeprefix("/v1/")
-            self.metrics.answered(http.state.model, endpoint, response.status_code)
+            if not isinstance(response, StreamingResponse):  # which is counted when it has come to its end
+                self._count(http, response.status_code)
             return response
 
         return guarded
+
+    def _count(self, http: HTTPRequest, status: int) -> None:
+        endpoint = http.scope["route"].path.removeprefix("/v1/")
+        self.metrics.answered(http.state.model, endpoint, status)
+
+    async def _http_error(self, http: HTTPRequest, error: Exception) -> Response:
+        """What no handler was asked: another address, or another method."""
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        self.metrics.answered(UNKNOWN, UNKNOWN, status)
+        what = {404: "There is nothing at", 405: "This method is not for"}.get(status, "This can't be done at")
+        return error_response(RequestError(f"{what} {http.url.path[:200]}.", status))
 
     def _check_key(self, http: HTTPRequest) -> None:
         """Raises [`RequestError`] with status 401 without a right key; how long it takes does not tell how wrong."""
@@ -115,8 +126,8 @@ class Server:
     async def _answer(self, http: HTTPRequest, chat: bool) -> Response:
         started = time.monotonic()
         body = read_json(await self._body(http))
+        http.state.model = self.catalogue.named(body.get("model")).name  # a refused request is counted as its model's
         request = read_request(body, chat, self.catalogue, min(self.preparing.limits.texts, self.engine.rows.rows))
-        http.state.model = request.served.name
         inbox = Inbox()
         tasks = await asyncio.to_thread(self.preparing.tasks, request, inbox.put, started)
         answer = Answer(request, sum(len(task.texts[0].prompt) for task in tasks), self.preparing.token_text)
@@ -128,8 +139,8 @@ class Server:
         first = await anext(pieces, None)  # an error before the first token is an error of the request
         if first is None:
             return Response(status_code=GONE)
-        return StreamingResponse(_events(first, pieces, answer), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-cache"})  # fmt: skip
+        events = self._events(http, first, pieces, answer)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def _body(self, http: HTTPRequest) -> bytes:
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -150,6 +161,27 @@ class Server:
         except ClientDisconnect:
             raise RequestError("The client went away.", GONE) from None
         return bytes(body)
+
+    async def _events(
+        self, http: HTTPRequest, first: Piece, pieces: AsyncIterator[Piece], answer: Answer
+    ) -> AsyncIterator[bytes]:
+        """A stream's events. What goes wrong now can't be told by a status any more: it is the last event."""
+        status = GONE
+        try:
+            if (chunk := answer.chunk(first)) is not None:
+                yield chunk
+            async for piece in pieces:
+                if (chunk := answer.chunk(piece)) is not None:
+                    yield chunk
+            if answer.is_whole:
+                status = 200
+                yield answer.last()
+        except RequestError as error:
+            status = error.status
+            yield event(error.body())
+        finally:
+            self._count(http, status)
+            await pieces.aclose()  # pyright: ignore[reportAttributeAccessIssue]
 
     async def _pieces(
         self, http: HTTPRequest, inbox: Inbox, tasks: list[Task], answer: Answer
@@ -194,32 +226,10 @@ def error_response(error: RequestError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, headers)
 
 
-async def _events(first: Piece, pieces: AsyncIterator[Piece], answer: Answer) -> AsyncIterator[bytes]:
-    """A stream's events. What goes wrong now can't be told by a status any more: it is the last event."""
-    try:
-        if (chunk := answer.chunk(first)) is not None:
-            yield chunk
-        async for piece in pieces:
-            if (chunk := answer.chunk(piece)) is not None:
-                yield chunk
-        if answer.is_whole:
-            yield answer.last()
-    except RequestError as error:
-        yield event(error.body())
-    finally:
-        await pieces.aclose()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 async def _gone(http: HTTPRequest) -> None:
     """Ends when the client has gone away."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _http_error(http: HTTPRequest, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    what = {404: "There is nothing at", 405: "This method is not for"}.get(status, "This can't be done at")
-    return error_response(RequestError(f"{what} {http.url.path[:200]}.", status))
 
 
 async def _server_error(http: HTTPRequest, error: Exception) -> Response:

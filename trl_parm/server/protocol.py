@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_pblora import as_preference
-from peft_pblora.preference import SUM_TOLERANCE
 from trl_parm.noise import Sampling
 from trl_parm.shapes import read_text
 from trl_parm.texts import PromptText
 
 from .errors import RequestError, wrong
-from .served import Catalogue, Served
+from .served import Catalogue, Served, checked_weights
 
 
 CHAT_ONLY = ("messages", "max_completion_tokens", "top_logprobs")
@@ -116,7 +114,7 @@ def read_request(body: Mapping[str, Any], chat: bool, catalogue: Catalogue, most
     n = _whole(body, "n", 1, 1, most_texts)
     if n * len(prompts) > most_texts:
         raise wrong(
-            "n",
+            "n" if n > 1 else "prompt",
             f"{n} texts for each of {len(prompts)} prompts are more than {most_texts}, which one request may have.",
         )
     stream = _flag(body, "stream")
@@ -197,16 +195,10 @@ def _preference(body: Mapping[str, Any], served: Served) -> dict[str, float]:
             "preference",
             f"`preference` must be an object with a number for each of {', '.join(objectives)}, or a list of them.",
         )
-    if any(value < 0 for value in values) or abs(sum(values) - 1) > SUM_TOLERANCE:
-        raise wrong(
-            "preference", f"`preference` has the weights {values}, but weights must be 0 or larger and sum to 1."
-        )
     try:
-        as_preference(given, objectives)
+        return checked_weights(given, objectives)
     except (ValueError, TypeError) as error:
         raise wrong("preference", str(error)) from None
-    named = given if isinstance(given, Mapping) else dict(zip(objectives, values, strict=True))
-    return {objective: float(named[objective]) for objective in objectives}
 
 
 def _beta(body: Mapping[str, Any], served: Served) -> float | None:

@@ -13,6 +13,7 @@ import torch
 from transformers import BatchEncoding
 
 from peft_pblora import as_preference
+from peft_pblora.preference import SUM_TOLERANCE
 from peft_pblora.switch import backbone_of
 from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.joining import can_join, can_read_on
@@ -167,13 +168,22 @@ def load_served(
     return Catalogue([*found[1:], found[0]])
 
 
+def checked_weights(preference: Mapping[str, float] | Sequence[float], objectives: Sequence[str]) -> dict[str, float]:
+    """A preference by objective. Raises `ValueError` or `TypeError` for one that is none, in words for a client."""
+    α = as_preference(preference, objectives, allow_off_simplex=True)  # names and their number before their sum
+    values = list(preference.values()) if isinstance(preference, Mapping) else list(preference)
+    if (α < 0).any() or abs(sum(values) - 1) > SUM_TOLERANCE:
+        raise ValueError(f"`preference` has the weights {values}, but weights must be 0 or larger and sum to 1.")
+    named = preference if isinstance(preference, Mapping) else dict(zip(objectives, values, strict=True))
+    return {objective: float(named[objective]) for objective in objectives}
+
+
 def _load(models: Models, entry: Entry, objectives: tuple[str, ...], preference: Mapping[str, float] | None) -> Served:
     if models.base.config.is_encoder_decoder:
         raise ValueError(f"The base model is a {type(models.base).__name__}, but only decoders can be served.")
     weights = dict.fromkeys(objectives, 1 / len(objectives)) if objectives else None
     if preference is not None and set(preference) == set(objectives):
-        as_preference(preference, objectives)
-        weights = {objective: float(preference[objective]) for objective in objectives}
+        weights = checked_weights(preference, objectives)
     β = inspect.signature(entry.method.make).parameters.get("beta")
     beta = None if β is None else float(entry.settings.get("beta", β.default))
     model_at = entry.method.make(models, **entry.settings)

@@ -127,7 +127,8 @@ class Text:
 
     def __post_init__(self) -> None:
         self._decoder = Decoder(self.tokenizer, self.prompt[-BEFORE:] if self.settings.goes_on else ())
-        self._waiting, self._untold = "", []
+        self._waiting, self._sent = "", 0
+        self._untold: list[tuple[int, Chosen]] = []  # with the place in the text at which they begin
 
     @property
     def ids(self) -> list[int]:
@@ -140,10 +141,11 @@ class Text:
         return len(self.prompt) + len(self.written) - 1
 
     def add(self, chosen: Chosen) -> Piece:
-        """Writes one token more, and returns what can be sent now: nothing that a stop may still take away."""
+        """Writes one token more, and returns what can be sent now: nothing that a stop may still take away, neither
+        text nor tokens."""
         self.written.append(chosen.token)
         self.stint += 1
-        self._untold.append(chosen)
+        self._untold.append((self._sent + len(self._waiting), chosen))
         ended = chosen.token in self.settings.ends
         if not ended:
             self._waiting += self._decoder.add(chosen.token)
@@ -151,11 +153,15 @@ class Text:
             self._waiting += self._decoder.rest()
             self.finished = "stop" if ended else "length"
         text, self._waiting, stopped = until_stop(self._waiting, self.settings.stop, self.finished is not None)
+        self._sent += len(text)
+        whole = self.finished is not None and not stopped
+        told = [one for start, one in self._untold if whole or start < self._sent]
+        self._untold = self._untold[len(told) :]
         if stopped:
             self.finished = "stop"
-        told = self._untold if self.settings.logprobs is not None else []
-        self._untold = []
-        return Piece(self.index, text, told, self.finished, len(self.written))
+        return Piece(
+            self.index, text, told if self.settings.logprobs is not None else [], self.finished, len(self.written)
+        )
 
 
 def until_stop(text: str, stops: Sequence[str], last: bool) -> tuple[str, str, bool]:
