@@ -49,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Runs the pieces that are asked for. Raises `ValueError` for tasks and pieces that there are not."""
     import datasets
+    from comparison.field import field_pieces
     from comparison.piece import pieces
     from comparison.task import Task
 
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     every = [
         piece
         for name in names
-        for piece in pieces(Task.read(CONFIGS / f"{name}.yaml", **changes), args.results, args.work)
+        for made in (pieces, field_pieces)
+        for piece in made(Task.read(CONFIGS / f"{name}.yaml", **changes), args.results, args.work)
     ]
     asked = [piece for piece in every if piece.is_asked(args.only)]
     if not asked:

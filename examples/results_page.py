@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comparison.field import FIELD, beyond_table, read_field
 from comparison.figures import draw
 from comparison.methods import BASE, METHODS, UNTRAINED
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
 from comparison.settings import BETA, RATE, Settings, best
-from comparison.statements import at_policies_kl, edges, interval, statements
+from comparison.statements import at_policies_kl, edges, interval, others, statements
 from comparison.task import Task
-from comparison.training import KINDS
+from comparison.training import FURTHER_KINDS, KINDS
 
 from peft_pblora.output import output_folder
 from trl_parm.evaluation import Interval, markdown
@@ -58,6 +59,17 @@ it, which sharpens without any preference; *PARM, α permuted* guides by the wro
 
 FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
 the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
+
+FIELD_TEXT = """### {title}: the rest of the field, {steps} steps, training seed {seed}
+
+Beside PARM and GenARM of the same seed; brackets are intervals over prompts alone. *UniARM by descriptions* and
+*PARM, α in the prompt*, whose preference stands in the text that a plain LoRA reads, have learning rates and β
+chosen as above ({rates}; β {betas}). CAGE reads PARM at its vertices, or GenARM's ARMs, with its own defaults
+(temperature 0.1, 50 candidates). *Worst case* has PARM's and GenARM's β, and no preference: its rewards are those
+of one point."""
+
+BEYOND_TEXT = """Beyond the simplex, where weights extrapolate (`allow_off_simplex=True`), mean rewards, and the
+distance of the outer two by that of the vertices:"""
 
 AGAIN = """## Run it
 
@@ -137,10 +149,22 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
             markdown(measures_table(budget)),
             markdown(answers_table(budget)),
         ]
+        if found := read_field(results / task.name, task, budget):
+            parts += field_section(task, *found)
     for file in images.glob(f"results_{task.name}_*"):
         if file.suffix != ".png":
             file.unlink()
     return parts
+
+
+def field_section(task: Task, field: Budget, beyond: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rest of the field, with one seed."""
+    facts = field.facts[0]
+    rates = ", ".join(f"{kind} {facts['trained'][kind]['rate']:g}" for kind in FURTHER_KINDS)
+    betas = ", ".join(f"{m.title} {facts['betas'][name]:g}" for name, m in FIELD.items() if m.searched)
+    head = FIELD_TEXT.format(title=task.title, steps=field.steps, seed=field.seeds[0], rates=rates, betas=betas)
+    tables = (measures_table(field), answers_table(field))
+    return [head, others(field), *map(markdown, tables), BEYOND_TEXT, markdown(beyond_table(field, beyond))]
 
 
 def settings_text(task: Task, budgets: Sequence[Budget]) -> str:

@@ -2,7 +2,9 @@
 """The small comparison: its command from training to the page, pieces that were stopped, and what the page says."""
 
 import gzip
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,14 +12,15 @@ import reproduce_small as command
 import results_page
 import yaml
 from comparison import piece as pieces_of
-from comparison.methods import METHODS, decode
-from comparison.pooled import ABOVE_ZERO, PARM, PRODUCT, SHUFFLED, Budget, permuted
+from comparison.field import FIELD, beyond_table, read_field
+from comparison.methods import BASE, METHODS, decode
+from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget, permuted
 from comparison.results import facts_path, read_piece, rows_path, write_piece
 from comparison.settings import BETA, Settings, at_edge, best, next_of
 from comparison.statements import edges, statements
 from comparison.task import Task, agreement, ranked
 from comparison.training import KINDS, Training, join_loras
-from small_task import FACTS, OBJECTIVES, write_results, write_settings, write_task
+from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
 
 from trl_parm.evaluation import arrange
 
@@ -37,7 +40,7 @@ def run(folder: Path, monkeypatch, *words: str) -> None:
 def finished(tmp_path_factory):
     """The whole command on a tiny model, stopped in the middle of its piece's trainings and of its answers."""
     folder = tmp_path_factory.mktemp("comparison")
-    write_task(folder)
+    write_task(folder, field=[4, 0], descriptions={"early": "w1 w2 w3", "short": "w4"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results_page, "write_page", lambda *paths: None)
         run(folder, patch, "--only", "tiny/settings")
@@ -82,12 +85,56 @@ def test_the_whole_command_leaves_a_table_and_a_page(finished):
     assert (folder / "work" / "page" / "images" / "results_tiny_4.png").exists()
 
 
+def test_the_rest_of_the_field_is_beside_what_it_is_compared_with(finished):
+    folder, _ = finished
+    results = folder / "results" / "tiny"
+    task = Task.read(folder / "tasks" / "tiny.yaml")
+    field, beyond = read_field(results, task, read(results, [0]))
+    assert set(field.fronts) == {*(m.title for m in FIELD.values()), BASE, PARM, GENARM, SHUFFLED}
+    assert len(beyond) == 2 * 2 * 4
+    assert {tuple(row["preference"]) for row in beyond} == {(1.5, -0.5), (-0.5, 1.5)}
+    worst = [row for row in field.rows if row["method"] == "Worst case of PARM"]
+    assert [row["preference"] for row in worst] == [None] * 4
+    text = " ".join((folder / "work" / "page" / "results.md").read_text().split())
+    assert "Tiny: the rest of the field, 4 steps, training seed 0" in text
+    assert "spread beyond / between vertices" in text
+
+
+def test_a_field_of_other_pairs_is_refused(finished, tmp_path):
+    folder, _ = finished
+    results = Path(shutil.copytree(folder / "results" / "tiny", tmp_path / "tiny"))
+    task = Task.read(folder / "tasks" / "tiny.yaml")
+    path = facts_path(rows_path(results, 4, 0, "field-"))
+    path.write_text(path.read_text().replace(task.fingerprint(), "f" * 16))
+    with pytest.raises(ValueError, match="other pairs or prompts than the seed 0"):
+        read_field(results, task, read(results, [0]))
+
+
+def test_how_much_further_apart_rewards_are_beyond_the_simplex():
+    values = {(1.0, 0.0): (3, 1), (0.5, 0.5): (9, 9), (0.0, 1.0): (1, 1), (1.5, -0.5): (4, 1), (-0.5, 1.5): (-1, 0)}
+    rows = [
+        {"method": name, "preference": list(α), "early": early + extra, "short": short + extra}
+        for name in (PARM, GENARM)
+        for α, (early, short) in values.items()
+        for extra in (-1, 1)
+    ]
+    inside, beyond = ([row for row in rows if (min(row["preference"]) >= 0) is wanted] for wanted in (True, False))
+    field = SimpleNamespace(rows=inside, names={PARM: PARM, GENARM: GENARM}, objectives=OBJECTIVES)
+    assert beyond_table(field, beyond)[:5] == [
+        {"method": PARM, "α": "1.5 -0.5", "early": "4.00", "short": "1.00"},
+        {"method": PARM, "α": "1 0", "early": "3.00", "short": "1.00"},
+        {"method": PARM, "α": "0 1", "early": "1.00", "short": "1.00"},
+        {"method": PARM, "α": "-0.5 1.5", "early": "-1.00", "short": "0.00"},
+        {"method": PARM, "α": "spread beyond / between vertices", "early": "2.50", "short": "—"},
+    ]
+
+
 def test_what_was_trained_before_a_stop_is_kept(finished):
     folder, trained = finished
     assert len(trained) == 3
     now = modified(folder / "work" / "tiny" / "4-seed0")
     assert trained.items() <= now.items()
-    assert len(now) == 3 + 2 * 2 + 1  # and GenARM's LoRAs as one
+    assert len(now) == 3 + 2 * 2 + 1 + 2  # GenARM's LoRAs as one, and those of the field
 
 
 def test_a_stopped_comparison_gives_what_one_run_gives(finished, tmp_path, monkeypatch):
@@ -116,7 +163,7 @@ def test_a_permuted_preference_is_that_of_the_reversed_front(finished, tmp_path)
     task = Task.read(folder / "tasks" / "tiny.yaml")
     arm = str(folder / "work" / "tiny" / "4-seed0" / "parm")
     entries = ["base", *({"method": method, "arm": arm, "beta": 0.1} for method in ("parm", "parm_shuffled"))]
-    rows = decode(task, task.prompts("test", 4), 2, entries, tmp_path / "answers.jsonl")
+    rows = decode(task, task.prompts("test", 4), GRID, entries, tmp_path / "answers.jsonl")
     _, own, twin = arrange(rows, OBJECTIVES)
     found = permuted(own)
     assert not np.array_equal(own.runs, twin.runs)

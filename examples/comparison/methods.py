@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_pblora import preference_grid
 from trl_parm.evaluation.evaluate import evaluate
 from trl_parm.evaluation.models import Models
 from trl_parm.reward_models import RewardSource
@@ -32,6 +31,7 @@ class Method:
         setting (`str`): The setting of the decoder that names the adapters.
         has_beta (`bool`): Whether its guidance has a strength to choose.
         joined (`bool`): Whether it reads the LoRAs of all objectives as one PBLoRA.
+        beta_of (`str`): Another method whose β it takes, instead of one that is searched for.
     """
 
     title: str
@@ -40,6 +40,12 @@ class Method:
     setting: str = "arm"
     has_beta: bool = True
     joined: bool = False
+    beta_of: str = ""
+
+    @property
+    def searched(self) -> bool:
+        """Whether it has a β of its own."""
+        return self.has_beta and not self.beta_of
 
     def entry(self, training: Training, beta: float | None, name: str = "") -> dict[str, Any]:
         """The method as `trl-parm evaluate` takes it, with the adapters of a training."""
@@ -65,7 +71,12 @@ METHODS = {
 
 
 def decode(
-    task: Task, prompts: Sequence[PromptText], grid_steps: int, entries: Sequence[Any], path: Path
+    task: Task,
+    prompts: Sequence[PromptText],
+    preferences: Sequence[Sequence[float]],
+    entries: Sequence[Any],
+    path: Path,
+    allow_off_simplex: bool = False,
 ) -> list[dict[str, Any]]:
     """The rows of [`trl_parm.evaluation.evaluate`], from which a run that was killed goes on."""
     models = Models(task.model, task.dtype, optimize=True)
@@ -73,12 +84,13 @@ def decode(
     table = evaluate(
         models,
         entries,
-        preference_grid(task.objectives, steps=grid_steps).tolist(),
+        preferences,
         prompts,
         rewards,
         path,
         on_start=lambda name: print(f"  {name}", flush=True),
         batch_size=task.batch_texts,
+        allow_off_simplex=allow_off_simplex,
         seed=0,
         do_sample=True,
         top_k=task.top_k,

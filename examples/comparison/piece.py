@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft_pblora import preference_grid
 from trl_parm.identity import short_hash
 from trl_parm.records import versions
 from trl_parm.texts import prompt_key
@@ -75,7 +76,8 @@ def compare(task: Task, steps: int, seed: int, settings: Settings, results: Path
         print(f"{task.name}: {kind}, {steps} steps, seed {seed}", flush=True)
         trained[kind] = training.run()
     prompts = task.prompts("test", task.test_prompts)
-    rows = decode(task, prompts, task.grid_steps, [entry() for entry in entries], folder / "answers.jsonl")
+    grid = preference_grid(task.objectives, steps=task.grid_steps).tolist()
+    rows = decode(task, prompts, grid, [entry() for entry in entries], folder / "answers.jsonl")
     facts = {
         "task": task.name, "steps": steps, "seed": seed, "batch": task.batch, "objectives": task.objectives,
         "prompts": short_hash("\n".join(map(prompt_key, prompts)).encode()), "pairs": task.fingerprint(),

@@ -22,9 +22,10 @@ MEASURED = ("tokens", "capped", "repetition", "log_prob_base", "log_ratio", "sec
 COSTS = ("extra_parameters", "extra_bytes")
 
 
-def rows_path(results: Path, steps: int, seed: int) -> Path:
-    """Where the rows of a piece stand, `<results>/<steps>-seed<seed>.csv.gz`, with its facts in `.json` beside it."""
-    return results / f"{steps}-seed{seed}.csv.gz"
+def rows_path(results: Path, steps: int, seed: int, kind: str = "") -> Path:
+    """Where the rows of a piece stand, `<results>/<kind><steps>-seed<seed>.csv.gz`, with its facts in `.json` beside
+    it."""
+    return results / f"{kind}{steps}-seed{seed}.csv.gz"
 
 
 def facts_path(rows: Path) -> Path:
@@ -79,7 +80,7 @@ def _row(row: Mapping[str, str], objectives: Sequence[str], facts: Mapping[str, 
     return {
         "method": row["method"],
         "preference": weights,
-        "label": "-" if weights is None else name_preference(weights, list(objectives)),
+        "label": "-" if weights is None else name_preference(weights, list(objectives), True),
         "prompt": f"{facts['prompts']}:{row['prompt']}",
         "response": "",
         **{name: float(row[name]) for name in objectives},

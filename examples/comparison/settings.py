@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from peft_pblora import preference_grid
 from trl_parm.evaluation import arrange, mean_and_error, mean_inner_product, standardized
 from trl_parm.records import Records, read_rows
 
-from .methods import METHODS, decode, mean_kl
+from .methods import METHODS, Method, decode, mean_kl
 from .task import Task
 from .training import KINDS, Training
 
@@ -47,12 +48,13 @@ class Settings:
 
         self._search(RATE, kind, self.task.rates, tried)
 
-    def choose_beta(self, method: str) -> None:
+    def choose_beta(self, name: str, method: Method | None = None) -> None:
         """Tries β: the largest whose mean inner product of standardised rewards is within a standard error of the
         largest, since more strength than that goes further from the base for nothing. A method without β is measured
         once."""
-        grid = self.task.betas if METHODS[method].has_beta else [1.0]
-        self._search(BETA, method, grid, lambda beta: self._front(method, beta))
+        method = method or METHODS[name]
+        grid = self.task.betas if method.has_beta else [1.0]
+        self._search(BETA, name, grid, lambda beta: self._front(method, beta))
 
     def tried(self, what: str, of: str) -> list[dict[str, Any]]:
         """All that was tried for a kind or a method, in the order of the grid."""
@@ -63,9 +65,10 @@ class Settings:
         """The learning rate of a kind. Raises `ValueError` if its search has not come to its end."""
         return self._best(RATE, kind, self.task.rates)
 
-    def beta(self, method: str) -> float | None:
+    def beta(self, name: str, method: Method | None = None) -> float | None:
         """The β of a method; `None` for one that has none. Raises `ValueError` as [`rate`] does."""
-        return self._best(BETA, method, self.task.betas) if METHODS[method].has_beta else None
+        method = method or METHODS[name]
+        return self._best(BETA, method.beta_of or name, self.task.betas) if method.has_beta else None
 
     def matched(self, method: str) -> float | None:
         """The β at which a method is as far from the base, in KL, as PARM at its own; `None` if that is its own β too,
@@ -82,14 +85,14 @@ class Settings:
         folder = self.work / f"{kind}-{rate:g}"
         return Training(self.task, kind, self.steps, self.task.settings_seed, rate, folder, self.task.validation_pairs)
 
-    def _front(self, method: str, beta: float) -> dict[str, Any]:
-        chosen, kind = METHODS[method], METHODS[method].kind
-        training = self.training(kind, self.rate(kind))
+    def _front(self, method: Method, beta: float) -> dict[str, Any]:
+        training = self.training(method.kind, self.rate(method.kind))
         training.run()
-        own = beta if chosen.has_beta else None
-        entry = chosen.entry(training, own, f"{chosen.title} {beta:g}" if chosen.has_beta else "")
+        own = beta if method.has_beta else None
+        entry = method.entry(training, own, f"{method.title} {beta:g}" if method.has_beta else "")
         prompts = self.task.prompts("validation", self.task.validation_prompts)
-        rows = decode(self.task, prompts, GRID_STEPS, ["base", entry], self.work / "answers.jsonl")
+        grid = preference_grid(self.task.objectives, steps=GRID_STEPS).tolist()
+        rows = decode(self.task, prompts, grid, ["base", entry], self.work / "answers.jsonl")
         front = standardized(arrange(rows, self.task.objectives), "Base", self.task.objectives)[1]
         products = [mean_inner_product(cast(Any, front.preferences), rewards) for rewards in front.rewards]
         value, error = mean_and_error([-product for product in products])

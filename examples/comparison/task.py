@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class Task:
         budgets (`dict[int, list[int]]`): Steps of `batch` pairs in all → seeds of training.
         settings_steps (`int`, *optional*): Steps of the trainings that learning rates and β are chosen with. By
             default each budget has its own settings, chosen after as many steps.
+        field (`list[int]`, *optional*): Steps and seed with which the rest of the field is compared, where there are
+            two objectives.
+        descriptions (`dict[str, str]`): Of the objectives, for UniARM by descriptions.
         settings_seed (`int`): The seed of these trainings.
         rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge.
         limits (`dict[str, list[float]]`): How far they may grow.
@@ -56,10 +60,14 @@ class Task:
     rewards: dict[str, str]
     budgets: dict[int, list[int]]
     settings_steps: int | None = None
+    field: list[int] | None = None
+    descriptions: dict[str, str] = dataclasses.field(default_factory=dict)
     settings_seed: int = 100
-    rates: list[float] = field(default_factory=lambda: [2e-3, 5e-3, 1e-2])
-    betas: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
-    limits: dict[str, list[float]] = field(default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.015, 8.0]})
+    rates: list[float] = dataclasses.field(default_factory=lambda: [2e-3, 5e-3, 1e-2])
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
+    limits: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.015, 8.0]}
+    )
     validation_pairs: int = 240
     diagnosis_pairs: int = 96
     validation_prompts: int = 60

@@ -28,6 +28,10 @@ ONE_FOR_ALL = ("parm", "svd_lora", "uniarm")
 ONE_EACH = ("genarm", "dpo")
 KINDS = (*ONE_FOR_ALL, *ONE_EACH)
 """What is trained: with one adapter for all preferences, or an adapter for each objective."""
+FURTHER_KINDS = ("uniarm_descriptions", "parm_prompt")
+"""What the rest of the field is trained by, with one adapter for all preferences."""
+TEMPLATE = "[{preference}]\n"
+"""How `parm_prompt` reads α: our wording."""
 FACTS = "trained.json"
 
 
@@ -37,7 +41,7 @@ class Training:
 
     Attributes:
         task ([`Task`]): What it is trained on.
-        kind (`str`): One of [`KINDS`].
+        kind (`str`): One of [`KINDS`] or [`FURTHER_KINDS`].
         steps (`int`): Of `task.batch` pairs, of which an adapter for one objective gets its share.
         seed (`int`): Of the adapter, the pairs and their order.
         rate (`float`): The learning rate.
@@ -96,7 +100,8 @@ class Training:
         config = PreferenceARMConfig(
             **self._arguments(objective, steps),
             beta=self.task.reward_beta,
-            global_weight=1.0 if self.kind == "uniarm" else 0.0,
+            global_weight=1.0 if self.kind.startswith("uniarm") else 0.0,
+            preference_template=TEMPLATE if self.kind == "parm_prompt" else None,
             label_columns={name: name for name in objectives},
             share_prompt=True,
             eval_preferences=torch.eye(len(objectives)).tolist(),
@@ -155,12 +160,14 @@ class Training:
 
     def _config(self, objectives: list[str]) -> PeftConfig:
         common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-        if self.kind in ONE_EACH:
+        if self.kind in ONE_EACH or self.kind == "parm_prompt":
             return LoraConfig(r=8, lora_alpha=16, **common)
         if self.kind == "svd_lora":
             return SVDLoraConfig(objectives=objectives, r=8, lora_alpha=16, **common)
         if self.kind == "uniarm":
             return MoSLoraConfig(objectives=objectives, r=8, lora_alpha=16, embedding_size=64, **common)
+        if self.kind == "uniarm_descriptions":
+            return MoSLoraConfig(objective_descriptions=self.task.descriptions, r=8, lora_alpha=16, **common)
         return PBLoraConfig(objectives=objectives, r1=4, r2=4, lora_alpha=8, **common)
 
 
