@@ -173,7 +173,7 @@ def checked_weights(preference: Mapping[str, float] | Sequence[float], objective
     α = as_preference(preference, objectives, allow_off_simplex=True)  # names and their number before their sum
     values = list(preference.values()) if isinstance(preference, Mapping) else list(preference)
     if (α < 0).any() or abs(sum(values) - 1) > SUM_TOLERANCE:
-        raise ValueError(f"`preference` has the weights {values}, but weights must be 0 or larger and sum to 1.")
+        raise ValueError(f"`preference` has the weights {values}, but they must be 0 or larger and must sum to 1.")
     named = preference if isinstance(preference, Mapping) else dict(zip(objectives, values, strict=True))
     return {objective: float(named[objective]) for objective in objectives}
 
