@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The client with sliders in `examples`, without its page."""
+"""Clients of ours: the one with sliders in `examples`, without its page, and a judge."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ pytest.importorskip("prometheus_client", reason="needs the extra `serve`")
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 
 from server.running import OBJECTIVES, Twin, arguments, running, save_models
+
+from trl_parm.endpoint import Endpoint, Failure
+from trl_parm.judges import Judge
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sliders.py"
@@ -33,3 +37,22 @@ def test_sliders_steer(tmp_path, monkeypatch):
         found = list(sliders.answer("w3 w9", 0.2, 0.6))
         assert found[-1] == twin.text("w3 w9", {"helpful": 0.25, "brief": 0.75})
         assert len(found) > 3
+
+
+def test_a_judge_may_be_what_we_serve(tmp_path):
+    save_models(tmp_path)
+    twin, preference = Twin(tmp_path), {"helpful": 0.25, "brief": 0.75}
+    request = {"temperature": 0, "max_tokens": 12, "preference": preference}
+    responses = ["w3 w9", "w4 w5 w6", "w7"]
+    with running(arguments(tmp_path, methods=None)) as here:
+        endpoint = Endpoint(f"{here.url}/v1", "parm", request=request, cache="", pause=0.0)
+        endpoint.check()
+        found = Judge(endpoint, "w1 {response}", r"w(\d+)")(["w2"] * 3, responses)
+        assert endpoint.counted["requests"] == 3
+        assert endpoint.counted["completion_tokens"] > 0
+        (refused,) = Judge(Endpoint(f"{here.url}/v1", "gpt", cache=""), "{response}")(["w2"], ["w3"])
+    texts = [twin.text(f"w1 {response}", preference) for response in responses]
+    assert found == [int(re.findall(r"w(\d+)", text)[-1]) for text in texts]
+    assert len(set(found)) > 1
+    assert isinstance(refused, Failure)
+    assert "gpt" in refused.reason
