@@ -52,6 +52,7 @@ def gone(process: int) -> bool:
         return file.read().rpartition(")")[2].split()[0] == "Z"  # nobody has asked how it ended
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, capfd):
     started = tmp_path / "started"
     hanging = (

@@ -70,7 +70,7 @@ def test_the_script_trains_from_yaml(one):
     assert "eval_harmless_accuracy@uniform" in json.loads((one / "eval_results.json").read_text())
 
 
-@pytest.mark.parametrize("engine", ["ddp_cpu", "fsdp2_cpu", *ZERO])
+@pytest.mark.parametrize("engine", ["ddp_cpu", pytest.param("fsdp2_cpu", marks=pytest.mark.slow), *ZERO])
 def test_two_processes_train_like_one(folder, one, engine):
     """The same loss curve, gradient norms, metrics and weights: with labels that miss in one process, a preference for
     each pair, and gradient accumulation."""
@@ -133,6 +133,7 @@ def test_two_processes_resume_bit_by_bit(folder, engine, order):
     launch(folder, engine, *flags, "--resume", "True", "--seed", "1", error="another training: seed was 42, but is 1")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_by_bit(folder):
     """SIGKILL leaves no time to save anything: what a run goes on from must lie there already."""
     script = (

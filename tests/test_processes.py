@@ -343,6 +343,7 @@ def _written(path) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_its_batch(job, undisturbed):
     """SIGKILL to one of two; two others go on."""
     left = kill_one(job, "two", 2, 20, random.Random(0))
