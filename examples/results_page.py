@@ -12,7 +12,7 @@ from comparison.field import FIELD, beyond_table, read_field
 from comparison.figures import draw
 from comparison.methods import BASE, METHODS, UNTRAINED
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
-from comparison.settings import BETA, RATE, Settings, best
+from comparison.settings import BETA, RATE, SCALE, Settings, best
 from comparison.statements import at_policies_kl, edges, interval, others, statements
 from comparison.task import Task
 from comparison.training import FURTHER_KINDS, KINDS
@@ -46,8 +46,10 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
 - **Cost** on one thread: {costs}.
 - **Versions**: {versions}."""
 
-CHOSEN = """- **Learning rates** have the least loss on {held_out} held-out pairs, on a seed of their own, after
-  {steps:,} steps: {rates}. {rate_edges}
+CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PBLoRA, 16 of the others), has the least loss on
+  {held_out} held-out pairs, on a seed of their own, after {steps:,} steps with the learning rate {middle:g}: {scales}.
+  {scale_edges}
+- **Learning rates** have the least loss with that, on the same pairs after as many steps: {rates}. {rate_edges}
 - **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their
   own: {betas}. {beta_edges}
 - {policies}"""
@@ -63,10 +65,10 @@ the same methods at the β with which they were to be as far from the base as PA
 FIELD_TEXT = """### {title}: the rest of the field, {steps} steps, training seed {seed}
 
 Beside PARM and GenARM of the same seed; brackets are intervals over prompts alone. *UniARM by descriptions* and
-*PARM, α in the prompt*, whose preference stands in the text that a plain LoRA reads, have learning rates and β
-chosen as above ({rates}; β {betas}). CAGE reads PARM at its vertices, or GenARM's ARMs, with its own defaults
-(temperature 0.1, 50 candidates). *Worst case* has PARM's and GenARM's β, and no preference: its rewards are those
-of one point."""
+*PARM, α in the prompt*, whose preference stands in the text that a plain LoRA reads, have `lora_alpha`, learning
+rates and β chosen as above ({rates}; β {betas}). CAGE reads PARM at its vertices, or GenARM's ARMs, with its own
+defaults (temperature 0.1, 50 candidates). *Worst case* has PARM's and GenARM's β, and no preference: its rewards are
+those of one point."""
 
 BEYOND_TEXT = """Beyond the simplex, where weights extrapolate (`allow_off_simplex=True`), mean rewards, and the
 distance of the outer two by that of the vertices:"""
@@ -160,7 +162,8 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
 def field_section(task: Task, field: Budget, beyond: Sequence[Mapping[str, Any]]) -> list[str]:
     """The rest of the field, with one seed."""
     facts = field.facts[0]
-    rates = ", ".join(f"{kind} {facts['trained'][kind]['rate']:g}" for kind in FURTHER_KINDS)
+    trained = [(kind, facts["trained"][kind]) for kind in FURTHER_KINDS]
+    rates = ", ".join(f"{kind} {one['scale']:g} × `lora_alpha`, rate {one['rate']:g}" for kind, one in trained)
     betas = ", ".join(f"{m.title} {facts['betas'][name]:g}" for name, m in FIELD.items() if m.searched)
     head = FIELD_TEXT.format(title=task.title, steps=field.steps, seed=field.seeds[0], rates=rates, betas=betas)
     tables = (measures_table(field), answers_table(field))
@@ -190,11 +193,14 @@ def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
 
 def chosen_text(task: Task, settings: Settings) -> str:
     """The settings of a budget, with all that was tried."""
-    rates = {kind: settings.tried(RATE, kind) for kind in KINDS}
+    scales, rates = ({kind: settings.tried(what, kind) for kind in KINDS} for what in (SCALE, RATE))
     betas = {m.title: settings.tried(BETA, name) for name, m in METHODS.items() if m.has_beta}
     return CHOSEN.format(
         held_out=task.validation_pairs,
         steps=settings.steps,
+        middle=task.rates[len(task.rates) // 2],
+        scales=_chosen(scales, losses=True),
+        scale_edges=edges(scales, SCALE),
         rates=_chosen(rates, losses=True),
         rate_edges=edges(rates, RATE),
         validation=task.validation_prompts,

@@ -180,12 +180,43 @@ def test_every_method_trains_on_as_many_pairs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Training, "_part", part)
     for kind in KINDS:
-        Training(task, kind, 5, 3, 0.01, tmp_path, 3).run()
+        Training(task, kind, 5, 3, 1, 0.01, tmp_path, 3).run()
     assert [part[:2] for part in seen["parm"]] == [("", 5)]
     assert [part[:2] for part in seen["genarm"]] == [("early", 2), ("short", 2)]
     assert seen["genarm"] == seen["dpo"]
     assert seen["parm"][0][2] == seen["svd_lora"][0][2] == seen["uniarm"][0][2]
     assert seen["genarm"][0][2] + seen["genarm"][1][2] == seen["parm"][0][2][:8]
+
+
+def test_scale_then_rate_are_searched_for_and_the_training_that_both_need_runs_once(tmp_path, monkeypatch):
+    task = Task.read(write_task(tmp_path, scales=[1.0, 4.0], rates=[0.01, 0.02, 0.04]))
+    losses = {(1, 0.02): 3.0, (4, 0.02): 2.0, (16, 0.02): 2.5, (4, 0.01): 1.0, (4, 0.04): 3.0, (4, 0.005): 1.5}
+    ran = []
+
+    def part(self, objective, steps, pairs):
+        ran.append((self.scale, self.rate))
+        return {"losses": {"early": losses[self.scale, self.rate]}, "metrics": {}, "seconds": 0}
+
+    monkeypatch.setattr(Training, "_part", part)
+    settings = Settings(task, 2, tmp_path / "results", tmp_path / "work")
+    with pytest.raises(ValueError, match="The scale of parm is not chosen yet. Run the piece tiny/settings/2 first"):
+        settings.choose_rate("parm")
+    settings.choose_scale("parm")
+    settings.choose_rate("parm")
+    assert ran == [(1, 0.02), (4, 0.02), (16, 0.02), (4, 0.01), (4, 0.02), (4, 0.04), (4, 0.005)]
+    folders = [settings.training("parm", rate, scale).folder for scale, rate in ran]
+    assert folders[1] == folders[4]
+    assert len(set(folders)) == 6
+    chosen = settings.chosen(["parm"], 9, 0, tmp_path)["parm"]
+    assert (chosen.scale, chosen.rate, chosen.steps) == (4, 0.01, 9)
+
+
+def test_scale_multiplies_what_an_adapter_does(tmp_path):
+    task = Task.read(write_task(tmp_path))
+    for kind in (*KINDS, "parm_prompt"):
+        configs = [Training(task, kind, 1, 0, scale, 0.01, tmp_path, 3)._config(OBJECTIVES) for scale in (1, 4)]
+        usual = 8 if kind == "parm" else 16
+        assert [config.lora_alpha for config in configs] == [usual, 4 * usual]
 
 
 def test_pairs_are_drawn_once_as_long_as_there_are_enough(tmp_path):
@@ -302,7 +333,7 @@ def test_matched_kl_lies_between_what_was_tried(tmp_path):
 def test_joined_loras_are_made_of_the_training(finished):
     folder, _ = finished
     task = Task.read(folder / "tasks" / "tiny.yaml")
-    training = Training(task, "genarm", 4, 0, 0.01, folder / "work" / "tiny" / "4-seed0", 3)
+    training = Training(task, "genarm", 4, 0, 1, 0.01, folder / "work" / "tiny" / "4-seed0", 3)
     assert Path(join_loras(training), "adapter_config.json").exists()
     assert set(training.adapters()) == set(OBJECTIVES)
 
@@ -392,7 +423,9 @@ def test_the_page_of_several_seeds(tmp_path):
     assert text.index("### Tiny: 4 steps") < text.index("### Tiny: 8 steps")
     chosen = " ".join(text.split())
     assert chosen.count("Each learning rate lies inside") == 2
-    assert chosen.index("after 4 steps: parm **2**") < chosen.index("after 8 steps: parm **3**")
+    assert chosen.index("as many steps: parm **2**") < chosen.index("as many steps: parm **3**")
+    assert chosen.count("The `lora_alpha` of parm, svd_lora, uniarm, genarm, dpo lies at an edge") == 2
+    assert "after 8 steps with the learning rate 0.01: parm **1** (1: 1.000 4: 4.000)" in chosen
     assert {file.name for file in (page.parent / "images").iterdir() if not file.name.startswith(".")} == {
         f"results_tiny_{steps}{kind}.png" for steps in (4, 8) for kind in ("", "_kl")
     }

@@ -22,7 +22,7 @@ from .pooled import GENARM, PARM, Budget
 from .results import facts_path, read_facts, read_piece, rows_path, write_piece
 from .settings import Settings
 from .task import Task
-from .training import FURTHER_KINDS, Training
+from .training import FURTHER_KINDS
 
 
 FIELD = {
@@ -50,6 +50,7 @@ def field_pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
     results, work, (steps, seed) = results / task.name, work / task.name, task.field
     settings = Settings(task, task.settings_of(steps), results, work)
     for kind in FURTHER_KINDS:
+        yield Piece(f"{task.name}/field/scale/{kind}", partial(settings.choose_scale, kind))
         yield Piece(f"{task.name}/field/rate/{kind}", partial(settings.choose_rate, kind))
     for name, method in FIELD.items():
         if method.searched:
@@ -64,8 +65,7 @@ def compare_field(task: Task, settings: Settings, results: Path, work: Path) -> 
     path, folder = rows_path(results, steps, seed, NAME), work / f"{steps}-seed{seed}"
     if facts_path(path).exists():
         return
-    kinds = {method.kind for method in FIELD.values()}
-    trainings = {k: Training(task, k, steps, seed, settings.rate(k), folder, task.diagnosis_pairs) for k in kinds}
+    trainings = settings.chosen({method.kind for method in FIELD.values()}, steps, seed, folder)
     betas = {name: settings.beta(name, method) for name, method in FIELD.items()}
     trained = {kind: training.run() for kind, training in trainings.items()}
     prompts = task.prompts("test", task.test_prompts)

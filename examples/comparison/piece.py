@@ -54,6 +54,7 @@ def pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
     every = {steps: Settings(task, steps, results, work) for steps in map(task.settings_of, task.budgets)}
     for steps, settings in every.items():
         for kind in KINDS:
+            yield Piece(f"{task.name}/settings/{steps}/scale/{kind}", partial(settings.choose_scale, kind))
             yield Piece(f"{task.name}/settings/{steps}/rate/{kind}", partial(settings.choose_rate, kind))
         for method in METHODS:
             yield Piece(f"{task.name}/settings/{steps}/beta/{method}", partial(settings.choose_beta, method))
@@ -68,8 +69,7 @@ def compare(task: Task, steps: int, seed: int, settings: Settings, results: Path
     path, folder = rows_path(results, steps, seed), work / f"{steps}-seed{seed}"
     if facts_path(path).exists():
         return
-    rates = {kind: settings.rate(kind) for kind in KINDS}
-    trainings = {k: Training(task, k, steps, seed, rates[k], folder, task.diagnosis_pairs) for k in KINDS}
+    trainings = settings.chosen(KINDS, steps, seed, folder)
     entries = chosen_entries(settings, trainings)  # before hours of training, whether all is chosen
     trained = {}
     for kind, training in trainings.items():

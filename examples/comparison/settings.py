@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate and the β of each method: chosen with a training seed, pairs and prompts of their own."""
+"""The scaling, learning rate and β of each method: chosen with a training seed, pairs and prompts of their own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from .task import Task
 from .training import KINDS, Training
 
 
-RATE, BETA = "rate", "beta"
+SCALE, RATE, BETA = "scale", "rate", "beta"
 GRID_STEPS = 2
 CLOSE = 1.1
 """β whose quotient is smaller count as one."""
@@ -39,14 +39,16 @@ class Settings:
         self.task, self.steps, self.work = task, steps, work / f"settings-{steps}"
         self.path = results / f"settings-{steps}.jsonl"
 
+    def choose_scale(self, kind: str) -> None:
+        """Tries `lora_alpha`, as multiples of the usual one, at the learning rate in the middle of its grid: the best
+        has the smallest sum of the objectives' losses on held-out pairs."""
+        middle = self.task.rates[len(self.task.rates) // 2]
+        self._search(SCALE, kind, self.task.scales, lambda scale: held_out_loss(self.training(kind, middle, scale)))
+
     def choose_rate(self, kind: str) -> None:
-        """Tries learning rates: the best has the smallest sum of the objectives' losses on held-out pairs."""
-
-        def tried(rate: float) -> dict[str, Any]:
-            found = self.training(kind, rate).run()
-            return {"value": sum(found["losses"].values()), "losses": found["losses"], "seconds": found["seconds"]}
-
-        self._search(RATE, kind, self.task.rates, tried)
+        """Tries learning rates at the scale that was chosen: the best has the smallest loss, as for scales."""
+        scale = self.scale(kind)
+        self._search(RATE, kind, self.task.rates, lambda rate: held_out_loss(self.training(kind, rate, scale)))
 
     def choose_beta(self, name: str, method: Method | None = None) -> None:
         """Tries β: the largest whose mean inner product of standardised rewards is within a standard error of the
@@ -61,12 +63,17 @@ class Settings:
         rows = read_rows(self.path) if self.path.exists() and self.path.stat().st_size else []
         return sorted((r for r in rows if (r["what"], r["of"]) == (what, of)), key=lambda r: r["at"])
 
+    def scale(self, kind: str) -> float:
+        """How many times its usual `lora_alpha` a kind has. Raises `ValueError` if its search has not come to its
+        end."""
+        return self._best(SCALE, kind, self.task.scales)
+
     def rate(self, kind: str) -> float:
-        """The learning rate of a kind. Raises `ValueError` if its search has not come to its end."""
+        """The learning rate of a kind. Raises `ValueError` as [`scale`] does."""
         return self._best(RATE, kind, self.task.rates)
 
     def beta(self, name: str, method: Method | None = None) -> float | None:
-        """The β of a method; `None` for one that has none. Raises `ValueError` as [`rate`] does."""
+        """The β of a method; `None` for one that has none. Raises `ValueError` as [`scale`] does."""
         method = method or METHODS[name]
         return self._best(BETA, method.beta_of or name, self.task.betas) if method.has_beta else None
 
@@ -81,12 +88,21 @@ class Settings:
         found = round(float(np.exp(np.interp(math.log(aim), logs[:, 0], logs[:, 1]))), 3)
         return None if 1 / CLOSE < found / (self.beta(method) or 1.0) < CLOSE else found
 
-    def training(self, kind: str, rate: float) -> Training:
-        folder = self.work / f"{kind}-{rate:g}"
-        return Training(self.task, kind, self.steps, self.task.settings_seed, rate, folder, self.task.validation_pairs)
+    def training(self, kind: str, rate: float, scale: float) -> Training:
+        """A training of the settings' seed, which is run once however often it is asked for."""
+        folder, task = self.work / f"{kind}-{scale:g}-{rate:g}", self.task
+        return Training(task, kind, self.steps, task.settings_seed, scale, rate, folder, task.validation_pairs)
+
+    def chosen(self, kinds: Iterable[str], steps: int, seed: int, folder: Path) -> dict[str, Training]:
+        """A piece's trainings by kind, at the settings that were chosen. Raises `ValueError` as [`scale`] does."""
+        pairs = self.task.diagnosis_pairs
+        return {
+            kind: Training(self.task, kind, steps, seed, self.scale(kind), self.rate(kind), folder, pairs)
+            for kind in kinds
+        }
 
     def _front(self, method: Method, beta: float) -> dict[str, Any]:
-        training = self.training(method.kind, self.rate(method.kind))
+        training = self.training(method.kind, self.rate(method.kind), self.scale(method.kind))
         training.run()
         own = beta if method.has_beta else None
         entry = method.entry(training, own, f"{method.title} {beta:g}" if method.has_beta else "")
@@ -119,6 +135,12 @@ class Settings:
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
             "held_out": task.validation_pairs, "prompts": task.validation_prompts, "kinds": list(KINDS),
         }  # fmt: skip
+
+
+def held_out_loss(training: Training) -> dict[str, Any]:
+    """The sum of the objectives' losses on held-out pairs, and what else is to be known of a training."""
+    found = training.run()
+    return {"value": sum(found["losses"].values()), "losses": found["losses"], "seconds": found["seconds"]}
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple:

@@ -14,7 +14,7 @@ from trl_parm.training.diagnosis import ALIKE
 
 from .methods import METHODS, UNTRAINED
 from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
-from .settings import BETA, RATE, Settings, at_edge
+from .settings import BETA, RATE, SCALE, Settings, at_edge
 
 
 STEERED = 0.9
@@ -151,7 +151,7 @@ def seeds(budget: Budget) -> str:
 def edges(tried: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> str:
     """Which grids have their best at an edge, in words."""
     found = [name for name, rows in tried.items() if at_edge(rows)]
-    word = {RATE: "learning rate", BETA: "β"}[what]
+    word = {SCALE: "`lora_alpha`", RATE: "learning rate", BETA: "β"}[what]
     if not found:
         return f"Each {word} lies inside the values that were tried."
     return (

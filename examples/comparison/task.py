@@ -40,7 +40,8 @@ class Task:
             two objectives.
         descriptions (`dict[str, str]`): Of the objectives, for UniARM by descriptions.
         settings_seed (`int`): The seed of these trainings.
-        rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge.
+        scales, rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge: of how many
+            times an adapter's usual `lora_alpha` it has, of the learning rate, and of β.
         limits (`dict[str, list[float]]`): How far they may grow.
         validation_pairs, diagnosis_pairs (`int`): Held-out pairs that learning rates are chosen with, and that the
             trainings of a piece are measured on.
@@ -63,10 +64,11 @@ class Task:
     field: list[int] | None = None
     descriptions: dict[str, str] = dataclasses.field(default_factory=dict)
     settings_seed: int = 100
-    rates: list[float] = dataclasses.field(default_factory=lambda: [2e-3, 5e-3, 1e-2])
+    scales: list[float] = dataclasses.field(default_factory=lambda: [1.0, 4.0])
+    rates: list[float] = dataclasses.field(default_factory=lambda: [8e-4, 2e-3, 5e-3])
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
     limits: dict[str, list[float]] = dataclasses.field(
-        default_factory=lambda: {"rate": [1e-4, 1e-1], "beta": [0.015, 8.0]}
+        default_factory=lambda: {"scale": [1.0, 64.0], "rate": [1e-4, 1e-1], "beta": [0.015, 8.0]}
     )
     validation_pairs: int = 240
     diagnosis_pairs: int = 96

@@ -44,6 +44,7 @@ class Training:
         kind (`str`): One of [`KINDS`] or [`FURTHER_KINDS`].
         steps (`int`): Of `task.batch` pairs, of which an adapter for one objective gets its share.
         seed (`int`): Of the adapter, the pairs and their order.
+        scale (`float`): How many times its usual `lora_alpha` an adapter has.
         rate (`float`): The learning rate.
         folder (`Path`): Where its adapters go.
         held_out (`int`): Held-out pairs that the adapters are measured on.
@@ -53,6 +54,7 @@ class Training:
     kind: str
     steps: int
     seed: int
+    scale: float
     rate: float
     folder: Path
     held_out: int
@@ -72,7 +74,8 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Trains what is not there yet, and gives `losses` on held-out pairs by objective, `metrics` and `seconds`."""
-        found: dict[str, Any] = {"kind": self.kind, "rate": self.rate, "losses": {}, "metrics": {}, "seconds": 0.0}
+        found: dict[str, Any] = {"kind": self.kind, "scale": self.scale, "rate": self.rate}
+        found |= {"losses": {}, "metrics": {}, "seconds": 0.0}
         share = self.steps // len(self.parts)
         pairs = self.task.drawn(share * len(self.parts), self.seed)
         for number, objective in enumerate(self.parts):
@@ -160,15 +163,16 @@ class Training:
 
     def _config(self, objectives: list[str]) -> PeftConfig:
         common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-        if self.kind in ONE_EACH or self.kind == "parm_prompt":
-            return LoraConfig(r=8, lora_alpha=16, **common)
+        if self.kind == "parm":
+            return PBLoraConfig(objectives=objectives, r1=4, r2=4, lora_alpha=8 * self.scale, **common)
+        common |= {"r": 8, "lora_alpha": 16 * self.scale}
         if self.kind == "svd_lora":
-            return SVDLoraConfig(objectives=objectives, r=8, lora_alpha=16, **common)
+            return SVDLoraConfig(objectives=objectives, **common)
         if self.kind == "uniarm":
-            return MoSLoraConfig(objectives=objectives, r=8, lora_alpha=16, embedding_size=64, **common)
+            return MoSLoraConfig(objectives=objectives, embedding_size=64, **common)
         if self.kind == "uniarm_descriptions":
-            return MoSLoraConfig(objective_descriptions=self.task.descriptions, r=8, lora_alpha=16, **common)
-        return PBLoraConfig(objectives=objectives, r1=4, r2=4, lora_alpha=8, **common)
+            return MoSLoraConfig(objective_descriptions=self.task.descriptions, **common)
+        return LoraConfig(**common)
 
 
 def with_labels(rows: list[dict[str, Any]], objectives: list[str]) -> list[dict[str, Any]]:
