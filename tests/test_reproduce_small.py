@@ -15,7 +15,7 @@ from comparison import piece as pieces_of
 from comparison.field import FIELD, beyond_table, read_field
 from comparison.methods import BASE, METHODS, decode
 from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget, permuted
-from comparison.results import facts_path, read_piece, rows_path, write_piece
+from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
 from comparison.settings import BETA, Settings, at_edge, best, next_of
 from comparison.statements import edges, statements
 from comparison.task import Task, agreement, ranked
@@ -104,7 +104,7 @@ def test_a_field_of_other_pairs_is_refused(finished, tmp_path):
     folder, _ = finished
     results = Path(shutil.copytree(folder / "results" / "tiny", tmp_path / "tiny"))
     task = Task.read(folder / "tasks" / "tiny.yaml")
-    path = facts_path(rows_path(results, 4, 0, "field-"))
+    path = facts_path(rows_path(results, 4, 0, "field"))
     path.write_text(path.read_text().replace(task.fingerprint(), "f" * 16))
     with pytest.raises(ValueError, match="other pairs or prompts than the seed 0"):
         read_field(results, task, read(results, [0]))
@@ -141,9 +141,25 @@ def test_a_stopped_comparison_gives_what_one_run_gives(finished, tmp_path, monke
     folder, _ = finished
     task = Task.read(folder / "tasks" / "tiny.yaml")
     settings = Settings(task, 2, folder / "results" / "tiny", folder / "work" / "tiny")
-    pieces_of.compare(task, 4, 0, settings, tmp_path, tmp_path / "work")
+    for number, kind in enumerate(reversed(KINDS)):  # the order of the kinds is nothing to the table
+        assert len(list(tmp_path.glob("4-seed0-*.json"))) == number
+        pieces_of.compare(task, 4, 0, kind, settings, tmp_path, tmp_path / "work")
+    assert {path.name for path in tmp_path.glob("4-*")} == {"4-seed0.csv.gz", "4-seed0.json"}
+    own, other = (read_facts(rows_path(one, 4, 0)) for one in (tmp_path, folder / "results" / "tiny"))
+    assert own.keys() == other.keys()
+    assert [list(own[key]) for key in OF_KINDS] == [list(other[key]) for key in OF_KINDS]
     once, stopped = (read_piece(rows_path(one, 4, 0)) for one in (tmp_path, folder / "results" / "tiny"))
     assert [without_time(row) for row in once] == [without_time(row) for row in stopped]
+
+
+def test_tables_of_different_runs_are_not_put_together(tmp_path):
+    parts = [rows_path(tmp_path, 4, 0, kind) for kind in ("parm", "dpo")]
+    for part, pairs in zip(parts, "pq"):
+        facts = {"objectives": OBJECTIVES, "pairs": pairs, "versions": {"torch": pairs}}
+        write_piece(part, [], {**facts, "trained": {}, "betas": {}, "matched": {}})
+    with pytest.raises(ValueError, match="4-seed0-parm.csv.gz and 4-seed0-dpo.csv.gz have different pairs"):
+        join_pieces(rows_path(tmp_path, 4, 0), parts)
+    assert len(list(tmp_path.glob("4-seed0-*.csv.gz"))) == 2
 
 
 def without_time(row: dict) -> dict:
@@ -270,7 +286,8 @@ def test_a_piece_without_settings_says_what_comes_first(tmp_path, monkeypatch):
 def test_pieces_are_asked_for_by_whole_parts_of_their_names(tmp_path, monkeypatch, capsys):
     write_task(tmp_path, budgets={4: [0, 1], 40: [0]})
     run(tmp_path, monkeypatch, "--list", "--only", "tiny/4", "tiny/settings/2/rate/dpo/")
-    assert capsys.readouterr().out.split() == ["tiny/settings/2/rate/dpo", "tiny/4/0", "tiny/4/1"]
+    seeds = [f"tiny/4/{seed}/{kind}" for seed in (0, 1) for kind in KINDS]
+    assert capsys.readouterr().out.split() == ["tiny/settings/2/rate/dpo", *seeds]
 
 
 def test_each_budget_has_settings_of_its_own_unless_the_task_names_one(tmp_path, monkeypatch, capsys):

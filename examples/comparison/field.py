@@ -35,7 +35,7 @@ FIELD = {
 }
 BEYOND = ((1.5, -0.5), (-0.5, 1.5))
 """Weights off the simplex of two objectives, which extrapolate."""
-NAME = "field-"
+NAME = "field"
 
 
 def field_pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:

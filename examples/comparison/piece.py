@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from trl_parm.records import versions
 from trl_parm.texts import prompt_key
 
 from .methods import METHODS, UNTRAINED, decode
-from .results import facts_path, rows_path, write_piece
+from .results import facts_path, join_pieces, rows_path, write_piece
 from .settings import Settings
 from .task import Task, agreement
 from .training import KINDS, Training
@@ -29,7 +29,7 @@ class Piece:
     """A part of the work.
 
     Attributes:
-        name (`str`): `task/settings/steps/...` or `task/steps/seed`, by whose beginnings pieces are asked for.
+        name (`str`): `task/settings/steps/...` or `task/steps/seed/kind`, by whose beginnings pieces are asked for.
         run (`Callable`): Does what is not done yet.
     """
 
@@ -61,45 +61,63 @@ def pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
     for steps, seeds in task.budgets.items():
         settings = every[task.settings_of(steps)]
         for seed in seeds:
-            yield Piece(f"{task.name}/{steps}/{seed}", partial(compare, task, steps, seed, settings, results, work))
+            for kind in KINDS:
+                run = partial(compare, task, steps, seed, kind, settings, results, work)
+                yield Piece(f"{task.name}/{steps}/{seed}/{kind}", run)
 
 
-def compare(task: Task, steps: int, seed: int, settings: Settings, results: Path, work: Path) -> None:
-    """Trains every kind with one seed, evaluates every method, and keeps the rewards."""
-    path, folder = rows_path(results, steps, seed), work / f"{steps}-seed{seed}"
+def compare(task: Task, steps: int, seed: int, kind: str, settings: Settings, results: Path, work: Path) -> None:
+    """Trains a kind with one seed, evaluates the methods that need it, and keeps the rewards; the last kind puts those
+    of all together."""
+    path, part = rows_path(results, steps, seed), rows_path(results, steps, seed, kind)
     if facts_path(path).exists():
         return
-    trainings = settings.chosen(KINDS, steps, seed, folder)
-    entries = chosen_entries(settings, trainings)  # before hours of training, whether all is chosen
-    trained = {}
-    for kind, training in trainings.items():
+    if not facts_path(part).exists():
+        folder = work / f"{steps}-seed{seed}"
+        training = settings.chosen([kind], steps, seed, folder)[kind]
+        entries = chosen_entries(settings, training)  # before hours of training, whether all is chosen
         print(f"{task.name}: {kind}, {steps} steps, seed {seed}", flush=True)
-        trained[kind] = training.run()
+        rows, facts = _evaluate(task, training, entries, settings, folder)
+        write_piece(part, rows, facts)
+    join_pieces(path, [rows_path(results, steps, seed, kind) for kind in KINDS])
+
+
+def _evaluate(
+    task: Task, training: Training, entries: Sequence[Callable[[], Any]], settings: Settings, folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a piece, and the facts about it."""
+    trained, steps, seed = training.run(), training.steps, training.seed
+    names = methods_of(training.kind)
     prompts = task.prompts("test", task.test_prompts)
     grid = preference_grid(task.objectives, steps=task.grid_steps).tolist()
-    rows = decode(task, prompts, grid, [entry() for entry in entries], folder / "answers.jsonl")
-    facts = {
+    rows = decode(task, prompts, grid, [entry() for entry in entries], folder / f"answers-{training.kind}.jsonl")
+    return rows, {
         "task": task.name, "steps": steps, "seed": seed, "batch": task.batch, "objectives": task.objectives,
         "prompts": short_hash("\n".join(map(prompt_key, prompts)).encode()), "pairs": task.fingerprint(),
-        "agreement": agreement(task.drawn(steps, seed), task.objectives), "trained": trained,
-        "betas": {name: settings.beta(name) for name in METHODS},
-        "matched": {name: settings.matched(name) for name in METHODS},
+        "agreement": agreement(task.drawn(steps, seed), task.objectives), "trained": {training.kind: trained},
+        "betas": {name: settings.beta(name) for name in names},
+        "matched": {name: settings.matched(name) for name in names},
         "max_new_tokens": task.max_new_tokens, "top_k": task.top_k, "versions": versions(),
     }  # fmt: skip
-    write_piece(path, rows, facts)
 
 
-def chosen_entries(settings: Settings, trainings: dict[str, Training]) -> list[Callable[[], Any]]:
-    """What is evaluated: controls, every method at its β, and at the β of PARM's KL. Each is made when adapters are
-    there."""
-    parm = trainings["parm"].adapter()
-    control = {"method": "untrained_arm", "name": UNTRAINED, "arm": parm, "beta": settings.beta("parm")}
-    found: list[Callable[[], Any]] = [lambda: "base", lambda: control]
-    for name, method in METHODS.items():
+def methods_of(kind: str) -> list[str]:
+    """The methods that need a kind of training."""
+    return [name for name, method in METHODS.items() if method.kind == kind]
+
+
+def chosen_entries(settings: Settings, training: Training) -> list[Callable[[], Any]]:
+    """What is evaluated of a kind: every method at its β, and at the β of PARM's KL, and the controls beside PARM.
+    Each is made when adapters are there."""
+    found: list[Callable[[], Any]] = []
+    if training.kind == "parm":
+        arm = training.adapter()
+        control = {"method": "untrained_arm", "name": UNTRAINED, "arm": arm, "beta": settings.beta("parm")}
+        found += [lambda: "base", lambda: control]
+    for name in methods_of(training.kind):
+        method = METHODS[name]
         for beta, title in ((settings.beta(name), ""), (settings.matched(name), AT_KL.format(method.title))):
             if title and beta is None:
                 continue
-            found.append(
-                lambda method=method, beta=beta, title=title: method.entry(trainings[method.kind], beta, title)
-            )
+            found.append(lambda method=method, beta=beta, title=title: method.entry(training, beta, title))
     return found

@@ -20,12 +20,14 @@ WRITER = "reproduce_small.py"
 HEAD = ("method", "preference", "prompt")
 MEASURED = ("tokens", "capped", "repetition", "log_prob_base", "log_ratio", "seconds")
 COSTS = ("extra_parameters", "extra_bytes")
+OF_KINDS = ("trained", "betas", "matched", "methods")
+"""The facts of a table that are said of each kind, or of its methods."""
 
 
 def rows_path(results: Path, steps: int, seed: int, kind: str = "") -> Path:
-    """Where the rows of a piece stand, `<results>/<kind><steps>-seed<seed>.csv.gz`, with its facts in `.json` beside
-    it."""
-    return results / f"{kind}{steps}-seed{seed}.csv.gz"
+    """Where rows stand, `<results>/<steps>-seed<seed>.csv.gz`, or `...-<kind>.csv.gz` of one kind, with the facts
+    about them in `.json` beside it."""
+    return results / f"{steps}-seed{seed}{kind and '-'}{kind}.csv.gz"
 
 
 def facts_path(rows: Path) -> Path:
@@ -33,7 +35,7 @@ def facts_path(rows: Path) -> Path:
 
 
 def write_piece(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
-    """Writes a piece, the facts last, so that a piece with facts is whole.
+    """Writes the table of a piece, the facts last, so that a table with facts is whole.
 
     Args:
         path (`Path`): From [`rows_path`].
@@ -52,10 +54,40 @@ def write_piece(path: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[st
         found = {**row, "capped": int(row["capped"]), "repetition": "" if repeated is None else repeated}
         values = [_short(found[name]) for name in (*facts["objectives"], *MEASURED)]
         writer.writerow([row["method"], weights, number, *values])
+    _write(path, text.getvalue(), {**facts, "methods": methods})
+
+
+def join_pieces(path: Path, parts: Sequence[Path]) -> None:
+    """Puts the tables of several kinds into one and removes them, once all are there; does nothing before.
+
+    Args:
+        path (`Path`): Of the table of all, from [`rows_path`].
+        parts (`Sequence[Path]`): Of the single ones.
+
+    Raises:
+        ValueError: the parts are of different runs.
+    """
+    if not all(facts_path(part).exists() for part in parts):
+        return
+    every = [read_facts(part) for part in parts]
+    for part, facts in zip(parts, every):
+        for key in set(every[0]) - {*OF_KINDS, "versions"}:
+            if facts[key] != every[0][key]:
+                raise ValueError(f"{parts[0].name} and {part.name} have different {key}. Run one of them again.")
+    merged = {key: {k: v for facts in every for k, v in facts[key].items()} for key in OF_KINDS}
+    texts = [gzip.decompress(part.read_bytes()).decode() for part in parts]
+    head, first = texts[0].split("\n", 1)
+    _write(path, head + "\n" + first + "".join(text.split("\n", 1)[1] for text in texts[1:]), {**every[0], **merged})
+    for part in parts:
+        facts_path(part).unlink()
+        part.unlink()
+
+
+def _write(path: Path, text: str, facts: Mapping[str, Any]) -> None:
     with output_file(path, WRITER, binary=True) as file:
-        file.write(gzip.compress(text.getvalue().encode(), mtime=0))
+        file.write(gzip.compress(text.encode(), mtime=0))
     with output_file(facts_path(path), WRITER) as file:
-        json.dump({**facts, "methods": methods}, file, indent=1, ensure_ascii=False)
+        json.dump(facts, file, indent=1, ensure_ascii=False)
         file.write("\n")
 
 
