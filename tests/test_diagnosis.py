@@ -71,7 +71,7 @@ def test_an_adapter_without_its_aware_block_ignores_alpha_exactly(tmp_path, toke
     metrics, said = evaluated(tmp_path, tokenizer, arm, two_sets(5, 5))
     assert (metrics["eval_vertex_correlation"], metrics["eval_vertex_distance"]) == (pytest.approx(1), 0)
     assert "It ignores α" in said
-    assert "Try more steps, another learning rate, or `r1` = 0" in said
+    assert "Try more steps, another learning rate, a larger `lora_alpha` in" in said
 
 
 def test_an_adapter_that_hardly_follows_alpha_is_told_so(tmp_path, tokenizer):
@@ -191,11 +191,13 @@ def test_three_objectives_name_the_two_vertices_that_are_most_alike():
 @pytest.mark.parametrize(
     ("config", "remedy"),
     [
-        (PBLoraConfig(), "`r1` = 0"),
-        (PBLoraConfig(r1=0), "or another learning rate."),
+        (PBLoraConfig(), "or `r1` = 0 there"),
+        (PBLoraConfig(), ", a larger `lora_alpha` in the adapter's configuration"),
+        (PBLoraConfig(r1=0), ", or a larger `lora_alpha`"),
+        (PBLoraConfig(r1=0, disjoint_start=True), "or another learning rate."),
         (MoSLoraConfig(), "an `embedding_size` of 64"),
         (MoSLoraConfig(embedding_size=8), "or another learning rate."),
-        (SVDLoraConfig(), "or another learning rate."),
+        (SVDLoraConfig(), ", or a larger `lora_alpha`"),
     ],
 )
 def test_what_to_try_depends_on_the_adapter(config: PreferenceConfig, remedy):

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from peft_pblora import PBLoraConfig, SVDLoraConfig
+
 from .losses import ARMLoss, weighted
 
 
@@ -149,8 +151,10 @@ def _most_alike(metrics: Mapping[str, float], objectives: Sequence[str], prefix:
 
 def _remedies(config: Any) -> str:
     found = ["more steps", "another learning rate"]
+    if isinstance(config, PBLoraConfig | SVDLoraConfig) and not getattr(config, "disjoint_start", False):
+        found.append("a larger `lora_alpha` in the adapter's configuration, since W(α) starts small")
     if getattr(config, "r1", 0) and getattr(config, "r2", 0):
-        found.append("`r1` = 0 in the adapter's configuration, which leaves out what all preferences share")
+        found.append("`r1` = 0 there, which leaves out what all preferences share")
     elif getattr(config, "embedding_size", None) == 0 and config.objective_embeddings is None:
         found.append("an `embedding_size` of 64 in the adapter's configuration")
     return ", ".join(found[:-1]) + ", or " + found[-1]
