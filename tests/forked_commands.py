@@ -45,7 +45,7 @@ class ForkedCommands:
         texts.unlink(missing_ok=True)
         print(json.dumps([words, str(output), str(texts)]), file=self.process.stdin, flush=True)
         code = self.process.stdout.readline().strip()
-        assert code == "0", f"{' '.join(words)}\nended with {code}:\n{output.read_text()[-6000:]}"
+        assert code == "0", f"{' '.join(words)}\nended with {code}:\n{output.read_text()[-3000:]}"
         read: dict[str, set[str]] = {}
         for line in texts.read_text().splitlines() if texts.exists() else ():
             name, text = json.loads(line)
@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
     """A command of `trl-parm`, or TRL's script of the verb, as `trl VERB` starts it."""
     program, verb, *flags = words
     if program == "trl-parm":
-        from trl_parm.cli import main
+        from trl_parm.cli.main import main
 
         return main([verb, *flags])
     sys.argv = [f"{verb}.py", *flags]

@@ -83,8 +83,14 @@ def faults_of(card: str) -> list[str]:
     return errors
 
 
-def entry_of(path: str, content: bytes) -> dict:
-    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+def entries_of(files: dict[str, bytes]) -> dict[str, dict]:
+    """What the Hub says of each file, and of each folder that has one."""
+    folders = {str(folder): b"" for path in files for folder in Path(path).parents if folder.name}
+    kinds = [*(("file", *item) for item in files.items()), *(("directory", *item) for item in folders.items())]
+    return {
+        path: {"type": kind, "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        for kind, path, content in kinds
+    }
 
 
 def is_repo_id(name: str) -> bool:
@@ -144,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>.+)", "preupload"),
         ("POST", rf"/api/models/{REPO}/commit/(?P<revision>.+)", "commit"),
         ("GET", rf"/api/models/{REPO}/revision/(?P<revision>.+)", "info"),
-        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+).*", "tree"),
+        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?(?P<under>.*)", "tree"),
         ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>[^/]+)", "paths"),
         ("GET", rf"/api/models/{REPO}", "info"),
         ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
@@ -288,17 +294,21 @@ class Handler(BaseHTTPRequestHandler):
             name = repo.removeprefix("datasets/")
             self.answer(200, {"id": name, "modelId": name, "sha": digest, "private": private, "siblings": siblings})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, under: str) -> None:
+        """Files and folders in a folder, or below it if it is asked for all."""
         found = self.find(repo, revision)
         if found:
-            self.answer(200, [entry_of(path, content) for path, content in found[1].items()])
+            below = [path for path in entries_of(found[1]) if under in ("", *map(str, Path(path).parents))]
+            if "true" not in parse_qs(urlparse(self.path).query).get("recursive", [""])[0].lower():
+                below = [path for path in below if str(Path(path).parent) == (under or ".")]
+            self.answer(200, [entries_of(found[1])[path] for path in below])
 
     def paths(self, repo: str, revision: str) -> None:
         """What is at some paths, of which those that aren't there are left out."""
         found = self.find(repo, revision)
         if found:
             wanted = parse_qs(self.body.decode())["paths"]
-            self.answer(200, [entry_of(path, found[1][path]) for path in wanted if path in found[1]])
+            self.answer(200, [entries_of(found[1])[path] for path in wanted if path in entries_of(found[1])])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         found = self.find(repo, revision)

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The papers' experiments from relabelling to figures, as their configurations say it, in miniature on a CPU.
 
-Flags stand in for size alone: fewer pairs, steps, prompts and tokens, and a CPU. All else is the file's, and each experiment
-gives the commands of `docs/reproduce.md` in their order. The one thing that is not rehearsed is the 4-bit format of the
+Flags stand in for size alone: fewer pairs, steps, prompts and tokens, and a CPU. All else is the file's, and each
+experiment gives the commands of `docs/reproduce.md` in their order. What is not rehearsed is the 4-bit format of the
 65B model, which needs a library and a GPU: its stand-in has weights in 16 bits.
 """
 
 import csv
-import os
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,7 +123,7 @@ def words_of(experiment: str, step: str) -> list[str]:
     flags = {"relabel": RELABEL, "train": TRAIN, "dpo": TRAIN, "evaluate": EVALUATE, "plot": ()}[found[2]]
     if found[2] == "relabel":
         split = re.sub(r"\[.*|$", f"[:{PAIRS}]", given["data"]["split"], count=1)
-        flags += ("--data", yaml.safe_dump({**given["data"], "split": split}, default_flow_style=True, width=999))
+        flags += ("--data", json.dumps({**given["data"], "split": split}))
     return [found[1], found[2], "--config", str(path), *flags]
 
 
@@ -144,8 +142,8 @@ def test_an_experiment_runs_from_its_data_to_its_figures(papers, experiment):
     entries = [{"method": entry} if isinstance(entry, str) else entry for entry in given["methods"]]
     names = {entry.get("name", METHODS[entry["method"]].title): METHODS[entry["method"]].control for entry in entries}
     grid = [tuple(one) for one in given.get("preferences", [(i / 10, 1 - i / 10) for i in range(11)])]
-    expected = {(name, pytest.approx(α)) for name, control in names.items() if not control for α in grid}
-    expected |= {(name, None) for name, control in names.items() if control}
+    expected = [(name, pytest.approx(α)) for name, control in names.items() if not control for α in grid]
+    expected += [(name, None) for name, control in names.items() if control]
     rows = read_rows(work / given["output_dir"] / "results.jsonl")
     found = [(row["method"], row["preference"] and tuple(row["preference"])) for row in rows]
     assert len(rows) == PROMPTS * len(expected)
