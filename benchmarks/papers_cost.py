@@ -57,7 +57,7 @@ ROWS = {"PKU-Alignment/PKU-SafeRLHF-10K": 10_000}
 """Pairs of a data set that is read whole."""
 PROMPT_TOKENS = {"safety_7b": 45, "assistant": 180}
 RESPONSE_TOKENS = {"safety_7b": 110, "assistant": 70}
-"""Mean tokens of the data with padding, by the experiment that labels them. Time of training is proportional to them."""
+"""Mean tokens of the data with padding, by the experiment that labels them. Time of training is in proportion."""
 LONGEST_PROMPT = 1024
 """Tokens that memory is reckoned for where no `max_prompt_length` is given."""
 ROW_BYTES = 3_000
@@ -203,6 +203,11 @@ class Need:
 
 def configs(experiment: str) -> list[Config]:
     return [Config(experiment, name) for name in EXPERIMENTS[experiment]]
+
+
+def command(config: Config) -> str:
+    """What a user types."""
+    return f"{' '.join(config.words)} --config {config.path.relative_to(CONFIGS.parents[1])}"
 
 
 def need(config: Config) -> Need:
@@ -423,6 +428,24 @@ def experiments() -> list[dict[str, str]]:
                     "models on disk, GB": f"{downloaded(every):.0f}"}]  # fmt: skip
 
 
+def assumptions() -> list[dict[str, str]]:
+    tokens = "; ".join(f"{data}: {PROMPT_TOKENS[data]} and {RESPONSE_TOKENS[data]}" for data in PROMPT_TOKENS)
+    values = {
+        f"peak of an {GPU}, bfloat16": f"{PEAK / 1e12:.0f} TFLOP/s",
+        "share of it in training; in scoring and in reading prompts": f"{TRAINING_SHARE}; {SCORING_SHARE}",
+        "its memory bandwidth; share of it in decoding": f"{BANDWIDTH / 1e12:.0f} TB/s; {READING_SHARE}",
+        "least time of a layer in a token of decoding, without CUDA graphs": f"{LAYER_SECONDS * 1e3:.1f} ms",
+        "operations for a parameter and token: forward, recomputed, backward": f"{FORWARD}, {RECOMPUTED}, {BACKWARD}",
+        "share of a GPU's memory for tensors; beside them": f"{USABLE}; {CONTEXT_BYTES / GIB:.0f} GB",
+        "bytes of a parameter in 16 bits; in 4, with scales": f"{BYTES['bfloat16']}; {GPTQ_BYTES}",
+        "bytes of a trained parameter in memory; in a checkpoint": f"{OPTIMIZER_BYTES}; {CHECKPOINT_BYTES}",
+        "mean tokens of a prompt and a response": tokens,
+        "longest prompt, where a file has no `max_prompt_length`": f"{LONGEST_PROMPT} tokens",
+        "length of an answer": "`max_new_tokens`, always",
+    }
+    return [{"assumption": name, "value": value} for name, value in values.items()]
+
+
 def shown(hours: float) -> str:
     """Hours by as many digits as they are good for."""
     return "-" if hours == 0 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
@@ -437,8 +460,13 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def tables() -> list[str]:
+    """Those of the page: experiments, commands, assumptions."""
+    return [f"Computed, not measured:\n\n{markdown(rows)}" for rows in (experiments(), commands(), assumptions())]
+
+
 def main() -> None:
-    print(f"Computed, not measured: {GPU}.\n\n{markdown(experiments())}\n\n{markdown(commands())}")
+    print("\n\n".join(tables()))
 
 
 if __name__ == "__main__":
