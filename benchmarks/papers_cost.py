@@ -9,12 +9,12 @@ assumptions are the constants below. GB are 2^30 bytes.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class Model:
         """Width of the keys, and of the values."""
         return self.hidden // self.heads * self.cached_heads
 
-    @cached_property
+    @property
     def parameters(self) -> int:
         """All but norms and biases."""
         attention = 2 * self.hidden * (self.hidden + self.cached)
@@ -149,7 +149,17 @@ VERB = re.compile(r"# (trl-parm|trl) (\w+)")
 """How the first line of a file begins: the command that it is for."""
 
 
-@dataclass
+@functools.cache
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@functools.cache
+def parsed(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(read(path))
+
+
+@dataclass(frozen=True)
 class Config:
     """A file of `examples/configs/`."""
 
@@ -160,21 +170,21 @@ class Config:
     def path(self) -> Path:
         return CONFIGS / self.experiment / f"{self.name}.yaml"
 
-    @cached_property
+    @property
     def given(self) -> dict[str, Any]:
-        return yaml.safe_load(self.path.read_text(encoding="utf-8"))
+        return parsed(self.path)
 
-    @cached_property
+    @property
     def words(self) -> tuple[str, str]:
         """The command that reads it, program and verb."""
-        found = VERB.match(self.path.read_text(encoding="utf-8"))
+        found = VERB.match(read(self.path))
         assert found is not None, f"{self.path} does not begin with its command"
         return found[1], found[2]
 
     @property
     def data(self) -> str:
         """The experiment whose pairs it reads."""
-        return re.findall(r"runs/(\w+)/pairs|$", self.path.read_text(encoding="utf-8"))[0] or self.experiment
+        return re.findall(r"runs/(\w+)/pairs|$", read(self.path))[0] or self.experiment
 
     @property
     def model(self) -> Model:
