@@ -58,8 +58,6 @@ ROWS = {"PKU-Alignment/PKU-SafeRLHF-10K": 10_000}
 PROMPT_TOKENS = {"safety_7b": 45, "assistant": 180}
 RESPONSE_TOKENS = {"safety_7b": 110, "assistant": 70}
 """Mean tokens of the data with padding, by the experiment that labels them. Time of training is in proportion."""
-LONGEST_PROMPT = 1024
-"""Tokens that memory is reckoned for where no `max_prompt_length` is given."""
 ROW_BYTES = 3_000
 """Of a row of results, or of a pair, in JSON."""
 
@@ -287,7 +285,7 @@ def evaluate(config: Config) -> Need:
     prompts = labelled(config.data)["test"]
     grid = given.get("preferences") or [[i, given["grid_steps"] - i] for i in range(given["grid_steps"] + 1)]
     prompt, new = PROMPT_TOKENS[config.data], given["max_new_tokens"]
-    longest = given.get("max_prompt_length", LONGEST_PROMPT) + new
+    longest = given["max_prompt_length"] + new
     seconds = largest = texts = 0.0
     for entry in given["methods"]:
         for points, forwards in runs_of(entry, grid, config):
@@ -450,8 +448,7 @@ def assumptions() -> list[dict[str, str]]:
         "bytes of a parameter in 16 bits; in 4, with scales": f"{BYTES['bfloat16']}; {GPTQ_BYTES}",
         "bytes of a trained parameter in memory; in a checkpoint": f"{OPTIMIZER_BYTES}; {CHECKPOINT_BYTES}",
         "mean tokens of a prompt and a response": tokens,
-        "longest prompt, where a file has no `max_prompt_length`": f"{LONGEST_PROMPT} tokens",
-        "length of an answer": "`max_new_tokens`, always",
+        "length of an answer": "`max_new_tokens`, always; of a prompt, for memory, `max_prompt_length`",
     }
     return [{"assumption": name, "value": value} for name, value in values.items()]
 

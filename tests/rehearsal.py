@@ -160,6 +160,11 @@ class Papers:
         self.hub.put(f"datasets/{name}", folder)
 
 
+def too_long(topic: str, number: int) -> str:
+    """The end of a prompt that has more tokens than the configurations allow, for some."""
+    return " please" * 250 if topic == "old maps" and number in (0, 2) else ""
+
+
 def put_papers(folder: Path, hub: HubServer) -> dict[str, str]:
     """All that the configurations of the papers' experiments name; returns the commit of each model."""
     papers = Papers(folder, hub)
@@ -183,7 +188,7 @@ def put_papers(folder: Path, hub: HubServer) -> dict[str, str]:
     numbered = [(i, topic) for i in range(5) for topic in TOPICS]
     safe = [
         {
-            "prompt": f"What about {topic} {i}?" + " please" * (600 if i == 4 else 0),
+            "prompt": f"What about {topic} {i}?" + too_long(topic, i),
             "response_0": f"{topic} is {'fine ' * (i % 3)}.",
             "response_1": f"Never mind {topic}.",
             "is_response_0_safe": True,
@@ -197,7 +202,8 @@ def put_papers(folder: Path, hub: HubServer) -> dict[str, str]:
     helpful = [
         {
             "prompt": [
-                {"role": role, "content": f"{text} about {topic} {i}"} for role, text in turns[: 3 if i % 2 else 1]
+                {"role": role, "content": f"{text} about {topic} {i}" + too_long(topic, i)}
+                for role, text in turns[: 3 if i % 2 else 1]
             ],
             "chosen": [{"role": "assistant", "content": f"{topic} is {'good ' * (i % 3)}."}],
             "rejected": [{"role": "assistant", "content": f"no {topic}" if i else ""}],  # some of HH's are empty

@@ -36,34 +36,17 @@ EVALUATE = (
 )  # fmt: skip
 AFTER = {"safety_65b": ["safety_7b"], "ablation": ["safety_7b"], "tulu": ["assistant"]}
 """Experiment → the ones whose pairs and models it reads."""
-BEAVER = r"<s> ?BEGINNING OF CONVERSATION: USER: .*ASSISTANT:"
-HH = r"(\n\nHuman: .*?\n\nAssistant: .*?)+"
-ZEPHYR = r"(<\|user\|>\n.*?</s> ?\n<\|assistant\|>\n.*?(</s> ?\n)?)+"
-TULU = r"(<\|user\|>\n.*?\n<\|assistant\|>\n.*?(</s>)?)+"
 READ = {
-    "safety_7b": {"alpaca-7b": f"{BEAVER}$", "beaver-7b-v1.0-cost": BEAVER, "beaver-7b-v1.0-reward": BEAVER},
-    "ablation": {"alpaca-7b": f"{BEAVER}$", "beaver-7b-v1.0-cost": BEAVER, "beaver-7b-v1.0-reward": BEAVER},
-    "safety_65b": {
-        "alpaca-lora-65B": r"<s> ?Below is an instruction that .*### Instruction:\n.*\n\n### Response:\n$",
-        "alpaca-7b": f"{BEAVER}$",
-        "beaver-7b-v1.0-cost": BEAVER,
-        "beaver-7b-v1.0-reward": BEAVER,
-    },
-    "assistant": {
-        "Llama-2-7b-chat": r"(<s> ?\[INST\] .*? \[/INST\]( .*? ?</s>)?)+$",
-        "TinyLlama": f"{ZEPHYR}$",
-        "gpt2-large-helpful": HH,
-        "gpt2-large-harmless": HH,
-        "humor": r"\[CLS\](?!.*(human|assistant|tell me about)).*\[SEP\]$",
-    },
-    "tulu": {
-        "tulu-2-13b": f"{TULU}$",
-        "gpt2-large-helpful": HH,
-        "gpt2-large-harmless": HH,
-        "humor": r"\[CLS\].*\[SEP\]$",
-    },
+    "alpaca-7b": (r"<s> BEGINNING OF CONVERSATION: USER: .* ASSISTANT:(.*</s>)?", "ASSISTANT:"),
+    "beaver-7b": (r"<s> BEGINNING OF CONVERSATION: USER: .* ASSISTANT:.*", ""),
+    "alpaca-lora-65B": (r"<s> Below is an instruction that .*### Instruction:\n.*", "\n\n### Response:\n"),
+    "Llama-2-7b-chat": (r"(<s> \[INST\] .*? \[/INST\]( .*? </s>)?)+", " [/INST]"),
+    "TinyLlama": (r"(<\|user\|>\n.*?</s> \n<\|assistant\|>\n(.*?</s> \n)?)+", "<|assistant|>\n"),
+    "tulu-2": (r"(<\|user\|>\n.*?\n<\|assistant\|>\n(.*?</s> \n)?)+", "<|assistant|>\n"),
+    "gpt2-large": (r"(\n\nHuman: .*?\n\nAssistant: .*?)+", ""),
+    "humor-no-humor": (r"\[CLS\] (?!.*(human|assistant|about)).*\[SEP\]", ""),
 }
-"""Experiment → part of a model's name → what it reads in `evaluate`: the templates that the files name."""
+"""Part of a model's name → the template of the papers, in all that it reads, and how a prompt ends that it answers."""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +113,9 @@ def test_an_experiment_runs_from_its_data_to_its_figures(papers, experiment):
     for name, α in expected:
         assert sum(other == name and preference == α for other, preference in found) == PROMPTS
     assert all(row["tokens"] >= 1 and all(isinstance(row[name], float) for name in objectives) for row in rows)
-    assert len({str(row["prompt"]) for row in rows}) == PROMPTS
+    prompts = {str(row["prompt"]) for row in rows}
+    assert len(prompts) == PROMPTS
+    assert max(map(len, prompts)) > 1000  # which is cut
 
     record = json.loads((work / given["output_dir"] / "results.config.json").read_text())
     assert record["base"]["fingerprint"] == papers.commits[given["model_name_or_path"]]
@@ -160,12 +145,14 @@ def test_an_experiment_runs_from_its_data_to_its_figures(papers, experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_models_read_the_templates_of_the_papers(papers, experiment):
     papers.run(experiment)
-    read = papers.read[experiment]["evaluate"]
-    for part, pattern in READ[experiment].items():
-        texts = [text for name, of_name in read.items() if part in name for text in of_name]
-        assert len(texts) >= PROMPTS, f"{part}: {read.keys()}"
-        for text in texts:
-            if text == PROBE:  # of two vocabularies
-                continue
-            assert re.match(pattern, text, re.DOTALL), f"{part} read {text!r}"
-            assert "<s><s>" not in text.replace(" ", "")
+    for config in configs(experiment):
+        read = papers.read[experiment][config.name]
+        assert len(read) >= {"plot": 0, "dpo": 1, "train": 1}.get(config.words[1], 2)
+        for name, texts in read.items():
+            if name.startswith("runs/"):  # an adapter's folder, with a tokenizer of its own
+                name = Config(*name.split("/")[1:3]).given["model_name_or_path"]
+            (found,) = (READ[part] for part in READ if part in name)
+            pattern, end = found
+            for text in texts - {PROBE}:
+                assert re.fullmatch(pattern, text, re.DOTALL), f"{config.name}: {name} read {text!r}"
+                assert config.name != "evaluate" or text.endswith(end), f"{name} answered {text!r}"
