@@ -47,6 +47,8 @@ READ = {
     "humor-no-humor": (r"\[CLS\] (?!.*(human|assistant|about)).*\[SEP\]", ""),
 }
 """Part of a model's name → the template of the papers, in all that it reads, and how a prompt ends that it answers."""
+CUT = r"(<s> )?(ease )?(please )*please.*"
+"""The end of a prompt that is too long."""
 
 
 @pytest.fixture(scope="module")
@@ -154,5 +156,6 @@ def test_models_read_the_templates_of_the_papers(papers, experiment):
             (found,) = (READ[part] for part in READ if part in name)
             pattern, end = found
             for text in texts - {PROBE}:
-                assert re.fullmatch(pattern, text, re.DOTALL), f"{config.name}: {name} read {text!r}"
+                fits = re.fullmatch(f"{pattern}|{CUT}" if end else pattern, text, re.DOTALL)
+                assert fits, f"{config.name}: {name} read {text!r}"
                 assert config.name != "evaluate" or text.endswith(end), f"{name} answered {text!r}"
