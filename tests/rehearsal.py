@@ -48,6 +48,8 @@ TOPICS = (
     "old maps",
     "rain",
 )
+LONG = {("the moon 🌙", 1), ("bread {and} butter", 0)}
+"""Prompts that are too long, of which each evaluation has one."""
 PRIVATE = {"meta-llama/Llama-2-7b-chat-hf"}
 """Models that a token is needed for."""
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"#()[]{}|<>/_-"]
@@ -162,7 +164,7 @@ class Papers:
 
 def too_long(topic: str, number: int) -> str:
     """The end of a prompt that has more tokens than the configurations allow, for some."""
-    return " please" * 250 if topic == "old maps" and number in (0, 2) else ""
+    return " please" * 250 if (topic, number) in LONG else ""
 
 
 def put_papers(folder: Path, hub: HubServer) -> dict[str, str]:
