@@ -47,7 +47,7 @@ READ = {
     "humor-no-humor": (r"\[CLS\] (?!.*(human|assistant|about)).*\[SEP\]", ""),
 }
 """Part of a model's name → the template of the papers, in all that it reads, and how a prompt ends that it answers."""
-CUT = r"(<s> )?(ease )?(please )*please.*"
+CUT = r"(<s> )?\w*( please)+.*"
 """The end of a prompt that is too long."""
 
 
