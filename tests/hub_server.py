@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small server on loopback that speaks the Hub's protocol: repositories, branches, LFS uploads, downloads, tokens.
 
-It refuses a card's metadata where the Hub does, and can stand still in the middle of a request, as a net may.
+A data set's repository is called `datasets/org/name`. It refuses a card's metadata where the Hub does, and can stand
+still in the middle of a request, as a net may.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 import yaml
@@ -22,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 
 TOKEN = "hf_local"
+REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
 
 
 @dataclass
@@ -80,6 +83,16 @@ def faults_of(card: str) -> list[str]:
     return errors
 
 
+def entries_of(files: dict[str, bytes]) -> dict[str, dict]:
+    """What the Hub says of each file, and of each folder that has one."""
+    folders = {str(folder): b"" for path in files for folder in Path(path).parents if folder.name}
+    kinds = [*(("file", *item) for item in files.items()), *(("directory", *item) for item in folders.items())]
+    return {
+        path: {"type": kind, "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        for kind, path, content in kinds
+    }
+
+
 def is_repo_id(name: str) -> bool:
     try:
         validate_repo_id(name)
@@ -105,6 +118,15 @@ class HubServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def put(self, name: str, folder: Path, private: bool = False) -> str:
+        """Makes a repository of a folder's files, and returns its commit."""
+        self.repositories[name] = repository = Repository(private)
+        files = {
+            str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+        }
+        repository.large = {path for path in files if path.endswith((".safetensors", ".bin", ".parquet"))}
+        return repository.commit(files)
+
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
@@ -124,20 +146,21 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("GET", r"/api/models", "list"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>.+)", "create_branch"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>.+)", "preupload"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>.+)", "commit"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>.+)", "info"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+).*", "tree"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "info"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        ("POST", rf"/api/models/{REPO}/branch/(?P<branch>.+)", "create_branch"),
+        ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>.+)", "preupload"),
+        ("POST", rf"/api/models/{REPO}/commit/(?P<revision>.+)", "commit"),
+        ("GET", rf"/api/models/{REPO}/revision/(?P<revision>.+)", "info"),
+        ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?(?P<under>.*)", "tree"),
+        ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>[^/]+)", "paths"),
+        ("GET", rf"/api/models/{REPO}", "info"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/objects/(?P<oid>[0-9a-f]+)", "put_object"),
         ("POST", r"/verify", "verify"),
-        ("HEAD|GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("HEAD|GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
     def handle_request(self) -> None:
-        path = unquote(urlparse(self.path).path)
+        path = unquote(urlparse(self.path).path).replace("/api/datasets/", "/api/models/datasets/")
         self.server.requests.append(f"{self.command} {path}")
         for method, pattern, name in self.ROUTES:
             match = re.fullmatch(pattern, path)
@@ -268,16 +291,24 @@ class Handler(BaseHTTPRequestHandler):
             digest, files = found
             siblings = [{"rfilename": path} for path in files]
             private = self.server.repositories[repo].private
-            self.answer(200, {"id": repo, "modelId": repo, "sha": digest, "private": private, "siblings": siblings})
+            name = repo.removeprefix("datasets/")
+            self.answer(200, {"id": name, "modelId": name, "sha": digest, "private": private, "siblings": siblings})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, under: str) -> None:
+        """Files and folders in a folder, or below it if it is asked for all."""
         found = self.find(repo, revision)
         if found:
-            entries = [
-                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in found[1].items()
-            ]
-            self.answer(200, entries)
+            below = [path for path in entries_of(found[1]) if under in ("", *map(str, Path(path).parents))]
+            if "true" not in parse_qs(urlparse(self.path).query).get("recursive", [""])[0].lower():
+                below = [path for path in below if str(Path(path).parent) == (under or ".")]
+            self.answer(200, [entries_of(found[1])[path] for path in below])
+
+    def paths(self, repo: str, revision: str) -> None:
+        """What is at some paths, of which those that aren't there are left out."""
+        found = self.find(repo, revision)
+        if found:
+            wanted = parse_qs(self.body.decode())["paths"]
+            self.answer(200, [entries_of(found[1])[path] for path in wanted if path in entries_of(found[1])])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         found = self.find(repo, revision)

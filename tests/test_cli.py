@@ -21,6 +21,7 @@ import yaml
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.utils.chat_template_utils import render_jinja_template
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from peft_pblora import set_preference
@@ -889,3 +890,14 @@ def test_shipped_configurations_are_what_their_verbs_take(path):
         conditioned = config.preference_template is None  # by the adapter
         assert getattr(adapter, "objectives", None) == (arguments.objectives if conditioned else None)
         assert arguments.resume
+
+
+def test_reward_models_of_conversations_read_the_format_of_hh():
+    """transformers drops the newline that follows a block of Jinja, so that it belongs into an expression."""
+    rewards = [yaml.safe_load(path.read_text()).get("rewards", {}).values() for path in CONFIGS]
+    templates = [r["chat_template"] for found in rewards for r in found if "chat_template" in r]
+    assert len(templates) == 6
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    for template in templates:
+        (rendered,), _ = render_jinja_template([chat], chat_template=template)
+        assert rendered == "\n\nHuman: w1\n\nAssistant: w2"
