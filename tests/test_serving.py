@@ -201,10 +201,12 @@ def test_a_family_that_is_apart_is_an_error_before_anything_is_written(case):
     [
         ({"guidance_strengths": None}, "guidance_strengths is missing"),
         ({"guidance_name": ""}, "`guidance_name` is ''"),
-        ({"guidance_strengths": []}, "one for each guide"),
-        ({"guidance_strengths": [0.5, -1.0]}, "a list of positive numbers"),
-        ({"guidance_strengths": [float("nan")]}, "a list of positive numbers"),
-        ({"guidance_strengths": 0.5}, "a list of positive numbers"),
+        ({"guidance_strengths": [], "guidance_base_strength": 0.0}, "not 0 where there is no guide"),
+        ({"guidance_strengths": [0.5, 0.0]}, "a list of numbers other than 0"),
+        ({"guidance_strengths": [float("nan")]}, "a list of numbers other than 0"),
+        ({"guidance_strengths": 0.5}, "a list of numbers other than 0"),
+        ({"guidance_min_p": 2}, "`guidance_min_p` is 2"),
+        ({"guidance_scored": 1}, "`guidance_scored` is 1"),
         ({"guidance_role": 2}, "at most 1"),
         ({"guidance_role": "base"}, "`guidance_role` is 'base'"),
         ({"guidance_temperature": -0.1}, "0 or more"),
@@ -232,16 +234,18 @@ def test_bad_arguments_of_a_request_are_refused(changes, message):
 
 def test_one_request_becomes_a_family():
     asked = SamplingParams(temperature=0.7, top_p=0.9, top_k=-1, seed=5, max_tokens=9, logprobs=3, logit_bias={1: 2.0})
+    asked.min_p = 0.1
     asked.extra_args = {"mine": 1}
     guidance = Guidance([lora(1), lora(2), lora(3)], beta=0.5, weights=[0.7, 0.0, 0.3])
     base, *guides = coupled_requests("a", asked, guidance)
     assert [request.lora for request in (base, *guides)] == [None, guidance.loras[0], guidance.loras[2]]
     assert [request.name for request in (base, *guides)] == ["a-0", "a-1", "a-2"]
-    family = Family("a", (1.4, 0.6), 0.7, 0, 0.9, 5)
+    family = Family("a", (1.4, 0.6), 0.7, 0, 0.9, 5, 0.1)
     for role, request in enumerate((base, *guides)):
         assert Member.of(request.params) == Member(family, role)
         assert request.params.extra_args["mine"] == 1
-        assert (request.params.temperature, request.params.top_p, request.params.max_tokens) == (0.0, 1.0, 9)
+        own = request.params
+        assert (own.temperature, own.top_p, own.min_p, own.max_tokens) == (0.0, 1.0, 0.0, 9)
     assert (base.params.logprobs, guides[0].params.logprobs) == (3, None)
     assert (base.params.logit_bias, guides[0].params.logit_bias) == ({1: 2.0}, None)
     assert asked.temperature == 0.7

@@ -8,7 +8,7 @@ only if the engine can run all of it, to its longest, together with all that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,15 +113,17 @@ class Capacity:
         self._loras = config.lora_config.max_loras
         self._taken: dict[str, Need] = {}
 
-    def need(self, prompt_length: int, max_tokens: int | None, loras: list[int], texts: int = 1) -> Need:
-        """What a family of one base request and a guide for each LoRA takes, or so many texts without guides. Raises
+    def need(self, prompt_length: int, max_tokens: int | None, loras: Sequence[int | None], texts: int = 1) -> Need:
+        """What a family of one base request and a guide for each LoRA takes (`None`: a guide without one), or so many
+        texts without guides. Raises
         `ValueError` for a prompt that leaves no room to write, or a family that this engine can never run together."""
         if not 0 < prompt_length < self._length:
             raise ValueError(f"A prompt has {prompt_length} tokens, but the engine takes 1 to {self._length - 1}.")
         requests = texts * (1 + len(loras))
         longest = min(prompt_length + (max_tokens or self._length), self._length)
         blocks = requests * math.ceil(longest / self._block_size)
-        need = Need(requests, requests * prompt_length, blocks, frozenset(loras))
+        used = frozenset(lora for lora in loras if lora is not None)
+        need = Need(requests, requests * prompt_length, blocks, used)
         if lacking := self._lacking([need]):
             raise ValueError(
                 f"A prompt of {prompt_length} tokens with {len(loras)} guides can't run in this engine together: "
