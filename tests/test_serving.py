@@ -19,7 +19,7 @@ from scipy.stats import chisquare
 from vllm_interfaces import CALLS, NAMES, SNAPSHOT, V1, V2, names, parameters
 
 from trl_parm.noise import Sampling
-from trl_parm.serving import Guidance, combine
+from trl_parm.serving import Guidance, Mixture, combine
 from trl_parm.serving.engine import Capacity, check_engine, check_lora_slots
 from trl_parm.serving.families import Family, Member
 from trl_parm.serving.guidance import coupled_requests
@@ -450,6 +450,38 @@ def run_samples(client, fake, sampling=None, samples=SAMPLES):
         expected_text(*of_one, own.max_tokens, **(sampling or {})) for *of_one, own in zip(prompts, guidance, params)
     ]
     return [output.outputs[0].token_ids for output in outputs], expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("make", BATCHES)
+def test_any_weighted_sum_tells_its_log_probabilities(engine, make, temperature):
+    """With the base model's part or without it, with weights below 0, and with the base model alone."""
+    mixtures = [
+        Mixture(scored=True),
+        Mixture([(lora(1), 0.7), (lora(2), -0.3)], base_strength=0.0, scored=True),
+        Mixture([(None, 0.5)], scored=True),
+        Mixture([(lora(3), 2.0)], base_strength=0.5, scored=True),
+    ]
+    fake = FakeEngine(make(), max_loras=6, logprobs_mode="processed_logits")
+    llm = SimpleNamespace(llm_engine=fake, get_tokenizer=None)
+    params = SamplingParams(temperature=temperature, seed=4, min_p=0.05, max_tokens=5)
+    samples = engine.guided_samples(llm, [[2, 3]] * 4, mixtures, params)
+    for mixture, sample in zip(mixtures, samples):
+        text, sums = [2, 3], [0.0, 0.0]
+        for written, token in enumerate(sample.result().outputs[0].token_ids):
+            base = torch.log_softmax(logits_of(text, 0).double(), -1)
+            scores = mixture.base_strength * base
+            for own, strength in mixture.terms():
+                scores += strength * torch.log_softmax(logits_of(text, own.lora_int_id if own else 0).double(), -1)
+            scores = torch.log_softmax(scores, -1)
+            choice = scores[None].float()
+            choice = Sampling(1.2, min_p=0.05).noisy(choice, [4], [written]) if temperature else choice
+            assert token == int(choice.argmax())
+            text, sums = [*text, token], [sums[0] + scores[token].item(), sums[1] + base[token].item()]
+        assert sample.log_probs() == pytest.approx(sums, abs=1e-4)
+    fake.vllm_config = config_of_engine()
+    with pytest.raises(ValueError, match="logprobs_mode='processed_logits'"):
+        engine.guided_samples(llm, [[2, 3]], Mixture(scored=True), params)
 
 
 TIGHT = {"max_num_seqs": 5, "max_num_batched_tokens": 17, "num_gpu_blocks": 16, "max_loras": 6}

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-from .engine import INSTALL, Capacity, Need
+from .engine import INSTALL, SCORES, Capacity, Need
 from .guidance import Guidance, Mixture, Sample, make_sample
 
 
@@ -67,6 +67,9 @@ def guided_samples(
     engine = llm.llm_engine
     capacity = Capacity(engine.vllm_config, engine.list_loras())
     guides = _for_each(guidance, Guidance | Mixture, "guidance", len(prompts))
+    mode = engine.vllm_config.model_config.logprobs_mode
+    if mode != SCORES and any(own.scored for own in guides):
+        raise ValueError(f"Scored samples need an engine that tells logits: start it with logprobs_mode={SCORES!r}.")
     params = llm.get_default_sampling_params() if sampling_params is None else sampling_params
     params = _for_each(params, SamplingParams, "sampling_params", len(prompts))
     samples = [make_sample(capacity, llm.get_tokenizer, *of_one) for of_one in zip(prompts, params, guides)]

@@ -62,7 +62,8 @@ class Family:
         listed = isinstance(self.strengths, list | tuple)
         acting = listed and all(_real(weight) and weight != 0 for weight in self.strengths)
         reads = _real(self.base_strength) and (self.base_strength != 0 or bool(acting and self.strengths))
-        told = bool(self.strengths) or self.base_strength == 1  # log π_base is what a guide's row says
+        # log π_base is what a guide's row says.
+        told = self.scored is False or (self.scored is True and (bool(self.strengths) or self.base_strength == 1))
         for name, holds, allowed in (
             ("name", named, "a text that is not empty"),
             ("strengths", acting, "a list of numbers other than 0, one for each guide"),
@@ -72,11 +73,7 @@ class Family:
             ("top_p", _real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", _real(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]"),
             ("seed", _whole(self.seed) and 0 <= self.seed < 2**63, "a whole number in [0, 2^63)"),
-            (
-                "scored",
-                self.scored is False or (self.scored is True and told),
-                "false; true with guides or strength 1",
-            ),
+            ("scored", told, "false; or true, with guides or a base_strength of 1"),
         ):
             if not holds:
                 raise ValueError(f"`{PREFIX}{name}` is {getattr(self, name)!r}, but it must be {allowed}.")

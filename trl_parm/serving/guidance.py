@@ -71,7 +71,7 @@ class Mixture:
             base model.
         base_strength (`float`, *optional*, defaults to 1.0): w_base. With 0 the base model's request is only read.
         scored (`bool`, *optional*, defaults to `False`): Whether samples tell log π and log π_base of their tokens,
-            for which the engine needs `logprobs_mode="processed_logits"`.
+            for which the engine needs `logprobs_mode="processed_logits"`; see `guided_samples`.
     """
 
     guides: Sequence[tuple[Any, float]] = ()
