@@ -55,10 +55,10 @@ test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (a few 
 test-oldest: .venv-oldest/.ready  ## Run most tests on the oldest releases allowed
 	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 tests/decoding $(OLDEST_TESTS:%=tests/test_%.py)
 
-test-vllm: .venv-vllm/.ready  ## Run coupled requests on vLLM (a third party's build for CPUs; installs 3.5 GB)
+test-vllm: .venv-vllm/.ready  ## Run coupled requests and evaluation on vLLM (a third party's build for CPUs; installs 3.5 GB)
 	.venv-vllm/bin/python tests/vllm_interfaces.py
 	$(TEST_ENV) .venv-vllm/bin/python -m pytest -m "slow or not slow" tests/test_serving.py tests/test_vllm.py \
-		tests/test_vllm_server.py
+		tests/test_vllm_server.py tests/test_vllm_evaluation.py
 
 gpu:  ## Run tests and benchmarks on a GPU, in nine minutes; REHEARSE=1: tiny, on a CPU; ONLY="part ...": these
 	@$(call new_folder,build/gpu-site)

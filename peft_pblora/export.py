@@ -31,6 +31,14 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for `max_lora_rank`."""
 
 
+def vllm_rank(own: int) -> int:
+    """The least rank that vLLM accepts for adapters of a rank, but 1. Raises `ValueError` if none is large enough."""
+    for rank in VLLM_RANKS:
+        if rank >= own and rank > 1:
+            return rank
+    raise ValueError(f"The adapter has the rank {own}, but vLLM takes at most {VLLM_RANKS[-1]}.")
+
+
 def save_as_lora(
     model: Any,
     path: str | Path,

@@ -9,16 +9,21 @@ every expected token can be computed anew.
 import copy
 import hashlib
 import importlib
+import json
 import sys
 import types
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 
 VOCAB = 12
@@ -118,6 +123,8 @@ class SamplingParams:
     detokenize: bool = True
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     extra_args: dict | None = None
+    stop_token_ids: list[int] = field(default_factory=list)
+    ignore_eos: bool = False
 
     def clone(self):
         return copy.deepcopy(self)
@@ -137,7 +144,13 @@ def install(monkeypatch) -> None:
     """Lets `import vllm` find these doubles, unless vLLM itself is there, and our modules be imported on them."""
     if not INSTALLED:
         modules: dict[str, dict[str, Any]] = {
-            "vllm": {"SamplingParams": SamplingParams},
+            "vllm": {
+                "SamplingParams": SamplingParams,
+                "LLM": FakeLLM,
+                "EngineArgs": EngineArgs,
+                "__version__": "0.0-fake",
+            },
+            "vllm.lora.request": {"LoRARequest": LoRARequest},
             "vllm.inputs": {"tokens_input": tokens_input},
             "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
             "vllm.lora.ops.torch_ops": {"bgmv_shrink": bgmv_shrink},
@@ -163,6 +176,13 @@ def bgmv_shrink(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scal
     output_tensor[:, :1] = scaling * torch.einsum("bi,boi->bo", inputs, lora_b_weights[lora_indices_tensor])
 
 
+@dataclass
+class LoRARequest:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
 def logits_of(text, lora: int) -> torch.Tensor:
     """The logits of the next token of a text: of the base (LoRA 0) or of an ARM."""
     digest = hashlib.blake2b(f"{list(text)} {lora}".encode(), digest_size=7).digest()
@@ -179,11 +199,14 @@ class Request:
     params: Any
     lora: int
     output: list[int] = field(default_factory=list)
+    logprobs: list[dict] = field(default_factory=list)
     read: bool = False
     """Whether all of its prompt has been read."""
+    of_text: Any = logits_of
+    """The logits of a text under a LoRA."""
 
     def logits(self) -> torch.Tensor:
-        return logits_of(self.prompt + self.output, self.lora)
+        return self.of_text(self.prompt + self.output, self.lora)
 
 
 class V1Batch:
@@ -263,7 +286,7 @@ def config_of_engine(**changes):
     values = dict(
         max_num_seqs=6, max_num_batched_tokens=40, num_gpu_blocks=33, block_size=4, max_model_len=32, max_loras=4,
         logits_processors=["trl_parm.serving:CoupledLogitsProcessorV1"], data_parallel_size=1, watermark=0.0,
-        long_prefill_token_threshold=0, speculative_config=None, enable_lora=True,
+        long_prefill_token_threshold=0, speculative_config=None, enable_lora=True, logprobs_mode="raw_logprobs",
     )  # fmt: skip
     values |= changes
     scheduler = ("max_num_seqs", "max_num_batched_tokens", "watermark", "long_prefill_token_threshold")
@@ -273,7 +296,9 @@ def config_of_engine(**changes):
         ),
         cache_config=SimpleNamespace(num_gpu_blocks=values["num_gpu_blocks"], block_size=values["block_size"]),
         model_config=SimpleNamespace(
-            max_model_len=values["max_model_len"], logits_processors=values["logits_processors"]
+            max_model_len=values["max_model_len"],
+            logits_processors=values["logits_processors"],
+            logprobs_mode=values["logprobs_mode"],
         ),
         lora_config=SimpleNamespace(max_loras=values["max_loras"]) if values["enable_lora"] else None,
         parallel_config=SimpleNamespace(data_parallel_size=values["data_parallel_size"]),
@@ -297,6 +322,8 @@ class FakeEngine:
         self.aborted: list[list[str]] = []
         self.most_rows = 0
 
+    of_text = staticmethod(logits_of)
+
     def list_loras(self):
         return []  # a set, or a list if it came from another process
 
@@ -311,7 +338,7 @@ class FakeEngine:
 
     def add_request(self, request_id, prompt, params, lora_request=None):
         lora = lora_request.lora_int_id if lora_request else 0
-        self.waiting.append(Request(request_id, prompt["prompt_token_ids"], params, lora))
+        self.waiting.append(Request(request_id, prompt["prompt_token_ids"], params, lora, of_text=self.of_text))
         if not self.paused:
             self._step()
 
@@ -353,14 +380,95 @@ class FakeEngine:
         logits = self.batch.run(list(self.running))
         for request, row in zip(list(self.running), logits, strict=True):
             if request.read:
-                self._write(request, int(row.argmax()))
+                self._write(request, int(row.argmax()), float(row.max()))
 
-    def _write(self, request, token):
+    def _write(self, request, token, logit):
         request.output.append(token)
+        request.logprobs.append({token: SimpleNamespace(logprob=logit)})
         done = len(request.output) == request.params.max_tokens or token == 1
         reason = ("stop" if token == 1 else "length") if done else None
-        text = SimpleNamespace(token_ids=list(request.output), finish_reason=reason)
+        logprobs = None if request.params.logprobs is None else list(request.logprobs)
+        text = SimpleNamespace(token_ids=list(request.output), finish_reason=reason, logprobs=logprobs)
         if done or request.params.output_kind.name == "CUMULATIVE":
             self.outputs.append(SimpleNamespace(request_id=request.name, outputs=[text], finished=done))
         if done:
             self.running.remove(request)
+
+
+@dataclass
+class EngineArgs:
+    """What our evaluation gives, and the room of the double of an engine."""
+
+    model: str
+    dtype: str = "auto"
+    enable_lora: bool = False
+    max_lora_rank: int = 16
+    max_loras: int = 1
+    logits_processors: Any = None
+    logprobs_mode: str = "raw_logprobs"
+    generation_config: str = "auto"
+    skip_tokenizer_init: bool = False
+    disable_log_stats: bool = False
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 200
+    num_gpu_blocks: int = 99
+    max_model_len: int = 64
+
+    def create_engine_config(self):
+        kind = json.loads((Path(self.model) / "config.json").read_text())["architectures"][0]
+        if kind != "LlamaForCausalLM":
+            raise ValueError(f"Model architectures ['{kind}'] are not supported for now.")
+        return config_of_engine(**{name: value for name, value in vars(self).items() if name in ROOM})
+
+
+ROOM = (
+    "max_loras", "logits_processors", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks", "max_model_len",
+    "enable_lora", "logprobs_mode",
+)  # fmt: skip
+
+
+class FakeLLM:
+    """vLLM's offline engine with real models: the base model, and LoRAs that are loaded when they are first asked for.
+
+    Like vLLM's on CPUs, the LoRA that once got the last slot acts on the base model's requests too.
+    """
+
+    started: list["FakeLLM"] = []
+
+    def __init__(self, **arguments):
+        args = EngineArgs(**arguments)
+        assert args.logprobs_mode == "processed_logits"
+        self.args, self.get_tokenizer, self.loaded = args, None, {}
+        self.most_loras, self.used, self.read = 0, set(), {}
+        self.base = AutoModelForCausalLM.from_pretrained(args.model).eval()
+        self.llm_engine = engine = FakeEngine(V1Batch())
+        engine.vllm_config = args.create_engine_config()
+        engine.of_text, engine.list_loras, engine.remove_lora = self.logits, lambda: set(self.loaded), self.remove_lora
+        engine.add_lora, engine.add_request = self.add_lora, partial(self.add_request, engine.add_request)
+        engine.engine_core = SimpleNamespace(shutdown=lambda: None)
+        FakeLLM.started.append(self)
+
+    def add_lora(self, request):
+        if request.lora_int_id not in self.loaded:
+            config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text())
+            assert config["r"] == self.args.max_lora_rank
+            model = copy.deepcopy(self.base)
+            self.loaded[request.lora_int_id] = PeftModel.from_pretrained(model, request.lora_path).eval()
+        self.most_loras, self.used = max(self.most_loras, len(self.loaded)), self.used | {request.lora_int_id}
+
+    def add_request(self, add, request_id, prompt, params, lora_request=None):
+        if lora_request is not None:
+            self.add_lora(lora_request)
+        add(request_id, prompt, params, lora_request)
+
+    def remove_lora(self, number):
+        return self.loaded.pop(number, None) is not None
+
+    @torch.no_grad()
+    def logits(self, text, lora):
+        leaks = self.most_loras >= self.args.max_loras
+        model = self.loaded[lora] if lora else next(reversed(self.loaded.values())) if leaks else self.base
+        if (model, *text) not in self.read:
+            self.read[model, *text] = model(torch.tensor([text])).logits[0, -1]
+        return self.read[model, *text]

@@ -19,7 +19,7 @@ from scipy.stats import chisquare
 from vllm_interfaces import CALLS, NAMES, SNAPSHOT, V1, V2, names, parameters
 
 from trl_parm.noise import Sampling
-from trl_parm.serving import Guidance, combine
+from trl_parm.serving import Guidance, Mixture, combine
 from trl_parm.serving.engine import Capacity, check_engine, check_lora_slots
 from trl_parm.serving.families import Family, Member
 from trl_parm.serving.guidance import coupled_requests
@@ -201,10 +201,12 @@ def test_a_family_that_is_apart_is_an_error_before_anything_is_written(case):
     [
         ({"guidance_strengths": None}, "guidance_strengths is missing"),
         ({"guidance_name": ""}, "`guidance_name` is ''"),
-        ({"guidance_strengths": []}, "one for each guide"),
-        ({"guidance_strengths": [0.5, -1.0]}, "a list of positive numbers"),
-        ({"guidance_strengths": [float("nan")]}, "a list of positive numbers"),
-        ({"guidance_strengths": 0.5}, "a list of positive numbers"),
+        ({"guidance_strengths": [], "guidance_base_strength": 0.0}, "not 0 where there is no guide"),
+        ({"guidance_strengths": [0.5, 0.0]}, "a list of numbers other than 0"),
+        ({"guidance_strengths": [float("nan")]}, "a list of numbers other than 0"),
+        ({"guidance_strengths": 0.5}, "a list of numbers other than 0"),
+        ({"guidance_min_p": 2}, "`guidance_min_p` is 2"),
+        ({"guidance_scored": 1}, "`guidance_scored` is 1"),
         ({"guidance_role": 2}, "at most 1"),
         ({"guidance_role": "base"}, "`guidance_role` is 'base'"),
         ({"guidance_temperature": -0.1}, "0 or more"),
@@ -232,16 +234,18 @@ def test_bad_arguments_of_a_request_are_refused(changes, message):
 
 def test_one_request_becomes_a_family():
     asked = SamplingParams(temperature=0.7, top_p=0.9, top_k=-1, seed=5, max_tokens=9, logprobs=3, logit_bias={1: 2.0})
+    asked.min_p = 0.1
     asked.extra_args = {"mine": 1}
     guidance = Guidance([lora(1), lora(2), lora(3)], beta=0.5, weights=[0.7, 0.0, 0.3])
     base, *guides = coupled_requests("a", asked, guidance)
     assert [request.lora for request in (base, *guides)] == [None, guidance.loras[0], guidance.loras[2]]
     assert [request.name for request in (base, *guides)] == ["a-0", "a-1", "a-2"]
-    family = Family("a", (1.4, 0.6), 0.7, 0, 0.9, 5)
+    family = Family("a", (1.4, 0.6), 0.7, 0, 0.9, 5, 0.1)
     for role, request in enumerate((base, *guides)):
         assert Member.of(request.params) == Member(family, role)
         assert request.params.extra_args["mine"] == 1
-        assert (request.params.temperature, request.params.top_p, request.params.max_tokens) == (0.0, 1.0, 9)
+        own = request.params
+        assert (own.temperature, own.top_p, own.min_p, own.max_tokens) == (0.0, 1.0, 0.0, 9)
     assert (base.params.logprobs, guides[0].params.logprobs) == (3, None)
     assert (base.params.logit_bias, guides[0].params.logit_bias) == ({1: 2.0}, None)
     assert asked.temperature == 0.7
@@ -446,6 +450,38 @@ def run_samples(client, fake, sampling=None, samples=SAMPLES):
         expected_text(*of_one, own.max_tokens, **(sampling or {})) for *of_one, own in zip(prompts, guidance, params)
     ]
     return [output.outputs[0].token_ids for output in outputs], expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+@pytest.mark.parametrize("make", BATCHES)
+def test_any_weighted_sum_tells_its_log_probabilities(engine, make, temperature):
+    """With the base model's part or without it, with weights below 0, and with the base model alone."""
+    mixtures = [
+        Mixture(scored=True),
+        Mixture([(lora(1), 0.7), (lora(2), -0.3)], base_strength=0.0, scored=True),
+        Mixture([(None, 0.5)], scored=True),
+        Mixture([(lora(3), 2.0)], base_strength=0.5, scored=True),
+    ]
+    fake = FakeEngine(make(), max_loras=6, logprobs_mode="processed_logits")
+    llm = SimpleNamespace(llm_engine=fake, get_tokenizer=None)
+    params = SamplingParams(temperature=temperature, seed=4, min_p=0.05, max_tokens=5)
+    samples = engine.guided_samples(llm, [[2, 3]] * 4, mixtures, params)
+    for mixture, sample in zip(mixtures, samples):
+        text, sums = [2, 3], [0.0, 0.0]
+        for written, token in enumerate(sample.result().outputs[0].token_ids):
+            base = torch.log_softmax(logits_of(text, 0).double(), -1)
+            scores = mixture.base_strength * base
+            for own, strength in mixture.terms():
+                scores += strength * torch.log_softmax(logits_of(text, own.lora_int_id if own else 0).double(), -1)
+            scores = torch.log_softmax(scores, -1)
+            choice = scores[None].float()
+            choice = Sampling(1.2, min_p=0.05).noisy(choice, [4], [written]) if temperature else choice
+            assert token == int(choice.argmax())
+            text, sums = [*text, token], [sums[0] + scores[token].item(), sums[1] + base[token].item()]
+        assert sample.log_probs() == pytest.approx(sums, abs=1e-4)
+    fake.vllm_config = config_of_engine()
+    with pytest.raises(ValueError, match="logprobs_mode='processed_logits'"):
+        engine.guided_samples(llm, [[2, 3]], Mixture(scored=True), params)
 
 
 TIGHT = {"max_num_seqs": 5, "max_num_batched_tokens": 17, "num_gpu_blocks": 16, "max_loras": 6}

@@ -250,7 +250,7 @@ def test_a_family_that_comes_apart_is_an_error(llm, folders, case):
 def test_what_the_engine_refuses(llm, folder, folders):
     own = guides(folders)[0]
     request = family("a", own)[0]
-    request.params.extra_args["guidance_strengths"] = [-1.0]
+    request.params.extra_args["guidance_strengths"] = [0.0]
     with pytest.raises(vllm.exceptions.VLLMValidationError, match="guidance_strengths"):
         submit(llm, [([request], [5])])
     loras = [LoRARequest(f"{n}", n, own.loras[0].lora_path) for n in (1, 2, 3, 4)]

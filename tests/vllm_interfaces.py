@@ -43,7 +43,7 @@ NAMES = {
         "long_prefill_token_threshold",
     ],
     "vllm.config:CacheConfig": ["num_gpu_blocks", "block_size"],
-    "vllm.config:ModelConfig": ["max_model_len", "logits_processors"],
+    "vllm.config:ModelConfig": ["max_model_len", "logits_processors", "logprobs_mode"],
     "vllm.config:LoRAConfig": ["max_loras"],
     "vllm.config:ParallelConfig": ["data_parallel_size"],
     "vllm.config:VllmConfig": [

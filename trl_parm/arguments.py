@@ -31,7 +31,10 @@ POSITIVE = {
     "gradient_accumulation_steps", "max_length", "pad_to_multiple_of", "dataset_num_proc",
 }  # fmt: skip
 """Whole numbers that must be 1 or larger."""
-CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
+    "engine": ("transformers", "vllm"),
+}
 RANGES = {
     **dict.fromkeys(POSITIVE, (1, math.inf)),
     **dict.fromkeys(("test_size", "validation_size", "tie_margin", "temperature", "learning_rate"), (0, math.inf)),

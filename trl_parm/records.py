@@ -29,7 +29,7 @@ from .processes import ALONE, Processes
 
 
 PACKAGES = (
-    "trl-parm", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "moocore",
+    "trl-parm", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "moocore", "vllm",
 )  # fmt: skip
 HASHED = (
     "*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "config.json", "adapter_config.json",
@@ -39,7 +39,7 @@ HASHED = (
 """What a model's answers depend on; not what a trainer writes about itself."""
 VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 """What a tokenizer depends on where there is no `tokenizer.json`."""
-SECRET = ("token", "use_auth_token")
+SECRET = ("token", "use_auth_token", "hf_token")
 NOT_RECORDED = ("device_map", *SECRET)
 """Arguments of `from_pretrained` that change no model."""
 WHOLE = 64 * 2**20
@@ -388,7 +388,8 @@ def plain(value: Any) -> Any:
     """A value as YAML and JSON can hold it, without the tokens of access in arguments of `from_pretrained`."""
     if isinstance(value, Mapping):
         found = {str(key): plain(entry) for key, entry in value.items()}
-        kwargs = {key: entry for key, entry in found.items() if key.endswith("_kwargs") and isinstance(entry, dict)}
+        arguments = ("_kwargs", "engine_args")
+        kwargs = {key: entry for key, entry in found.items() if key.endswith(arguments) and isinstance(entry, dict)}
         return {**found, **{key: {k: v for k, v in kwargs[key].items() if k not in SECRET} for key in kwargs}}
     if isinstance(value, list | tuple | set):
         return [plain(entry) for entry in (sorted(value, key=str) if isinstance(value, set) else value)]

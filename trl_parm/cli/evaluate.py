@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     from trl_parm.evaluation.evaluate import Entry
     from trl_parm.evaluation.fronts import judged, summarize
 
-    processes = Processes.launched()
+    processes, models = Processes.launched(), arguments.models()
     sources = load_rewards(arguments.rewards)
     for source in sources.values():
         processes.check_devices(getattr(source, "model_kwargs", {}))
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
         methods,
         preferences,
         prompts,
+        models,
         rewards=sources,
         path=folder / RESULTS,
         restart=arguments.restart,

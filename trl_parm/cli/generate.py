@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_parm.arguments import option, parse, required
+from trl_parm.extras import require
 from trl_parm.processes import ALONE
 from trl_parm.shapes import read_text
 
@@ -41,6 +42,8 @@ class DecodingArguments:
         True, "On a CPU, pack weights; bfloat16 where it has units, unless dtype: float32."
     )
     model_kwargs: dict | None = option(None, "Further arguments of from_pretrained, such as {device_map: auto}.")
+    engine: str = option("transformers", "What decodes: transformers, in this process; or vllm.")
+    engine_args: dict | None = option(None, "Arguments of vLLM's LLM, such as {max_loras: 16}.")
     template: str | None = option(None, "How the base reads a prompt: a text with {prompt}. Its chat template if not.")
     prompts: list[str | list] | None = option(None, "The prompts themselves; a conversation as JSON in a flag.")
     prompts_data: dict | str | None = option(
@@ -67,8 +70,16 @@ class DecodingArguments:
             read_text(prompt, f"row {number} of `prompts`")  # before anything is loaded
             if isinstance(prompt, str) and prompt.endswith(DATA) and os.path.isfile(prompt):
                 raise ValueError(f"`prompts` are texts, but {prompt!r} names a file. Give it as `prompts_data`.")
-        if "dtype" in (self.model_kwargs or {}):
-            raise ValueError("`model_kwargs` has dtype, which is a key of its own: `dtype`.")
+        for name in ("model_kwargs", "engine_args"):
+            if "dtype" in (getattr(self, name) or {}):
+                raise ValueError(f"`{name}` has dtype, which is a key of its own: `dtype`.")
+        if self.engine_args and self.engine != "vllm":
+            raise ValueError("`engine_args` are vLLM's. Leave them out, or set `engine: vllm`.")
+        if self.engine == "vllm" and (self.model_kwargs or not self.optimize_for_cpu):
+            raise ValueError(
+                "`model_kwargs` and `optimize_for_cpu` can't be had with `engine: vllm`. Leave them out; see "
+                "`engine_args`."
+            )
 
     def read_prompts(self) -> list[Any]:
         """The distinct prompts in their order, or `num_prompts` of them, chosen whatever their order is."""
@@ -104,7 +115,12 @@ class DecodingArguments:
         return [prompt for key, prompt in found.items() if key in chosen]
 
     def models(self) -> Models:
-        """The base model and what it is to be loaded with."""
+        """The base model, what it is to be loaded with, and what decodes. Raises `ImportError` without vLLM for it."""
+        if self.engine == "vllm":
+            require("vllm", "`engine: vllm`", "vllm")
+            from trl_parm.evaluation.on_vllm import OnVLLM
+
+            return OnVLLM(self.model_name_or_path, self.dtype, **(self.engine_args or {}))
         from trl_parm.evaluation.models import Models
 
         return Models(self.model_name_or_path, self.dtype, self.optimize_for_cpu, **(self.model_kwargs or {}))

@@ -235,6 +235,11 @@ def text_length(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> int:
     return int(found[0]) + 1 if len(found) else len(tokens)
 
 
-def ends_within(tokens: torch.Tensor, ends: int | Sequence[int] | None) -> bool:
-    """Whether an end token is among a row's new tokens, so that its text was not cut off."""
-    return ends is not None and bool(torch.isin(tokens, torch.as_tensor(ends, device=tokens.device)).any())
+def ends_within(tokens: Sequence[int], ends: int | Sequence[int] | None) -> bool:
+    """Whether an end token is among a text's tokens, so that it was not cut off."""
+    return not set(end_ids(ends)).isdisjoint(tokens)
+
+
+def end_ids(ends: int | Sequence[int] | None) -> list[int]:
+    """The end tokens, of which there may be one, several or none."""
+    return [ends] if isinstance(ends, int) else list(ends or ())

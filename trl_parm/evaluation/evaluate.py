@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from trl_parm.texts import PromptText
 
 from .answering import Answering
 from .decoding import Run
+from .engines import Transformers
 from .methods import Entry, with_fingerprints
 from .models import Models, positions_of
 from .table import Table
@@ -93,7 +93,7 @@ def sweep(
     table = Table(answering, runs, prompts, batch_size, on_batch, positions_of(model.config))
     beside = {"model": describe_model(model), **(configuration or {})}
     with table.open(path, beside, restart, processes) as records:
-        table.fill(records, table.runs, lambda: (model, table.runs))
+        table.fill(records, table.runs, lambda: (Transformers(model), table.runs))
         return table.data(records)
 
 
@@ -119,7 +119,7 @@ def evaluate(
     file already is not done again, and a method of which nothing is missing is not loaded.
 
     Args:
-        models ([`Models`]): The base model, and how to load others.
+        models ([`Models`]): The base model, and how to load others; on vLLM [`OnVLLM`].
         methods (`Sequence`): Names of [`METHODS`], or mappings with `method`, `name` and the method's settings.
         preferences (`Sequence[Preference]`): The grid, points of the simplex of the rewards.
         prompts, path: As in [`sweep`].
@@ -136,9 +136,11 @@ def evaluate(
 
     Raises:
         ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice, or
-            off the simplex for a method that can't extrapolate.
+            off the simplex for a method that can't extrapolate; what the engine can't do.
     """
     entries = list(map(Entry.of, methods))
+    for entry in entries:
+        entry.check_engine(models.engine_name)
     for entry in entries if allow_off_simplex else ():
         entry.check_extrapolates(preferences, list(rewards))
     runs = {entry.name: entry.runs(preferences, allow_off_simplex) for entry in entries}
@@ -153,17 +155,16 @@ def evaluate(
         **(configuration or {}),
         "methods": {entry.name: entry.configuration(models.name) for entry in entries},
     }
-    processes.check_devices(models.kwargs)
+    plan = [(entry.make, runs[entry.name]) for entry in entries]
+    check = partial(models.check, answering.how, plan, dict(zip(table.lengths, table.prompts)), processes)
+    processes.first(check)
+    if not processes.is_first:  # once the first one has said what is wrong
+        check()
     with table.open(path, beside, restart, processes) as records:
         for entry in entries:
             on_start(entry.name)
             with models.borrowed():
-                table.fill(records, runs[entry.name], partial(_load, models, entry, runs[entry.name]))
+                table.fill(
+                    records, runs[entry.name], partial(models.load, answering.how, entry.make, runs[entry.name])
+                )
         return table.data(records)
-
-
-def _load(models: Models, entry: Entry, runs: Sequence[Run]) -> tuple[PreTrainedModel, list[Run]]:
-    base = models.base
-    model = entry.method.make(models, **entry.settings)
-    parameters, size = models.extra()
-    return base, [replace(run, model=model, extra_parameters=parameters, extra_bytes=size) for run in runs]

@@ -24,10 +24,13 @@ from trl_parm.preference_text import PreferenceText
 from trl_parm.reward_models import ModelReward, RewardSource
 
 from .decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt, Run
+from .engines import TRANSFORMERS, VLLM
 from .models import Guide, Models, backbone_name, canonical, own_prompt, prompt_with_preference
 
 
 REVERSE_KL = "reverse_kl"
+HERE = (TRANSFORMERS,)
+"""The engines of methods that are no sums."""
 MODELS = ("arm", "arms", "policies", "policy", "reference")
 """Settings that name models, one or one for each objective."""
 
@@ -43,6 +46,8 @@ class Method:
         together (`str`, *optional*): Which preferences may be decoded in one batch, see [`Run`]. Where there is a
             model for each objective, those that leave the same ones out, which then cost nothing.
         extrapolates (`bool`, *optional*, defaults to `True`): Whether it has a meaning at weights off the simplex.
+        engines (`tuple[str, ...]`, *optional*): What decodes it; vLLM does if it is, with some settings, a weighted
+            sum of log-probabilities over one prompt.
     """
 
     title: str
@@ -50,6 +55,7 @@ class Method:
     control: bool = False
     together: str | None = None
     extrapolates: bool = True
+    engines: tuple[str, ...] = (TRANSFORMERS, VLLM)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,18 @@ class Entry:
             return [Run(self.name)]
         together = self.method.together
         return [Run(self.name, one, together=together, allow_off_simplex=allow_off_simplex) for one in preferences]
+
+    def make(self, models: Models) -> ModelAt:
+        """The method, with what it needs loaded by `models`."""
+        return self.method.make(models, **self.settings)
+
+    def check_engine(self, engine: str) -> None:
+        """Raises `ValueError` for an engine that can't decode the method."""
+        if engine not in self.method.engines:
+            raise ValueError(
+                f"The method {self.name!r} can't run on {engine}, which decodes weighted sums of log-probabilities "
+                f"over one prompt alone. Use `engine: {' or '.join(self.method.engines)}` for it."
+            )
 
     def check_extrapolates(self, preferences: Sequence[Preference], objectives: Sequence[str]) -> None:
         """Raises `ValueError` for a preference off the simplex where the method has no meaning there."""
@@ -315,16 +333,18 @@ METHODS = {
     "parm": Method("PARM", parm, together=ANY),
     "parm_shuffled": Method("PARM, α permuted", parm_shuffled),
     "arm_alone": Method("ARM alone", arm_alone),
-    "parm_prompt": Method("PARM, α in the prompt", parm_prompt, together=ANY),
+    "parm_prompt": Method("PARM, α in the prompt", parm_prompt, together=ANY, engines=HERE),
     "svd_lora": Method("SVD-LoRA", parm, together=ANY),
     "uniarm": Method("UniARM", parm, together=ANY),
     "genarm": Method("GenARM", genarm, together=SAME_OBJECTIVES),
     "mod": Method("MOD", mod, together=SAME_OBJECTIVES),
     "mod_w2s": Method("MOD-w2s", mod_w2s, together=SAME_OBJECTIVES),
-    "cage": Method("CAGE", cage, extrapolates=False),
-    "worst_case": Method("Worst case", worst_case, control=True),
-    "args": Method("ARGS", args, together=SAME_OBJECTIVES, extrapolates=False),
-    "transfer_q": Method("Transfer-Q", transfer_q, together=SAME_OBJECTIVES, extrapolates=False),
+    "cage": Method("CAGE", cage, extrapolates=False, engines=HERE),
+    "worst_case": Method("Worst case", worst_case, control=True, engines=HERE),
+    "args": Method("ARGS", args, together=SAME_OBJECTIVES, extrapolates=False, engines=HERE),
+    "transfer_q": Method(
+        "Transfer-Q", transfer_q, together=SAME_OBJECTIVES, extrapolates=False, engines=(TRANSFORMERS,)
+    ),
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),
 }
 """All methods by the name that a configuration gives."""

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,11 +33,16 @@ from trl_parm.decoding import LM, Prompt, Vocabulary
 from trl_parm.identity import short_hash
 from trl_parm.loading import load_whole
 from trl_parm.preference_text import PreferenceText
+from trl_parm.processes import Processes
 from trl_parm.records import plain, recorded
+from trl_parm.texts import PromptText
 
-from .decoding import Batch, encode_prompts
+from .decoding import Batch, ModelAt, Run, encode_prompts
+from .engines import TRANSFORMERS, Decoding, Engine, Transformers
 
 
+Make = Callable[[Any], ModelAt]
+"""Makes a method of [`Models`], from which it has what it needs."""
 CHAT = "chat"
 
 
@@ -130,6 +136,8 @@ class Models:
             there is one.
     """
 
+    engine_name = TRANSFORMERS
+
     def __init__(self, base: str, dtype: str = "auto", optimize: bool = False, **kwargs: Any) -> None:
         self.name, self.optimize, self.kwargs = base, optimize, {"dtype": dtype, **kwargs}
         self._whole: dict[str, PreTrainedModel] = {}
@@ -144,6 +152,11 @@ class Models:
         return model
 
     @cached_property
+    def engine(self) -> Engine:
+        """What decodes."""
+        return Transformers(self.base)
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, with a pad token."""
         return _tokenizer(self.name)
@@ -154,7 +167,7 @@ class Models:
         try:
             return GenerationConfig.from_pretrained(self.name)
         except OSError:
-            return GenerationConfig.from_model_config(_read(AutoConfig.from_pretrained, self.name, "model"))
+            return GenerationConfig.from_model_config(self.config)
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -164,9 +177,14 @@ class Models:
         return plain(recorded(told))
 
     @cached_property
+    def config(self) -> PretrainedConfig:
+        """The base model's, without its weights."""
+        return _read(AutoConfig.from_pretrained, self.name, "model")
+
+    @property
     def positions(self) -> int | None:
         """How many positions the base model has, if it says so."""
-        return positions_of(_read(AutoConfig.from_pretrained, self.name, "model"))
+        return positions_of(self.config)
 
     def guide(self, name: str, template: str | None = None, backbone: str | None = None) -> Guide:
         """A model that guides the base model: a whole one, or an adapter, see `adapter`."""
@@ -232,6 +250,29 @@ class Models:
         """Counts a model that a method keeps in memory, such as a reward model, and returns it."""
         self._beside.append(model)
         return model
+
+    def check(
+        self, how: Decoding, methods: Sequence[tuple[Make, Sequence[Run]]], prompts: Mapping[int, PromptText],
+        processes: Processes,
+    ) -> None:  # fmt: skip
+        """Checks an evaluation before anything is loaded or written.
+
+        Args:
+            how ([`Decoding`]): What is the same for all texts.
+            methods (`Sequence`): What makes each method, and its runs.
+            prompts (`Mapping[int, PromptText]`): Prompts, the longest among them, by how many tokens they have.
+            processes ([`Processes`]): Those that share the work.
+
+        Raises:
+            ValueError: what can't be decoded as it is asked for.
+        """
+        processes.check_devices(self.kwargs)
+
+    def load(self, how: Decoding, make: Make, runs: Sequence[Run]) -> tuple[Engine, list[Run]]:
+        """The engine, and the runs of a method, which is loaded now."""
+        engine, model = self.engine, make(self)
+        parameters, size = self.extra()
+        return engine, [replace(run, model=model, extra_parameters=parameters, extra_bytes=size) for run in runs]
 
     def extra(self) -> tuple[int, int]:
         """How many parameters, and bytes of them, are in memory beside those of the base model."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from peft_pblora.preference import check_columns, check_objectives
 from trl_parm.processes import Processes
@@ -20,6 +19,7 @@ from trl_parm.texts import PromptText, prompt_key
 from .answering import Answering
 from .answers import with_all_columns
 from .decoding import SAME_OBJECTIVES, Run
+from .engines import Engine
 from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
 from .rescoring import COLUMNS, DECODED
 
@@ -31,6 +31,9 @@ class Table:
         answering ([`Answering`]): What makes rows.
         runs, prompts, batch_size, on_batch: As in [`sweep`].
         positions (`int`, *optional*): How many the base model has.
+
+    Attributes:
+        lengths (`list[int]`): Tokens of each prompt.
 
     Raises:
         ValueError: as [`sweep`].
@@ -51,7 +54,7 @@ class Table:
         self.batch_size, self.on_batch = batch_size, on_batch
         if not self.prompts:
             raise ValueError("`prompts` is empty. Give at least one prompt.")
-        answering.check_lengths(self.prompts, positions)
+        self.lengths = answering.check_lengths(self.prompts, positions)
         for prompt in _repeated(self.keys):
             raise ValueError(f"The prompt {prompt[:80]!r} is given twice. Give each prompt once.")
         self._check_names()
@@ -63,15 +66,13 @@ class Table:
         whole = {**self.answering.configuration, **configuration}
         return Records(path, whole, {"methods": "method"}, restart, self._stored, processes)
 
-    def fill(
-        self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[PreTrainedModel, Sequence[Run]]]
-    ) -> None:
-        """Decodes what the records lack of some runs, and only then loads the base model and theirs."""
+    def fill(self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[Engine, Sequence[Run]]]) -> None:
+        """Decodes what the records lack of some runs, and only then loads an engine and their method."""
         batches = [batch for group in self._together(runs) for batch in self._batches(records, runs, group)]
-        base, runs = load() if any(todo for _, _, todo in batches) else (cast(Any, None), runs)
+        engine, runs = load() if any(todo for _, _, todo in batches) else (cast(Any, None), runs)
         for group, prompts, todo in batches:
             if todo:
-                records.append(self.answering.rows([(runs[number], self.prompts[i]) for number, i in todo], base))
+                records.append(self.answering.rows([(runs[number], self.prompts[i]) for number, i in todo], engine))
             # As often for each run as there are batches of its prompts alone.
             ends = sum(i % self.batch_size == self.batch_size - 1 or i == len(self.prompts) - 1 for i in prompts)
             for number in group:

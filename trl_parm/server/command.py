@@ -18,7 +18,6 @@ from trl_parm.extras import require
 
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
-ENGINES = ("transformers", "vllm")
 EMBEDDED = (
     "methods", "optimize_for_cpu", "model_kwargs", "template", "max_rows", "max_waiting", "max_texts",
     "max_prompt_tokens", "max_tokens", "max_seconds", "read_tokens", "turn_tokens",
@@ -69,8 +68,6 @@ class ServeArguments:
         for name in ("max_rows", "max_texts", "max_tokens", "max_body_bytes", "read_tokens", "turn_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be 1 or larger.")
-        if self.engine not in ENGINES:
-            raise ValueError(f"`engine` is {self.engine!r}, but it must be one of {', '.join(ENGINES)}.")
         if self.engine_args and self.engine != "vllm":
             raise ValueError("`engine_args` are vLLM's. Leave them out, or set `engine: vllm`.")
         own = {field.name: field.default for field in fields(self) if field.name in EMBEDDED}

@@ -13,7 +13,7 @@ from trl_parm.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .client import AsyncGuidance, guided_generate
-    from .guidance import Guidance
+    from .guidance import Guidance, Mixture
     from .rows import combine
     from .v1_runner import CoupledLogitsProcessorV1
     from .v2_runner import CoupledLogitsProcessorV2
@@ -22,7 +22,7 @@ __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "client": ("AsyncGuidance", "guided_generate"),
-        "guidance": ("Guidance",),
+        "guidance": ("Guidance", "Mixture"),
         "rows": ("combine",),
         "v1_runner": ("CoupledLogitsProcessorV1",),
         "v2_runner": ("CoupledLogitsProcessorV2",),

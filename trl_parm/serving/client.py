@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-from .engine import INSTALL, Capacity, Need
-from .guidance import Guidance, Sample, make_sample
+from .engine import INSTALL, SCORES, Capacity, Need
+from .guidance import Guidance, Mixture, Sample, make_sample
 
 
 try:
@@ -23,7 +23,7 @@ except ImportError as error:
 def guided_generate(
     llm: Any,
     prompts: Sequence[str | list[int]],
-    guidance: Guidance | Sequence[Guidance],
+    guidance: Guidance | Mixture | Sequence[Guidance | Mixture],
     sampling_params: Any | Sequence[Any] | None = None,
 ) -> list[Any]:
     """`LLM.generate` with guides, each sample with its own.
@@ -35,7 +35,7 @@ def guided_generate(
     Args:
         llm (`vllm.LLM`): With one of our logits processors and `enable_lora=True`.
         prompts (`Sequence[str]` or `Sequence[list[int]]`): Texts or token ids.
-        guidance ([`Guidance`] or a sequence of them): For all prompts, or one for each.
+        guidance ([`Guidance`], [`Mixture`] or a sequence of them): For all prompts, or one for each.
         sampling_params (`SamplingParams` or a sequence of them, *optional*): As in `LLM.generate`, with n = 1.
 
     Returns:
@@ -54,17 +54,30 @@ def guided_generate(
     guided_generate(llm, prompts, [Guidance(lora, beta=0.5) for lora in loras], SamplingParams(max_tokens=256))
     ```
     """
+    return [sample.result() for sample in guided_samples(llm, prompts, guidance, sampling_params)]
+
+
+def guided_samples(
+    llm: Any,
+    prompts: Sequence[str | list[int]],
+    guidance: Guidance | Mixture | Sequence[Guidance | Mixture],
+    sampling_params: Any | Sequence[Any] | None = None,
+) -> list[Sample]:
+    """As [`guided_generate`], whose outputs are the samples' `result()`, with those of all requests of each."""
     engine = llm.llm_engine
     capacity = Capacity(engine.vllm_config, engine.list_loras())
-    guides = _for_each(guidance, Guidance, "guidance", len(prompts))
+    guides = _for_each(guidance, Guidance | Mixture, "guidance", len(prompts))
+    mode = engine.vllm_config.model_config.logprobs_mode
+    if mode != SCORES and any(own.scored for own in guides):
+        raise ValueError(f"Scored samples need an engine that tells logits: start it with logprobs_mode={SCORES!r}.")
     params = llm.get_default_sampling_params() if sampling_params is None else sampling_params
     params = _for_each(params, SamplingParams, "sampling_params", len(prompts))
     samples = [make_sample(capacity, llm.get_tokenizer, *of_one) for of_one in zip(prompts, params, guides)]
     _run(engine, capacity, samples)
-    return [sample.result() for sample in samples]
+    return samples
 
 
-def _for_each(given: Any, kind: type, name: str, prompts: int) -> list[Any]:
+def _for_each(given: Any, kind: Any, name: str, prompts: int) -> list[Any]:
     values = [given] * prompts if isinstance(given, kind) else list(given)
     if len(values) != prompts:
         raise ValueError(f"There are {prompts} prompts, but `{name}` has {len(values)} entries. Give one for each.")

@@ -8,7 +8,8 @@ only if the engine can run all of it, to its longest, together with all that is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,56 @@ INSTALL = (
     "This part of trl_parm.serving runs on vLLM, which is not installed here. Install it where the engine runs: "
     "pip install 'vllm>=0.32'."
 )
+
+
+SCORES = "processed_logits"
+"""The `logprobs_mode` of an engine whose requests tell what our processor writes into their rows."""
+LORAS = 8
+"""Slots for LoRAs of an engine that is started here, if no `max_loras` is given."""
+OURS = ("model", "enable_lora", "max_lora_rank", "logits_processors")
+"""Arguments of an engine that are set here."""
+
+
+def engine_arguments(model: str, rank: int, given: Mapping[str, Any] | None, ours: Iterable[str] = ()) -> dict:
+    """The arguments of an engine that runs coupled requests, those that were given among them.
+
+    Args:
+        model (`str`): The base model.
+        rank (`int`): Of the LoRAs.
+        given (`Mapping`, *optional*): Further arguments.
+        ours (`Iterable[str]`): Further ones than [`OURS`] that are set here.
+
+    Raises:
+        ValueError: one that is set here, or no slots for LoRAs.
+    """
+    slots = lora_slots(given, ours)
+    return {
+        **(given or {}), "max_loras": slots, "model": model, "enable_lora": True, "max_lora_rank": rank,
+        "logits_processors": [f"trl_parm.serving:CoupledLogitsProcessor{'V1' if _runs_v1() else 'V2'}"],
+    }  # fmt: skip
+
+
+def lora_slots(given: Mapping[str, Any] | None, ours: Iterable[str] = ()) -> int:
+    """The slots for LoRAs that an engine with these arguments has. Raises `ValueError` as [`engine_arguments`]."""
+    given = given or {}
+    if wrong := [name for name in given if name.replace("-", "_") in {*OURS, *ours}]:
+        raise ValueError(f"`engine_args` has {', '.join(wrong)}, which is set here. Leave it out.")
+    slots = given.get("max_loras", LORAS)
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise ValueError(f"`max_loras` is {slots!r}, but it must be 1 or larger: guides are LoRAs, which need slots.")
+    return slots
+
+
+def usable_slots(slots: int) -> int:
+    """How many LoRAs may be in so many slots at a time, see [`check_lora_slots`]."""
+    return slots - 1 if _last_slot_leaks() else slots
+
+
+def _runs_v1() -> bool:
+    """Whether this vLLM runs models by its V1 runner."""
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    return current_platform.is_cpu() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
 
 
 def check_speculation(config: Any) -> None:
@@ -113,15 +164,17 @@ class Capacity:
         self._loras = config.lora_config.max_loras
         self._taken: dict[str, Need] = {}
 
-    def need(self, prompt_length: int, max_tokens: int | None, loras: list[int], texts: int = 1) -> Need:
-        """What a family of one base request and a guide for each LoRA takes, or so many texts without guides. Raises
+    def need(self, prompt_length: int, max_tokens: int | None, loras: Sequence[int | None], texts: int = 1) -> Need:
+        """What a family of one base request and a guide for each LoRA takes (`None`: a guide without one), or so many
+        texts without guides. Raises
         `ValueError` for a prompt that leaves no room to write, or a family that this engine can never run together."""
         if not 0 < prompt_length < self._length:
             raise ValueError(f"A prompt has {prompt_length} tokens, but the engine takes 1 to {self._length - 1}.")
         requests = texts * (1 + len(loras))
         longest = min(prompt_length + (max_tokens or self._length), self._length)
         blocks = requests * math.ceil(longest / self._block_size)
-        need = Need(requests, requests * prompt_length, blocks, frozenset(loras))
+        used = frozenset(lora for lora in loras if lora is not None)
+        need = Need(requests, requests * prompt_length, blocks, used)
         if lacking := self._lacking([need]):
             raise ValueError(
                 f"A prompt of {prompt_length} tokens with {len(loras)} guides can't run in this engine together: "

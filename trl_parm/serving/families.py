@@ -33,11 +33,15 @@ class Family:
 
     Args:
         name (`str`): Unique among the requests that run.
-        strengths (`tuple[float, ...]`): w_i > 0 of each guide.
+        strengths (`tuple[float, ...]`): w_i ≠ 0 of each guide; none for the base model alone.
         temperature (`float`, *optional*, defaults to 0.0): 0 decodes greedily.
         top_k (`int`, *optional*, defaults to 0): 0 keeps all tokens.
         top_p (`float`, *optional*, defaults to 1.0): 1 keeps all tokens.
         seed (`int`, *optional*, defaults to 0): Of the sampling, in [0, 2^63).
+        min_p (`float`, *optional*, defaults to 0.0): 0 keeps all tokens.
+        base_strength (`float`, *optional*, defaults to 1.0): Of the base model; 0 where it is only read along.
+        scored (`bool`, *optional*, defaults to `False`): Whether a row's only logit is the log-probability of the
+            chosen token, before temperature: log π in the base model's row, log π_base in those of guides.
 
     Raises:
         ValueError: a value of the wrong type or out of range.
@@ -49,18 +53,27 @@ class Family:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    base_strength: float = 1.0
+    scored: bool = False
 
     def __post_init__(self) -> None:
         named = isinstance(self.name, str) and self.name != ""
-        listed = isinstance(self.strengths, list | tuple) and len(self.strengths) > 0
-        positive = listed and all(_real(weight) and weight > 0 for weight in self.strengths)
+        listed = isinstance(self.strengths, list | tuple)
+        acting = listed and all(_real(weight) and weight != 0 for weight in self.strengths)
+        reads = _real(self.base_strength) and (self.base_strength != 0 or bool(acting and self.strengths))
+        # log π_base is what a guide's row says.
+        told = self.scored is False or (self.scored is True and (bool(self.strengths) or self.base_strength == 1))
         for name, holds, allowed in (
             ("name", named, "a text that is not empty"),
-            ("strengths", positive, "a list of positive numbers, one for each guide"),
+            ("strengths", acting, "a list of numbers other than 0, one for each guide"),
+            ("base_strength", reads, "a number, and not 0 where there is no guide"),
             ("temperature", _real(self.temperature) and self.temperature >= 0, "a number that is 0 or more"),
             ("top_k", _whole(self.top_k) and self.top_k >= 0, "a whole number that is 0 or more"),
             ("top_p", _real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", _real(self.min_p) and 0 <= self.min_p <= 1, "in [0, 1]"),
             ("seed", _whole(self.seed) and 0 <= self.seed < 2**63, "a whole number in [0, 2^63)"),
+            ("scored", told, "false; or true, with guides or a base_strength of 1"),
         ):
             if not holds:
                 raise ValueError(f"`{PREFIX}{name}` is {getattr(self, name)!r}, but it must be {allowed}.")
@@ -112,7 +125,8 @@ class Member:
             if value != wanted:
                 raise ValueError(
                     f"A coupled request has `{name}`={value!r}, but it must be {wanted!r}: the logits processor "
-                    f"chooses the token, and samples with the `{PREFIX}` arguments temperature, top_k, top_p and seed."
+                    f"chooses the token, and samples with the `{PREFIX}` arguments temperature, top_k, top_p, min_p "
+                    "and seed."
                 )
         return cls(family, role)
 

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,9 @@ class Guidance:
     beta: float = 1.0
     weights: Sequence[float] | None = None
 
+    base_strength: ClassVar[float] = 1.0
+    scored: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not isinstance(self.loras, list | tuple):
             object.__setattr__(self, "loras", (self.loras,))
@@ -58,6 +61,29 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Any weighted sum of log-probabilities over one set of weights, of which [`Guidance`] is one kind.
+
+        log π = w_base · log π_base + Σ_i w_i · log π_i − log Z
+
+    Args:
+        guides (`Sequence[tuple[LoRARequest or None, float]]`, *optional*): LoRAs with their w_i ≠ 0; `None` is the
+            base model.
+        base_strength (`float`, *optional*, defaults to 1.0): w_base. With 0 the base model's request is only read.
+        scored (`bool`, *optional*, defaults to `False`): Whether samples tell log π and log π_base of their tokens,
+            for which the engine needs `logprobs_mode="processed_logits"`; see `guided_samples`.
+    """
+
+    guides: Sequence[tuple[Any, float]] = ()
+    base_strength: float = 1.0
+    scored: bool = False
+
+    def terms(self) -> list[tuple[Any, float]]:
+        """The guides, each with its strength."""
+        return list(self.guides)
+
+
+@dataclass(frozen=True)
 class CoupledRequest:
     """One request to submit. `lora` is None for the base model's."""
 
@@ -66,27 +92,32 @@ class CoupledRequest:
     lora: Any
 
 
-def coupled_requests(name: str, params: Any, guidance: Guidance) -> list[CoupledRequest]:
+def coupled_requests(name: str, params: Any, guidance: Guidance | Mixture) -> list[CoupledRequest]:
     """The requests of one family, the base model's first, for a user's `SamplingParams`, which are not changed.
 
-    What samples the token (temperature, top_k, top_p, seed) goes to the logits processor, and the engine decodes
-    greedily. A sample without a seed gets one of torch's global generator. What masks tokens or biases logits acts on
-    the base model. Raises `ValueError` for a setting that coupled requests do not have.
+    What samples the token (temperature, top_k, top_p, min_p, seed) goes to the logits processor, and the engine
+    decodes greedily. A sample without a seed gets one of torch's global generator. What masks tokens or biases logits
+    acts on the base model. Raises `ValueError` for a setting that coupled requests do not have.
     """
     terms = guidance.terms()
     strengths = tuple(strength for _, strength in terms)
     seed = int(torch.randint(2**62, ())) if params.seed is None else params.seed
     seed = seed if params.temperature else 0
-    family = Family(name, strengths, params.temperature, max(params.top_k, 0), params.top_p, seed)
+    family = Family(
+        name, strengths, params.temperature, max(params.top_k, 0), params.top_p, seed, params.min_p,
+        guidance.base_strength, guidance.scored,
+    )  # fmt: skip
     requests = []
     for role, lora in enumerate([None, *(lora for lora, _ in terms)]):
         own = params.clone()
-        own.temperature, own.top_k, own.top_p, own.seed = 0.0, 0, 1.0, None
+        own.temperature, own.top_k, own.top_p, own.min_p, own.seed = 0.0, 0, 1.0, 0.0, None
         own.extra_args = {**(params.extra_args or {}), **Member(family, role).extra_args()}
         own.output_kind = type(params.output_kind).FINAL_ONLY if role else type(params.output_kind).CUMULATIVE
         if role:
             own.logprobs = own.prompt_logprobs = own.logit_bias = None
             own.detokenize = bool(params.stop)
+        if family.scored:
+            own.logprobs = 0  # of the chosen token alone
         Member.of(own)
         requests.append(CoupledRequest(f"{name}-{role}", own, lora))
     return requests
@@ -123,8 +154,17 @@ class Sample:
             )
         return outputs[0]
 
+    def log_probs(self) -> tuple[float, float]:
+        """Σ log π and Σ log π_base of the text's tokens, of a sample that is scored."""
+        texts = [self.outputs[name].outputs[0] for name in (self.names[0], self.names[-1])]
+        of_method, of_base = (
+            sum(step[token].logprob for step, token in zip(text.logprobs, text.token_ids, strict=True))
+            for text in texts
+        )
+        return of_method, of_base
 
-def make_sample(capacity: Capacity, tokenizer: Any, prompt: Any, params: Any, guidance: Guidance) -> Sample:
+
+def make_sample(capacity: Capacity, tokenizer: Any, prompt: Any, params: Any, guidance: Guidance | Mixture) -> Sample:
     """The requests of one sample, its prompt a text or token ids; `tokenizer` gives the engine's.
 
     Raises `ValueError` for what this engine or coupled requests can't have.
@@ -132,5 +172,6 @@ def make_sample(capacity: Capacity, tokenizer: Any, prompt: Any, params: Any, gu
     tokens = tokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
     name = f"guided-{next(_numbers)}"
     requests = coupled_requests(name, params, guidance)
-    need = capacity.need(len(tokens), params.max_tokens, [request.lora.lora_int_id for request in requests[1:]])
+    loras = [request.lora and request.lora.lora_int_id for request in requests[1:]]
+    need = capacity.need(len(tokens), params.max_tokens, loras)
     return Sample(name, tokens, requests, need)

@@ -23,7 +23,10 @@ REMEDY = (
 
 
 def combine(
-    base_logits: torch.Tensor, arm_logits: torch.Tensor | Sequence[torch.Tensor], strength: Weight | Sequence[Weight]
+    base_logits: torch.Tensor,
+    arm_logits: torch.Tensor | Sequence[torch.Tensor],
+    strength: Weight | Sequence[Weight],
+    base_strength: Weight = 1.0,
 ) -> torch.Tensor:
     """The guided log-probabilities (PARM, arXiv 2505.06274, eq. 5; GenARM, arXiv 2410.08193):
 
@@ -35,6 +38,8 @@ def combine(
         base_logits (`torch.Tensor` of shape `(..., vocab)`): The base model's logits or log-probabilities.
         arm_logits (`torch.Tensor` of shape `(..., vocab)`, or a sequence of them): Those of the guide, or of each.
         strength (`float` or `torch.Tensor` of shape `(rows,)`, or a sequence of them): w of each guide.
+        base_strength (`float` or `torch.Tensor` of shape `(rows,)`, *optional*, defaults to 1.0): Of log π_base, such
+            as 0 where guides alone decide.
 
     Returns:
         `torch.Tensor` of shape `(..., vocab)`, float32.
@@ -59,7 +64,7 @@ def combine(
             shapes = tuple(base_logits.shape), tuple(logits.shape)
             raise ValueError(f"The base's logits have shape {shapes[0]}, a guide's {shapes[1]}.")
     answers = {_Guide(number): torch.log_softmax(logits.float(), -1) for number, logits in enumerate(guides)}
-    return guided_logits(BASE + sum_of(zip(strengths, answers)), Step(base_logits, answers))
+    return guided_logits(base_strength * BASE + sum_of(zip(strengths, answers)), Step(base_logits, answers))
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,8 @@ class Row:
 def join(logits: torch.Tensor, rows: Iterable[Row]) -> torch.Tensor:
     """Writes the guided distribution of each family into all its rows of `(rows, vocab)`, in place, and returns them.
 
-    Greedy families get log-probabilities up to a constant. Where the family samples, the token is drawn here, and the
-    rows get 0 for it and −inf for all others: so every row has the same argmax, whatever the engine does with it.
+    Greedy families get log-probabilities. Where a family samples or is scored, the token is chosen here, and its rows
+    get a number for it and −inf for all others: so every row has the same argmax, whatever the engine does with it.
     Raises `RuntimeError`, before anything is written, for a request whose partner is missing, has written another text
     or belongs to other settings.
     """
@@ -99,24 +104,33 @@ def join(logits: torch.Tensor, rows: Iterable[Row]) -> torch.Tensor:
         members.sort(key=lambda row: row.member.role)
         _check_together(members)
         family = members[0].member.family
-        alike[family.size, family.temperature, family.top_k, family.top_p].append(members)
+        sampling = family.temperature, family.top_k, family.top_p, family.min_p
+        alike[family.size, sampling, family.scored].append(members)
     for group in alike.values():
         at = torch.tensor([[row.index for row in members] for members in group], device=logits.device)
-        logits[at] = _guided(logits, at, [members[0] for members in group])[:, None]
+        logits[at] = _guided(logits, at, [members[0] for members in group])
     return logits
 
 
 def _guided(logits: torch.Tensor, at: torch.Tensor, bases: Sequence[Row]) -> torch.Tensor:
-    """What all rows of each family get, `(families, vocab)`. The families' rows are `at`, `(families, size)`."""
+    """What the rows of each family get, `(families, 1 or size, vocab)`. They are `at`, `(families, size)`."""
     families = [row.member.family for row in bases]
     strengths = torch.tensor([family.strengths for family in families])
-    scores = combine(logits[at[:, 0]], [logits[rows] for rows in at.T[1:]], list(strengths.T))
-    settings = families[0]
-    if settings.temperature == 0:
-        return scores
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
-    noisy = sampling.noisy(scores, [family.seed for family in families], [row.written for row in bases])
-    return torch.full_like(scores, -torch.inf).scatter_(1, noisy.argmax(-1, keepdim=True), 0.0)
+    of_base = torch.tensor([family.base_strength for family in families])
+    base = logits[at[:, 0]]
+    scores = combine(base, [logits[rows] for rows in at.T[1:]], list(strengths.T), of_base)
+    settings, choice = families[0], scores
+    if settings.temperature:
+        sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+        choice = sampling.noisy(scores, [family.seed for family in families], [row.written for row in bases])
+    elif not settings.scored:
+        return scores[:, None]
+    token = choice.argmax(-1, keepdim=True)
+    found = [torch.zeros_like(scores)]
+    if settings.scored:
+        found = [scores, *[torch.log_softmax(base.float(), -1)] * (at.shape[1] - 1)]
+    only = [torch.full_like(scores, -torch.inf).scatter_(1, token, own.gather(1, token)) for own in found]
+    return torch.stack(only, 1)
 
 
 def _check_together(rows: Sequence[Row]) -> None:

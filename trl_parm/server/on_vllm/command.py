@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,26 +12,24 @@ from typing import Any, cast
 
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.server.served import BASE_NAME, Served
+from trl_parm.serving.engine import engine_arguments, lora_slots
 
 from .exports import Exports
 
 
 GUIDED_NAME = "parm"
-OURS = ("model", "served_model_name", "enable_lora", "max_lora_rank", "logits_processors", "host", "port", "api_key",
-        "middleware", "lora_modules")  # fmt: skip
-"""Arguments of vLLM's that are set here."""
+OURS = ("served_model_name", "host", "port", "api_key", "middleware", "lora_modules")
+"""Arguments of vLLM's server that are set here."""
 
 
 def serve(arguments: Any, listening: Any, keys: list[str], on_ready: Callable[[list[str]], None]) -> None:
     """Serves on a bound socket until it is told to end. Raises `ValueError` for what can't be served."""
     if not arguments.arm:
         raise ValueError("With `engine: vllm` give `arm`, an adapter on the base model.")
-    if wrong := [name for name in arguments.engine_args or {} if name.replace("-", "_") in OURS]:
-        raise ValueError(f"`engine_args` has {', '.join(wrong)}, which is set here. Leave it out.")
+    slots = lora_slots(arguments.engine_args, OURS)
     guidance_strength(arguments.beta)
     with tempfile.TemporaryDirectory(prefix="trl-parm-") as folder:
-        most = int((arguments.engine_args or {}).get("max_loras", 8))
-        exports = Exports(arguments.model_name_or_path, arguments.arm, Path(folder), most)
+        exports = Exports(arguments.model_name_or_path, arguments.arm, Path(folder), slots)
         guided = guided_model(exports, arguments.preference, arguments.beta)
         asyncio.run(_serve(arguments, listening, keys, exports, guided, on_ready))
 
@@ -50,13 +47,11 @@ def guided_model(exports: Exports, preference: Mapping[str, float] | None, beta:
 
 def engine_words(arguments: Any, keys: list[str], rank: int) -> list[str]:
     """The words of `vllm serve`."""
-    processor = "CoupledLogitsProcessorV1" if _runs_v1() else "CoupledLogitsProcessorV2"
     given = {
-        "max_loras": 8, "dtype": arguments.dtype, "disable_uvicorn_access_log": True, **(arguments.engine_args or {}),
-        "model": arguments.model_name_or_path, "enable_lora": True, "max_lora_rank": rank,
-        "logits_processors": [f"trl_parm.serving:{processor}"], "host": arguments.host, "port": arguments.port,
-        "served_model_name": [GUIDED_NAME, BASE_NAME], "api_key": keys,
-        "middleware": ["trl_parm.server.on_vllm.middleware.PreferenceMiddleware"],
+        "dtype": arguments.dtype, "disable_uvicorn_access_log": True,
+        **engine_arguments(arguments.model_name_or_path, rank, arguments.engine_args, OURS),
+        "host": arguments.host, "port": arguments.port, "served_model_name": [GUIDED_NAME, BASE_NAME],
+        "api_key": keys, "middleware": ["trl_parm.server.on_vllm.middleware.PreferenceMiddleware"],
     }  # fmt: skip
     words = []
     for name, value in given.items():
@@ -68,13 +63,6 @@ def engine_words(arguments: Any, keys: list[str], rank: int) -> list[str]:
         else:
             words += [f"--{flag}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return words
-
-
-def _runs_v1() -> bool:
-    """Whether this vLLM runs models by its V1 runner."""
-    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
-
-    return current_platform.is_cpu() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
 
 
 async def _serve(

@@ -9,15 +9,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_pblora import get_objectives, load_adapter, save_as_lora
-from peft_pblora.export import VLLM_RANKS
-from peft_pblora.skeleton import skeleton_of
-from trl_parm.evaluation.models import backbone_name, canonical
+from peft_pblora import get_objectives, save_as_lora
+from peft_pblora.export import vllm_rank
+from trl_parm.evaluation.unloaded import Unloaded, own_rank
 
 
 @dataclass
@@ -58,20 +55,12 @@ class Exports:
     """
 
     def __init__(self, base: str, arm: str, folder: Path, most: int) -> None:
-        trained_on = backbone_name(arm)
-        if trained_on is None or canonical(trained_on) != canonical(base):
-            raise ValueError(
-                f"The ARM {arm!r} must be an adapter on the base model {base!r}, but it is one on {trained_on!r}. "
-                "One vLLM engine has one set of weights; serve it without `engine: vllm`."
-            )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-        self._arm: Any = load_adapter(skeleton_of(model, on_cpu=True), arm)
-        self.objectives = get_objectives(self._arm)
+        self._arm, self._name = Unloaded(base).adapter(arm)
+        self.objectives = get_objectives(self._arm, self._name)
         self._folder, self._most = folder, most
         self._numbers = itertools.count(1)
         self._kept: OrderedDict[tuple[float, ...], Export] = OrderedDict()
-        self.rank = self._least_rank()
+        self.rank = vllm_rank(own_rank(self._arm, self._name))
 
     def take(self, preference: Sequence[float]) -> tuple[Export, list[Export]]:
         """The LoRA at a preference, for one request more, and those that nobody uses and that have to go for it.
@@ -103,17 +92,5 @@ class Exports:
     def _export(self, preference: list[float]) -> Export:
         number = next(self._numbers)
         path = self._folder / f"preference-{number}"
-        save_as_lora(self._arm, path, preference, rank=self.rank)
+        save_as_lora(self._arm, path, preference, self._name, self.rank)
         return Export(number, path)
-
-    def _least_rank(self) -> int:
-        own = max(adapter_rank(layer) for layer in self._arm.modules() if hasattr(layer, "adapters"))
-        for rank in VLLM_RANKS:
-            if rank >= own and rank > 1:
-                return rank
-        raise ValueError(f"The adapter has the rank {own}, but vLLM takes at most {VLLM_RANKS[-1]}.")
-
-
-def adapter_rank(layer: Any) -> int:
-    """The rank of an adapter of a layer."""
-    return next(iter(layer.adapters.values())).A.weight.shape[0]
