@@ -47,11 +47,11 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
 - **Versions**: {versions}."""
 
 CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PBLoRA, 16 of the others), has the least loss on
-  {held_out} held-out pairs, on a seed of their own, after {steps:,} steps with the learning rate {middle:g}: {scales}.
-  {scale_edges}
-- **Learning rates** have the least loss with that, on the same pairs after as many steps: {rates}. {rate_edges}
+  {held_out} held-out pairs after {steps:,} steps with the learning rate {middle:g}, in the mean over training seeds
+  of their own, {seeds}: {scales}. {scale_edges}
+- **Learning rates** have the least loss with that, of the same pairs, steps and seeds: {rates}. {rate_edges}
 - **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their
-  own: {betas}. {beta_edges}
+  own, of the same trainings: {betas}. {beta_edges}
 - {policies}"""
 
 METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
@@ -86,7 +86,7 @@ seed, by the beginning of their names:
 LIMITS = """## What this does not show
 
 Small models, and rewards that short happy phrases satisfy; no judge but the scorers that labelled. Learning rates and
-β were chosen with one seed of training, and are used for all. Hypervolume of few prompts is biased upwards, and of
+β were chosen with few seeds of training, and are used for all. Hypervolume of few prompts is biased upwards, and of
 several noisy points more than of a control's one. KL is estimated from the sampled answers. The noise of sampling is
 the same for all seeds of training. Times are those of a shared machine; [decoding](decoding.md) has paired
 measurements."""
@@ -198,6 +198,7 @@ def chosen_text(task: Task, settings: Settings) -> str:
     return CHOSEN.format(
         held_out=task.validation_pairs,
         steps=settings.steps,
+        seeds=", ".join(map(str, task.settings_seeds)),
         middle=task.rates[len(task.rates) // 2],
         scales=_chosen(scales, losses=True),
         scale_edges=edges(scales, SCALE),

@@ -52,8 +52,9 @@ def write_task(folder: Path, **changes) -> Path:
     task = {
         "name": "tiny", "title": "Tiny", "model": str(folder / "model"), "pairs": str(folder / "pairs.jsonl"),
         "rewards": {name: f"small_task:{name}" for name in OBJECTIVES}, "budgets": {4: [0]}, "settings_steps": 2,
-        "scales": [1.0], "rates": [0.01], "betas": [1.0], "validation_pairs": 3, "diagnosis_pairs": 2,
-        "validation_prompts": 3, "test_prompts": 4, "grid_steps": 2, "batch": 2, "max_new_tokens": 6,
+        "settings_seeds": [7], "scales": [1.0], "rates": [0.01], "betas": [1.0], "validation_pairs": 3,
+        "diagnosis_pairs": 2, "validation_prompts": 3, "test_prompts": 4, "grid_steps": 2, "batch": 2,
+        "max_new_tokens": 6,
     }  # fmt: skip
     (folder / "tasks").mkdir(exist_ok=True)
     path = folder / "tasks" / "tiny.yaml"
@@ -82,11 +83,14 @@ def write_settings(results: Path, rates=(1, 2, 3), losses=(2.0, 1.0, 2.0), steps
     """What was tried, with the best in the middle."""
     with Records(results / f"settings-{steps}.jsonl", {}) as kept:
         for kind in KINDS:
-            kept.append([{"what": SCALE, "of": kind, "at": at, "value": at} for at in (1, 4)])
-            kept.append([{"what": RATE, "of": kind, "at": at, "value": v} for at, v in zip(rates, losses)])
+            kept.append([{"what": SCALE, "of": kind, "at": at, "seed": 7, "value": at} for at in (1, 4)])
+            kept.append([{"what": RATE, "of": kind, "at": at, "seed": 7, "value": v} for at, v in zip(rates, losses)])
         for name in METHODS:
             kept.append(
-                [{"what": BETA, "of": name, "at": at, "value": -1.0, "error": 0.0, "kl": 1 / at} for at in (0.5, 1.0)]
+                [
+                    {"what": BETA, "of": name, "at": at, "seed": 7, "value": -1.0, "error": 0.0, "kl": 1 / at}
+                    for at in (0.5, 1.0)
+                ]
             )
 
 

@@ -16,13 +16,14 @@ from comparison.field import FIELD, beyond_table, read_field
 from comparison.methods import BASE, METHODS, decode
 from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget, permuted
 from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
-from comparison.settings import BETA, Settings, at_edge, best, next_of
+from comparison.settings import BETA, SCALE, Settings, at_edge, best, next_of
 from comparison.statements import edges, statements
 from comparison.task import Task, agreement, ranked
 from comparison.training import KINDS, Training, join_loras
 from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
 
 from trl_parm.evaluation import arrange
+from trl_parm.records import Records
 
 
 def read(results: Path, planned=(0, 1, 2), **options) -> Budget:
@@ -204,27 +205,50 @@ def test_every_method_trains_on_as_many_pairs(tmp_path, monkeypatch):
     assert seen["genarm"][0][2] + seen["genarm"][1][2] == seen["parm"][0][2][:8]
 
 
-def test_scale_then_rate_are_searched_for_and_the_training_that_both_need_runs_once(tmp_path, monkeypatch):
-    task = Task.read(write_task(tmp_path, scales=[1.0, 4.0], rates=[0.01, 0.02, 0.04]))
+def test_scale_then_rate_are_searched_for_with_the_mean_over_seeds(tmp_path, monkeypatch):
+    given = {"scales": [1.0, 4.0], "rates": [0.01, 0.02, 0.04], "settings_seeds": [7, 8]}
+    task = Task.read(write_task(tmp_path, **given))
     losses = {(1, 0.02): 3.0, (4, 0.02): 2.0, (16, 0.02): 2.5, (4, 0.01): 1.0, (4, 0.04): 3.0, (4, 0.005): 1.5}
     ran = []
 
     def part(self, objective, steps, pairs):
-        ran.append((self.scale, self.rate))
-        return {"losses": {"early": losses[self.scale, self.rate]}, "metrics": {}, "seconds": 0}
+        ran.append((self.scale, self.rate, self.seed))
+        lucky = {(16, 0.02, 7): -0.9, (4, 0.02, 8): 0.7, (16, 0.02, 8): 0.7}  # one of the two seeds alone takes 16
+        loss = losses[self.scale, self.rate] + lucky.get(ran[-1], 0.0)
+        return {"losses": {"early": loss}, "metrics": {}, "seconds": 0}
 
     monkeypatch.setattr(Training, "_part", part)
     settings = Settings(task, 2, tmp_path / "results", tmp_path / "work")
     with pytest.raises(ValueError, match="The scale of parm is not chosen yet. Run the piece tiny/settings/2 first"):
         settings.choose_rate("parm")
+    with monkeypatch.context() as patch:
+        stop_at(patch, Records, "append", 3)
+        with pytest.raises(KeyboardInterrupt):
+            settings.choose_scale("parm")
+    assert [row["at"] for row in settings.tried(SCALE, "parm")] == [1]
+    ran.clear()
     settings.choose_scale("parm")
-    settings.choose_rate("parm")
-    assert ran == [(1, 0.02), (4, 0.02), (16, 0.02), (4, 0.01), (4, 0.02), (4, 0.04), (4, 0.005)]
-    folders = [settings.training("parm", rate, scale).folder for scale, rate in ran]
-    assert folders[1] == folders[4]
-    assert len(set(folders)) == 6
+    assert ran == [(4, 0.02, 8), (16, 0.02, 7), (16, 0.02, 8)]
+    values = [(row["at"], row["value"]) for row in settings.tried(SCALE, "parm")]
+    assert values == [(1, 3.0), (4, pytest.approx(2.35)), (16, pytest.approx(2.4))]
+    ran.clear()
+    settings.choose_rate("parm")  # what the first search has trained is not trained again
+    assert ran == [(4, rate, seed) for rate in (0.01, 0.04, 0.005) for seed in (7, 8)]
     chosen = settings.chosen(["parm"], 9, 0, tmp_path)["parm"]
     assert (chosen.scale, chosen.rate, chosen.steps) == (4, 0.01, 9)
+
+
+def test_what_is_said_of_several_seeds_has_both_sources_of_variance(tmp_path):
+    settings = Settings(Task.read(write_task(tmp_path, settings_seeds=[7, 8])), 2, tmp_path, tmp_path)
+    rows = [
+        {"what": BETA, "of": "parm", "at": at, "seed": seed, "value": value, "error": 0.3, "kl": kl}
+        for at, seed, value, kl in ((0.5, 7, -1.0, 2.0), (0.5, 8, -1.8, 4.0), (1.0, 7, -1.0, 1.0), (0.5, 9, -9.0, 9.0))
+    ]
+    with Records(settings.path, {}) as kept:
+        kept.append(rows)
+    assert settings.tried(BETA, "parm") == [
+        {"at": 0.5, "value": pytest.approx(-1.4), "error": pytest.approx(0.5), "kl": 3.0}
+    ]
 
 
 def test_scale_multiplies_what_an_adapter_does(tmp_path):
@@ -440,9 +464,10 @@ def test_the_page_of_several_seeds(tmp_path):
     assert text.index("### Tiny: 4 steps") < text.index("### Tiny: 8 steps")
     chosen = " ".join(text.split())
     assert chosen.count("Each learning rate lies inside") == 2
-    assert chosen.index("as many steps: parm **2**") < chosen.index("as many steps: parm **3**")
+    assert chosen.index("steps and seeds: parm **2**") < chosen.index("steps and seeds: parm **3**")
     assert chosen.count("The `lora_alpha` of parm, svd_lora, uniarm, genarm, dpo lies at an edge") == 2
-    assert "after 8 steps with the learning rate 0.01: parm **1** (1: 1.000 4: 4.000)" in chosen
+    said = "after 8 steps with the learning rate 0.01, in the mean over training seeds of their own, 7: parm **1** "
+    assert said + "(1: 1.000 4: 4.000)" in chosen
     assert {file.name for file in (page.parent / "images").iterdir() if not file.name.startswith(".")} == {
         f"results_tiny_{steps}{kind}.png" for steps in (4, 8) for kind in ("", "_kl")
     }

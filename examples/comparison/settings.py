@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scaling, learning rate and β of each method: chosen with a training seed, pairs and prompts of their own."""
+"""The scaling, learning rate and β of each method: chosen with training seeds, pairs and prompts of their own."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Settings:
         """Tries `lora_alpha`, as multiples of the usual one, at the learning rate in the middle of its grid: the best
         has the smallest sum of the objectives' losses on held-out pairs."""
         middle = self.task.rates[len(self.task.rates) // 2]
-        self._search(SCALE, kind, self.task.scales, lambda scale: held_out_loss(self.training(kind, middle, scale)))
+        self._search(SCALE, kind, self.task.scales, lambda scale, seed: self._loss(kind, scale, middle, seed))
 
     def choose_rate(self, kind: str) -> None:
         """Tries learning rates at the scale that was chosen: the best has the smallest loss, as for scales."""
         scale = self.scale(kind)
-        self._search(RATE, kind, self.task.rates, lambda rate: held_out_loss(self.training(kind, rate, scale)))
+        self._search(RATE, kind, self.task.rates, lambda rate, seed: self._loss(kind, scale, rate, seed))
 
     def choose_beta(self, name: str, method: Method | None = None) -> None:
         """Tries β: the largest whose mean inner product of standardised rewards is within a standard error of the
@@ -56,12 +56,16 @@ class Settings:
         once."""
         method = method or METHODS[name]
         grid = self.task.betas if method.has_beta else [1.0]
-        self._search(BETA, name, grid, lambda beta: self._front(method, beta))
+        self._search(BETA, name, grid, lambda beta, seed: self._front(method, beta, seed))
 
     def tried(self, what: str, of: str) -> list[dict[str, Any]]:
-        """All that was tried for a kind or a method, in the order of the grid."""
-        rows = read_rows(self.path) if self.path.exists() and self.path.stat().st_size else []
-        return sorted((r for r in rows if (r["what"], r["of"]) == (what, of)), key=lambda r: r["at"])
+        """All that was tried with every seed for a kind or a method, in the order of the grid: means over seeds."""
+        places: dict[float, list[dict[str, Any]]] = {}
+        for row in self._rows(what, of):
+            if row["seed"] in self.task.settings_seeds:
+                places.setdefault(row["at"], []).append(row)
+        seeds = len(self.task.settings_seeds)
+        return [_mean(at, rows) for at, rows in sorted(places.items()) if len(rows) == seeds]
 
     def scale(self, kind: str) -> float:
         """How many times its usual `lora_alpha` a kind has. Raises `ValueError` if its search has not come to its
@@ -88,10 +92,10 @@ class Settings:
         found = round(float(np.exp(np.interp(math.log(aim), logs[:, 0], logs[:, 1]))), 3)
         return None if 1 / CLOSE < found / (self.beta(method) or 1.0) < CLOSE else found
 
-    def training(self, kind: str, rate: float, scale: float) -> Training:
-        """A training of the settings' seed, which is run once however often it is asked for."""
-        folder, task = self.work / f"{kind}-{scale:g}-{rate:g}", self.task
-        return Training(task, kind, self.steps, task.settings_seed, scale, rate, folder, task.validation_pairs)
+    def training(self, kind: str, scale: float, rate: float, seed: int) -> Training:
+        """A training that settings are chosen with."""
+        folder = self.work / f"{kind}-{scale:g}-{rate:g}-seed{seed}"
+        return Training(self.task, kind, self.steps, seed, scale, rate, folder, self.task.validation_pairs)
 
     def chosen(self, kinds: Iterable[str], steps: int, seed: int, folder: Path) -> dict[str, Training]:
         """A piece's trainings by kind, at the settings that were chosen. Raises `ValueError` as [`scale`] does."""
@@ -101,24 +105,44 @@ class Settings:
             for kind in kinds
         }
 
-    def _front(self, method: Method, beta: float) -> dict[str, Any]:
-        training = self.training(method.kind, self.rate(method.kind), self.scale(method.kind))
+    def _rows(self, what: str, of: str) -> list[dict[str, Any]]:
+        rows = read_rows(self.path) if self.path.exists() and self.path.stat().st_size else []
+        return [row for row in rows if (row["what"], row["of"]) == (what, of)]
+
+    def _loss(self, kind: str, scale: float, rate: float, seed: int) -> dict[str, Any]:
+        """The sum of the objectives' losses on held-out pairs, of a training that is not repeated where the search for
+        the other of scale and rate came by it."""
+        made = {"scale": scale, "rate": rate}
+        for row in (*self._rows(SCALE, kind), *self._rows(RATE, kind)):
+            if row["seed"] == seed and {name: row[name] for name in made} == made:
+                return {name: row[name] for name in (*made, "value", "losses", "seconds")}
+        found = self.training(kind, scale, rate, seed).run()
+        value = sum(found["losses"].values())
+        return {**made, "value": value, "losses": found["losses"], "seconds": found["seconds"]}
+
+    def _front(self, method: Method, beta: float, seed: int) -> dict[str, Any]:
+        training = self.training(method.kind, self.scale(method.kind), self.rate(method.kind), seed)
         training.run()
         own = beta if method.has_beta else None
         entry = method.entry(training, own, f"{method.title} {beta:g}" if method.has_beta else "")
         prompts = self.task.prompts("validation", self.task.validation_prompts)
         grid = preference_grid(self.task.objectives, steps=GRID_STEPS).tolist()
-        rows = decode(self.task, prompts, grid, ["base", entry], self.work / "answers.jsonl")
+        rows = decode(self.task, prompts, grid, ["base", entry], self.work / f"answers-{seed}.jsonl")
         front = standardized(arrange(rows, self.task.objectives), "Base", self.task.objectives)[1]
         products = [mean_inner_product(cast(Any, front.preferences), rewards) for rewards in front.rewards]
         value, error = mean_and_error([-product for product in products])
         return {"value": value, "error": error, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
 
-    def _search(self, what: str, of: str, grid: Sequence[float], value: Callable[[float], dict[str, Any]]) -> None:
+    def _search(
+        self, what: str, of: str, grid: Sequence[float], value: Callable[[float, int], dict[str, Any]]
+    ) -> None:
         with Records(self.path, self._configuration(), cell_of=cell_of) as kept:
             while (at := next_of(self.tried(what, of), grid, self.task.limits[what])) is not None:
-                print(f"{self.task.name}: {of} at {what} {at:g}", flush=True)
-                kept.append([{"what": what, "of": of, "at": at, **value(at)}])
+                known = {row["seed"] for row in self._rows(what, of) if row["at"] == at}
+                for seed in self.task.settings_seeds:
+                    if seed not in known:
+                        print(f"{self.task.name}: {of} at {what} {at:g}, seed {seed}", flush=True)
+                        kept.append([{"what": what, "of": of, "at": at, "seed": seed, **value(at, seed)}])
 
     def _best(self, what: str, of: str, grid: Sequence[float]) -> float:
         rows = self.tried(what, of)
@@ -131,21 +155,26 @@ class Settings:
     def _configuration(self) -> dict[str, Any]:
         task = self.task
         return {
-            "task": task.name, "pairs": task.fingerprint(), "steps": self.steps, "seed": task.settings_seed,
+            "task": task.name, "pairs": task.fingerprint(), "steps": self.steps,
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
             "held_out": task.validation_pairs, "prompts": task.validation_prompts, "kinds": list(KINDS),
         }  # fmt: skip
 
 
-def held_out_loss(training: Training) -> dict[str, Any]:
-    """The sum of the objectives' losses on held-out pairs, and what else is to be known of a training."""
-    found = training.run()
-    return {"value": sum(found["losses"].values()), "losses": found["losses"], "seconds": found["seconds"]}
+def _mean(at: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of rows of several seeds. A standard error over prompts and the one over seeds add up in squares."""
+    value, over_seeds = mean_and_error([row["value"] for row in rows])
+    found = {"at": at, "value": value}
+    if "kl" in rows[0]:
+        error = float(np.mean([row["error"] for row in rows]))
+        found["error"] = error if len(rows) == 1 else math.hypot(error, over_seeds)
+        found["kl"] = float(np.mean([row["kl"] for row in rows]))
+    return found
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple:
     """What a row is of."""
-    return row["what"], row["of"], row["at"]
+    return row["what"], row["of"], row["at"], row["seed"]
 
 
 def next_of(rows: Sequence[Mapping[str, Any]], grid: Sequence[float], limits: Sequence[float]) -> float | None:

@@ -89,7 +89,7 @@ def at_policies_kl(settings: Settings) -> str:
             parts.append(f"{method.title} {-own['value']:.2f} at KL {own['kl']:.2f}, PARM {parm:.2f}")
     return (
         "**At the KL of methods without β** PARM's MIP, between the β that were tried, on the prompts that β was "
-        f"chosen with and one seed of training: {'; '.join(parts)}."
+        f"chosen with, and their seeds of training: {'; '.join(parts)}."
     )
 
 
