@@ -59,7 +59,7 @@ def test_rows_are_games_of_their_own():
         torch.testing.assert_close(together[row], alone)
 
 
-@pytest.mark.parametrize("principals", [2, 3])
+@pytest.mark.parametrize("principals", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_many_rounds_no_principal_can_do_better(principals):
     for seed in range(5):
         tau, (base, values) = 0.5, game(seed, principals)
