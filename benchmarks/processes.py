@@ -20,8 +20,8 @@ import yaml
 from common import argument_parser, paired_ratio, report, verdict
 
 
-LAUNCH = ("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend",
-          "no", "--main_process_port", "0", "--num_processes", "2", "-m", "trl_parm")  # fmt: skip
+ON_CPUS = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
+LAUNCH = ("accelerate.commands.launch", "--config_file", str(ON_CPUS), "--main_process_port", "0", "-m", "trl_parm")
 WORDS = {1: ("trl_parm",), 2: LAUNCH}
 MOST = 0.6
 """The share of one process's time that two may take on two cores."""

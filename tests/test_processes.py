@@ -34,6 +34,7 @@ from trl_parm.rewards import brevity, conciseness
 PROMPTS = [f"w{i} w{j}" for i in range(4) for j in range(i + 1)]
 REWARDS = {"helpful": brevity, "harmless": conciseness}
 BUILDING = threading.Lock()
+ON_CPUS = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
 
 
 def without_time(rows) -> list[dict]:
@@ -293,9 +294,10 @@ def start(folder, output, count, **options) -> subprocess.Popen:
     environment = {
         **os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"
     }  # fmt: skip
+    # With `--cpu` accelerate starts one process, however many were asked for.
     launch = (
-        "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "trl_parm",
+        "accelerate.commands.launch", "--config_file", str(ON_CPUS), "--num_processes", str(count),
+        "--main_process_port", "0", "-m", "trl_parm",
     )  # fmt: skip
     words = launch if count > 1 else ("trl_parm",)
     command = [sys.executable, "-m", *words, "evaluate", "--config", "evaluate.yaml", "--output_dir", output]
@@ -324,8 +326,9 @@ def kill_one(job, output, count, wanted, chance) -> int:
     while launcher.poll() is None and _written(path) < wanted:
         time.sleep(0.02)
     workers = psutil.Process(launcher.pid).children() if launcher.poll() is None else []
+    assert len(workers) == (count if workers and count > 1 else 0)
     with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        if count > 1 and workers:
+        if workers:
             chance.choice(workers).kill()
         else:
             launcher.kill()
@@ -372,8 +375,13 @@ def test_the_second_job_of_a_launcher_says_so(job, undisturbed):
     first, path = start(job, "shared", 2), job / "shared" / "results.jsonl"
     while first.poll() is None and not _written(path):
         time.sleep(0.02)
+    workers = psutil.Process(first.pid).children()
+    for worker in workers:
+        worker.suspend()  # a job this small would be done before the second one has begun
     second = start(job, "shared", 2)
     _, err = second.communicate(timeout=120)
+    for worker in workers:
+        worker.resume()
     assert second.returncode
     assert err.count("Another process is writing") == 1
     finish(first)

@@ -70,7 +70,8 @@ def test_two_processes_with_an_engine_each(folder):
         "preferences": GRID, "prompts": PROMPTS, "max_new_tokens": 16, "batch_size": 4, "output_dir": "two",
     }  # fmt: skip
     (folder / "two.yaml").write_text(json.dumps(config))
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "trl_parm"]
+    on_cpus = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "ddp_cpu.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(on_cpus), "-m", "trl_parm"]
     ran = subprocess.run(
         [sys.executable, *launch, "evaluate", "--config", "two.yaml"], cwd=folder, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},

@@ -42,9 +42,16 @@ class Processes:
         """Those that a launcher has started this one with, as it says in the environment. Each gets its device."""
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
+        import torch
         from accelerate import PartialState
 
-        state = PartialState(timeout=PATIENCE)
+        # On CPUs processes find each other only if they are told that these are meant.
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+        if state.num_processes == 1:
+            raise ValueError(
+                f"This is one of {os.environ['WORLD_SIZE']} processes, but accelerate did not connect them "
+                f"({state.distributed_type}). Start them with `accelerate launch` or `torchrun`."
+            )
         return cls(state.process_index, state.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     @property

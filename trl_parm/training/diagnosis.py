@@ -152,7 +152,7 @@ def _most_alike(metrics: Mapping[str, float], objectives: Sequence[str], prefix:
 def _remedies(config: Any) -> str:
     found = ["more steps", "another learning rate"]
     if isinstance(config, PBLoraConfig | SVDLoraConfig) and not getattr(config, "disjoint_start", False):
-        found.append("a larger `lora_alpha` in the adapter's configuration, since W(α) starts small")
+        found.append("a larger `lora_alpha` in the adapter's configuration, whose W(α) starts small")
     if getattr(config, "r1", 0) and getattr(config, "r2", 0):
         found.append("`r1` = 0 there, which leaves out what all preferences share")
     elif getattr(config, "embedding_size", None) == 0 and config.objective_embeddings is None:
