@@ -199,7 +199,7 @@ def chosen_text(task: Task, settings: Settings) -> str:
         held_out=task.validation_pairs,
         steps=settings.steps,
         seeds=", ".join(map(str, task.settings_seeds)),
-        middle=task.rates[len(task.rates) // 2],
+        middle=task.middle_rate,
         scales=_chosen(scales, losses=True),
         scale_edges=edges(scales, SCALE),
         rates=_chosen(rates, losses=True),

@@ -42,7 +42,7 @@ class Settings:
     def choose_scale(self, kind: str) -> None:
         """Tries `lora_alpha`, as multiples of the usual one, at the learning rate in the middle of its grid: the best
         has the smallest sum of the objectives' losses on held-out pairs."""
-        middle = self.task.rates[len(self.task.rates) // 2]
+        middle = self.task.middle_rate
         self._search(SCALE, kind, self.task.scales, lambda scale, seed: self._loss(kind, scale, middle, seed))
 
     def choose_rate(self, kind: str) -> None:

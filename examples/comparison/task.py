@@ -128,6 +128,11 @@ class Task:
             pairs += rng.sample(self.rows["train"], min(count - len(pairs), len(self.rows["train"])))
         return pairs
 
+    @property
+    def middle_rate(self) -> float:
+        """The learning rate that scales are chosen with."""
+        return self.rates[len(self.rates) // 2]
+
     def settings_of(self, steps: int) -> int:
         """Steps of the trainings that the settings of a budget are chosen with."""
         return self.settings_steps or steps

@@ -342,9 +342,7 @@ METHODS = {
     "cage": Method("CAGE", cage, extrapolates=False, engines=HERE),
     "worst_case": Method("Worst case", worst_case, control=True, engines=HERE),
     "args": Method("ARGS", args, together=SAME_OBJECTIVES, extrapolates=False, engines=HERE),
-    "transfer_q": Method(
-        "Transfer-Q", transfer_q, together=SAME_OBJECTIVES, extrapolates=False, engines=(TRANSFORMERS,)
-    ),
+    "transfer_q": Method("Transfer-Q", transfer_q, together=SAME_OBJECTIVES, extrapolates=False, engines=HERE),
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),
 }
 """All methods by the name that a configuration gives."""

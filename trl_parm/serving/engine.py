@@ -166,8 +166,8 @@ class Capacity:
 
     def need(self, prompt_length: int, max_tokens: int | None, loras: Sequence[int | None], texts: int = 1) -> Need:
         """What a family of one base request and a guide for each LoRA takes (`None`: a guide without one), or so many
-        texts without guides. Raises
-        `ValueError` for a prompt that leaves no room to write, or a family that this engine can never run together."""
+        texts without guides. Raises `ValueError` for a prompt that leaves no room to write, or a family that this
+        engine can never run together."""
         if not 0 < prompt_length < self._length:
             raise ValueError(f"A prompt has {prompt_length} tokens, but the engine takes 1 to {self._length - 1}.")
         requests = texts * (1 + len(loras))
