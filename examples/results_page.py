@@ -198,7 +198,7 @@ def chosen_text(task: Task, settings: Settings) -> str:
     return CHOSEN.format(
         held_out=task.validation_pairs,
         steps=settings.steps,
-        seeds=", ".join(map(str, task.settings_seeds)),
+        seeds=", ".join(map(str, settings.seeds)),
         middle=task.middle_rate,
         scales=_chosen(scales, losses=True),
         scale_edges=edges(scales, SCALE),

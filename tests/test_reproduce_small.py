@@ -206,7 +206,7 @@ def test_every_method_trains_on_as_many_pairs(tmp_path, monkeypatch):
 
 
 def test_scale_then_rate_are_searched_for_with_the_mean_over_seeds(tmp_path, monkeypatch):
-    given = {"scales": [1.0, 4.0], "rates": [0.01, 0.02, 0.04], "settings_seeds": [7, 8]}
+    given = {"scales": [1.0, 4.0], "rates": [0.01, 0.02, 0.04], "settings_seeds": {2: [7, 8]}}
     task = Task.read(write_task(tmp_path, **given))
     losses = {(1, 0.02): 3.0, (4, 0.02): 2.0, (16, 0.02): 2.5, (4, 0.01): 1.0, (4, 0.04): 3.0, (4, 0.005): 1.5}
     ran = []
@@ -239,7 +239,7 @@ def test_scale_then_rate_are_searched_for_with_the_mean_over_seeds(tmp_path, mon
 
 
 def test_what_is_said_of_several_seeds_has_both_sources_of_variance(tmp_path):
-    settings = Settings(Task.read(write_task(tmp_path, settings_seeds=[7, 8])), 2, tmp_path, tmp_path)
+    settings = Settings(Task.read(write_task(tmp_path, settings_seeds={2: [7, 8]})), 2, tmp_path, tmp_path)
     rows = [
         {"what": BETA, "of": "parm", "at": at, "seed": seed, "value": value, "error": 0.3, "kl": kl}
         for at, seed, value, kl in ((0.5, 7, -1.0, 2.0), (0.5, 8, -1.8, 4.0), (1.0, 7, -1.0, 1.0), (0.5, 9, -9.0, 9.0))

@@ -37,6 +37,7 @@ class Settings:
 
     def __init__(self, task: Task, steps: int, results: Path, work: Path) -> None:
         self.task, self.steps, self.work = task, steps, work / f"settings-{steps}"
+        self.seeds = task.seeds_of(steps)
         self.path = results / f"settings-{steps}.jsonl"
 
     def choose_scale(self, kind: str) -> None:
@@ -62,10 +63,9 @@ class Settings:
         """All that was tried with every seed for a kind or a method, in the order of the grid: means over seeds."""
         places: dict[float, list[dict[str, Any]]] = {}
         for row in self._rows(what, of):
-            if row["seed"] in self.task.settings_seeds:
+            if row["seed"] in self.seeds:
                 places.setdefault(row["at"], []).append(row)
-        seeds = len(self.task.settings_seeds)
-        return [_mean(at, rows) for at, rows in sorted(places.items()) if len(rows) == seeds]
+        return [_mean(at, rows) for at, rows in sorted(places.items()) if len(rows) == len(self.seeds)]
 
     def scale(self, kind: str) -> float:
         """How many times its usual `lora_alpha` a kind has. Raises `ValueError` if its search has not come to its
@@ -139,7 +139,7 @@ class Settings:
         with Records(self.path, self._configuration(), cell_of=cell_of) as kept:
             while (at := next_of(self.tried(what, of), grid, self.task.limits[what])) is not None:
                 known = {row["seed"] for row in self._rows(what, of) if row["at"] == at}
-                for seed in self.task.settings_seeds:
+                for seed in self.seeds:
                     if seed not in known:
                         print(f"{self.task.name}: {of} at {what} {at:g}, seed {seed}", flush=True)
                         kept.append([{"what": what, "of": of, "at": at, "seed": seed, **value(at, seed)}])

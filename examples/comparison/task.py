@@ -39,7 +39,7 @@ class Task:
         field (`list[int]`, *optional*): Steps and seed with which the rest of the field is compared, where there are
             two objectives.
         descriptions (`dict[str, str]`): Of the objectives, for UniARM by descriptions.
-        settings_seeds (`list[int]`): The seeds of these trainings.
+        settings_seeds (`dict[int, list[int]]`): The seeds of these trainings by their steps, where not 100 to 102.
         scales, rates, betas (`list[float]`): The grids, which grow as long as the best lies at an edge: of how many
             times an adapter's usual `lora_alpha` it has, of the learning rate, and of β.
         limits (`dict[str, list[float]]`): How far they may grow.
@@ -63,7 +63,7 @@ class Task:
     settings_steps: int | None = None
     field: list[int] | None = None
     descriptions: dict[str, str] = dataclasses.field(default_factory=dict)
-    settings_seeds: list[int] = dataclasses.field(default_factory=lambda: [100, 101, 102])
+    settings_seeds: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     scales: list[float] = dataclasses.field(default_factory=lambda: [1.0, 4.0])
     rates: list[float] = dataclasses.field(default_factory=lambda: [8e-4, 2e-3, 5e-3])
     betas: list[float] = dataclasses.field(default_factory=lambda: [0.125, 0.25, 0.5, 1.0, 2.0])
@@ -136,6 +136,10 @@ class Task:
     def settings_of(self, steps: int) -> int:
         """Steps of the trainings that the settings of a budget are chosen with."""
         return self.settings_steps or steps
+
+    def seeds_of(self, settings_steps: int) -> list[int]:
+        """Seeds of the trainings that settings are chosen with."""
+        return self.settings_seeds.get(settings_steps, [100, 101, 102])
 
     def held_out(self, count: int) -> list[dict[str, Any]]:
         """Pairs of the split `validation`, the same ones for every training."""
