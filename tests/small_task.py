@@ -52,9 +52,9 @@ def write_task(folder: Path, **changes) -> Path:
     task = {
         "name": "tiny", "title": "Tiny", "model": str(folder / "model"), "pairs": str(folder / "pairs.jsonl"),
         "rewards": {name: f"small_task:{name}" for name in OBJECTIVES}, "budgets": {4: [0]}, "settings_steps": 2,
-        "settings_seeds": {2: [7]}, "scales": [1.0], "rates": [0.01], "betas": [1.0], "validation_pairs": 3,
-        "diagnosis_pairs": 2, "validation_prompts": 3, "test_prompts": 4, "grid_steps": 2, "batch": 2,
-        "max_new_tokens": 6,
+        "settings_seeds": {steps: [7] for steps in (2, 4, 8)}, "scales": [1.0], "rates": [0.01], "betas": [1.0],
+        "validation_pairs": 3, "diagnosis_pairs": 2, "validation_prompts": 3, "test_prompts": 4, "grid_steps": 2,
+        "batch": 2, "max_new_tokens": 6,
     }  # fmt: skip
     (folder / "tasks").mkdir(exist_ok=True)
     path = folder / "tasks" / "tiny.yaml"
