@@ -108,6 +108,9 @@ def test_it_goes_on_where_it_was_and_keeps_what_is_not_its_own(words, tmp_path, 
     ]
     assert texts[0] == texts[1]
     assert (tmp_path / "made/train.jsonl").read_bytes() == made[tmp_path / "made/train.jsonl"]
+    before = (tmp_path / "made/run.yaml").read_bytes()
+    assert run(*words, "--temperature", 0.5) == 2  # other answers than those that are kept
+    assert (tmp_path / "made/run.yaml").read_bytes() == before
     (tmp_path / "made/test.jsonl").write_text("mine")
     capsys.readouterr()
     assert run(*words, "--output_dir", tmp_path / "made") == 2

@@ -155,6 +155,7 @@ class ModelReward:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.source)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.truncation_side = "left"  # of a text that is too long the response is what must stay
         self.limit = source.max_length or self.tokenizer.model_max_length
         self.tokenizer.chat_template = source.chat_template or self.tokenizer.chat_template
         if source.template is None and self.tokenizer.chat_template is None:
@@ -184,7 +185,7 @@ class ModelReward:
             if int(texts["attention_mask"].sum(1).max()) >= self.limit:
                 logger.warning_once(
                     f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones "
-                    f"are cut on the {self.tokenizer.truncation_side}. `max_length` allows more, where the model does."
+                    "are cut on the left, which leaves the response. `max_length` allows more, where the model does."
                 )
             scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
             values += scores[:, self.source.label].float().tolist()

@@ -87,12 +87,11 @@ def _answers(
     from trl_parm.noise import row_seed
 
     models = arguments.models()
-    write_run(folder, "make_pairs", arguments)
     rows: list[dict[str, Any]] = []
     for number in range(arguments.num_answers):
         rows += arguments.evaluate(
             ["base"], [], prompts, models, row_seed(arguments.seed, ["answer", number]), rewards=sources,
-            path=folder / ANSWERS / f"{number}.jsonl",
+            path=folder / ANSWERS / f"{number}.jsonl", on_start=lambda _: write_run(folder, "make_pairs", arguments),
         )  # fmt: skip
     chat = arguments.template is None and models.tokenizer.chat_template is not None
     return rows, chat or not isinstance(prompts[0], str)
