@@ -142,8 +142,9 @@ def test_a_text_that_a_classifier_reads_in_part_is_told(tmp_path, monkeypatch):
     assert said == []
     score("helpful", reward, ["w1"], ["w2 w3 w4 w5"])
     assert ["reach 7 tokens, and longer ones are cut on the left" in text for text in said] == [True]
-    long, same = (score("helpful", reward, [prompt], ["w2 w3"]) for prompt in ("w1 w4 w5 w6 w7 w8", "w9 w4 w5 w6 w7 w8"))
-    assert long == same != score("helpful", reward, ["w1 w4 w5 w6 w7 w8"], ["w3 w2"])
+    prompts = ["w1 w4 w5 w6 w7 w8", "w9 w4 w5 w6 w7 w8"]
+    one, same = score("helpful", reward, prompts, ["w2 w3"] * 2)
+    assert one == same != score("helpful", reward, prompts[:1], ["w3 w2"])[0]
 
 
 def test_functions_by_import_path(tmp_path, monkeypatch):
