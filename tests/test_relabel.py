@@ -144,7 +144,7 @@ def test_a_text_that_a_classifier_reads_in_part_is_told(tmp_path, monkeypatch):
     assert ["reach 7 tokens, and longer ones are cut on the left" in text for text in said] == [True]
     prompts = ["w1 w4 w5 w6 w7 w8", "w9 w4 w5 w6 w7 w8"]
     one, same = score("helpful", reward, prompts, ["w2 w3"] * 2)
-    assert one == same != score("helpful", reward, prompts[:1], ["w3 w2"])[0]
+    assert one == pytest.approx(same, abs=1e-5) != pytest.approx(score("helpful", reward, prompts[:1], ["w3 w2"])[0])
 
 
 def test_functions_by_import_path(tmp_path, monkeypatch):
