@@ -46,8 +46,8 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
 - **Cost** on one thread: {costs}.
 - **Versions**: {versions}."""
 
-CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PBLoRA, 16 of the others), has the least loss on
-  {held_out} held-out pairs after {steps:,} steps with the learning rate {middle:g}, in the mean over training seeds
+CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PARM's PBLoRA, 16 of others), has the least loss
+  on {held_out} held-out pairs after {steps:,} steps with the learning rate {middle:g}, in the mean over training seeds
   of their own, {seeds}: {scales}. {scale_edges}
 - **Learning rates** have the least loss with that, of the same pairs, steps and seeds: {rates}. {rate_edges}
 - **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their
@@ -56,8 +56,10 @@ CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PBLoRA, 16 o
 
 METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
 without training. *ARM alone* is PARM's ARM without the base model. Rewarded Soups and MOD combine DPO policies, which
-are another kind of model than an ARM. *Base × untrained ARM* multiplies the base by itself as strongly as PARM guides
-it, which sharpens without any preference; *PARM, α permuted* guides by the wrong preference."""
+are another kind of model than an ARM. *PARM, disjoint start* begins as a LoRA of rank 4 for each objective (`r1=0`,
+`r2=8`, `disjoint_start=True`), with about as many parameters as PARM by default. *Base × untrained ARM* multiplies the
+base by itself as strongly as PARM guides it, which sharpens without any preference; *PARM, α permuted* guides by the
+wrong preference."""
 
 FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
 the same methods at the β with which they were to be as far from the base as PARM, the grey line."""

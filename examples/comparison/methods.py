@@ -17,7 +17,7 @@ from .task import Task
 from .training import Training, join_loras
 
 
-BASE, UNTRAINED = "Base", "Base × untrained ARM"
+BASE, UNTRAINED, DISJOINT = "Base", "Base × untrained ARM", "PARM, disjoint start"
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ METHODS = {
     "rewarded_soups": Method("Rewarded Soups", "rewarded_soups", "dpo", "policies", has_beta=False),
     "mod": Method("MOD", "mod", "dpo", "policies", has_beta=False),
     "arm_alone": Method("ARM alone", "arm_alone", "parm", has_beta=False),
+    "parm_disjoint": Method(DISJOINT, "parm", "parm_disjoint"),
 }
 """PARM with permuted α is not among them: for two objectives its answers are PARM's at the reversed preference."""
 

@@ -15,7 +15,7 @@ from trl_parm.records import versions
 from trl_parm.texts import prompt_key
 
 from .methods import METHODS, UNTRAINED, decode
-from .results import facts_path, join_pieces, rows_path, write_piece
+from .results import facts_path, join_pieces, kinds_of, rows_path, write_piece
 from .settings import Settings
 from .task import Task, agreement
 from .training import KINDS, Training
@@ -70,7 +70,7 @@ def compare(task: Task, steps: int, seed: int, kind: str, settings: Settings, re
     """Trains a kind with one seed, evaluates the methods that need it, and keeps the rewards; the last kind puts those
     of all together."""
     path, part = rows_path(results, steps, seed), rows_path(results, steps, seed, kind)
-    if facts_path(path).exists():
+    if kind in kinds_of(path):
         return
     if not facts_path(part).exists():
         folder = work / f"{steps}-seed{seed}"
@@ -79,7 +79,9 @@ def compare(task: Task, steps: int, seed: int, kind: str, settings: Settings, re
         print(f"{task.name}: {kind}, {steps} steps, seed {seed}", flush=True)
         rows, facts = _evaluate(task, training, entries, settings, folder)
         write_piece(part, rows, facts)
-    join_pieces(path, [rows_path(results, steps, seed, kind) for kind in KINDS])
+    known = kinds_of(path)
+    rest = [rows_path(results, steps, seed, kind) for kind in KINDS if kind not in known]
+    join_pieces(path, [path, *rest] if known else rest)
 
 
 def _evaluate(

@@ -17,7 +17,8 @@ from trl_parm.evaluation.measures import differences, measure
 
 from .methods import BASE, UNTRAINED, mean_kl
 from .piece import AT_KL
-from .results import facts_path, read_facts, read_piece, rows_path
+from .results import kinds_of, read_facts, read_piece, rows_path
+from .training import KINDS
 
 
 PARM, GENARM, SHUFFLED = "PARM", "GenARM", "PARM, α permuted"
@@ -48,8 +49,9 @@ class Budget:
 
     @classmethod
     def read(cls, results: Path, steps: int, planned: Sequence[int], resamples: int = 2000) -> Budget | None:
-        """From the files of a task; `None` if there is no seed. Raises `ValueError` for pieces of different runs."""
-        paths = {seed: path for seed in planned if facts_path(path := rows_path(results, steps, seed)).exists()}
+        """From the files of a task; `None` if there is no whole seed. Raises `ValueError` for pieces of different
+        runs."""
+        paths = {seed: path for seed in planned if {*KINDS} <= kinds_of(path := rows_path(results, steps, seed))}
         if not paths:
             return None
         facts = [read_facts(path) for path in paths.values()]

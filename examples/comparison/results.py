@@ -62,7 +62,7 @@ def join_pieces(path: Path, parts: Sequence[Path]) -> None:
 
     Args:
         path (`Path`): Of the table of all, from [`rows_path`].
-        parts (`Sequence[Path]`): Of the single ones.
+        parts (`Sequence[Path]`): Of the single ones, of which the first may be `path` itself, with fewer kinds.
 
     Raises:
         ValueError: the parts are of different runs.
@@ -75,12 +75,16 @@ def join_pieces(path: Path, parts: Sequence[Path]) -> None:
             if facts[key] != every[0][key]:
                 raise ValueError(f"{parts[0].name} and {part.name} have different {key}. Run one of them again.")
     merged = {key: {k: v for facts in every for k, v in facts[key].items()} for key in OF_KINDS}
-    texts = [gzip.decompress(part.read_bytes()).decode() for part in parts]
-    head, first = texts[0].split("\n", 1)
-    _write(path, head + "\n" + first + "".join(text.split("\n", 1)[1] for text in texts[1:]), {**every[0], **merged})
+    tables = [gzip.decompress(part.read_bytes()).decode().splitlines(keepends=True) for part in parts]
+    text = "".join(tables[0][:1])
+    for table, facts in zip(tables, every):
+        # No more than the facts tell of: a stop may have come between the two files of an earlier join.
+        text += "".join(line for line in table[1:] if next(csv.reader([line]))[0] in facts["methods"])
+    _write(path, text, {**every[0], **merged})
     for part in parts:
-        facts_path(part).unlink()
-        part.unlink()
+        if part != path:
+            facts_path(part).unlink()
+            part.unlink()
 
 
 def _write(path: Path, text: str, facts: Mapping[str, Any]) -> None:
@@ -93,6 +97,11 @@ def _write(path: Path, text: str, facts: Mapping[str, Any]) -> None:
 
 def read_facts(path: Path) -> dict[str, Any]:
     return json.loads(facts_path(path).read_text(encoding="utf-8"))
+
+
+def kinds_of(path: Path) -> set[str]:
+    """The kinds whose methods are in a table; none where there is no table."""
+    return set(read_facts(path)["trained"]) if facts_path(path).exists() else set()
 
 
 def read_piece(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from trl_parm.records import Records, read_rows
 
 from .methods import METHODS, Method, decode, mean_kl
 from .task import Task
-from .training import KINDS, Training
+from .training import Training
 
 
 SCALE, RATE, BETA = "scale", "rate", "beta"
@@ -157,7 +157,7 @@ class Settings:
         return {
             "task": task.name, "pairs": task.fingerprint(), "steps": self.steps,
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
-            "held_out": task.validation_pairs, "prompts": task.validation_prompts, "kinds": list(KINDS),
+            "held_out": task.validation_pairs, "prompts": task.validation_prompts,
         }  # fmt: skip
 
 

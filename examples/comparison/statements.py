@@ -12,7 +12,7 @@ import numpy as np
 from trl_parm.evaluation.measures import SPREAD
 from trl_parm.training.diagnosis import ALIKE
 
-from .methods import METHODS, UNTRAINED
+from .methods import DISJOINT, METHODS, UNTRAINED
 from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
 from .settings import BETA, RATE, SCALE, Settings, at_edge
 
@@ -32,6 +32,7 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, GENARM, "GenARM between vertices", [SPREAD.format(name) for name in budget.objectives]),
         # Whose front is the same set of points, so that its hypervolume says nothing.
         against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
+        against(budget, DISJOINT, GENARM, "GenARM"),
         against(budget, JOINED, GENARM, "GenARM")
         + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
         at_matched_kl(budget),
@@ -112,13 +113,14 @@ def diagnosis(budget: Budget) -> str:
         return ""
     gains = []
     for name in budget.objectives:
-        own, other = (budget.mean_metric(kind, f"{name}_gain") for kind in ("parm", "genarm"))
-        if own and other:
-            gains.append(f"{name} {own[0]:+.3f} (GenARM's ARM {other[0]:+.3f})")
+        own, apart, other = (budget.mean_metric(kind, f"{name}_gain") for kind in ("parm", "parm_disjoint", "genarm"))
+        if own and apart and other:
+            gains.append(f"{name} {own[0]:+.3f} (disjoint start {apart[0]:+.3f}, GenARM's ARM {other[0]:+.3f})")
+    apart = budget.mean_metric("parm_disjoint", "vertex_correlation") or (math.nan,)
     said = (
         f"**On held-out pairs** the changes that training made at PARM's vertices correlate by {found[0]:.2f} "
-        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing). The loss at an objective's vertex fell by "
-        f"{', '.join(gains)}."
+        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing), with a disjoint start by {apart[0]:.2f}. "
+        f"The loss at an objective's vertex fell by {', '.join(gains)}."
     )
     behind = [name for name in JUDGED if budget.difference(PARM, GENARM)[name]["high"] < 0]
     if behind:

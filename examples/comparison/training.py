@@ -24,9 +24,8 @@ from .task import Task, as_json, ranked
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
-ONE_FOR_ALL = ("parm", "svd_lora", "uniarm")
 ONE_EACH = ("genarm", "dpo")
-KINDS = (*ONE_FOR_ALL, *ONE_EACH)
+KINDS = ("parm", "svd_lora", "uniarm", *ONE_EACH, "parm_disjoint")
 """What is trained: with one adapter for all preferences, or an adapter for each objective."""
 FURTHER_KINDS = ("uniarm_descriptions", "parm_prompt")
 """What the rest of the field is trained by, with one adapter for all preferences."""
@@ -165,6 +164,9 @@ class Training:
         common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
         if self.kind == "parm":
             return PBLoraConfig(objectives=objectives, r1=4, r2=4, lora_alpha=8 * self.scale, **common)
+        if self.kind == "parm_disjoint":
+            common |= {"r1": 0, "r2": 8, "disjoint_start": True}
+            return PBLoraConfig(objectives=objectives, lora_alpha=16 * self.scale, **common)
         common |= {"r": 8, "lora_alpha": 16 * self.scale}
         if self.kind == "svd_lora":
             return SVDLoraConfig(objectives=objectives, **common)
