@@ -135,7 +135,7 @@ def test_what_was_trained_before_a_stop_is_kept(finished):
     assert len(trained) == 3
     now = modified(folder / "work" / "tiny" / "4-seed0")
     assert trained.items() <= now.items()
-    assert len(now) == 3 + 2 * 2 + 1 + 2  # GenARM's LoRAs as one, and those of the field
+    assert len(now) == 3 + 2 * 2 + 1 + 1 + 2  # the disjoint start, GenARM's LoRAs as one, those of the field
 
 
 def test_a_stopped_comparison_gives_what_one_run_gives(finished, tmp_path, monkeypatch):
@@ -151,6 +151,32 @@ def test_a_stopped_comparison_gives_what_one_run_gives(finished, tmp_path, monke
     assert [list(own[key]) for key in OF_KINDS] == [list(other[key]) for key in OF_KINDS]
     once, stopped = (read_piece(rows_path(one, 4, 0)) for one in (tmp_path, folder / "results" / "tiny"))
     assert [without_time(row) for row in once] == [without_time(row) for row in stopped]
+
+
+def test_a_kind_that_comes_later_joins_the_table(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    task, work = Task.read(folder / "tasks" / "tiny.yaml"), folder / "work" / "tiny"
+    settings, path = Settings(task, 2, folder / "results" / "tiny", work), rows_path(tmp_path, 4, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces_of, "KINDS", KINDS[:-1])
+        for kind in KINDS[:-1]:
+            pieces_of.compare(task, 4, 0, kind, settings, tmp_path, work)
+    assert Budget.read(tmp_path, 4, [0]) is None  # not all that is compared
+    before, part = facts_path(path).read_bytes(), rows_path(tmp_path, 4, 0, KINDS[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces_of, "join_pieces", lambda *paths: None)
+        pieces_of.compare(task, 4, 0, KINDS[-1], settings, tmp_path, work)
+    kept = {file: file.read_bytes() for file in (part, facts_path(part))}
+    pieces_of.compare(task, 4, 0, KINDS[-1], settings, tmp_path, work)
+    whole = [without_time(row) for row in read_piece(path)]
+    expected = rows_path(folder / "results" / "tiny", 4, 0)
+    assert whole == [without_time(row) for row in read_piece(expected)]
+    for file, content in {**kept, facts_path(path): before}.items():  # as a stop between the two files leaves them
+        file.write_bytes(content)
+    pieces_of.compare(task, 4, 0, KINDS[-1], settings, tmp_path, work)
+    assert [without_time(row) for row in read_piece(path)] == whole
+    assert read_facts(path) == read_facts(expected)
+    assert {file.name for file in tmp_path.glob("4-*")} == {"4-seed0.csv.gz", "4-seed0.json"}
 
 
 def test_tables_of_different_runs_are_not_put_together(tmp_path):
@@ -417,10 +443,12 @@ def test_pieces_of_two_comparisons_are_refused(tmp_path):
 def test_a_method_that_one_seed_lacks_is_refused(tmp_path):
     write_results(tmp_path, [0, 1, 2])
     path = rows_path(tmp_path, 4, 1)
-    rows = [{**row, "response": ""} for row in read_piece(path) if row["method"] != "MOD"]
-    write_piece(path, rows, {**FACTS, "seed": 1, "trained": {}})
+    rows, facts = [{**row, "response": ""} for row in read_piece(path) if row["method"] != "MOD"], read_facts(path)
+    write_piece(path, rows, facts)
     with pytest.raises(ValueError, match="different numbers of training seeds.*'MOD' has 2"):
         _ = read(tmp_path).fronts
+    write_piece(path, rows, {**facts, "trained": {}})
+    assert read(tmp_path).missing == [1]
 
 
 @pytest.mark.parametrize(("lead", "said"), [(0.3, "lower"), (-0.3, "higher"), (0.0, "not told apart")])
@@ -465,7 +493,7 @@ def test_the_page_of_several_seeds(tmp_path):
     chosen = " ".join(text.split())
     assert chosen.count("Each learning rate lies inside") == 2
     assert chosen.index("steps and seeds: parm **2**") < chosen.index("steps and seeds: parm **3**")
-    assert chosen.count("The `lora_alpha` of parm, svd_lora, uniarm, genarm, dpo lies at an edge") == 2
+    assert chosen.count(f"The `lora_alpha` of {', '.join(KINDS)} lies at an edge") == 2
     said = "after 8 steps with the learning rate 0.01, in the mean over training seeds of their own, 7: parm **1** "
     assert said + "(1: 1.000 4: 4.000)" in chosen
     assert {file.name for file in (page.parent / "images").iterdir() if not file.name.startswith(".")} == {
