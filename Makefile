@@ -38,7 +38,7 @@ demo: $(VENV)/.demo  ## Train a reward model and steer a real language model wit
 # MODEL continues stories, such as karpathy/tinyllamas' stories260K as a folder of transformers.
 reproduce-small: $(VENV)/.demo  ## Train and compare all methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
 	test -e runs/small/stories.jsonl || $(PY) examples/make_task_pairs.py stories --model $(MODEL)
-	test -e runs/small/smollm2.jsonl || $(PY) examples/make_task_pairs.py smollm2
+	test -e runs/small/smollm2.jsonl || gunzip -c examples/data/smollm2_pairs.jsonl.gz > runs/small/smollm2.jsonl
 	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task stories --model $(MODEL)
 	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task smollm2
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pairs of the small comparison's tasks: prompts by split, labels, and the command."""
 
+import gzip
 import itertools
 import json
 import random
@@ -12,7 +13,10 @@ from comparison import scorers
 from comparison.task import Task, agreement
 from conftest import tiny_llama, tiny_tokenizer
 from make_pairs import DATA
+from reproduce_small import CONFIGS
 from tokenizers import decoders
+
+from trl_parm.texts import as_text
 
 
 STORIES, SMOLLM2 = script.SOURCES["stories"], script.SOURCES["smollm2"]
@@ -53,6 +57,22 @@ def test_labels_say_which_answer_each_objective_prefers():
     assert script.label_pairs("p", [HAPPY, f"{HAPPY} "], STORIES) == []
     labels = [(pair["positive"], pair["brief"]) for pair in script.label_pairs("p", [HAPPY, SAD, LONG], STORIES)]
     assert labels == [(0, -1), (-1, 0), (1, 0)]
+
+
+def test_the_pairs_that_are_kept_are_of_the_script(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(gzip.decompress((DATA / "smollm2_pairs.jsonl.gz").read_bytes()))
+    task = Task.read(CONFIGS / "smollm2.yaml", pairs=str(path))
+    expected = SMOLLM2.prompts(random.Random(0), [])
+    for split, rows in task.rows.items():
+        assert {as_text(row["prompt"]) for row in rows} <= set(expected[split])
+        for row in rows[::100]:
+            answers = [row[name][0]["content"] for name in ("response_0", "response_1")]
+            assert script.label_pairs(as_text(row["prompt"]), answers, SMOLLM2) == [
+                {key: value for key, value in row.items() if key != "split"}
+            ]
+    labels = [[row[name] for name in task.objectives] for row in task.rows["train"]]
+    assert sum(-1 not in pair and pair[0] != pair[1] for pair in labels) < len(labels) / 2
 
 
 def test_messages_are_whole_sentences():
