@@ -57,9 +57,9 @@ CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PARM's PBLoR
 METHODS_TEXT = """*GenARM's LoRAs as one* is `peft_pblora.from_loras` of GenARM's ARMs: their soup in one guide row,
 without training. *ARM alone* is PARM's ARM without the base model. Rewarded Soups and MOD combine DPO policies, which
 are another kind of model than an ARM. *PARM, disjoint start* begins as a LoRA of rank 4 for each objective (`r1=0`,
-`r2=8`, `disjoint_start=True`), with about as many parameters as PARM by default. *Base × untrained ARM* multiplies the
-base by itself as strongly as PARM guides it, which sharpens without any preference; *PARM, α permuted* guides by the
-wrong preference."""
+`r2=8`, `disjoint_start=True`), with about as many parameters as PARM by default; on the stories task it was added when
+PARM's results after 200 steps were known. *Base × untrained ARM* multiplies the base by itself as strongly as PARM
+guides it, which sharpens without any preference; *PARM, α permuted* guides by the wrong preference."""
 
 FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
 the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
