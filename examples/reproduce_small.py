@@ -2,7 +2,7 @@
 """The comparison of all methods on two CPU cores: the tasks of `configs/small/tasks`, one piece after the other.
 
     python examples/reproduce_small.py --task stories --model MODEL --pairs PAIRS.jsonl
-    python examples/reproduce_small.py --task stories --only stories/200/0     # one piece
+    python examples/reproduce_small.py --task stories --only stories/200/5     # one piece
     python examples/reproduce_small.py --page                                  # the page, from what is kept
 
 Every method is trained on the same pairs, with as many passes over pairs, and judged on the same prompts. A piece, one

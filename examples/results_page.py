@@ -82,7 +82,7 @@ complete is not done again. Another task is another file in `examples/configs/sm
 seed, by the beginning of their names:
 
     python examples/reproduce_small.py --list
-    python examples/reproduce_small.py --task stories --model MODEL --only stories/settings/200 stories/200/0
+    python examples/reproduce_small.py --task stories --model MODEL --only stories/settings/200 stories/200/5
     python examples/reproduce_small.py --page"""
 
 LIMITS = """## What this does not show

@@ -185,7 +185,7 @@ class ModelReward:
             if int(texts["attention_mask"].sum(1).max()) >= self.limit:
                 logger.warning_once(
                     f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones "
-                    "are cut on the left, which leaves the response. `max_length` allows more, where the model does."
+                    "are cut on the left, the prompt first. `max_length` allows more, where the model does."
                 )
             scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
             values += scores[:, self.source.label].float().tolist()
