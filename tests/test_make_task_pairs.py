@@ -109,7 +109,7 @@ def test_the_command_writes_a_task(tmp_path, task, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["stories"], "needs --model"), (["manners"], "needs --red-team"), (["smollm2", "--red-team", "x"], "no other")],
+    [(["stories"], "needs --model"), (["smollm2", "--red-team", "x"], "no other")],
 )
 def test_what_a_task_needs_is_said_first(capsys, words, message):
     with pytest.raises(SystemExit):
