@@ -123,6 +123,24 @@ def test_classifiers(tmp_path, template, batch_size):
         assert value == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("pad", [None, 0, 1, -1])
+@pytest.mark.parametrize("of_tokenizer", [None, "<eos>", "<pad>"])
+def test_a_classifier_reads_a_text_in_a_batch_as_alone_whatever_its_pad_token(tmp_path, pad, of_tokenizer):
+    folder = save_classifier(tmp_path / "classifier")
+    config, tokenizer = tiny_llama().config, tiny_tokenizer()
+    config.num_labels, config.pad_token_id = 2, pad
+    model = LlamaForSequenceClassification.from_pretrained(folder, config=config)
+    model.save_pretrained(folder)
+    tokenizer.pad_token = of_tokenizer
+    tokenizer.save_pretrained(folder)
+    prompts, responses = ["w1", "w2 w3", "w4"], ["w5 w57", "w7", "w8 w9 w10"]
+    for template, text in ((None, "user {prompt} <eos> assistant {response} <eos>"), (TEMPLATE, TEMPLATE)):
+        reward = RewardSource(folder, template=template).load()
+        for prompt, response, value in zip(prompts, responses, reward(prompts, responses)):
+            ids = tiny_tokenizer()(text.format(prompt=prompt, response=response), return_tensors="pt")["input_ids"]
+            assert value == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
+
+
 def test_a_classifier_with_a_chat_template_reads_whole_conversations(tmp_path):
     folder = save_classifier(tmp_path / "classifier")
     reward = RewardSource(folder).load()
@@ -218,6 +236,8 @@ def test_a_trained_anew_model_is_another_one(tmp_path):
         ("trl_parm.rewards:SENTENCE_END", "is a Pattern, but a reward must be a function"),
         ({"source": "CLASSIFIER", "label": 2}, "has 2 outputs"),
         ({"source": "PLAIN"}, "has no chat template. Give a `template`"),
+        ({"source": "trl_parm.rewards:brevity", "label": 1, "dtype": "float32"}, "a function, .* has label, dtype,"),
+        ({"source": "trl_parm.rewards:brevity", "template": "{response}"}, "a function, .* has template,"),
     ],
 )
 def test_bad_sources(tmp_path, given, message):

@@ -43,6 +43,8 @@ logger = logging.get_logger(__name__)
 NORMALIZED = {"reward": "affine", "cost": "scale", "critic": "identity"}
 """What the kinds of score models do to a score where their configuration says `do_normalize`."""
 NEUTRAL = {"mean": 0.0, "var": 1.0}
+OF_MODELS = ("template", "chat_template", "label", "max_length", "dtype", "model_kwargs")
+"""Settings of a reward that a function has no use for."""
 
 
 @dataclass
@@ -65,7 +67,7 @@ class RewardSource:
         model_kwargs (`dict`, *optional*): Further arguments of `from_pretrained`, such as `device_map`.
 
     Raises:
-        ValueError: no source, a template without `{response}`, or two templates.
+        ValueError: no source, a template without `{response}`, two templates, or settings of models for a function.
     """
 
     source: str
@@ -83,6 +85,12 @@ class RewardSource:
             raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
         if self.template is not None and self.chat_template is not None:
             raise ValueError("A reward has a `template` and a `chat_template`. Give one of them.")
+        unread = [] if self.is_model else [name for name in OF_MODELS if getattr(self, name) != _default(name)]
+        if unread:
+            raise ValueError(
+                f"The reward {self.source!r} is a function, which gets prompts and responses as they are, but has "
+                f"{', '.join(unread)}, which only models have. Leave that out."
+            )
 
     @property
     def is_model(self) -> bool:
@@ -153,8 +161,6 @@ class ModelReward:
     def __init__(self, source: RewardSource) -> None:
         self.source = source
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.source)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.truncation_side = "left"  # of a text that is too long the response is what must stay
         self.limit = source.max_length or self.tokenizer.model_max_length
         self.tokenizer.chat_template = source.chat_template or self.tokenizer.chat_template
@@ -170,7 +176,9 @@ class ModelReward:
         self.model: Any = load_whole(kind.from_pretrained, source.source, **settings).eval()
         if "device_map" not in source.model_kwargs and torch.cuda.is_available():
             self.model.to("cuda")
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        own = self._config.pad_token_id
+        self._own_pad = own is not None and 0 <= own < self._config.vocab_size
+        self._set_pad({self.tokenizer.eos_token_id})
         outputs = self.model.config.num_labels
         if not 0 <= source.label < outputs:
             raise ValueError(
@@ -181,33 +189,48 @@ class ModelReward:
     def __call__(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[float]:
         size, values = self.source.batch_size, []
         for start in range(0, len(responses), size):
-            texts = self._encode(prompts[start : start + size], responses[start : start + size]).to(self.model.device)
-            if int(texts["attention_mask"].sum(1).max()) >= self.limit:
+            texts = self._encode(prompts[start : start + size], responses[start : start + size])
+            if max(map(len, texts)) >= self.limit:
                 logger.warning_once(
                     f"Texts for the reward model {self.source.source!r} reach {self.limit} tokens, and longer ones "
                     "are cut on the left, the prompt first. `max_length` allows more, where the model does."
                 )
-            scores = self.model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"]).logits
+            self._set_pad({text[-1] for text in texts if text})
+            rows = [torch.tensor(text, dtype=torch.long, device=self.model.device) for text in texts]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._config.pad_token_id)
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            scores = self.model(input_ids=ids, attention_mask=mask).logits
             values += scores[:, self.source.label].float().tolist()
         return [-value for value in values] if self.source.negate else values
 
-    def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> Any:
-        options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
+    @property
+    def _config(self) -> Any:
+        """Of the transformer, which has the pad token."""
+        return self.model.config.get_text_config()
+
+    def _set_pad(self, ends: set[int | None]) -> None:
+        """Has a model that knows no pad token take one that is none of the `ends`: a classifier reads the last token
+        that is no padding, as it reads the last one of a text by itself."""
+        if not self._own_pad:
+            self._config.pad_token_id = next(i for i in reversed(range(self._config.vocab_size)) if i not in ends)
+
+    def _encode(self, prompts: Sequence[PromptText], responses: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text."""
+        options: dict[str, Any] = {}
         if self.limit < 10**9:  # a tokenizer without a limit of its own has a huge number
             options |= {"truncation": True, "max_length": self.limit}
-        self.tokenizer.padding_side = "right"
         template = self.source.template
         if template is None:
             chats = [
                 in_form(self.tokenizer, as_messages(p, "user") + as_messages(r, "assistant"))
                 for p, r in zip(prompts, responses)
             ]
-            return self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
+            return cast(Any, self.tokenizer.apply_chat_template(chats, return_dict=True, **options))["input_ids"]
         if "{prompt}" in template:
             texts = [fill(template, prompt=p, response=r) for p, r in zip(prompts, responses)]
         else:
             texts = [fill(template, response=r) for r in responses]
-        return self.tokenizer(texts, **options)
+        return cast(Any, self.tokenizer(texts, **options))["input_ids"]
 
 
 class ScoreModel(PreTrainedModel):
@@ -257,6 +280,11 @@ class ScoreModel(PreTrainedModel):
             shift = self.normalizer["mean"].to(scores) if kind == "affine" else 0.0
             scores = (scores - shift) / (self.normalizer["var"].to(scores).sqrt() + 1e-8)
         return SimpleNamespace(logits=scores)
+
+
+def _default(name: str) -> Any:
+    """What a setting of a [`RewardSource`] is where it is not given."""
+    return getattr(RewardSource, name, {})
 
 
 def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:
