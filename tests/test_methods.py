@@ -494,6 +494,41 @@ def test_guides_of_one_method_share_their_prompt(folder, tmp_path):
         run(folder, [{**method, "template": "chat"}], None)
 
 
+def reordered(model, tokenizer, folder):
+    """The same model and tokenizer, but for the ids of words, which are in the opposite order."""
+    order = [*range(6), *range(63, 5, -1)]
+    for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        weight.data = weight.data[order]
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"] = {word: order[i] for word, i in core["model"]["vocab"].items()}
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(core))
+    for one in (model, tokenizer):
+        one.save_pretrained(folder)
+    return str(folder)
+
+
+def test_ids_of_another_tokenizer_are_aligned_or_refused_where_the_vocabularies_have_one_size(folder, tmp_path):
+    other = reordered(tiny_llama(2, tie_word_embeddings=True), tiny_tokenizer(), tmp_path / "other")
+    tiny_llama(2, tie_word_embeddings=True).save_pretrained(tmp_path / "same")
+    tiny_tokenizer().save_pretrained(tmp_path / "same")
+    assert json.loads((tmp_path / "other/tokenizer.json").read_text())["model"]["vocab"]["w57"] == 6
+    found = [
+        [row["response"] for row in run(folder, [{"method": "genarm", "arms": dict.fromkeys(OBJECTIVES, name)}], None)]
+        for name in (str(tmp_path / "same"), other)
+    ]
+    assert found[0] == found[1]
+    models = Models(str(folder / "large"))
+    assert models.guide(other).vocabulary is models.guide(other).vocabulary  # guides share a forward
+    assert models.guide(str(tmp_path / "same")).vocabulary is None
+    policies = dict.fromkeys(OBJECTIVES, other)
+    for method in (
+        {"method": "transfer_q", "rewards": TEXTS, "policy": other, "rollout_tokens": 2},
+        {"method": "rewarded_soups", "policies": policies},
+    ):
+        with pytest.raises(ValueError, match="58 of them are others there or unknown, such as 'w0'"):
+            run(folder, [method], None)
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [

@@ -307,6 +307,8 @@ def rewarded_soups(models: Models, policies: dict[str, str]) -> ModelAt:
     if any(backbone_name(policy) for policy in policies.values()):
         adapters = {objective: models.adapter(policy) for objective, policy in policies.items()}
         owners = [model for model, _ in adapters.values()]
+        for policy, one in zip(policies.values(), owners):
+            models.check_tokens(policy, one)
         owner, named = owners[0], {objective: name for objective, (_, name) in adapters.items()}
         if any(other is not owner for other in owners):
             raise ValueError("The LoRAs of a soup need one backbone. Tune all of them from one model.")
@@ -393,6 +395,8 @@ def _search(
         if cached and (source.negate or not isinstance(reward, ModelReward)):
             kind = "a cost, minus its output" if source.negate else "a function"
             raise ValueError(f"`cached` is for classifiers, but the reward {source.source!r} is {kind}.")
+        if cached:
+            models.check_tokens(source.source, reward.model, reward.tokenizer)
         judges[objective] = ClassifierReward(reward.model, source.label) if cached else reward
 
     def model_at(batch: Batch) -> Guided:

@@ -143,6 +143,7 @@ class Models:
         self._whole: dict[str, PreTrainedModel] = {}
         self._adapted: dict[tuple[str, str], PeftModel] = {}
         self._beside: list[torch.nn.Module] = []
+        self._vocabularies: list[tuple[dict[str, int], Vocabulary]] = []
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -191,9 +192,46 @@ class Models:
         backbone = backbone or backbone_name(name)
         model, adapter_name = self.adapter(name, backbone) if backbone else (self.whole(name), None)
         tokenizer = _tokenizer(name, backbone)
-        own, bases = (one.get_output_embeddings().weight.shape[0] for one in cast(Any, (model, self.base)))
-        vocabulary = None if own == bases else Vocabulary(self.tokenizer, tokenizer)
+        vocabulary = None if self._is_base(backbone or name) else self._vocabulary(model, tokenizer)
         return Guide(model, adapter_name, tokenizer, vocabulary, template)
+
+    def check_tokens(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Raises `ValueError` for a model that is to read the base model's tokens as they are, and has others."""
+        backbone = backbone_name(name)
+        if self._is_base(backbone or name):
+            return
+        if tokenizer is None:
+            try:
+                tokenizer = _tokenizer(name, backbone)
+            except ValueError:  # it brings none, and so no other one
+                tokenizer = self.tokenizer
+        ours, theirs = (
+            tokens_of(own, one.get_input_embeddings())
+            for own, one in ((self.tokenizer, self.base), (tokenizer, model))
+        )
+        other = sorted((number, token) for token, number in ours.items() if theirs.get(token) != number)
+        if other:
+            raise ValueError(
+                f"The model {name!r} reads the tokens of the base model {self.name!r} as they are, but {len(other)} of "
+                f"them are others there or unknown, such as {other[0][1]!r}. Use a model with the base model's tokenizer."
+            )
+
+    def _is_base(self, name: str) -> bool:
+        return canonical(name) == canonical(self.name)
+
+    def _vocabulary(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Vocabulary | None:
+        """What aligns a guide's tokens with the base model's, the same for the same tokens; `None` for equal ones."""
+        heads = [one.get_output_embeddings() for one in cast(Any, (model, self.base))]
+        if len(heads[0].weight) == len(heads[1].weight):
+            theirs, ours = (tokens_of(one, head) for one, head in zip((tokenizer, self.tokenizer), heads))
+            if theirs == ours:
+                return None
+        known = tokenizer.get_vocab()
+        found = next((vocabulary for tokens, vocabulary in self._vocabularies if tokens == known), None)
+        if found is None:
+            found = Vocabulary(self.tokenizer, tokenizer)
+            self._vocabularies.append((known, found))
+        return found
 
     def adapter(self, name: str, backbone: str | None = None) -> tuple[PeftModel, str]:
         """An adapter, and its name in its model: on the backbone that is named, or the one that it was trained on,
@@ -232,16 +270,18 @@ class Models:
     def whole(self, name: str) -> PreTrainedModel:
         """A whole model, loaded once for a method: the base model, or another by its name."""
         key = canonical(name)
-        if key == canonical(self.name):
+        if self._is_base(name):
             return self.base
         if key not in self._whole:
             self._whole[key] = self._load(name)
         return self._whole[key]
 
     def apart(self, name: str) -> PreTrainedModel:
-        """A model with a backbone of its own, which decodes while the base model does; an adapter is active."""
+        """A model with a backbone of its own, which decodes while the base model does, in the same tokens; an adapter is
+        active. Raises `ValueError` for a model with other tokens."""
         backbone = backbone_name(name)
         model: Any = self._load(backbone or name)
+        self.check_tokens(name, model)
         if backbone:
             model = load_adapter(model, name)
         return cast(PreTrainedModel, self.keep(model.eval()))
@@ -319,6 +359,11 @@ def adapter_config(name: str) -> PeftConfig:
 def canonical(name: str) -> str:
     """One name for a model that has several: of a folder its whole path."""
     return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, embeddings: Any) -> dict[str, int]:
+    """The ids of a tokenizer that a model has embeddings for, by token."""
+    return {token: number for token, number in tokenizer.get_vocab().items() if number < len(embeddings.weight)}
 
 
 def is_readable(name: str) -> bool:
