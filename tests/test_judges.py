@@ -119,7 +119,8 @@ def test_as_many_at_once_as_it_is_told(cache):
         ((302, "", {"Location": "http://127.0.0.1:1/"}), 1, "HTTP 302"),
         ((200, b"no json"), 1, "no chat completion"),
         ((200, {"choices": []}), 1, "no chat completion"),
-        ((200, {"choices": [{"message": {"content": None}}]}), 1, "no chat completion"),
+        ((200, {"choices": [{"message": {"content": None}, "finish_reason": "length"}]}), 1, "it ended by 'length'"),
+        ((200, {"choices": "ab"}), 1, "no chat completion"),
         (5.0, 3, "no answer (timed out)"),
     ],
 )
@@ -134,6 +135,26 @@ def test_what_fails_fails_alone(cache, failure, asked, reason):
         assert reward.endpoint.counted["failed"] == 1
         server.answer = lambda question: "5"  # nothing of a failure is kept
         assert reward(["w", "w"], ["bad", "a"]) == [5, 4]
+
+
+@pytest.mark.parametrize("usage", ["x", [1], {"prompt_tokens": "many"}, None])
+def test_usage_that_is_none_is_not_counted(cache, usage):
+    with JudgeServer(lambda question: (200, {"choices": [{"message": {"content": "4"}}], "usage": usage})) as server:
+        reward = judge(server, cache)
+        assert reward(["w"], ["a"]) == [4]
+        assert reward.endpoint.counted["prompt_tokens"] == 0
+
+
+def test_a_key_may_end_in_a_line_but_not_have_one(cache, monkeypatch):
+    with JudgeServer(lambda question: "4") as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+        assert judge(server, cache)(["w"], ["a"]) == [4]
+        assert server.headers[0]["Authorization"] == "Bearer sk-secret"
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
+        (found,) = judge(server, "")(["w"], ["b"])
+        assert "the key in OPENAI_API_KEY" in found.reason
+        assert "secret" not in found.reason
+        assert len(server.requests) == 1
 
 
 def test_a_busy_endpoint_is_asked_again(cache):

@@ -67,7 +67,7 @@ class Parser(TrlParser):
     """
 
     def __init__(self, classes: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(cast(Any, classes), **kwargs)
+        super().__init__(cast(Any, classes), allow_abbrev=False, **kwargs)
         hints = {name: hint for of in classes for name, hint in get_type_hints(of).items()}
         self.hints = {name: JSON.get(name, hint) if hint is not float else hint for name, hint in hints.items()}
         self.fields = {field.name: field for of in classes for field in dataclasses.fields(of)}
@@ -217,7 +217,7 @@ def _decoded(name: str, value: Any, kinds: Kinds) -> Any:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        if not text.startswith(("{", "[")) or (str in kinds and not text.startswith('{"')):
+        if not text.startswith(("{", "[")) or (str in kinds and not (dict in kinds and text.startswith('{"'))):
             return value
         raise ValueError(f"`{name}` is {value!r}, which is no JSON: {error}.") from None
     return value if str in kinds and isinstance(found, dict) and dict not in kinds else found

@@ -150,7 +150,7 @@ class Endpoint:
     def _post(self, body: dict[str, Any], retries: int) -> tuple[str, dict[str, int]] | Failure:
         """The answer and the tokens that it took."""
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.api_key_env):
+        if key := os.environ.get(self.api_key_env, "").strip():  # a mounted secret ends in a line
             headers["Authorization"] = f"Bearer {key}"
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         reason = ""
@@ -159,7 +159,7 @@ class Endpoint:
             wait = self.pause * 2**attempt
             try:
                 with _OPENER.open(request, timeout=self.timeout) as response:
-                    return _read(response.read(MOST))
+                    data = response.read(MOST)
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}: {_told(error)}"
                 if error.code not in AGAIN:
@@ -168,8 +168,12 @@ class Endpoint:
                     wait = max(wait, float(error.headers["Retry-After"]))
             except (OSError, HTTPException) as error:  # no connection, a timeout, a connection that was cut
                 reason = f"no answer ({getattr(error, 'reason', None) or error or type(error).__name__})"
-            except (ValueError, KeyError, IndexError, TypeError):
-                return Failure("an answer that is no chat completion in JSON")
+            except ValueError:  # whose text may have the key in it
+                return Failure(
+                    f"a request that can't be sent: look at `base_url`, and at the key in {self.api_key_env}"
+                )
+            else:
+                return _read(data)
             if attempt < retries:
                 time.sleep(min(wait, LONGEST) * random.uniform(0.8, 1.0))
         return Failure(reason)
@@ -185,13 +189,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
-def _read(data: bytes) -> tuple[str, dict[str, int]]:
-    found = json.loads(data)
-    answer = found["choices"][0]["message"]["content"]
+def _read(data: bytes) -> tuple[str, dict[str, int]] | Failure:
+    """An answer, and what is told of its tokens, which many endpoints leave out."""
+    try:
+        found = json.loads(data)
+        choice = found["choices"][0]
+        answer = choice["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return Failure("an answer that is no chat completion in JSON")
     if not isinstance(answer, str):
-        raise TypeError("no text")
-    usage = found.get("usage") or {}
-    return answer, {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+        return Failure(f"an answer without a text (it ended by {choice.get('finish_reason')!r})")
+    usage = found.get("usage")
+    counts = {n: usage.get(n) if isinstance(usage, dict) else 0 for n in ("prompt_tokens", "completion_tokens")}
+    return answer, {name: count if isinstance(count, int) else 0 for name, count in counts.items()}
 
 
 def _told(error: urllib.error.HTTPError) -> str:

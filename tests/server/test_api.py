@@ -163,9 +163,9 @@ def test_log_probabilities_are_of_the_guided_distribution(here, twin):
         scores = twin.guided("parm", ALPHAS[0], 0.5)(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
     for entry, token, row in zip(answer.choices[0].logprobs.content, tokens, scores, strict=True):
         values, top = row.topk(3)
-        assert entry.token == twin.tokenizer.decode([token])
+        assert entry.token.strip() == twin.tokenizer.decode([token])
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
-        assert [one.token for one in entry.top_logprobs] == [twin.tokenizer.decode([t]) for t in top.tolist()]
+        assert [one.token.strip() for one in entry.top_logprobs] == twin.tokenizer.convert_ids_to_tokens(top.tolist())
         assert [one.logprob for one in entry.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
 
 
@@ -180,15 +180,74 @@ def test_completions_of_texts_and_of_ids(here, twin):
         assert [choice.index for choice in answer.choices] == [0, 1]
         assert answer.usage.prompt_tokens == sum(map(len, ids))
         logprobs = answer.choices[0].logprobs
-        assert logprobs.tokens == [twin.tokenizer.decode([token]) for token in expected[0]]
+        special = twin.tokenizer.all_special_tokens
+        assert "".join(t for t in logprobs.tokens if t.strip() not in special) == answer.choices[0].text
+        assert [text.strip() for text in logprobs.tokens] == twin.tokenizer.convert_ids_to_tokens(expected[0])
         assert [max(top.values()) for top in logprobs.top_logprobs] == logprobs.token_logprobs
     streamed = here.client.completions.create(prompt=texts[0], stream=True, **settings)
     assert "".join(chunk.choices[0].text for chunk in streamed) == twin.after(ids[0], expected[0])
 
 
-def test_sixteen_tokens_are_the_default_of_completions(here):
+@pytest.mark.parametrize("stop", [None, ["9 zzz", " zzz"], "w1"])
+def test_places_of_tokens_are_those_in_the_text(here, stop):
+    """However the text comes."""
+    settings = {"model": "base", "prompt": "w3 w9", "max_tokens": 30, "temperature": 1.3, "seed": 3, "stop": stop}
+    whole = here.client.completions.create(logprobs=1, **settings).choices[0]
+    chunks = list(here.client.completions.create(logprobs=1, stream=True, **settings))
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs is not None]
+    assert [place for one in told for place in one.text_offset] == whole.logprobs.text_offset
+    assert [token for one in told for token in one.tokens] == whole.logprobs.tokens
+    assert len(whole.logprobs.tokens) > (0 if stop else 3)
+    known = here.server.preparing._reading.all_special_tokens
+    for token, place in zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True):
+        assert token.strip() in known or (whole.text + "w" * 3)[place:].startswith(token[:1])
+    shown = [token for token in whole.logprobs.tokens if token.strip() not in known]
+    assert "".join(shown).startswith(whole.text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_that_can_not_be_has_a_log_probability_that_json_knows(folder, stream):
+    with running(arguments(folder, methods=None)) as here:
+        here.server.preparing._base.generation_config.suppress_tokens = list(range(10, 64))
+        answer = here.client.completions.create(model="base", prompt="w3", max_tokens=2, logprobs=20, stream=stream)
+        for chunk in answer if stream else [answer]:
+            for logprobs in (choice.logprobs for choice in chunk.choices if choice.logprobs):
+                assert all(min(top.values()) == -9999.0 for top in logprobs.top_logprobs)
+        chat = here.chat("w3", "base", logprobs=True, top_logprobs=20)
+    assert {min(one.logprob for one in entry.top_logprobs) for entry in chat.choices[0].logprobs.content} == {-9999.0}
+
+
+def test_sixteen_tokens_are_the_default_of_completions(here, folder, monkeypatch):
+    monkeypatch.setattr(here.server.preparing, "_ends", frozenset())
     answer = here.client.completions.create(model="base", prompt="w3 w9", temperature=0)
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (16, "length")
+    longest = here.client.completions.create(model="base", prompt=[5] * 505)
+    assert longest.usage.completion_tokens == 512 - 505
+    with running(arguments(folder, methods=None, max_tokens=8)) as small:
+        small.server.preparing._ends = frozenset()
+        assert small.client.completions.create(model="base", prompt="w3").usage.completion_tokens == 8
+
+
+def test_a_preference_at_the_edge_of_what_is_allowed(here, twin):
+    answer = here.chat("w3 w9", preference=[0.5, 0.5001])
+    assert answer.preference == pytest.approx({"helpful": 0.5, "brief": 0.5}, abs=1e-4)
+    assert answer.choices[0].message.content == twin.text("w3 w9")
+    with pytest.raises(openai.BadRequestError, match="must sum to 1"):
+        here.chat(preference=[0.5, 0.5002])
+
+
+def test_a_default_at_a_vertex_hides_no_guide(tmp_path):
+    """What a model can read is that of all of its guides, whoever acts by default."""
+    save_models(tmp_path)
+    for part in (tiny_llama(3, max_position_embeddings=64), Twin(tmp_path).tokenizer):
+        part.save_pretrained(tmp_path / "short")
+    method = {"method": "genarm", "arms": {"helpful": str(tmp_path / "helpful"), "brief": str(tmp_path / "short")}}
+    given = {"arm": None, "methods": [method], "preference": {"helpful": 1.0, "brief": 0.0}}
+    with running(arguments(tmp_path, **given)) as here:
+        assert here.server.catalogue.named("genarm").positions == 64
+        assert here.chat("w3", max_tokens=2, model="genarm").preference == given["preference"]
+        with pytest.raises(openai.BadRequestError, match="at most 63 fit"):
+            here.client.completions.create(model="genarm", prompt=[5] * 100, extra_body={"preference": [0.0, 1.0]})
 
 
 def test_conversations_and_parts(here, twin):
@@ -386,6 +445,7 @@ def test_a_large_body_in_parts_is_refused_too(here):
 def test_other_addresses(here, method, path, status):
     response = httpx.request(method, here.url + path)
     assert response.status_code == status
+    assert ("allow" in response.headers) == (status == 405)
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
@@ -421,7 +481,7 @@ def test_health_and_metrics_need_no_key(locked):
     assert "trl_parm_requests_total" in httpx.get(f"{locked.url}/metrics").text
 
 
-def test_what_is_counted(folder):
+def test_what_is_counted(folder, monkeypatch):
     from prometheus_client.parser import text_string_to_metric_families
 
     with running(arguments(folder, methods=None)) as here:
@@ -434,6 +494,9 @@ def test_what_is_counted(folder):
         with here.chat("w3 w9", stream=True, max_tokens=200, temperature=0) as stream:
             next(iter(stream))
         list(here.chat("w3 w9", "base", stream=True, max_tokens=2))
+        with monkeypatch.context() as patch:
+            patch.setattr(here.server, "_described", lambda served: 1 / 0)
+            httpx.get(f"{here.url}/v1/models")
         httpx.get(f"{here.url}/v1/w31")
         httpx.get(f"{here.url}/v1/completions")
         assert wait_until(lambda: 'status="499"' in httpx.get(f"{here.url}/metrics").text)
@@ -448,6 +511,7 @@ def test_what_is_counted(folder):
     assert found["trl_parm_requests_total", "400", "base", "chat/completions"] == 1
     assert found["trl_parm_requests_total", "499", "chat/completions", "parm"] == 1
     assert found["trl_parm_requests_total", "200", "base", "chat/completions"] == 2
+    assert found["trl_parm_requests_total", "(none)", "500", "models"] == 1
     assert found["trl_parm_requests_total", "(none)", "(none)", "404"] == 1
     assert found["trl_parm_requests_total", "(none)", "(none)", "405"] == 1
     assert found["trl_parm_generated_tokens_total", "base", "false"] == 6

@@ -60,6 +60,8 @@ def test_a_port_in_use(folder, capsys):
     ("given", "message"),
     [
         ({"methods": '{"method": "parm"}'}, "has no arm"),
+        ({"template": "no place"}, "has no {prompt}"),
+        ({"max_prompt_tokens": "0"}, "`max_prompt_tokens` is 0"),
         ({"methods": '{"method": "parn"}'}, "must be one of"),
         ({"methods": '["base"]'}, "Two models are called 'base'"),
         ({"methods": '["worst_case", "worst_case"]'}, "Two models are called 'worst_case'"),

@@ -274,6 +274,48 @@ def test_what_fails_while_decoding_is_an_error_of_those_who_asked(folder, twin, 
     assert "w3" not in caplog.text
 
 
+def in_a_lane(here, pool, **settings):
+    """The answer to a long request that is being decoded."""
+    asked = pool.submit(here.chat, "w3 w9", max_tokens=300, **settings)
+    assert wait_until(lambda: any(lane.texts for lane in here.server.engine._lanes.values()))
+    return asked
+
+
+def test_what_can_not_join_is_an_error_of_those_who_came(folder, twin, monkeypatch):
+    from trl_parm.server import lanes
+
+    def fail(*given):
+        raise RuntimeError("out of memory")
+
+    with running(arguments(folder, methods=None)) as here, ThreadPoolExecutor(1) as pool:
+        here.server.preparing._ends = frozenset()
+        first = in_a_lane(here, pool)
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "joined", fail)
+            with pytest.raises(openai.InternalServerError, match="Decoding failed"):
+                here.chat("w5")
+        here.chat("w5")
+        assert not first.done()
+        whole = first.result()
+    tokens = twin.tokens(twin.ids("w3 w9"), most=300)
+    assert twin.tokenizer.eos_token_id not in tokens[:-1]
+    assert whole.choices[0].message.content == twin.decoded(tokens)
+
+
+@pytest.mark.parametrize("weight", [1e-50, 1e-40, 1e-31])
+def test_a_weight_that_float32_does_not_know_is_none(folder, twin, weight):
+    """Its formula is another than that of the texts beside it."""
+    with running(arguments(folder)) as here, ThreadPoolExecutor(1) as pool:
+        here.server.preparing._ends = frozenset()
+        first = in_a_lane(here, pool, model="genarm")
+        tiny = here.chat("w5", "genarm", preference={"helpful": 1.0, "brief": weight}, beta=1e6)
+        none = here.chat("w5", "genarm", preference={"helpful": 1.0, "brief": 0.0}, beta=1e6)
+        assert not first.done()
+        assert first.result().usage.completion_tokens == 300
+    assert tiny.preference == none.preference
+    assert tiny.choices[0].message.content == none.choices[0].message.content
+
+
 def test_an_engine_that_is_closed_ends_what_waits(folder):
     with running(arguments(folder, methods=None)) as here, ThreadPoolExecutor(1) as pool:
         here.server.preparing._ends = frozenset()

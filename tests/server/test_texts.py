@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_parm.noise import Sampling
-from trl_parm.server.texts import Chosen, Decoder, Settings, Text, choose, until_stop
+from trl_parm.server.texts import Chosen, Decoder, Settings, Text, choose, token_text, until_stop
 
 
 TOKENIZERS = {
@@ -84,16 +84,46 @@ def text_of(tokenizer: str = "words", **given) -> Text:
 def test_tokens_are_told_with_their_text_and_none_beyond_a_stop(text, stop):
     tokens = TOKENIZERS["bytes"](text, add_special_tokens=False)["input_ids"]
     whole = text_of("bytes", most=len(tokens), stop=(stop,), logprobs=0)
-    sent, told = "", []
+    sent, told, places = "", [], []
     for token in tokens:
         piece = whole.add(Chosen(token, -1.0, []))
         sent, told = sent + piece.text, told + [chosen.token for chosen in piece.tokens]
+        places += [chosen.place for chosen in piece.tokens]
         assert TOKENIZERS["bytes"].decode(told).startswith(sent)
         if piece.finished:
             break
     assert told == tokens[: len(told)]
     assert sent == text.split(stop)[0]
     assert len(told) == len(TOKENIZERS["bytes"](sent, add_special_tokens=False)["input_ids"])
+    assert places == [len(TOKENIZERS["bytes"].decode(told[:i]).rstrip("�")) for i in range(len(told))]
+
+
+@pytest.mark.parametrize("name", ["bytes", "characters"])
+@pytest.mark.parametrize("text", ["grüß Gott, 世界!", "a b  c"])
+def test_tokens_as_texts_and_bytes_join_to_the_text(name, text):
+    """Parts of characters have bytes alone, and spaces are those between the tokens."""
+    tokenizer = TOKENIZERS[name]
+    if name == "characters":
+        text = text.encode("ascii", "ignore").decode()
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = [token_text(tokenizer, token, before) for before, token in zip([None, *tokens], tokens)]
+    assert b"".join(bytes(as_bytes) for _, as_bytes in found).decode() == tokenizer.decode(tokens)
+    assert all(shown.encode() == bytes(as_bytes) or "�" in shown for shown, as_bytes in found)
+
+
+def test_bytes_of_a_byte_token_and_of_what_is_unknown():
+    class Tokenizer:
+        def __init__(self, piece):
+            self.piece = piece
+
+        def decode(self, ids):
+            return "�"
+
+        def convert_ids_to_tokens(self, token):
+            return self.piece
+
+    assert token_text(Tokenizer("<0xE4>"), 3, 4) == ("�", [0xE4])
+    assert token_text(Tokenizer("世"), 3, None) == ("�", None)
 
 
 def test_a_text_ends_by_its_length_or_an_end_token():

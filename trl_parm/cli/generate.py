@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
     arguments: GenerateArguments = parse("generate", GenerateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
     from trl_parm.jsonl import beside
+    from trl_parm.jsonl import parse as parse_rows
     from trl_parm.records import read_rows, write_run
     from trl_parm.texts import as_text
 
@@ -189,7 +190,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"The method {entry.name!r} {needs}.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
     output = Path(arguments.output) if arguments.output else None
-    before = len(read_rows(output)) if output and output.is_file() and output.stat().st_size else 0
+    before = len(parse_rows(output.read_bytes(), output)[0]) if output and output.is_file() else 0
     options = {"rewards": unscored, "path": arguments.output, "restart": arguments.restart}
     options["allow_off_simplex"] = arguments.allow_off_simplex
     table = arguments.evaluate([method], preferences, prompts, **options)

@@ -21,10 +21,12 @@ import torch
 from transformers import BatchEncoding, StoppingCriteria
 
 from peft_pblora import as_preference
+from peft_pblora.switch import backbone_of
 from trl_parm.decoding import BASE, Guided, TokenRewards, token_rewards
 from trl_parm.decoding.methods import guidance_strength
 from trl_parm.evaluation.control_tokens import check_escapes
 from trl_parm.evaluation.decoding import GREEDY, RowSampling, encode_prompts, text_length
+from trl_parm.evaluation.models import positions_of
 from trl_parm.noise import row_seed
 from trl_parm.rewards import score
 
@@ -79,9 +81,8 @@ class Answering:
         if not prompt or not prompt.strip():
             raise ValueError("The prompt is empty. Write something that the model can answer.")
         self._preference(question)
-        if not 0 < beta < math.inf:
-            raise ValueError(f"β is {beta}, but it must be a positive, finite number. Guidance has strength 1/β.")
         for name, value, least, most in (
+            ("β", beta, 1e-6, 1e6),  # its inverse is the strength of guidance, which must be finite in float32 too
             ("max new tokens", question.max_new_tokens, 1, MOST_NEW_TOKENS),
             ("temperature", question.temperature, 0, 5),
             ("seed", question.seed, 0, 2**53),
@@ -95,8 +96,13 @@ class Answering:
         with self._tokenizing:
             inputs = encode_prompts(self._tokenizer, [prompt], escape_control_tokens=self.escape_control_tokens)
         tokens = cast(torch.Tensor, inputs["input_ids"]).shape[1]
-        context = getattr(self.models.base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        known = [positions_of(model.config) for model in (self.models.base, backbone_of(self.models.arm.model))]
+        context = min((count for count in known if count), default=math.inf)
         most = min(MOST_PROMPT_TOKENS, context - question.max_new_tokens)
+        if most < 1:
+            raise ValueError(
+                f"The max new tokens are {question.max_new_tokens}, but all that fits is {context} tokens."
+            )
         if tokens > most:
             raise ValueError(f"The prompt has {tokens} tokens, but at most {most} fit. Shorten it.")
         return inputs

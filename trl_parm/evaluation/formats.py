@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from peft_pblora.output import file_name, output_file, output_folder
+from peft_pblora.output import file_name, output_files, output_folder
 from trl_parm.texts import as_text
 
 from .answers import with_all_columns
@@ -50,9 +50,9 @@ def alpaca_eval_files(
         entry = {"instruction": as_text(row["prompt"]), "output": row["response"], "generator": name}
         outputs.setdefault(name, []).append(entry)
     files = {name: Path(folder) / f"{file_name(name)}.json" for name in outputs}
-    for name, path in files.items():
-        with output_file(path, WRITER) as file:
-            json.dump(outputs[name], file, ensure_ascii=False, indent=1)
+    with output_files(folder, WRITER) as new:
+        for name, path in files.items():
+            (new / path.name).write_text(json.dumps(outputs[name], ensure_ascii=False, indent=1), encoding="utf-8")
     return files
 
 

@@ -14,6 +14,8 @@ from .texts import Chosen, Piece
 
 
 DONE = b"data: [DONE]\n\n"
+LEAST = -9999.0
+"""In the place of log 0, which JSON does not have."""
 
 
 def event(value: dict[str, Any]) -> bytes:
@@ -27,7 +29,7 @@ class Answer:
     Args:
         request ([`Request`]): The request.
         prompt_tokens (`int`): Of all of its prompts.
-        token_text (`Callable`): A token as text.
+        token_text (`Callable`): A token after another one, as text and as bytes.
     """
 
     def __init__(self, request: Request, prompt_tokens: int, token_text: Any) -> None:
@@ -74,7 +76,7 @@ class Answer:
             own: dict[str, Any] = {"text": text}
             if self.request.chat:
                 own = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            choices.append({"index": i, **own, "logprobs": self._logprobs(tokens, 0), "finish_reason": finished})
+            choices.append({"index": i, **own, "logprobs": self._logprobs(tokens), "finish_reason": finished})
         return {**self._head, "choices": choices, "usage": self.usage}
 
     def chunk(self, piece: Piece) -> bytes | None:
@@ -86,8 +88,7 @@ class Answer:
         if self.request.chat:
             delta = {"content": piece.text} if begun else {"role": "assistant", "content": piece.text}
             own = {"delta": delta}
-        offset = sum(map(len, self._texts[piece.index])) - len(piece.text)
-        logprobs = self._logprobs(piece.tokens, offset) if piece.tokens else None
+        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
         choice = {"index": piece.index, **own, "logprobs": logprobs, "finish_reason": piece.finished}
         usage = {"usage": None} if self.request.include_usage else {}
         return event({**self._head, "choices": [choice], **usage})
@@ -97,25 +98,25 @@ class Answer:
         usage = event({**self._head, "choices": [], "usage": self.usage}) if self.request.include_usage else b""
         return usage + DONE
 
-    def _logprobs(self, tokens: Sequence[Chosen], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
         if self.request.logprobs is None:
             return None
         if self.request.chat:
             content = [
-                {**self._entry(c.token, c.log_prob), "top_logprobs": [self._entry(*one) for one in c.top]}
+                {**self._entry(c.token, c.log_prob, c.before),
+                 "top_logprobs": [self._entry(*one, c.before) for one in c.top]}
                 for c in tokens
-            ]
+            ]  # fmt: skip
             return {"content": content, "refusal": None}
-        texts = [self._token_text(chosen.token) for chosen in tokens]
-        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
-        tops = [{self._token_text(token): value for token, value in chosen.top} for chosen in tokens]
-        return {"tokens": texts, "token_logprobs": [c.log_prob for c in tokens], "top_logprobs": tops,
-                "text_offset": offsets}  # fmt: skip
-
-    def _entry(self, token: int, log_prob: float) -> dict[str, Any]:
-        text = self._token_text(token)
+        own = [self._entry(c.token, c.log_prob, c.before) for c in tokens]
+        tops = [[self._entry(*one, c.before) for one in c.top] for c in tokens]
         return {
-            "token": text,
-            "logprob": max(log_prob, -9999.0),
-            "bytes": None if "�" in text else list(text.encode()),
+            "tokens": [one["token"] for one in own],
+            "token_logprobs": [one["logprob"] for one in own],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in top} for top in tops],
+            "text_offset": [c.place for c in tokens],
         }
+
+    def _entry(self, token: int, log_prob: float, before: int | None) -> dict[str, Any]:
+        text, as_bytes = self._token_text(token, before)
+        return {"token": text, "logprob": max(log_prob, LEAST), "bytes": as_bytes}

@@ -93,6 +93,9 @@ class Server:
                 response = await handler(http)
             except RequestError as error:
                 response = error_response(error)
+            except Exception:
+                self._count(http, 500)
+                raise
             if not isinstance(response, StreamingResponse):  # which is counted when it has come to its end
                 self._count(http, response.status_code)
             return response
@@ -108,7 +111,9 @@ class Server:
         status = error.status_code if isinstance(error, HTTPException) else 500
         self.metrics.answered(UNKNOWN, UNKNOWN, status)
         what = {404: "There is nothing at", 405: "This method is not for"}.get(status, "This can't be done at")
-        return error_response(RequestError(f"{what} {http.url.path[:200]}.", status))
+        response = error_response(RequestError(f"{what} {http.url.path[:200]}.", status))
+        response.headers.update(getattr(error, "headers", None) or {})
+        return response
 
     def _check_key(self, http: HTTPRequest) -> None:
         """Raises [`RequestError`] with status 401 without a right key; how long it takes does not tell how wrong."""

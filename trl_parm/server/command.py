@@ -15,6 +15,7 @@ from typing import Any
 
 from trl_parm.arguments import option, required
 from trl_parm.extras import require
+from trl_parm.texts import fill
 
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
@@ -65,9 +66,13 @@ class ServeArguments:
         names = [m.get("name", m.get("method")) if isinstance(m, dict) else m for m in self.methods or ()]
         if self.arm and "parm" in names:
             raise ValueError("`arm` is served as `parm`, and a method has that name too. Give that one a `name`.")
-        for name in ("max_rows", "max_texts", "max_tokens", "max_body_bytes", "read_tokens", "turn_tokens"):
-            if getattr(self, name) < 1:
+        for name in (
+            "max_rows", "max_texts", "max_prompt_tokens", "max_tokens", "max_body_bytes", "read_tokens", "turn_tokens",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, but it must be 1 or larger.")
+        if self.template is not None:
+            fill(self.template, prompt="")
         if self.engine_args and self.engine != "vllm":
             raise ValueError("`engine_args` are vLLM's. Leave them out, or set `engine: vllm`.")
         own = {field.name: field.default for field in fields(self) if field.name in EMBEDDED}

@@ -220,12 +220,13 @@ class Engine:
         if key not in self._lanes:
             guidance = joining[0][0].guidance
             self._lanes[key] = Lane(guidance.served, guidance.own is not None)
-        lane = self._lanes[key]
-        tasks = {text.owner for text in lane.staying} | {text.owner for _, texts in joining for text in texts}
-        with self._failing(*tasks):
-            start = time.monotonic()
-            if joining or lane.leaving:
+        lane, start = self._lanes[key], time.monotonic()
+        if joining:
+            with self._failing(*{text.owner for _, texts in joining for text in texts}):
                 lane.regroup(joining)
+        with self._failing(*{text.owner for text in lane.staying}):
+            if lane.leaving:
+                lane.regroup([])
             if lane.texts:
                 self._write(lane.texts, lane.step(), start)
                 lane.leaving.update(text for text in lane.texts if text.finished is not None)

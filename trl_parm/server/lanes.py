@@ -81,20 +81,21 @@ class Lane:
         return [text for text in self.texts if text not in self.leaving]
 
     def regroup(self, joining: Sequence[tuple[Reading, list[Text]]]) -> None:
-        """Lets texts leave, and others join after what was read of them."""
+        """Lets texts leave, and others join after what was read of them. Where that fails, nothing has changed."""
         kept = [row for row, text in enumerate(self.texts) if text not in self.leaving]
         held = [Held(self._cache, kept, [self.texts[row].read for row in kept])] if self._cache and kept else []
         held += [Held(one.cache, [0] * len(texts), [one.cache.length] * len(texts)) for one, texts in joining]
+        guidance = [self._guidance[row] for row in kept]
+        guidance += [one.guidance for one, texts in joining for _ in texts]
+        cache: GuidedCache | None = None
+        if held:
+            guided = self.served.guided([g.weights for g in guidance], [g.beta for g in guidance])
+            alone = len(held) == 1 and held[0].rows == list(range(held[0].cache.rows))
+            cache = held[0].cache if alone else joined(guided, held, self._own is not None)
+            self._guided = guided
         self.texts = [*self.staying, *(text for _, texts in joining for text in texts)]
-        self._guidance = [self._guidance[row] for row in kept]
-        self._guidance += [one.guidance for one, texts in joining for _ in texts]
+        self._guidance, self._cache = guidance, cache
         self.leaving.clear()
-        if not held:
-            self._cache = None
-            return
-        self._guided = self.served.guided([g.weights for g in self._guidance], [g.beta for g in self._guidance])
-        alone = len(held) == 1 and held[0].rows == list(range(held[0].cache.rows))
-        self._cache = held[0].cache if alone else joined(self._guided, held, self._own is not None)
 
     def step(self) -> torch.Tensor:
         """Reads the last token of every text, and returns log π of the next ones, `(rows, vocab)`."""

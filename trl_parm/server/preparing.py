@@ -20,9 +20,11 @@ from .engine import Task
 from .errors import wrong
 from .lanes import Guidance
 from .protocol import Request
-from .texts import Settings, Text, choice_seed
+from .texts import Settings, Text, choice_seed, token_text
 
 
+COMPLETION_TOKENS = 16
+"""OpenAI's default where the prompt is no chat."""
 RAW = "{prompt}"
 """The template of a prompt that is no chat."""
 
@@ -77,10 +79,10 @@ class Preparing:
         with self._lock:
             return [self._task(request, i, tell, started) for i in range(len(request.prompts))]
 
-    def token_text(self, token: int) -> str:
-        """A token as text."""
+    def token_text(self, token: int, before: int | None) -> tuple[str, list[int] | None]:
+        """A token after another one, as text and as bytes."""
         with self._lock:
-            return cast(str, self._reading.decode([token]))
+            return token_text(self._reading, token, before)
 
     def _task(self, request: Request, number: int, tell: Callable[[Any], None], started: float) -> Task:
         prompt, served, own = request.prompts[number], request.served, None
@@ -138,7 +140,7 @@ class Preparing:
                 f"`max_tokens` is {request.max_tokens}, but at most {room} fit.",
                 "context_length_exceeded",
             )
-        return request.max_tokens or room
+        return request.max_tokens or (room if request.chat else min(room, COMPLETION_TOKENS))
 
     def _processors(self, length: int) -> Any:
         """What the base model's generation config does to scores, as `generate` does it; `None` if nothing."""

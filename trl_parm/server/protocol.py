@@ -52,7 +52,7 @@ class Request:
         weights (`dict[str, float]`): α by objective; empty for a model without preferences.
         beta (`float` or `None`): β; `None` for a model without.
         n (`int`): Texts after each prompt.
-        max_tokens (`int` or `None`): Most tokens of each.
+        max_tokens (`int` or `None`): Most tokens of each, if it says so.
         sampling ([`Sampling`] or `None`): Greedy without.
         seed (`int`): Of the noise; drawn if none was given.
         stop (`tuple[str, ...]`): Where texts end.
@@ -120,7 +120,7 @@ def read_request(body: Mapping[str, Any], chat: bool, catalogue: Catalogue, most
     stream = _flag(body, "stream")
     seed = _whole(body, "seed", None, -(2**63), 2**63 - 1)
     return Request(
-        served, chat, prompts, *wanted_guidance(body, served), n, _max_tokens(body, chat),
+        served, chat, prompts, *wanted_guidance(body, served), n, _max_tokens(body),
         _sampling(body), secrets.randbits(53) if seed is None else seed, _stop(body.get("stop")),
         _logprobs(body, chat), stream, _include_usage(body, stream),
     )  # fmt: skip
@@ -230,12 +230,12 @@ def _sampling(body: Mapping[str, Any]) -> Sampling | None:
     return Sampling(temperature, max(top_k, 0), top_p, min_p) if top_p > 0 else Sampling(temperature, 1)
 
 
-def _max_tokens(body: Mapping[str, Any], chat: bool) -> int | None:
+def _max_tokens(body: Mapping[str, Any]) -> int | None:
     found = {name: _whole(body, name, None, 1, 2**31) for name in ("max_tokens", "max_completion_tokens")}
     given = {value for value in found.values() if value is not None}
     if len(given) > 1:
         raise wrong("max_tokens", "`max_tokens` and `max_completion_tokens` differ. Give one of them.")
-    return given.pop() if given else None if chat else 16  # OpenAI's default there
+    return given.pop() if given else None
 
 
 def _stop(given: Any) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ BASE_NAME = "base"
 """The unguided base model, whatever else is served."""
 OBJECTIVES_OF = ("arms", "policies")
 """Settings of methods that name a model for each objective."""
+LEAST_WEIGHT = 1e-30
 OwnPrompt = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -169,27 +170,35 @@ def load_served(
 
 
 def checked_weights(preference: Mapping[str, float] | Sequence[float], objectives: Sequence[str]) -> dict[str, float]:
-    """A preference by objective. Raises `ValueError` or `TypeError` for one that is none, in words for a client."""
+    """A preference by objective. Raises `ValueError` or `TypeError` for one that is none, in words for a client.
+
+    Weights so small that float32 can't tell their guidance from none, at any β, are none: else such a text would be in
+    one lane with texts that have another formula.
+    """
     α = as_preference(preference, objectives, allow_off_simplex=True)  # names and their number before their sum
     values = list(preference.values()) if isinstance(preference, Mapping) else list(preference)
-    if (α < 0).any() or abs(sum(values) - 1) > SUM_TOLERANCE:
+    total = sum(values)
+    if (α < 0).any() or abs(total - 1) > SUM_TOLERANCE:
         raise ValueError(f"`preference` has the weights {values}, but they must be 0 or larger and must sum to 1.")
-    named = preference if isinstance(preference, Mapping) else dict(zip(objectives, values, strict=True))
-    return {objective: float(named[objective]) for objective in objectives}
+    if abs(total - 1) > SUM_TOLERANCE / 100:  # in float32 it might be just beyond the tolerance
+        values = [value / total for value in values]
+    names = preference if isinstance(preference, Mapping) else objectives
+    named = dict(zip(names, values, strict=True))
+    return {o: float(named[o]) if named[o] >= LEAST_WEIGHT else 0.0 for o in objectives}
 
 
 def _load(models: Models, entry: Entry, objectives: tuple[str, ...], preference: Mapping[str, float] | None) -> Served:
     if models.base.config.is_encoder_decoder:
         raise ValueError(f"The base model is a {type(models.base).__name__}, but only decoders can be served.")
-    weights = dict.fromkeys(objectives, 1 / len(objectives)) if objectives else None
+    weights = uniform = dict.fromkeys(objectives, 1 / len(objectives)) if objectives else None
     if preference is not None and set(preference) == set(objectives):
         weights = checked_weights(preference, objectives)
     β = inspect.signature(entry.method.make).parameters.get("beta")
     beta = None if β is None else float(entry.settings.get("beta", β.default))
     model_at = entry.method.make(models, **entry.settings)
     served = Served(entry.name, model_at, objectives, weights, beta, entry.method.together)
-    one = served.guided([weights or {}], [beta])
-    joins = can_join(lambda rows: served.guided([weights or {}] * rows, [beta] * rows))
+    one = served.guided([uniform or {}], [beta])  # at a vertex it would lack guides
+    joins = can_join(lambda rows: served.guided([uniform or {}] * rows, [beta] * rows))
     known = [positions_of(backbone_of(model).config) for model in (models.base, *(term.model for term in one.terms))]
     positions = min((count for count in known if count is not None), default=None)
     return replace(served, joins=joins, in_parts=can_read_on(one), positions=positions)

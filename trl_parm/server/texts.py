@@ -3,26 +3,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trl_parm.noise import Sampling, row_seed
 
 
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""What the characters of byte-level vocabularies stand for."""
 BEFORE = 6
 """Tokens of a prompt with which it is found out whether a space follows."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token with log π of it and of the likeliest ones, by the distribution before temperature."""
+    """A token with log π of it and of the likeliest ones, by the distribution before temperature.
+
+    Attributes:
+        token (`int`), log_prob (`float`): The token.
+        top (`list[tuple[int, float]]`): The likeliest tokens.
+        before (`int` or `None`): The token that it follows; `None` at the beginning of a text.
+        place (`int`): Characters of the text before it.
+    """
 
     token: int
     log_prob: float
     top: list[tuple[int, float]]
+    before: int | None = None
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,7 @@ class Text:
     def __post_init__(self) -> None:
         self._decoder = Decoder(self.tokenizer, self.prompt[-BEFORE:] if self.settings.goes_on else ())
         self._waiting, self._sent = "", 0
-        self._untold: list[tuple[int, Chosen]] = []  # with the place in the text at which they begin
+        self._untold: list[Chosen] = []
 
     @property
     def ids(self) -> list[int]:
@@ -143,9 +156,10 @@ class Text:
     def add(self, chosen: Chosen) -> Piece:
         """Writes one token more, and returns what can be sent now: nothing that a stop may still take away, neither
         text nor tokens."""
+        last = self.written[-1] if self.written else self.prompt[-1] if self.settings.goes_on else None
+        self._untold.append(replace(chosen, before=last, place=self._sent + len(self._waiting)))
         self.written.append(chosen.token)
         self.stint += 1
-        self._untold.append((self._sent + len(self._waiting), chosen))
         ended = chosen.token in self.settings.ends
         if not ended:
             self._waiting += self._decoder.add(chosen.token)
@@ -155,13 +169,31 @@ class Text:
         text, self._waiting, stopped = until_stop(self._waiting, self.settings.stop, self.finished is not None)
         self._sent += len(text)
         whole = self.finished is not None and not stopped
-        told = [one for start, one in self._untold if whole or start < self._sent]
+        told = [one for one in self._untold if whole or one.place < self._sent]
         self._untold = self._untold[len(told) :]
         if stopped:
             self.finished = "stop"
         return Piece(
             self.index, text, told if self.settings.logprobs is not None else [], self.finished, len(self.written)
         )
+
+
+def token_text(tokenizer: Any, token: int, before: int | None) -> tuple[str, list[int] | None]:
+    """A token as text after another one, and as bytes. Parts of characters have no text, but bytes, where the
+    vocabulary tells them."""
+    text = tokenizer.decode([token])
+    if "�" in text:
+        return text, _bytes(tokenizer.convert_ids_to_tokens(token))
+    if before is not None:  # which decides about a space between them
+        first, both = tokenizer.decode([before]), tokenizer.decode([before, token])
+        text = both[len(first) :] if both.startswith(first) else text
+    return text, list(text.encode())
+
+
+def _bytes(piece: str) -> list[int] | None:
+    if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return [int(found[1], 16)]
+    return [BYTES[character] for character in piece] if set(piece) <= set(BYTES) else None
 
 
 def until_stop(text: str, stops: Sequence[str], last: bool) -> tuple[str, str, bool]:
