@@ -205,15 +205,14 @@ class Models:
                 tokenizer = _tokenizer(name, backbone)
             except ValueError:  # it brings none, and so no other one
                 tokenizer = self.tokenizer
-        ours, theirs = (
-            tokens_of(own, one.get_input_embeddings())
-            for own, one in ((self.tokenizer, self.base), (tokenizer, model))
-        )
+        ours = tokens_of(self.tokenizer, self.base.get_input_embeddings())
+        theirs = tokens_of(tokenizer, model.get_input_embeddings())
         other = sorted((number, token) for token, number in ours.items() if theirs.get(token) != number)
         if other:
             raise ValueError(
-                f"The model {name!r} reads the tokens of the base model {self.name!r} as they are, but {len(other)} of "
-                f"them are others there or unknown, such as {other[0][1]!r}. Use a model with the base model's tokenizer."
+                f"The model {name!r} reads the tokens of the base model {self.name!r} as they are, but {len(other)} "
+                f"of them are others there or unknown, such as {other[0][1]!r}. Use a model with the base model's "
+                "tokenizer."
             )
 
     def _is_base(self, name: str) -> bool:
@@ -277,8 +276,8 @@ class Models:
         return self._whole[key]
 
     def apart(self, name: str) -> PreTrainedModel:
-        """A model with a backbone of its own, which decodes while the base model does, in the same tokens; an adapter is
-        active. Raises `ValueError` for a model with other tokens."""
+        """A model with a backbone of its own, which decodes while the base model does; an adapter is active. Raises
+        `ValueError` for one with other tokens."""
         backbone = backbone_name(name)
         model: Any = self._load(backbone or name)
         self.check_tokens(name, model)
