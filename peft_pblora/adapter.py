@@ -12,6 +12,7 @@ from torch import nn
 
 from .condition import Condition
 from .cores import Core
+from .rows import may_be_repeated
 
 
 class LowRankAdapter(nn.Module):
@@ -92,6 +93,7 @@ class LowRankAdapter(nn.Module):
             ValueError: the batch is not a multiple of the preference's rows.
             RuntimeError: gradient checkpointing repeats the forward at another preference.
         """
+        noted = None
         if preference is None:
             condition = self.condition if condition is None else condition
             compiling = torch.compiler.is_compiling()
@@ -102,9 +104,16 @@ class LowRankAdapter(nn.Module):
                 if fold is not None:
                     return fold.add_(x, result)
             if self.training and not compiling:
-                condition.note_forward()
+                condition.note_forward(may_be_repeated())
+                noted = condition
             preference = condition.preference
-        x = self.dropout(x)
+        output = self._add(self.dropout(x), result, preference)
+        if noted is not None:
+            noted.note_graph(output)
+        return output
+
+    def _add(self, x: torch.Tensor, result: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+        """As [`forward`], at this preference, without dropout and without a fold."""
         if not self._weights_are_here():
             hidden = self._mix_rows(self.A(x.to(self.A.weight.dtype)), torch.atleast_2d(preference))
             return result + self.B(hidden).to(result.dtype)

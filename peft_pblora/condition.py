@@ -28,15 +28,18 @@ class Condition:
         aside (`bool`): Whether the adapter acts only in calls of its `PeftModel`, not in those of the model below it,
             which then is the base model. A logits processor that guides with the adapter sets it; `set_adapter` takes
             it back. While the model trains it is without effect.
-        pending (`set[int]`): Versions of which there were forwards whose backward is still to come; two tell enough.
+        pending (`set[int]`): Versions of which there were forwards without gradients, as in reentrant gradient
+            checkpointing, whose backward may still be to come; two tell enough.
     """
 
     def __init__(self, objectives: Sequence[str], preference: Sequence[float]) -> None:
         self.objectives = list(objectives)
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.version = self.merged = 0
-        self.was_set = self.aside = self._repeated = False
+        self.was_set = self.aside = False
         self.pending: set[int] = set()
+        self._backward, self._repeats = -1, False  # the last one by its number, and whether it repeated a forward
+        self._versions: set[int] = set()
 
     @classmethod
     def fixed(cls, objectives: Sequence[str], preference: torch.Tensor) -> Condition:
@@ -51,13 +54,13 @@ class Condition:
         return len(self.preference) if self.preference.ndim == 2 else 1
 
     def set(self, preference: torch.Tensor) -> None:
-        """Sets α, of shape `(k,)` or `(rows, k)`, in place where the shape allows it. It must be valid already."""
-        if self.preference.shape == preference.shape and not self.preference.is_inference():
-            self.preference.copy_(preference)
-        else:
-            # A tensor made in inference mode could never take part in training afterwards.
-            with torch.inference_mode(False):
-                self.preference = preference.to(self.preference.device, torch.float32, copy=True)
+        """Sets α, of shape `(k,)` or `(rows, k)`. It must be valid already.
+
+        It is a new tensor each time: graphs keep the one that they were made with until their backward.
+        """
+        # A tensor made in inference mode could never take part in training afterwards.
+        with torch.inference_mode(False):
+            self.preference = preference.to(self.preference.device, torch.float32, copy=True)
         self.was_set = True
         self.version += 1
 
@@ -81,19 +84,41 @@ class Condition:
                 stacklevel=2,
             )
 
-    def note_forward(self) -> None:
-        """Notes a forward in training. Gradient checkpointing repeats it in backward, where another preference would
-        give wrong gradients without any error: that raises `RuntimeError`.
+    def note_forward(self, may_be_repeated: bool) -> None:
+        """Notes a forward in training, before it. Gradient checkpointing repeats forwards in backward, where another
+        preference would give wrong gradients without any error.
+
+        Args:
+            may_be_repeated (`bool`): Whether a backward may repeat it although it is without gradients.
+
+        Raises:
+            RuntimeError: it is repeated now, in the backward of a forward at another preference.
         """
-        if torch._C._current_graph_task_id() == -1:
-            if self._repeated:
-                self.pending, self._repeated = set(), False
-            if len(self.pending) < 2:
-                self.pending.add(self.version)
-        elif self.pending - {self.version}:
+        if torch._C._current_graph_task_id() != -1:
+            self._note_backward({self.version, *self.pending}, repeats=True)
+            return
+        if self._repeats:
+            self.pending, self._repeats = set(), False
+        if may_be_repeated and not torch.is_grad_enabled() and len(self.pending) < 2:
+            self.pending.add(self.version)
+
+    def note_graph(self, output: torch.Tensor) -> None:
+        """Notes the output of a forward in training: its backward will tell at which preference it was."""
+        if output.requires_grad and torch._C._current_graph_task_id() == -1:
+            versions = {self.version}
+            output.register_hook(lambda _: self._note_backward(versions))
+
+    def _note_backward(self, versions: set[int], repeats: bool = False) -> None:
+        """Notes that the backward which runs now is of forwards at these versions, or repeats one."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward, self._versions, self._repeats = backward, set(), False
+        self._versions |= versions
+        self._repeats |= repeats
+        if self._repeats and len(self._versions) > 1:
+            self.pending = set()
             raise RuntimeError(
                 "The preference was changed between a forward and its backward, where gradient checkpointing repeats "
-                "the forward. With several preferences in one step, run backward for each before the next forward."
+                "the forward. With several preferences in one step, run backward for each before the next forward. "
+                "With reentrant checkpointing, call `model.train()` after a forward that is left without a backward."
             )
-        else:
-            self._repeated = True

@@ -21,7 +21,10 @@ def set_preference(
     normalize: bool = False,
     allow_off_simplex: bool = False,
 ) -> None:
-    """Sets the preference α of a model's adapters, in place and once for each adapter, however many layers it has.
+    """Sets the preference α of a model's adapters, once for each adapter, however many layers it has.
+
+    A loss that was computed before keeps its own α: its backward may come after. Under gradient checkpointing, which
+    computes it once more then, that raises `RuntimeError`.
 
     Args:
         model (`nn.Module`): A model with preference-conditioned adapters, wrapped in a `PeftModel` or not.

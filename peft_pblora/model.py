@@ -54,13 +54,13 @@ class PreferenceTuner(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, see [`Condition`]."""
-        with through_tuner():
+        with through_tuner(torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's. What a processor guides, `reads_apart` being true, is the model without what guides it."""
         apart = any(getattr(processor, "reads_apart", False) for processor in kwargs.get("logits_processor") or ())
-        with nullcontext() if apart else through_tuner():
+        with nullcontext() if apart else through_tuner(gradients=False):
             return self.model.generate(*args, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:

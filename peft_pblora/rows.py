@@ -100,7 +100,7 @@ class RowPlan:
 class _Running(threading.local):
     def __init__(self) -> None:  # in every thread; PyTorch 2.11 would compile attributes of the class as the values
         self.plan: RowPlan | None = None
-        self.through_tuner = False
+        self.gradients: bool | None = None  # whether they were enabled as the tuner was called, if it was
 
 
 _running = _Running()
@@ -113,17 +113,23 @@ def current_plan() -> RowPlan | None:
 
 def is_through_tuner() -> bool:
     """Whether the forward that runs now in this thread was called through the adapters' tuner, as `arm(...)` is."""
-    return _running.through_tuner
+    return _running.gradients is not None
+
+
+def may_be_repeated() -> bool:
+    """Whether the backward of the forward that runs now in this thread may repeat it although it is without gradients,
+    as reentrant gradient checkpointing does: unless the tuner itself was called without."""
+    return _running.gradients is not False
 
 
 @contextmanager
-def through_tuner() -> Iterator[None]:
-    """For the time of a call of a `PeftModel`, see [`Condition`]."""
-    former, _running.through_tuner = _running.through_tuner, True
+def through_tuner(gradients: bool) -> Iterator[None]:
+    """For the time of a call of a `PeftModel`, see [`Condition`]; `gradients` is whether it may have a backward."""
+    former, _running.gradients = _running.gradients, gradients
     try:
         yield
     finally:
-        _running.through_tuner = former
+        _running.gradients = former
 
 
 @contextmanager

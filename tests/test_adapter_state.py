@@ -163,6 +163,22 @@ def test_default_preference_is_said_by_one_line_under_pythons_filter():
     assert "quick=0.3, slow=0.7" in said[0]
 
 
+@every_adapter
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_graph_keeps_the_preference_that_it_was_made_with(row, rows):
+    """Another one is set before backward: at the end of a block, or for a second loss in the same step."""
+    expected, model = make_model(row).train(), make_model(row).train()
+    losses = []
+    for preference in ([0.2, 0.3, 0.5], [1.0, 0.0, 0.0]):
+        preference = [preference, preference[::-1]] if rows else preference
+        set_preference(expected, preference)
+        loss_of(expected, IDS).backward()
+        with use_preference(model, preference):
+            losses.append(loss_of(model, IDS))
+    sum(losses).backward()
+    torch.testing.assert_close(gradients(model), gradients(expected), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_in_a_context_around_forward_and_backward(reentrant):
     results = []

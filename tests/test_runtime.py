@@ -121,6 +121,46 @@ def test_checkpointing_refuses_a_preference_that_changed_before_backward(reentra
         (first + second).backward()
 
 
+def checkpointed_arm(reentrant=False, **config):
+    arm = tiny_arm(**config).train()
+    arm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    arm.enable_input_require_grads()
+    return arm
+
+
+@pytest.mark.parametrize("target", ["q_proj", "down_proj"])
+def test_a_repeat_is_refused_wherever_the_adapter_is_in_its_block(target):
+    """The repeat of a block stops at the last tensor that its backward needs, which may be the adapter's own."""
+    arm = checkpointed_arm(target_modules=[target], layers_to_transform=[1])
+    with use_preference(arm, [0.2, 0.8]):
+        loss = loss_of(arm, IDS)
+    with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("first", ["without gradients", "generated", "refused", "without backward"])
+def test_checkpointing_goes_on_at_another_preference_after_a_forward_that_has_no_backward(first, reentrant):
+    expected, arm = tiny_arm().train(), checkpointed_arm(reentrant)
+    set_preference(expected, [0.2, 0.8])
+    loss_of(expected, IDS).backward()
+    set_preference(arm, [1.0, 0.0])
+    if first == "generated":
+        arm.generate(input_ids=IDS, max_new_tokens=2, use_cache=False, pad_token_id=0)
+    else:
+        with torch.set_grad_enabled(first != "without gradients"):
+            former = loss_of(arm, IDS)
+    set_preference(arm, [0.2, 0.8])
+    if first == "refused":
+        with pytest.raises(RuntimeError, match="changed between a forward and its backward"):
+            former.backward()
+    if first == "without backward" and reentrant:  # whether one comes is not known there
+        arm.train()
+    arm.zero_grad()
+    loss_of(arm, IDS).backward()
+    torch.testing.assert_close(gradients(arm), gradients(expected))
+
+
 def test_checkpointed_steps_at_many_preferences_train():
     """Several forwards before a backward, and a preference after the other: the gradients of steps without it."""
     results = []
