@@ -587,6 +587,18 @@ def test_the_slot_that_leaks_matters_only_where_it_leaks(engine, monkeypatch):
     check_lora_slots(config_of_engine(max_loras=3), {1, 2, 3})
 
 
+def test_one_prompt_is_a_batch_of_one(engine):
+    """A text is no list of characters."""
+    tokenizer = SimpleNamespace(encode=lambda text: [2 + len(text) % 9])
+    llm = SimpleNamespace(
+        llm_engine=FakeEngine(V1Batch()), get_tokenizer=lambda: tokenizer, get_default_sampling_params=SamplingParams
+    )
+    own = Guidance(lora(1)), SamplingParams(temperature=0.0, max_tokens=3)
+    for prompt, ids in (("How are you?", [5]), ([4, 6], [4, 6])):
+        (output,) = engine.guided_generate(llm, prompt, *own)
+        assert output.outputs[0].token_ids == expected_text(ids, own[0], 3)
+
+
 def test_the_number_of_prompts_and_of_what_goes_with_them_must_agree(engine):
     llm = SimpleNamespace(
         llm_engine=FakeEngine(V1Batch()), get_tokenizer=None, get_default_sampling_params=SamplingParams

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     judged = [row for row in rows if all(row[name] is not None for name in objectives)]
     if len(judged) < len(rows):
         say(f"On {len(rows) - len(judged)} answers a judge failed. They are left out.")
-    kept = [row for row in judged if arguments.keep_unfinished or row["tokens"] < arguments.max_new_tokens]
+    kept = [row for row in judged if arguments.keep_unfinished or not row["capped"]]
     pairs = choose_pairs(kept, objectives, arguments.tie_margin)
     left_out = f"{len(judged) - len(kept)} of {len(rows)} answers were left out, having no end"
     if not pairs:

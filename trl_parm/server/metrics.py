@@ -22,11 +22,12 @@ class Metrics:
         self._requests = Counter("requests", "Requests by their answers.", ["model", "endpoint", "status"], **of)
         self._prompt = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **of)
         self._written = Counter("generated_tokens", "Tokens that were written.", ["model", "guided"], **of)
-        self._left = Counter("clients_gone", "Requests whose clients went away before the end.", ["model"], **of)
+        self._left = Counter("clients_gone", "Prompts whose clients went away before the end.", ["model"], **of)
         self._turns = Counter("turns_passed", "Texts that gave their rows to others that waited.", **of)
-        self._first = Histogram("time_to_first_token_seconds", "From a request to its first token.", ["model"],
+        self._first = Histogram("time_to_first_token_seconds", "From a request to a prompt's first token.", ["model"],
                                 buckets=SECONDS, **of)  # fmt: skip
-        self._whole = Histogram("request_seconds", "From a request to its end.", ["model"], buckets=SECONDS, **of)
+        self._whole = Histogram("request_seconds", "From a request to a prompt's last token.", ["model"],
+                                buckets=SECONDS, **of)  # fmt: skip
         self._step = Histogram("step_seconds", "A token of texts that are decoded together.",
                                ["model"], buckets=SECONDS, **of)  # fmt: skip
         self.waiting = Gauge("waiting_texts", "Texts that wait for a row.", **of)

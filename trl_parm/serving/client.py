@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from .engine import INSTALL, SCORES, Capacity, Need
 from .guidance import Guidance, Mixture, Sample, make_sample
@@ -22,7 +22,7 @@ except ImportError as error:
 
 def guided_generate(
     llm: Any,
-    prompts: Sequence[str | list[int]],
+    prompts: str | list[int] | Sequence[str | list[int]],
     guidance: Guidance | Mixture | Sequence[Guidance | Mixture],
     sampling_params: Any | Sequence[Any] | None = None,
 ) -> list[Any]:
@@ -34,7 +34,7 @@ def guided_generate(
 
     Args:
         llm (`vllm.LLM`): With one of our logits processors and `enable_lora=True`.
-        prompts (`Sequence[str]` or `Sequence[list[int]]`): Texts or token ids.
+        prompts (`str`, `list[int]` or a sequence of them): Texts or token ids; one alone is a batch of one.
         guidance ([`Guidance`], [`Mixture`] or a sequence of them): For all prompts, or one for each.
         sampling_params (`SamplingParams` or a sequence of them, *optional*): As in `LLM.generate`, with n = 1.
 
@@ -59,12 +59,14 @@ def guided_generate(
 
 def guided_samples(
     llm: Any,
-    prompts: Sequence[str | list[int]],
+    prompts: str | list[int] | Sequence[str | list[int]],
     guidance: Guidance | Mixture | Sequence[Guidance | Mixture],
     sampling_params: Any | Sequence[Any] | None = None,
 ) -> list[Sample]:
     """As [`guided_generate`], whose outputs are the samples' `result()`, with those of all requests of each."""
     engine = llm.llm_engine
+    if isinstance(prompts, str) or all(isinstance(token, int) for token in prompts) and prompts:
+        prompts = cast("list[Any]", [prompts])
     capacity = Capacity(engine.vllm_config, engine.list_loras())
     guides = _for_each(guidance, Guidance | Mixture, "guidance", len(prompts))
     mode = engine.vllm_config.model_config.logprobs_mode
