@@ -587,6 +587,38 @@ def test_the_slot_that_leaks_matters_only_where_it_leaks(engine, monkeypatch):
     check_lora_slots(config_of_engine(max_loras=3), {1, 2, 3})
 
 
+def test_samples_get_room_in_the_order_in_which_they_came(engine):
+    """A small one that would fit waits behind a large one, unless that goes away."""
+
+    async def run(gives_up):
+        guided, order = engine.AsyncGuidance(SimpleNamespace(vllm_config=config_of_engine(max_num_seqs=4))), []
+
+        async def sample(name, texts, end):
+            async with guided._taking(name, guided._capacity.need(2, 2, [], texts)):
+                order.append(name)
+                await end.wait()
+
+        ends = {name: asyncio.Event() for name in ("first", "large", "small")}
+        tasks = []
+        for name, texts in (("first", 3), ("large", 4), ("small", 1)):
+            tasks.append(asyncio.create_task(sample(name, texts, ends[name])))
+            await asyncio.sleep(0.01)
+        assert order == ["first"]
+        if gives_up:
+            tasks[1].cancel()
+        else:
+            ends["first"].set()
+        await asyncio.sleep(0.01)
+        assert order == ["first", "small" if gives_up else "large"]
+        for end in ends.values():
+            end.set()
+        await asyncio.wait(tasks)
+        return order
+
+    assert asyncio.run(run(False)) == ["first", "large", "small"]
+    assert asyncio.run(run(True)) == ["first", "small"]
+
+
 def test_one_prompt_is_a_batch_of_one(engine):
     """A text is no list of characters."""
     tokenizer = SimpleNamespace(encode=lambda text: [2 + len(text) % 9])

@@ -155,6 +155,7 @@ class AsyncGuidance:
         self._engine = engine
         self._capacity = Capacity(engine.vllm_config)
         self._room = asyncio.Condition()
+        self._line: deque[str] = deque()
         self._submitting = asyncio.Lock()
 
     async def generate(
@@ -162,7 +163,8 @@ class AsyncGuidance:
     ) -> AsyncGenerator[Any, None]:
         """Yields the base model's output as it grows, the whole text so far each time.
 
-        It waits until the engine has room for all requests of the sample. A reader that goes away ends them together.
+        It waits until the engine has room for all requests of the sample, behind those that came before, so that small
+        samples can't keep a large one waiting for ever. A reader that goes away ends them together.
 
         Args:
             prompt (`str` or `list[int]`): A text or token ids.
@@ -214,7 +216,8 @@ class AsyncGuidance:
 
     @contextlib.asynccontextmanager
     async def _taking(self, name: str, need: Need) -> AsyncIterator[Any]:
-        """The engine's room for something, once it is there; gives what notes that its prompts have been read."""
+        """The engine's room for something, once it is there and nobody waits who came before; gives what notes that
+        its prompts have been read."""
 
         async def prompt_read() -> None:
             if not need.prompt_read:
@@ -223,7 +226,12 @@ class AsyncGuidance:
                     self._room.notify_all()
 
         async with self._room:
-            await self._room.wait_for(lambda: self._capacity.take(name, need))
+            self._line.append(name)
+            try:
+                await self._room.wait_for(lambda: self._line[0] == name and self._capacity.take(name, need))
+            finally:
+                self._line.remove(name)
+                self._room.notify_all()
         try:
             yield prompt_read
         finally:
