@@ -87,6 +87,10 @@ class Scorer:
         """The scorers of weight 0 below this one. They are never asked, but they are guides all the same."""
         yield from ()
 
+    def models(self) -> Iterator[Any]:
+        """The models that what it answers depends on, beside those of other scorers and the one that generates."""
+        yield from ()
+
     def __add__(self, other: Scorer) -> Scorer:
         if not isinstance(other, Scorer):
             return NotImplemented

@@ -7,7 +7,7 @@ A new decoder is one row of `DECODERS`, a new mode one row of `MODES`. `make tes
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_arm, tiny_llama
 from decoding.tables import (
     BETAS,
     DECODERS,
@@ -141,6 +141,14 @@ def test_preference_and_strength_of_a_processor_change_between_calls(on_base):
     assert repr(processor) == before
     assert not torch.equal(text(processor), first)
     assert torch.equal(text(other), first)
+
+
+def test_a_processor_keeps_no_more_however_often_it_is_set():
+    processor = PARMLogitsProcessor(tiny_arm(), "worst_case")
+    size = len(processor._aside)
+    for beta in (1.0, 2.0, 3.0):
+        processor.set(beta=beta)
+    assert len(processor._aside) == size
 
 
 def test_a_small_reward_model_guides_a_larger_base():

@@ -189,7 +189,7 @@ def test_where_padding_can_not_be_told_the_mask_is_needed(eos):
     base, arm = tiny_llama(0), tiny_arm(without_pad_token(tiny_llama(1), eos))
     ids = torch.tensor([[1, 1, 5, 9], [7, 8, 20, 41]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    message = "begins with an end token" if eos else "Neither a pad token nor an end token is known"
+    message = "begins with an end token" if eos else "No pad token is known, and rows begin differently"
     with pytest.raises(ValueError, match=message):
         one_step(base, PARMLogitsProcessor(arm, [0.3, 0.7]), ids, attention_mask=mask)
     processor = PARMLogitsProcessor(arm, [0.3, 0.7], prompt=Prompt({"input_ids": ids, "attention_mask": mask}))
@@ -198,6 +198,29 @@ def test_where_padding_can_not_be_told_the_mask_is_needed(eos):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     alone = one_step(base, PARMLogitsProcessor(arm, [0.3, 0.7]), ids[1:])
     torch.testing.assert_close(alone, expected[1:], atol=1e-4, rtol=1e-4)
+
+
+BEGUN = {
+    "one word": ([[1, 5, 9], [5, 9, 33]], False),
+    "a token of its own": ([[2, 2, 9], [5, 9, 33]], False),
+    "the BOS": ([[5, 5, 9], [5, 9, 33]], False),
+    "nothing, after a BOS": ([[5, 9, 33], [5, 7, 20]], True),
+    "nothing, after two of them": ([[5, 5, 33], [5, 5, 20]], True),
+    "nothing, of one text": ([[5, 9, 33], [5, 9, 33]], True),
+}
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_without_a_pad_token_rows_are_guided_where_none_can_be_padded(name):
+    ids, told = torch.tensor(BEGUN[name][0]), BEGUN[name][1]
+    base, arm = tiny_llama(0), tiny_arm(tiny_llama(1, pad_token_id=None, eos_token_id=63))
+    processor = PARMLogitsProcessor(arm, [0.3, 0.7])
+    if told:
+        expected = formula_of(tiny_llama(0), tiny_arm(tiny_llama(1)), ids)
+        torch.testing.assert_close(one_step(base, processor, ids), expected, atol=1e-4, rtol=1e-4)
+        return
+    with pytest.raises(ValueError, match="No pad token is known, and rows begin differently"):
+        one_step(base, processor, ids)
 
 
 def test_a_pad_token_of_the_base_may_be_named():

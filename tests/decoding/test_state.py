@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
-from decoding.tables import DOORS, MASK, PROMPTS, log_probs, lora_model
+from decoding.tables import DOORS, MASK, PROMPTS, log_probs, lora_model, tiny_judge
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from transformers import LogitsProcessorList
@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from peft_pblora.kv_cache import cache_in
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor
-from trl_parm.decoding import genarm, parm
+from trl_parm.decoding import Rollout, args, genarm, parm
 from trl_parm.decoding.terms import language_models
 
 
@@ -422,6 +422,39 @@ def test_weights_that_were_trained_are_noticed(door):
         arm.base_model.model.model.layers[1].self_attn.v_proj.adapters["default"].B.weight.mul_(-3)
     assert torch.equal(text(generate), text(guide_of(arm, "PBLoRA", door)))
     assert not torch.equal(text(generate), before)
+
+
+def changed(model):
+    model.load_state_dict(type(model)(model.config).state_dict())
+
+
+def replaced(model):
+    head = model.get_input_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().flip(0))
+
+
+def with_another_layer(model):
+    model.model.layers[1] = tiny_llama(9).model.layers[1]
+
+
+@pytest.mark.parametrize("change", [changed, replaced, with_another_layer])
+@pytest.mark.parametrize("who", ["guide", "judge", "policy"])
+def test_a_processor_notices_whatever_happens_to_weights(who, change):
+    models = {"guide": tiny_llama(2), "judge": tiny_judge(), "policy": tiny_llama(3)}
+
+    def processor():
+        if who == "guide":
+            return GuidedLogitsProcessor(BASE + 2 * LM(models["guide"]))
+        rollout = Rollout(models["policy"], 2) if who == "policy" else None
+        return GuidedLogitsProcessor(args(models["judge"], weight=9.0, k=4, rollout=rollout))
+
+    base, old = tiny_llama(0), processor()
+    scores = base(IDS).logits[:, -1].detach()
+    before = old(IDS, scores)
+    change(models[who])
+    models[who].eval()
+    torch.testing.assert_close(old(IDS, scores), processor()(IDS, scores))
+    assert not torch.equal(old(IDS, scores), before)
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -9,7 +9,9 @@ those, and feeds the difference. What it returns is a function of the tokens alo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, cast
 
 import torch
@@ -47,7 +49,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
     becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
 
     Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin with a
-    pad token that is one, pass `prompt=Prompt(inputs)` with the mask. In continuous batching transformers drops custom
+    pad token that is one, or differently where none is known, pass `prompt=Prompt(inputs)` with the mask. In continuous batching transformers drops custom
     processors with a line in its log: use `generate`.
 
     Args:
@@ -93,8 +95,10 @@ class GuidedLogitsProcessor(LogitsProcessor):
             check_aside(term, layer)
         with self._lock, torch.no_grad():
             if self._prefix is None or not self._prefix.serves(terms):
-                reads = bool(terms) or any(scorer.reads_text for scorer in self.formula.scorers())
-                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, reads)
+                scorers = list(self.formula.scorers())
+                reads = bool(terms) or any(scorer.reads_text for scorer in scorers)
+                weights = _Weights(model for scorer in scorers for model in scorer.models())
+                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, reads, weights)
             answers = self._prefix.read(input_ids)
             found, prefix = log_probs_of(answers, scores), self._prefix
             step = Step(scores, found, input_ids, prefix.mask, prefix.prompt_length, prefix.state.memory)
@@ -147,7 +151,8 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         given = {"preference": preference, "beta": beta}
         arguments = self._arguments | {name: value for name, value in given.items() if value is not None}
         self.formula, self._arguments = parm(**arguments), arguments
-        self._aside = [(t, layer) for t in language_models(self.formula, silent=True) for _, layer in self._aside]
+        layer = self._aside[0][1]  # all terms are of one adapter
+        self._aside = [(term, layer) for term in language_models(self.formula, silent=True)]
 
 
 class MethodLogitsProcessor(GuidedLogitsProcessor):
@@ -179,6 +184,33 @@ class MODWeakToStrongLogitsProcessor(MethodLogitsProcessor):
     method = staticmethod(mod_w2s)
 
 
+class _Weights:
+    """The parameters of some models as they were when it was made: what was changed since then, or put in the place of
+    another, is noticed. It is asked at every token.
+
+    Args:
+        models (`Iterable[nn.Module]`): The models.
+    """
+
+    def __init__(self, models: Iterable[Any]) -> None:
+        modules = dict.fromkeys(module for model in models for module in model.modules())
+        self._holders = [held for module in modules for held in (module._parameters, module._modules) if held]
+        self._found = self._now()
+        self._counted = [x for x in self._found if isinstance(x, torch.Tensor) and not x.is_inference()]
+        self._versions = self._count()
+
+    def are_current(self) -> bool:
+        """Whether they are the same, with the same values."""
+        now = self._now()
+        return len(now) == len(self._found) and all(map(is_, now, self._found)) and self._versions == self._count()
+
+    def _now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._holders)))
+
+    def _count(self) -> int:
+        return sum(map(attrgetter("_version"), self._counted))
+
+
 class _Prefix:
     """What guides have read: the tokens of a call of `generate`, and the answers after some of their prefixes.
 
@@ -190,17 +222,18 @@ class _Prefix:
         prompt_length (`int`): Columns that the call began with.
     """
 
-    def __init__(self, terms: list[LM], prompt: Prompt | None, pad_token_id: int | None, reads: bool) -> None:
+    def __init__(
+        self, terms: list[LM], prompt: Prompt | None, pad_token_id: int | None, reads: bool, weights: _Weights
+    ) -> None:
         self.terms, self.prompt, self.pad_token_id, self._reads = terms, prompt, pad_token_id, reads
+        self.weights = weights
         self.prompt_length = 0
         self.tokens = torch.empty(0, 0, dtype=torch.long)
-        self._parameters = [parameter for term in terms for parameter in term.model.parameters()]
-        self._made_of = self._weights()
 
     def serves(self, terms: list[LM]) -> bool:
         """Whether it is one of these terms, and nothing that their answers depend on has changed."""
         current = len(self.tokens) == 0 or all(part.is_current for part in self.state.parts)
-        return self.terms == terms and current and self._made_of == self._weights()
+        return self.terms == terms and current and self.weights.are_current()
 
     def read(self, tokens: torch.Tensor) -> dict[LM, torch.Tensor]:
         """The logits of every term after all of the tokens, `(rows, vocab)`."""
@@ -294,10 +327,10 @@ class _Prefix:
             pad = known if pad is None else pad
             ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
         ends.discard(None)
-        if pad is None and not ends and len(tokens) > 1:
+        if pad is None and not _begin_alike(tokens):
             raise ValueError(
-                "Neither a pad token nor an end token is known, so padding in a batch can't be told. Pass "
-                "`prompt=Prompt(inputs)`, which has the mask, or `pad_token_id`."
+                "No pad token is known, and rows begin differently, so that some may begin with padding. Pass "
+                "`prompt=Prompt(inputs)`, which has the mask, or `pad_token_id`, such as `tokenizer.pad_token_id`."
             )
         if pad is not None and pad not in ends:
             return (tokens != pad).long()
@@ -310,8 +343,14 @@ class _Prefix:
             )
         return torch.ones_like(tokens)
 
-    def _weights(self) -> int:
-        return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
+
+def _begin_alike(tokens: torch.Tensor) -> bool:
+    """Whether all rows begin with one token, as often one after the other, such as a BOS: then none of them is padded,
+    since the longest is not."""
+    if tokens.numel() == 0:
+        return True
+    first = (tokens == tokens[:1, :1]).int().cumprod(1).sum(1)
+    return bool(first[0] > 0) and bool((first == first[0]).all())
 
 
 def _check_text(term: LM, tokens: torch.Tensor) -> None:

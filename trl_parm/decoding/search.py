@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,11 @@ class TopKReward(Scorer):
     def pad_token_id(self) -> int | None:
         """The pad token of the reward, if it knows any."""
         return getattr(self.reward, "pad_token_id", None)
+
+    def models(self) -> Iterator[Any]:
+        yield from self.reward.models()
+        if self.rollout is not None:
+            yield self.rollout.policy
 
     def __call__(self, step: Step) -> torch.Tensor:
         scores = step.scores

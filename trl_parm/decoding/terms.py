@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Any, cast
 
@@ -123,6 +123,9 @@ class LM(Scorer):
         for name, value in (values | {"adapter_names": tuple(adapters), "_key": key}).items():
             object.__setattr__(term, name, value)
         return term
+
+    def models(self) -> Iterator[Any]:
+        yield self.model
 
     def __call__(self, step: Step) -> torch.Tensor:
         return step.answers[self]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,10 @@ class TrajectoryReward:
             `torch.Tensor` of shape `(rows, k)`, float32, higher is better.
         """
         raise NotImplementedError
+
+    def models(self) -> Iterator[Any]:
+        """The models of whose answers something is in `step.memory`."""
+        yield from ()
 
 
 class SequenceReward(TrajectoryReward):
@@ -107,6 +111,9 @@ class ClassifierReward(TrajectoryReward):
         if config.pad_token_id is None:
             raise ValueError("The classifier's config has no pad token, so it can't read a batch. Set `pad_token_id`.")
         self.model, self.label, self.pad_token_id = model, label, config.pad_token_id
+
+    def models(self) -> Iterator[Any]:
+        yield self.model
 
     def __call__(self, step, candidates, candidate_mask):
         reader = step.memory.setdefault(("classifier", id(self.model)), Classifier(self.model, self.pad_token_id))
