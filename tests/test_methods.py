@@ -538,6 +538,7 @@ def test_ids_of_another_tokenizer_are_aligned_or_refused_where_the_vocabularies_
         ([{"method": "base", "beta": 1}], "Its settings are nothing"),
         (["base", {"method": "parm", "name": "Base", "arm": "arm"}], "Two methods have the same name"),
         ([{"method": "parm", "arm": "arm", "beta": 0}], "must be a positive, finite number"),
+        ([{"method": "mod", "policies": LORAS, "order": 7.0}], "`divergence` is 'reverse_kl', which has none"),
         ([{"method": "genarm", "arms": {"helpful": "lora_one"}}], "has models for helpful, but the objectives are"),
         (
             [{"method": "rewarded_soups", "policies": {"helpful": "lora_one", "harmless": "small_lora_one"}}],

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ class Scorer:
         """The models that what it answers depends on, beside those of other scorers and the one that generates."""
         yield from ()
 
+    def row_counts(self) -> Iterator[int]:
+        """For how many rows each weight or preference of rows below this one is."""
+        yield from ()
+
     def __add__(self, other: Scorer) -> Scorer:
         if not isinstance(other, Scorer):
             return NotImplemented
@@ -100,15 +105,20 @@ class Scorer:
         return self + -1.0 * other if isinstance(other, Scorer) else NotImplemented
 
     def __mul__(self, weight: Weight) -> Scorer:
-        if not isinstance(weight, int | float | torch.Tensor):
+        if not isinstance(weight, Real | torch.Tensor):
             return NotImplemented
+        weight = weight if isinstance(weight, torch.Tensor) else float(weight)
         if not torch.isfinite(torch.as_tensor(weight)).all():
             raise ValueError(f"A term's weight is {weight}, but it must be finite.")
         if isinstance(weight, torch.Tensor) and weight.ndim != 1:
             raise ValueError(f"A term's weight has shape {tuple(weight.shape)}, but it must be a number or (rows,).")
+        for own, _ in self._weighted():
+            _check_same_rows(weight, own)
         return LinearCombination([(weight * own, scorer) for own, scorer in self._weighted()])
 
     __rmul__ = __mul__
+    __array_ufunc__ = None
+    """A number or an array of numpy leaves multiplication to the scorer."""
 
     def __truediv__(self, divisor: Weight) -> Scorer:
         return self * (1 / divisor)
@@ -138,6 +148,16 @@ def of_rows(weight: Weight, values: torch.Tensor) -> torch.Tensor:
     return column.to(values).view(-1, *[1] * (values.ndim - 1))
 
 
+def _check_same_rows(one: Weight, other: Weight) -> None:
+    """Raises `ValueError` for two weights of rows that are not of the same ones."""
+    rows = [len(weight) for weight in (one, other) if isinstance(weight, torch.Tensor) and len(weight) > 1]
+    if len(set(rows)) > 1:
+        raise ValueError(
+            f"A term has weights for {rows[0]} and for {rows[1]} rows, such as by `beta` and `preference`. Give each "
+            "one for each prompt of the batch, or one for all."
+        )
+
+
 def _name(weight: Weight) -> str:
     return f"[{', '.join(f'{w:g}' for w in weight.tolist())}]" if isinstance(weight, torch.Tensor) else f"{weight:g}"
 
@@ -160,6 +180,12 @@ class Combination(Scorer):
         for _, scorer in self._terms:
             yield from scorer.silent()
 
+    def row_counts(self) -> Iterator[int]:
+        for weight, scorer in self._terms:
+            if isinstance(weight, torch.Tensor):
+                yield len(weight)
+            yield from scorer.row_counts()
+
 
 class LinearCombination(Combination):
     """Σ_i w_i · scorer_i, made by the operators of [`Scorer`]: equal scorers merged, zero weights gone.
@@ -170,7 +196,9 @@ class LinearCombination(Combination):
     def __init__(self, terms: list[tuple[Weight, Scorer]]) -> None:
         merged: dict[Scorer, Weight] = {}
         for weight, scorer in terms:
-            merged[scorer] = merged.get(scorer, 0.0) + weight
+            former = merged.get(scorer, 0.0)
+            _check_same_rows(former, weight)
+            merged[scorer] = former + weight
         super().__init__([(weight, scorer) for scorer, weight in merged.items()])
 
     def terms(self) -> list[tuple[Weight, Scorer]]:
@@ -250,6 +278,10 @@ class _Extreme(Scorer):
     def silent(self) -> Iterator[Scorer]:
         for scorer in self._scorers:
             yield from scorer.silent()
+
+    def row_counts(self) -> Iterator[int]:
+        for scorer in self._scorers:
+            yield from scorer.row_counts()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self._scorers))})"

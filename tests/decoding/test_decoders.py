@@ -5,6 +5,7 @@ A new decoder is one row of `DECODERS`, a new mode one row of `MODES`. `make tes
 `make test-slow` the rest.
 """
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
@@ -216,6 +217,9 @@ def test_named_models_are_their_formulas(name):
         (lambda m: genarm({"a": "one", "b": "two"}, [0.5, 0.5]), "Pass `adapters_of=peft_model`"),
         (lambda m: mod({"a": BASE}, [1.0], "jensen"), "must be one of reverse_kl, forward_kl, alpha"),
         (lambda m: MODLogitsProcessor({"a": BASE}, [1.0], "alpha", order=0.0), "`order` is 0.0"),
+        (lambda m: mod({"a": BASE}, [1.0], order=7.0), "`divergence` is 'reverse_kl', which has none"),
+        (lambda m: mod({"a": BASE}, [1.0], "forward_kl", order=7.0), "`divergence` is 'forward_kl', which has none"),
+        (lambda m: genarm({"a": m.first, "b": m.second}, torch.eye(2), BETAS), "weights for 3 and for 2 rows"),
         (lambda m: parm(m.arm, ROWS, beta=[1.0, float("nan"), 1.0]), "positive, finite number"),
         (lambda m: parm(m.arm, ROWS, beta=torch.ones(2, 2)), "positive, finite number"),
         *((lambda m, b=b: parm(m.arm, beta=b), "must be a positive, finite number") for b in (0, -1.0, "1", True)),
@@ -233,12 +237,27 @@ def test_bad_decoders(make, message):
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
     ("preference", "beta", "message"),
-    [(ROWS[:2], 1.0, "is set for 2 rows, but the batch has 3"), ([0.5, 0.5], BETAS[:2], "has weights for 2 rows")],
+    [(ROWS[:2], 1.0, "for 2 rows, but the batch has 3"), ([0.5, 0.5], BETAS[:2], "for 2 rows, but the batch has 3")],
 )
 def test_rows_that_do_not_fit_the_batch(preference, beta, message, door):
     decoder = Decoder(lambda m: parm(m.arm, preference, beta), DECODERS["PARM"].naive)
     with pytest.raises(ValueError, match=message):
         generate(Models.make(), decoder, door)
+
+
+def test_preferences_of_fewer_rows_than_there_are_prompts_are_refused():
+    models, α, settings = Models.make(), ROWS[:2], {"max_new_tokens": 2, "do_sample": False}
+    guided, prompts = PARM(models.base, models.arm, α), PROMPTS[1:]
+    with pytest.raises(ValueError, match="for 2 rows, but the batch has 4. Give one for each prompt"):
+        guided.generate(prompts.repeat(2, 1), **settings)
+    assert len(guided.generate(prompts, num_beams=2, num_return_sequences=2, **settings)) == 4
+
+
+def test_strengths_of_numpy_are_strengths():
+    arm = tiny_arm()
+    for beta in (np.float32(2.0), np.array([1.0, 2.0, 4.0], dtype=np.float32)):
+        assert repr(parm(arm, [0.5, 0.5], beta)) == repr(parm(arm, [0.5, 0.5], beta.tolist()))
+    assert repr(np.float32(0.5) * LM(arm, [0.5, 0.5])) == repr(0.5 * LM(arm, [0.5, 0.5]))
 
 
 @pytest.mark.parametrize("make", [Guided, lambda base, formula: GuidedLogitsProcessor(formula)], ids=DOORS)

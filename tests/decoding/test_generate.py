@@ -392,6 +392,13 @@ def test_continuous_batching_is_refused(call):
             guided.generate_batch([[5, 9, 33]], generation_config=GenerationConfig(max_new_tokens=2))
 
 
+@pytest.mark.parametrize("formula", [2.0 * BASE, None])
+def test_labels_are_refused_since_there_is_no_loss(formula):
+    guided = parm_model() if formula is None else Guided(tiny_llama(0), formula)
+    with pytest.raises(ValueError, match="a guided model has no loss"):
+        guided(IDS, labels=IDS)
+
+
 def test_an_unknown_argument_is_told_as_by_any_model():
     with pytest.raises(ValueError, match="not used by the model: .*temprature"):
         parm_model().generate(IDS, temprature=0.3)

@@ -154,6 +154,23 @@ def test_vocabularies_of_other_sizes(base_size, guide_size, mode, door):
 
 
 @every_door
+def test_without_the_base_model_texts_are_of_its_vocabulary_too(door):
+    """The guide knows its end token, at another id."""
+    base, guide = tiny_llama(0, vocab_size=66), tiny_llama(1, vocab_size=65)
+    vocabulary = Vocabulary(extended_tokenizer("<image>", "<end>"), extended_tokenizer("<end>"))
+    scores = base(INPUTS["input_ids"][1:2]).logits
+    formula = LM(guide, vocabulary=vocabulary)
+    if door == "model":
+        found = Guided(base, formula)(INPUTS["input_ids"][1:2]).logits[:, -1]
+    else:
+        found = GuidedLogitsProcessor(formula)(INPUTS["input_ids"][1:2], scores[:, -1])
+    expected = log_probs(guide, INPUTS["input_ids"][1:2])
+    assert found.shape == (1, 66)
+    assert found[0, 64] == -torch.inf
+    torch.testing.assert_close(found[0, [*range(64), 65]], expected[0].float(), atol=1e-4, rtol=1e-4)
+
+
+@every_door
 @pytest.mark.parametrize("method", ["MOD-w2s", "GenARM, off the simplex", "GenARM, off the simplex, a row"])
 def test_unknown_tokens_are_excluded_at_negative_weights_too(method, door):
     base, models = tiny_llama(0, vocab_size=66), [tiny_llama(seed) for seed in (1, 2, 3)]

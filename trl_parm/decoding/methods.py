@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,7 +22,7 @@ from .worst_case import WORST_CASE, WorstCase
 
 Models = Mapping[str, Any]
 """Objective → language model, name of an adapter of the model in `adapters_of`, or any scorer, such as [`BASE`]."""
-Beta = float | Sequence[float] | torch.Tensor
+Beta = float | Sequence[float] | torch.Tensor | np.ndarray
 DIVERGENCES = ("reverse_kl", "forward_kl", "alpha")
 
 
@@ -86,7 +88,7 @@ def genarm(
         objective_weights("arms", list(arms), [1 / max(1, len(arms))] * len(arms))  # there must be some
         return WorstCase([(strength, scorer_of("arms", arm, adapters_of, guide)) for arm in arms.values()])
     terms = _weighted_scorers("arms", arms, cast(Preference, preference), adapters_of, guide)
-    return BASE + sum_of((strength * weight, arm) for weight, arm in terms)
+    return BASE + strength * sum_of(terms)
 
 
 def mod(
@@ -108,7 +110,7 @@ def mod(
         policies (`Mapping[str, PreTrainedModel]`): Objective → policy, or [`BASE`].
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`): α, in the order of `policies`.
         divergence (`str`, *optional*, defaults to `"reverse_kl"`): `"reverse_kl"`, `"forward_kl"` or `"alpha"`.
-        order (`float`, *optional*, defaults to 1.0): a of `"alpha"`.
+        order (`float`, *optional*, defaults to 1.0): a of `"alpha"`; others have none.
         adapters_of (`PeftModel`, *optional*): The model whose adapters `policies` names.
         **guide: Further arguments of [`LM`]: `vocabulary`, `allow_off_simplex`.
 
@@ -116,12 +118,11 @@ def mod(
         [`Scorer`]: The formula.
 
     Raises:
-        ValueError: no policy, an unknown divergence, or an invalid preference; see also [`LM`].
+        ValueError: no policy, an unknown divergence or one without `order`, or an invalid preference; see also [`LM`].
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"`divergence` is {divergence!r}, but it must be one of {', '.join(DIVERGENCES)}.")
+    check_divergence(divergence, order)
     terms = _weighted_scorers("policies", policies, preference, adapters_of, guide)
-    return sum_of(terms) if divergence == "reverse_kl" else PowerMean(terms, order if divergence == "alpha" else 1.0)
+    return sum_of(terms) if divergence == "reverse_kl" else PowerMean(terms, order)
 
 
 def mod_w2s(
@@ -207,15 +208,26 @@ class MODWeakToStrong(Guided):
 
 def guidance_strength(beta: Beta) -> Weight:
     """Returns 1/β, a number or of shape `(rows,)`. Raises `ValueError` unless β is positive and finite."""
-    rows = isinstance(beta, list | tuple | torch.Tensor)
-    if rows or (isinstance(beta, int | float) and not isinstance(beta, bool)):
-        values = torch.as_tensor(beta, dtype=torch.float32)
+    rows = isinstance(beta, list | tuple | torch.Tensor | np.ndarray)
+    if rows or (isinstance(beta, Real) and not isinstance(beta, bool)):
+        values = torch.as_tensor(beta if rows else float(beta), dtype=torch.float32)
         if values.ndim <= 1 and values.numel() and torch.isfinite(values).all() and (values > 0).all():
             return 1 / values if values.ndim else 1.0 / float(beta)  # pyright: ignore[reportArgumentType]
     raise ValueError(
         f"`beta` is {beta!r}, but it must be a positive, finite number, or one for each row. Guidance has strength "
         "1/beta."
     )
+
+
+def check_divergence(divergence: str, order: float) -> None:
+    """Raises `ValueError` for an unknown divergence of [`mod`], or an order that it has not."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"`divergence` is {divergence!r}, but it must be one of {', '.join(DIVERGENCES)}.")
+    if order != 1 and divergence != "alpha":
+        raise ValueError(
+            f'`order` is {order}, but `divergence` is {divergence!r}, which has none. Pass `divergence="alpha"` too, '
+            "or leave `order` out."
+        )
 
 
 def objective_weights(

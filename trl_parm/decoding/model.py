@@ -181,9 +181,14 @@ class Guided(GenerationMixin, nn.Module):
             The base model's output, with logits of shape `(rows, positions, vocab)`, float32.
 
         Raises:
-            ValueError: a cache of another model, inputs that a guide can't see, or a guide that can't be read, see the
-                class.
+            ValueError: a cache of another model, inputs that a guide can't see, `labels`, or a guide that can't be
+                read, see the class.
         """
+        if inputs.get("labels") is not None:
+            raise ValueError(
+                "`labels` were given, but a guided model has no loss. Its `logits` are log-probabilities, of which "
+                "you can take one."
+            )
         cache = cache_in(inputs)
         keeps = self.config.get_text_config().use_cache if use_cache is None else use_cache
         inputs = {name: value for name, value in inputs.items() if name not in NAMES and name != "return_dict"}
@@ -227,8 +232,10 @@ class Guided(GenerationMixin, nn.Module):
 
     def _step(self, scores: torch.Tensor | None, answers: dict[LM, torch.Tensor]) -> Step:
         """What the formula is evaluated on."""
-        if scores is None:
-            scores = torch.zeros(next(iter(answers.values())).shape, device=self.device)
+        if scores is None:  # the guides' logits may be of another vocabulary
+            like, head = next(iter(answers.values())), self.backbone.get_output_embeddings()
+            size = like.shape[-1] if head is None else len(head.weight)
+            scores = torch.zeros(*like.shape[:-1], size, device=self.device)
         return Step(scores, log_probs_of(answers, scores))
 
     def _at_positions(
@@ -252,8 +259,17 @@ class Guided(GenerationMixin, nn.Module):
             ours["text_mask"] = kwargs.get("attention_mask")  # a recurrent model needs it for the prompt alone
         return {**inputs, **ours}
 
-    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-        input_ids, model_kwargs = self.backbone._expand_inputs_for_generation(*args, **kwargs)
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        input_ids, model_kwargs = self.backbone._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        prompts = len(input_ids) // expand_size
+        for rows in self.formula.row_counts():
+            if rows not in (1, prompts):
+                raise ValueError(
+                    f"Preferences or strengths are given for {rows} rows, but the batch has {prompts}. Give one for "
+                    "each prompt, or one for all."
+                )
         model_kwargs.setdefault("prompt_length", input_ids.shape[1])
         return input_ids, model_kwargs
 

@@ -48,9 +48,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
     of the `PeftModel`, `arm(...)`, are the ARM as before. (An adapter of another kind than ours, such as PEFT's LoRA,
     becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
 
-    Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin with a
-    pad token that is one, or differently where none is known, pass `prompt=Prompt(inputs)` with the mask. In continuous batching transformers drops custom
-    processors with a line in its log: use `generate`.
+    Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin
+    with a pad token that is one, or differently where none is known, pass `prompt=Prompt(inputs)` with the mask.
+    In continuous batching transformers drops custom processors with a line in its log: use `generate`.
 
     Args:
         formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -102,7 +103,7 @@ def args(
         rewards, preference = {"reward": rewards}, [1.0] if preference is None else preference
     if preference is None:
         raise ValueError(f"`preference` is required for several rewards ({', '.join(rewards)}).")
-    if not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+    if not (isinstance(weight, Real) and 0 < weight < float("inf")):
         raise ValueError(f"`weight` is {weight!r}, but it must be a positive, finite number.")
     weights = objective_weights("rewards", list(rewards), preference)
     judged = [_trajectory_reward(name, reward, tokenizer, prompts) for name, reward in rewards.items()]

@@ -127,6 +127,9 @@ class LM(Scorer):
     def models(self) -> Iterator[Any]:
         yield self.model
 
+    def row_counts(self) -> Iterator[int]:
+        yield self.rows
+
     def __call__(self, step: Step) -> torch.Tensor:
         return step.answers[self]
 

@@ -18,7 +18,7 @@ from trl_parm import decoding as formulas
 from trl_parm.algebra import Weight
 from trl_parm.arguments import check_fields
 from trl_parm.decoding import BASE, ClassifierReward, Guided, Rollout, Scorer, TextReward, rewarded_soup
-from trl_parm.decoding.methods import guidance_strength
+from trl_parm.decoding.methods import check_divergence, guidance_strength
 from trl_parm.identity import known_by
 from trl_parm.preference_text import PreferenceText
 from trl_parm.reward_models import ModelReward, RewardSource
@@ -68,8 +68,8 @@ class Entry:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | str) -> Entry:
-        """From what stands in YAML. Raises `ValueError` for an unknown method, unknown or missing settings, or a
-        wrong β."""
+        """From what stands in YAML. Raises `ValueError` for an unknown method, unknown or missing settings, a wrong β
+        or a wrong divergence."""
         settings = {"method": given} if isinstance(given, str) else dict(given)
         key = settings.pop("method", None)
         if not isinstance(key, str) or key not in METHODS:
@@ -89,6 +89,7 @@ class Entry:
             raise ValueError(f"The `name` of a method is {name!r}, but it must be a text.")
         settings = check_fields(settings, method.make, f"The method {name!r}")
         guidance_strength(settings.get("beta", 1.0))
+        check_divergence(settings.get("divergence", REVERSE_KL), settings.get("order", 1.0))
         return cls(name, method, settings)
 
     def configuration(self, base: str | None = None) -> dict[str, Any]:
