@@ -63,8 +63,7 @@ class LowRankAdapter(nn.Module):
         down is `(r, n)`, up `(m, r)`, and bias `(m,)` or `None`. A preference for each row raises `ValueError`.
         """
         preference = (self.condition.preference if preference is None else preference).to(self.A.weight)
-        if preference.ndim == 2:
-            raise ValueError("A preference for each row can't be merged into one weight. Set one of shape (k,) first.")
+        check_single(preference)
         down, up = self.A.weight, self.B.weight
         matrix, shift = self.core(preference)
         matrix = self.scaling * matrix
@@ -133,6 +132,11 @@ class LowRankAdapter(nn.Module):
         matrix, shift = self.core(preference.to(like.device, self.A.weight.dtype))
         matrix = (self.scaling * matrix).to(like)
         return matrix, None if shift is None else (self.scaling * shift).to(like)
+
+    def has_shift(self) -> bool:
+        """Whether the core has a shift δ(α)."""
+        with torch.no_grad():
+            return self.core(self.condition.preference.to(self.A.weight))[1] is not None
 
     def _weights_are_here(self) -> bool:
         """Whether A and B can be read uncalled: accelerate's offloading and FSDP bring weights for a call."""
@@ -249,6 +253,12 @@ def expand_rows(preference: torch.Tensor, batch: int) -> torch.Tensor:
     """Repeats each row of a `(rows, k)` preference, as `generate` repeats rows, so that there are `batch`."""
     check_rows(preference.shape[0], batch)
     return preference.repeat_interleave(batch // preference.shape[0], dim=0)
+
+
+def check_single(preference: torch.Tensor) -> None:
+    """Raises `ValueError` for a preference for each row, `(rows, k)`."""
+    if preference.ndim == 2:
+        raise ValueError("A preference for each row can't be merged into one weight. Set one of shape (k,) first.")
 
 
 def check_rows(rows: int, batch: int) -> None:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from .adapter import LowRankAdapter, check_rows, expand_rows
+from .adapter import LowRankAdapter, check_rows, check_single, expand_rows
 from .condition import Condition
 from .config import PreferenceConfig
 from .rows import RowPlan, current_plan, is_through_tuner
@@ -92,13 +92,15 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: a preference for each row is set, or `safe_merge` found NaN or infinity in what it would write.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.adapters:
-                condition = self.adapter(name).condition
-                self._add(name, condition.preference, sign=1, safe=safe_merge)
-                self.merged_preference[name] = condition.preference.clone()
-                self.merged_adapters.append(name)
-                condition.merged += 1
+        names = check_adapters_to_merge(self, adapter_names)
+        for name in self.conditions.keys() & set(names):  # other layers', too: all of them are merged, or none
+            check_single(self.conditions[name].preference)
+        preferences = {name: self.adapter(name).condition.preference for name in names if name in self.adapters}
+        self._add(preferences, sign=1, safe=safe_merge)
+        self.merged_preference |= preferences
+        self.merged_adapters += preferences
+        for name in preferences:
+            self.adapter(name).condition.merged += 1
 
     def unmerge(self) -> None:
         """Subtracts what `merge` added, at the preference it was merged with."""
@@ -106,21 +108,29 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            self._add(name, self.merged_preference.pop(name), sign=-1)
+            self._add({name: self.merged_preference.pop(name)}, sign=-1)
             self.adapter(name).condition.merged -= 1
 
-    def _add(self, name: str, preference: torch.Tensor, sign: int, safe: bool = False) -> None:
-        """Adds ±ΔW(α) to the base weight, and a shift to its bias, which it gets for the time if it has none."""
+    def _add(self, preferences: dict[str, torch.Tensor], sign: int, safe: bool = False) -> None:
+        """Adds ±ΔW(α) of each adapter to the base weight, and shifts to its bias, which it gets for the time if it has
+        none."""
+        if not preferences:
+            return
         base: Any = self.get_base_layer()
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
             base.state_dict()  # bitsandbytes packs 4 bits for the CPU at the first forward, and undoes it for saving
-        weight, (*_, shift) = self.get_base_weight(), self.adapter(name).factors(preference)
-        changed = (weight + sign * self.get_delta_weight(name, preference)).to(weight.dtype)
-        if safe and not torch.isfinite(changed).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self.set_base_weight(changed)
-        if shift is None:
+        changed = weight = self.get_base_weight()
+        shifts = []
+        for name, preference in preferences.items():
+            *_, shift = self.adapter(name).factors(preference)
+            changed = changed + sign * self.get_delta_weight(name, preference)
+            shifts += [] if shift is None else [shift]
+            if safe and not all(torch.isfinite(part).all() for part in (changed.to(weight.dtype), *shifts)):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.set_base_weight(changed.to(weight.dtype))
+        if not shifts:
             return
+        shift = torch.stack(shifts).sum(0)
         base = self.get_base_layer()
         if base.bias is None:
             base.bias = nn.Parameter(torch.zeros_like(shift, dtype=base.weight.dtype), requires_grad=False)
@@ -196,7 +206,12 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether the adapter has no shift: PEFT converts [`get_delta_weight`] alone, [`save_as_lora`] the shift too.
+
+        PEFT's models ask without a name; it is said of all adapters of the layer then, unless one has that name.
+        """
+        names = [adapter_name] if adapter_name in self.adapters else self.adapters
+        return not any(self.adapter(name).has_shift() for name in names)
 
     def __repr__(self) -> str:
         return self.prefix.rstrip("_") + "." + super().__repr__()

@@ -189,6 +189,35 @@ def test_rows_of_preferences_can_not_be_merged():
         arm.merge_adapter()
 
 
+def test_of_several_adapters_all_are_merged_or_none():
+    """Whichever layers they are in."""
+    arm = tiny_arm()
+    second = PBLoraConfig(objectives=["short", "kind"], target_modules=["v_proj"], init_weights=False)
+    arm.add_adapter("second", second)
+    arm.base_model.set_adapter(["default", "second"])
+    set_preference(arm, [0.3, 0.7])
+    before, ids = copy.deepcopy(arm.state_dict()), torch.arange(8)[None]
+    expected = arm(ids).logits
+    set_preference(arm, [[1.0, 0.0], [0.0, 1.0]], "second")
+    with pytest.raises(ValueError, match="can't be merged"):
+        arm.merge_adapter()
+    set_preference(arm, [0.3, 0.7], "second")
+    torch.testing.assert_close(arm.state_dict(), before, atol=0, rtol=0)
+    layer = arm.base_model.model.model.layers[0].self_attn.v_proj
+    shared = layer.adapter("second").B.weight
+    with torch.no_grad():
+        former = shared[0, 0].item()
+        shared[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter second"):
+            layer.merge(safe_merge=True)
+        shared[0, 0] = former
+    torch.testing.assert_close(arm.state_dict(), before, atol=0, rtol=0)
+    arm.merge_adapter()
+    torch.testing.assert_close(arm(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    arm.unmerge_adapter()
+    torch.testing.assert_close(arm.state_dict(), before, atol=1e-5, rtol=1e-5)
+
+
 def test_disabled_adapter_is_the_base_model():
     arm = tiny_arm()
     ids = torch.arange(8)[None]

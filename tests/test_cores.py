@@ -8,7 +8,7 @@ from adapter_table import OBJECTIVES, TABLE, every_adapter, make_adapter, make_m
 from conftest import tiny_gpt2, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, set_preference
 from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
@@ -156,6 +156,23 @@ def test_a_disjoint_start_that_can_t_be(r1, r2):
 def test_merging_a_shift_into_a_layer_without_bias_warns():
     with pytest.warns(UserWarning, match="shift was merged into a bias that the layer did not have"):
         make_model(TABLE["moslora"]).merge_adapter()
+
+
+@every_adapter
+def test_pefts_conversion_to_lora_is_exact_or_refused(row):
+    """It knows no shift."""
+    model, ids = make_model(row), torch.randint(2, 64, (2, 6))
+    set_preference(model, [0.2, 0.3, 0.5])
+    shifts = row.config is MoSLoraConfig
+    assert model.supports_lora_conversion() is not shifts
+    if shifts:
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(model, rank=8)
+        return
+    config, tensors = convert_to_lora(model, rank=8)
+    converted = get_peft_model(tiny_llama(), config).eval()
+    set_peft_model_state_dict(converted, tensors)
+    torch.testing.assert_close(converted(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @every_adapter
