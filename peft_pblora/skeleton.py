@@ -29,6 +29,7 @@ def skeleton_of(model: nn.Module, on_cpu: bool = False) -> Any:
         for tensor in (*model.parameters(), *model.buffers())
     }
     base: Any = copy.deepcopy(backbone_of(model), empty)
+    vars(base).pop("peft_config", None)
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module

@@ -12,7 +12,7 @@ import torch
 from adapter_table import every_adapter, make_model
 from conftest import OBJECTIVES, needs_add_adapter, tiny_arm, tiny_gpt2, tiny_llama
 from decoding.architectures import ARCHITECTURES, Cell, tiny
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -237,6 +237,19 @@ def test_export_keeps_modules_to_save_and_leaves_the_model_alone(tmp_path):
     torch.testing.assert_close(get_preference(model), torch.tensor([0.9, 0.1]))
     loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path).eval()
     set_preference(model, [0.5, 0.5])
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["all", "pblora_only"])
+def test_export_keeps_trained_biases_whatever_the_adapter_is_called(bias, tmp_path):
+    config = PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"], bias=bias, init_weights=False)
+    model = get_peft_model(tiny_llama(attention_bias=True), config, adapter_name="mine").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    set_preference(model, [0.3, 0.7])
+    save_as_lora(model, tmp_path, [0.3, 0.7], adapter_name="mine")
+    loaded = PeftModel.from_pretrained(tiny_llama(attention_bias=True), tmp_path).eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
