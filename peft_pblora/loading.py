@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters from files that may be damaged: what PEFT warns of, or does not see, is an error here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +22,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTraining
 from torch import nn
 
 from .config import PreferenceConfig
+from .switch import backbone_of, changes_below
 
 
 SHARED = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.", ".unilora_theta_d.")
@@ -52,16 +53,24 @@ def load_adapter(
     Raises:
         ValueError: a file that can't be read or has no tensors, weights that are NaN or infinite or no floating-point
             numbers, tensors that are missing, have another shape than the configuration (such as its number of
-            objectives) and the model ask for, or have no place. The model is as it was then.
+            objectives) and the model ask for, or have no place; a `config` for a model with adapters. The model is as
+            it was then.
     """
     folder = str(folder)
+    names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
+    if config is not None and isinstance(model, PeftModel):
+        raise ValueError(
+            f"`config` is given, but the model has adapters already ({', '.join(sorted(names))}), and PEFT reads the "
+            "folder's own then. Leave it out, or load onto a model without adapters."
+        )
     place = {key: kwargs[key] for key in ("revision", "subfolder", "token") if key in kwargs}
     tensors = check_weights(folder, **place)
     with refused(folder):
-        check_start(config or PeftConfig.from_pretrained(folder, **place))
-    names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
+        found = config or PeftConfig.from_pretrained(folder, **place)
+        check_start(found)
     if adapter_name in names:
         raise ValueError(f"The model has an adapter {adapter_name!r} already. Give another `adapter_name`.")
+    put_back = _remember(model, found)
     try:
         with refused(folder):
             if isinstance(model, PeftModel):
@@ -80,6 +89,7 @@ def load_adapter(
                 model.delete_adapter(adapter_name)
         elif model is not None and not names:
             _take_off(model)
+        put_back()
         raise
     return loaded
 
@@ -185,6 +195,28 @@ def _file(folder: str) -> str:
     """The file with an adapter's weights, or its name on the Hub."""
     paths = (Path(folder, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
     return next((str(path) for path in paths if path.is_file()), folder)
+
+
+def _remember(model: nn.Module | None, config: PeftConfig) -> Callable[[], None]:
+    """What puts a model back as it is now, when an adapter was taken off: what of it trains, its mode, and its weights
+    if PEFT changes them below such an adapter."""
+    if model is None:
+        return lambda: None
+    modes = [(module, module.training) for module in model.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    changes = changes_below(config, backbone_of(model))
+    kept = [parameter for parameter, _ in trains if changes and not parameter.is_meta]
+    weights = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in kept]
+
+    def put_back() -> None:
+        for module, training in modes:
+            module.training = training
+        for parameter, required in trains:
+            parameter.requires_grad_(required)
+        for parameter, weight in weights:
+            parameter.data.copy_(weight)
+
+    return put_back
 
 
 def _take_off(model: nn.Module) -> None:

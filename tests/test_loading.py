@@ -129,6 +129,12 @@ def test_adapters_of_the_authors_code_load(tmp_path):
     assert torch.equal(load_adapter(tiny_llama(1), tmp_path / "official", "theirs").eval()(IDS).logits, expected)
 
 
+def state(model):
+    """What of a model trains, and what is in training mode."""
+    trains = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    return (trains | {id(module): module.training for module in model.modules()}).items()
+
+
 @pytest.mark.parametrize("kind", ["pblora", "lora", "lora with a head"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_adapter_is_refused_and_leaves_nothing(base, kind, damage):
@@ -136,18 +142,32 @@ def test_a_damaged_adapter_is_refused_and_leaves_nothing(base, kind, damage):
     spoil, message = DAMAGES[damage]
     spoil(folder)
     model = tiny_llama()
-    names, expected = [name for name, _ in model.named_modules()], model(IDS).logits
+    model.lm_head.requires_grad_(False)
+    names, expected, switches = [name for name, _ in model.named_modules()], model(IDS).logits, state(model.train())
     with pytest.raises(ValueError, match=message) as refusal:
         load_adapter(model, folder)
     assert str(folder) in str(refusal.value)
     assert [name for name, _ in model.named_modules()] == names
     assert torch.equal(model(IDS).logits, expected)
+    assert state(model) >= switches
     taken = tiny_arm(tiny_llama()) if kind == "pblora" else lora(tiny_llama())
-    expected = taken(IDS).logits
+    expected, switches = taken(IDS).logits, state(taken.train())
     with pytest.raises(ValueError, match=message):
         load_adapter(taken, folder, "second")
     assert list(taken.peft_config) == ["default"]
     assert torch.equal(taken(IDS).logits, expected)
+    assert state(taken) >= switches
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_a_damaged_adapter_that_changes_the_model_below_it_leaves_its_weights(tmp_path, settings):
+    changed(**settings).save_pretrained(tmp_path)
+    change(lambda tensors, _: tensors.pop(next(name for name in tensors if "lora_A" in name)))(tmp_path)
+    model = tiny_llama(attention_bias=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="1 of its tensors are missing"):
+        load_adapter(model, tmp_path)
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
 
 
 def test_another_number_of_objectives_is_refused(base):
@@ -183,6 +203,14 @@ def test_a_name_that_is_taken_is_refused(base):
     folder, _ = saved(base)
     with pytest.raises(ValueError, match="has an adapter 'default' already"):
         load_adapter(tiny_arm(tiny_llama()), folder)
+
+
+def test_a_configuration_for_a_model_with_adapters_is_refused(base):
+    folder, _ = saved(base)
+    arm = tiny_arm(tiny_llama())
+    with pytest.raises(ValueError, match=r"`config` is given, but the model has adapters already \(default\)"):
+        load_adapter(arm, folder, "second", config=arm.peft_config["default"])
+    assert list(arm.peft_config) == ["default"]
 
 
 def test_an_adapter_below_a_folder_is_not_that_of_the_folder(base):
