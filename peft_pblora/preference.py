@@ -136,8 +136,10 @@ def preference_grid(objectives: Sequence[str], steps: int) -> torch.Tensor:
     """
     if steps < 1:
         raise ValueError(f"`steps` is {steps}, but the grid needs at least one interval.")
-    points = [p for p in itertools.product(range(steps + 1), repeat=len(objectives)) if sum(p) == steps]
-    return torch.tensor(points, dtype=torch.float32) / steps
+    # A point is `steps` stars with bars between its parts.
+    bars = itertools.combinations(range(steps + len(objectives) - 1), len(objectives) - 1)
+    ends = torch.tensor([(-1, *places, steps + len(objectives) - 1) for places in bars])
+    return (ends.diff(dim=1) - 1).float() / steps
 
 
 def check_objectives(objectives: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import math
 
 import pytest
 import torch
@@ -147,11 +148,17 @@ def test_bad_samples(n, concentration):
 
 
 @pytest.mark.parametrize(("k", "steps"), [*itertools.product([1, 2, 3], [1, 4])])
-def test_grid_holds_every_point_once(k, steps):
+def test_grid_holds_every_point_once_in_lexicographic_order(k, steps):
     grid = preference_grid(OBJECTIVES[:k], steps)
-    expected = {c for c in itertools.product(range(steps + 1), repeat=k) if sum(c) == steps}
-    assert {tuple((row * steps).round().int().tolist()) for row in grid} == expected
-    assert len(grid) == len(expected)
+    expected = [c for c in itertools.product(range(steps + 1), repeat=k) if sum(c) == steps]
+    assert torch.equal(grid, torch.tensor(expected, dtype=torch.float32) / steps)
+
+
+def test_a_grid_of_many_objectives_takes_no_longer_than_its_points():
+    grid = preference_grid([f"objective {i}" for i in range(10)], 5)
+    assert grid.shape == (math.comb(14, 9), 10)
+    torch.testing.assert_close(grid.sum(1), torch.ones(len(grid)))
+    assert len(preference_grid([f"objective {i}" for i in range(40)], 1)) == 40
 
 
 def test_bad_grid():
