@@ -195,9 +195,10 @@ class Fold:
         self.dtype, self.condition, self.version = dtype, condition, condition.version
         self.weights = [
             # Inference tensors keep no version; whoever changes one in place must set the preference again.
-            (parameters, name, weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
-            for parameters in (adapter.A._parameters, adapter.B._parameters, adapter.core._parameters)
-            for name, weight in parameters.items()
+            (tensors, name, weight, weight.data_ptr(), None if weight.is_inference() else weight._version)
+            for module in (adapter.A, adapter.B, *adapter.core.modules())
+            for tensors in (module._parameters, module._buffers)
+            for name, weight in tensors.items()
             if weight is not None
         ]
         self.matrix: torch.Tensor | None = None
@@ -215,8 +216,8 @@ class Fold:
         if self.condition is not condition or self.version != condition.version:
             return False
         # Asked for every layer of every token, where a generator expression would cost as much as the small products.
-        for parameters, name, weight, address, version in self.weights:
-            if parameters[name] is not weight or weight.data_ptr() != address:
+        for tensors, name, weight, address, version in self.weights:
+            if tensors[name] is not weight or weight.data_ptr() != address:
                 return False
             if version is not None and weight._version != version:
                 return False

@@ -202,16 +202,15 @@ for registry in ("CONFIG", "TUNER", "PREFIX"):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_preference_is_set_once_in_place_without_a_file_and_without_visiting_layers(monkeypatch):
+def test_a_preference_is_set_once_without_a_file_and_without_visiting_layers(monkeypatch):
     arm = tiny_arm(tiny_llama(1))
     condition = arm.base_model.model.model.layers[0].self_attn.q_proj.adapter("default").condition
-    tensor, weights = condition.preference, {name: id(p) for name, p in arm.named_parameters()}
+    weights = {name: id(p) for name, p in arm.named_parameters()}
     monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("a file was opened"))
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("something was loaded"))
     monkeypatch.setattr(nn.Module, "named_modules", lambda *a, **k: pytest.fail("layers were visited"))
     set_preference(arm, {"helpful": 3, "harmless": 1}, normalize=True)
-    assert condition.preference is tensor
-    assert tensor.tolist() == [0.75, 0.25]
+    assert condition.preference.tolist() == [0.75, 0.25]
     assert condition.version == 1
     monkeypatch.undo()
     assert {name: id(p) for name, p in arm.named_parameters()} == weights

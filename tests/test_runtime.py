@@ -17,6 +17,9 @@ from peft import get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference, use_preference
+from peft_pblora.adapter import LowRankAdapter
+from peft_pblora.condition import Condition
+from peft_pblora.cores import Core
 
 
 IDS = torch.arange(2, 18).view(2, 8)
@@ -42,6 +45,37 @@ def test_default_preference_is_announced_once():
         arm(IDS)
         set_preference(chosen, [0.5, 0.5])
         chosen(IDS)
+
+
+class DeepCore(Core):
+    """W(α) = diag(scale · (M α + b)), with a module and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rank, self.gate = 2, torch.nn.Sequential(torch.nn.Linear(2, 2))
+        self.register_buffer("scale", torch.ones(1))
+
+    def reset_parameters(self):
+        self.gate[0].reset_parameters()
+
+    def forward(self, preference):
+        return torch.diag_embed(self.scale * self.gate(preference)), None
+
+
+@pytest.mark.parametrize("change", ["weight", "bias", "scale", "other weight"])
+def test_fold_is_dropped_when_a_module_or_a_buffer_of_the_core_changes(change):
+    adapter = LowRankAdapter(4, 3, DeepCore(), 1.0, Condition(OBJECTIVES, [0.2, 0.8]), identity=False).eval()
+    adapter.condition.was_set = True
+    x, nothing = torch.randn(2, 4), torch.zeros(2, 3)
+    with torch.no_grad():
+        before = adapter(x, nothing.clone())
+        if change == "other weight":
+            adapter.core.gate[0].weight = torch.nn.Parameter(torch.randn(2, 2))
+        else:
+            (adapter.core.scale if change == "scale" else getattr(adapter.core.gate[0], change)).add_(1)
+        after = adapter(x, nothing.clone())
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, adapter(x, nothing))
 
 
 def test_fold_is_dropped_when_the_preference_or_a_weight_changes():
