@@ -299,7 +299,10 @@ def bad(folder, verb, **changes):
             "train_data": [str(folder / "pairs.jsonl")],
         },
     }  # fmt: skip
-    return [verb, "--config", write(folder / "bad.yaml", {**defaults[verb], **changes})]
+    given = {**defaults[verb], **changes}
+    if "preferences" in changes and "grid_steps" not in changes:
+        given.pop("grid_steps", None)
+    return [verb, "--config", write(folder / "bad.yaml", given)]
 
 
 BEYOND = {"helpful": 1.5, "harmless": -0.5}
@@ -310,7 +313,7 @@ BAD = [
         {"method": {"method": "parm", "arm": "x"}, "preferences": [BEYOND]},
         "unless `allow_off_simplex=True`",
     ),
-    ("export", {"preferences": [BEYOND], "grid_steps": None}, "unless `allow_off_simplex=True`"),
+    ("export", {"preferences": [BEYOND]}, "unless `allow_off_simplex=True`"),
     (
         "evaluate",
         {"allow_off_simplex": True, "preferences": [BEYOND], "methods": [{"method": "cage", "arm": "x"}]},
@@ -346,6 +349,8 @@ BAD = [
     ("evaluate", {"preferences": "uniform"}, "An entry of `preferences` is 'uniform', but it must be a list or a map"),
     ("evaluate", {"preferences": [[1, 0, 0]]}, "`preference`"),
     ("evaluate", {"preferences": ["[1, 0"]}, "`preferences` is '[1, 0', which is no JSON"),
+    ("evaluate", {"preferences": [[1, 0]], "grid_steps": 2}, "`preferences` are given, and `grid_steps` too"),
+    ("export", {"preferences": [[1, 0]], "grid_steps": 2}, "`preferences` are given, and `grid_steps` too"),
     ("evaluate", {"grid_steps": None}, "Give `preferences`, points of the simplex, or `grid_steps`"),
     ("evaluate", {"grid_steps": 0}, "`grid_steps` is 0, but it must be 1 or larger"),
     ("evaluate", {"grid_steps": 2.5}, "`grid_steps` is 2.5, but it must be a whole number"),

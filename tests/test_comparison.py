@@ -68,6 +68,12 @@ def test_what_both_share_cancels():
     assert compare(pair_up(one, other), ["helpful"])[0]["low"] > 0
 
 
+def test_rows_that_are_there_twice_are_refused():
+    rows = rows_of("PARM", 0)
+    with pytest.raises(ValueError, match="has 'PARM' at .* twice for the prompt w3"):
+        pair_up([*rows, {**rows[3], "helpful": 99.0}], rows)
+
+
 def test_two_methods_and_a_control():
     table = [*rows_of("PARM", 0), *rows_of("GenARM", 1), *rows_of("Base", 2, grid=[None])]
     pairs = pair_up(table, table, ("PARM", "Base"))

@@ -8,7 +8,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_arm, tiny_llama
+from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from scipy.stats import chisquare
 
 from trl_parm.decoding import PARM
@@ -115,6 +115,26 @@ def test_texts_do_not_depend_on_batches(tokenizer, batch_size):
     other = run_sweep(tokenizer, runs, prompts=PROMPTS, batch_size=batch_size, do_sample=True)
     assert texts(one) == texts(other)
     assert len(set(one["response"])) > 5
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_texts_do_not_depend_on_batches_where_a_penalty_reads_padding(tokenizer, seed):
+    tokenizer.chat_template, tokenizer.pad_token = None, "<eos>"
+    start = " ".join(f"w{i}" for i in range(1, 13))
+    prompts = [start + end for end in (" w20", " w21 w22 w23", " w30 w31 w32 w33 w34 w35 w36")]
+    settings = {"max_new_tokens": 20, "repetition_penalty": 1.3}
+    found = [
+        sweep(tiny_llama(seed), tokenizer, prompts, [Run("base")], REWARDS, batch_size=batch_size, **settings)
+        for batch_size in (1, 3)
+    ]
+    assert found[0]["response"] == found[1]["response"]
+
+
+def test_a_sweep_leaves_its_tokenizer_as_it_was(tokenizer):
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    table = run_sweep(tokenizer, [Run("base")], max_prompt_length=2)
+    assert table["response"] == run_sweep(tiny_tokenizer(), [Run("base")], max_prompt_length=2)["response"]
+    assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "right")
 
 
 def test_texts_do_not_depend_on_order_methods_or_other_prompts(tokenizer):

@@ -402,10 +402,11 @@ def test_standardised_rewards_have_the_scale_of_the_base_model_s_answers():
     np.testing.assert_allclose(again[1].points, scaled.points)
 
 
-def test_rewards_without_a_scale_are_refused():
-    constant = [
-        {**row, "help": 1.0} if row["method"] == "base" else row for row in table({"base": [(1.0, 5.0)], "PARM": PARM})
-    ]
+@pytest.mark.parametrize("values", [[1.0], [0.1], [0.3, 0.1 + 0.2], [-7.1, float(np.nextafter(np.float32(-7.1), 0))]])
+def test_rewards_without_a_scale_are_refused(values):
+    constant = table({"base": [(1.0, 5.0)], "PARM": PARM}, prompts=7)
+    for i, row in enumerate(row for row in constant if row["method"] == "base"):
+        row["help"] = values[i % len(values)]
     with pytest.raises(ValueError, match="The reward 'help' is the same for all answers of 'base'"):
         standardized(arrange(constant, OBJECTIVES), "base", OBJECTIVES)
     alone = arrange(table({"PARM": PARM}), OBJECTIVES)

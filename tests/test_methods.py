@@ -33,7 +33,7 @@ from trl_parm import (
     records,
     rewarded_soup,
 )
-from trl_parm.evaluation.decoding import encode_prompts
+from trl_parm.evaluation.decoding import Batch, encode_prompts
 from trl_parm.evaluation.evaluate import Entry, evaluate
 from trl_parm.evaluation.methods import METHODS
 from trl_parm.evaluation.models import Models
@@ -492,6 +492,31 @@ def test_guides_of_one_method_share_their_prompt(folder, tmp_path):
     assert len(run(folder, [{**method, "template": "w9 {prompt}"}], None)) == 4
     with pytest.raises(ValueError, match="their tokenizers make different tokens of it"):
         run(folder, [{**method, "template": "chat"}], None)
+
+
+@pytest.mark.parametrize("name", ["parm", "parm_prompt"])
+def test_the_end_of_a_guides_own_prompt_is_kept_too(folder, name):
+    method = {
+        "parm": {"method": "parm", "arm": "arm"},
+        "parm_prompt": {"method": "parm_prompt", "arm": "small_lora_one"},
+    }
+    method = {**method[name], "template": "w50 {prompt}"}
+    models = Models(str(folder / "large"))
+    model_at = Entry.of(in_folder(folder, method)).make(models)
+    inputs = encode_prompts(models.tokenizer, PROMPTS, max_length=2)
+    batch = Batch(None, PROMPTS, inputs, {"helpful": 0.5, "harmless": 0.5}, max_prompt_length=2)
+    ids = model_at(batch)[1]["guide_input_ids"]
+    assert ids[:, -2:].tolist() == tiny_tokenizer()(["w1 w2", "w5 w6"])["input_ids"]
+    assert (ids.shape[1] == 2) == (name == "parm")
+
+
+@pytest.mark.parametrize("template", [None, "w50 " * 9 + "{prompt}"])
+def test_a_prompt_that_a_guide_has_no_positions_for_is_refused(folder, tmp_path, template):
+    tiny_llama(1, max_position_embeddings=8 if template else 4).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    method = {"method": "genarm", "arms": dict.fromkeys(OBJECTIVES, str(tmp_path / "short")), "template": template}
+    with pytest.raises(ValueError, match="tokens as a guide reads it, which has . positions"):
+        run(folder, [method], None)
 
 
 def reordered(model, tokenizer, folder):

@@ -135,9 +135,11 @@ def grid(
     preferences: Any, steps: int | None, objectives: list[str], allow_off_simplex: bool = False
 ) -> list[list[float]]:
     """The preferences that are given, points of the simplex unless others are allowed, or the regular grid of so many
-    steps."""
+    steps. Raises `ValueError` for both or neither."""
     from peft_pblora import as_preference, preference_grid
 
+    if preferences and steps is not None:
+        raise ValueError("`preferences` are given, and `grid_steps` too, which makes others. Leave one of them out.")
     if preferences:
         allow = allow_off_simplex
         return [as_preference(one, objectives, allow_off_simplex=allow).tolist() for one in preferences]

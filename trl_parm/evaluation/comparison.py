@@ -11,9 +11,8 @@ import numpy as np
 
 from trl_parm.endpoint import Failure
 from trl_parm.rewards import is_unjudged
-from trl_parm.texts import prompt_key
 
-from .fronts import row_cell
+from .fronts import put_once, row_cell
 from .metrics import bootstrap, mean_and_error
 
 
@@ -59,7 +58,7 @@ def pair_up(
         `list[Pairing]`: In the order of the first table. A control is paired with every preference of the other side.
 
     Raises:
-        ValueError: a method that is not there, or nothing that both tables have.
+        ValueError: a method that is not there, a row that is there twice, or nothing that both tables have.
     """
     tables = [_by_run(rows) for rows in (first, second)]
     for table, name in zip(tables, methods or ()):
@@ -186,6 +185,5 @@ def _by_run(table: Iterable[Mapping[str, Any]]) -> dict[tuple, dict[str, Mapping
     """The rows of each method and preference, by prompt."""
     found: dict[tuple, dict[str, Mapping[str, Any]]] = {}
     for row in table:
-        method, weights, _ = row_cell(row)
-        found.setdefault((method, weights), {})[prompt_key(row["prompt"])] = row
+        put_once(found, row_cell(row), row)
     return found

@@ -46,6 +46,7 @@ class Batch:
         allow_off_simplex (`bool`): Whether α may extrapolate, as in [`Run`].
         beta (`float` or `torch.Tensor` of shape `(rows,)`, *optional*): β in the place of a method's own, of all rows
             or one for each.
+        max_prompt_length (`int`, *optional*): As in [`encode_prompts`], of guides with a template of their own too.
     """
 
     preference: torch.Tensor | None
@@ -55,6 +56,7 @@ class Batch:
     escape_control_tokens: bool = False
     allow_off_simplex: bool = False
     beta: float | torch.Tensor | None = None
+    max_prompt_length: int | None = None
 
     def beta_or(self, own: float) -> float | torch.Tensor:
         """β of the batch, or a method's own."""
@@ -146,9 +148,8 @@ def encode_prompts(
         ValueError: a template without `{prompt}`; a prompt that is neither text nor messages, has no tokens, or that
             the chat template refuses; a conversation of several messages without chat template.
     """
-    tokenizer.padding_side = "left"
     ids = prompt_ids(tokenizer, prompts, template, max_length, escape_control_tokens)
-    return tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
 
 
 def with_common_start(inputs: BatchEncoding) -> BatchEncoding:
@@ -176,21 +177,24 @@ def prompt_ids(
     if escape_control_tokens:
         prompts = [read_text(prompt, f"row {number} of `prompts`") for number, prompt in enumerate(prompts)]
         return escaped_ids(tokenizer, prompts, template, max_length)
-    tokenizer.truncation_side = "left"
     chat = template is None and tokenizer.chat_template is not None
     fit: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
-    found = []
-    for number, prompt in enumerate(prompts):
-        where = f"row {number} of `prompts`"
-        prompt = read_text(prompt, where)
-        if chat:
-            ids = tokenize_chat(tokenizer, as_messages(prompt, "user"), where, add_generation_prompt=True, **fit)
-        else:
-            text = fill(template or "{prompt}", prompt=prompt)
-            ids = without_end(tokenizer, text, cast(list[int], tokenizer(text, **fit)["input_ids"]))
-        if not ids:
-            raise ValueError(f"{where} has no tokens, so that there is nothing to go on from. Leave it out.")
-        found.append(ids)
+    found, side = [], tokenizer.truncation_side
+    try:
+        tokenizer.truncation_side = "left"
+        for number, prompt in enumerate(prompts):
+            where = f"row {number} of `prompts`"
+            prompt = read_text(prompt, where)
+            if chat:
+                ids = tokenize_chat(tokenizer, as_messages(prompt, "user"), where, add_generation_prompt=True, **fit)
+            else:
+                text = fill(template or "{prompt}", prompt=prompt)
+                ids = without_end(tokenizer, text, cast(list[int], tokenizer(text, **fit)["input_ids"]))
+            if not ids:
+                raise ValueError(f"{where} has no tokens, so that there is nothing to go on from. Leave it out.")
+            found.append(ids)
+    finally:
+        tokenizer.truncation_side = side
     return found
 
 

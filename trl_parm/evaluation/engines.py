@@ -37,6 +37,8 @@ from .likelihood import ChosenLogProbs, base_log_probs, own_adapters
 
 TRANSFORMERS, VLLM = "transformers", "vllm"
 """The engines by their names."""
+BLIND = {"max_new_tokens", "min_new_tokens", "eos_token_id", "suppress_tokens"}
+"""Settings of `generate` by which nothing reads the tokens of a text, as a repetition penalty reads padding too."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,10 @@ class Decoding:
         names = [{} if α is None else dict(zip(self.objectives, α.tolist(), strict=True)) for α in αs]
         several = any(run is not runs[0] for run in runs)
         α, named = (torch.stack(cast(Any, αs)), names) if several else (αs[0], names[0])
-        return Batch(α, list(prompts), inputs, named, self.escape_control_tokens, runs[0].allow_off_simplex)
+        return Batch(
+            α, list(prompts), inputs, named, self.escape_control_tokens, runs[0].allow_off_simplex,
+            max_prompt_length=self.max_prompt_length,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,8 +166,10 @@ class Transformers:
 
     def _reads_over_padding(self, how: Decoding, model: Guided, arguments: Mapping[str, Any]) -> bool:
         """Whether padding may stand within the prompts, so that what they all begin with is read once."""
-        others = {"cache_implementation", "use_cache", "prefill_chunk_size"} & set(how.generation)
-        if others or not set(arguments) <= {"guide_input_ids", "guide_attention_mask"}:
+        if not {*how.generation, *how.acting} <= BLIND or not set(arguments) <= {
+            "guide_input_ids",
+            "guide_attention_mask",
+        }:
             return False
         scorers = set(model.formula.scorers()) - {BASE, *model.terms}
         if not all(isinstance(scorer, TopKReward) and scorer.reads_text_alone for scorer in scorers):

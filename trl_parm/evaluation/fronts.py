@@ -185,7 +185,8 @@ def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -
         objectives (`Sequence[str]`): Their names, for errors.
 
     Raises:
-        ValueError: no such method, a single answer, or a reward that is the same for all of its answers.
+        ValueError: no such method, a single answer, or a reward that is the same for all of its answers, up to the
+            rounding of a model's output.
     """
     answers = next((front.runs.reshape(-1, front.runs.shape[-1]) for front in found if front.method == base), None)
     if answers is None:
@@ -194,8 +195,9 @@ def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -
             f"Rewards get the scale that they have for {base!r}, but the methods are {listed}. Evaluate it."
         )
     deviations = answers.std(0, ddof=1) if len(answers) > 1 else np.zeros(len(objectives))
-    for name, deviation in zip(objectives, deviations, strict=True):
-        if not deviation > 0:
+    least = np.finfo(np.float32).eps * np.abs(answers).max(0)
+    for name, deviation, noise in zip(objectives, deviations, least, strict=True):
+        if not deviation > noise:
             raise ValueError(
                 f"The reward {name!r} is the same for all answers of {base!r}, or there is one answer only, so that "
                 "it has no scale. Evaluate more prompts, or leave it out of `objectives`."
@@ -241,16 +243,22 @@ def _cells(
             check_scores(row, (*objectives, *costs))
         except (TypeError, ValueError) as error:
             raise ValueError(f"The table's row {number}, of {row['method']!r}, is none: {error}.") from None
-        cell = cells.setdefault((method, weights), {})
-        if prompt in cell:
-            raise ValueError(
-                f"The table has {method!r} at {weights or 'no preference'} twice for the prompt {prompt[:80]}. Give "
-                "each run once, and files with runs of one name as files of their own."
-            )
-        cell[prompt] = row
+        put_once(cells, (method, weights, prompt), row)
     if not cells:
         raise ValueError("The table has no rows. Evaluate at least one method on one prompt.")
     return cells
+
+
+def put_once(cells: dict[tuple, dict[str, Mapping]], cell: tuple[str, tuple | None, str], row: Mapping) -> None:
+    """Puts a row among those of its method and preference, by prompt. Raises `ValueError` where there is one."""
+    method, weights, prompt = cell
+    rows = cells.setdefault((method, weights), {})
+    if prompt in rows:
+        raise ValueError(
+            f"The table has {method!r} at {weights or 'no preference'} twice for the prompt {prompt[:80]}. Give each "
+            "run once, and files with runs of one name as files of their own."
+        )
+    rows[prompt] = row
 
 
 def _front(method: str, rows: list[list[Mapping[str, Any]]], objectives: Sequence[str]) -> Front:

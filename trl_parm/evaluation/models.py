@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -83,38 +84,47 @@ class Guide:
         """log π of this model at the preferences of a batch."""
         return self.lm(batch.weights, allow_off_simplex=batch.allow_off_simplex)
 
+    def read(self, batch: Batch) -> BatchEncoding:
+        """Prompts as it reads them by itself."""
+        template = None if self.template == CHAT else self.template
+        return encode_prompts(
+            self.tokenizer, batch.prompts, template, batch.max_prompt_length, batch.escape_control_tokens
+        )
+
+    def check_room(self, inputs: Mapping[str, Any]) -> None:
+        """Raises `ValueError` for prompts `input_ids` that fill all of its positions."""
+        positions, length = positions_of(self.model.config), inputs["input_ids"].shape[1]
+        if positions is not None and length >= positions:
+            raise ValueError(
+                f"A prompt has {length} tokens as a guide reads it, which has {positions} positions. Leave it out, or "
+                "set `max_prompt_length`, which keeps the end of a prompt."
+            )
+
 
 def own_prompt(guides: Iterable[Guide], batch: Batch) -> dict[str, Any]:
     """What guides read in the place of the base model's prompts, as arguments of a guided model's `generate`; nothing
-    for a batch without prompts. Raises `ValueError` for guides that would read different tokens."""
-    found = [
-        encode_prompts(
-            guide.tokenizer,
-            batch.prompts,
-            None if guide.template == CHAT else guide.template,
-            escape_control_tokens=batch.escape_control_tokens,
-        )
-        for guide in guides
-        if guide.template is not None and batch.prompts
-    ]
+    for a batch without prompts. Raises `ValueError` for guides that would read different tokens, or that have no
+    positions for them."""
+    guides = list(guides) if batch.prompts else []
+    found = [guide.read(batch) for guide in guides if guide.template is not None]
     if any(one["input_ids"].tolist() != found[0]["input_ids"].tolist() for one in found):
         raise ValueError(
             "The guides of a method share one prompt, but their tokenizers make different tokens of it. Use guides of "
             "one tokenizer, and a `template` with {prompt}."
         )
+    for guide in guides:
+        guide.check_room(found[0] if found else batch.inputs)
     return Prompt(batch.inputs, guide=found[0]).arguments if found else {}
 
 
 def prompt_with_preference(guide: Guide, batch: Batch, text: PreferenceText) -> dict[str, Any]:
     """As [`own_prompt`], of prompts that begin with the preference of each row: the base model's where the guide reads
-    those, or else its own. Raises `ValueError` for preferences over other objectives than the text's."""
-    own = None
-    if guide.template is not None or guide.vocabulary is not None:
-        template = None if guide.template == CHAT else guide.template
-        escaped = batch.escape_control_tokens
-        own = encode_prompts(guide.tokenizer, batch.prompts, template, escape_control_tokens=escaped)
+    those, or else its own. Raises `ValueError` for preferences over other objectives than the text's too."""
+    own = guide.read(batch) if guide.template is not None or guide.vocabulary is not None else None
     allow = batch.allow_off_simplex
-    return Prompt.with_preference(batch.inputs, batch.weights, text, guide.tokenizer, own, allow).arguments
+    found = Prompt.with_preference(batch.inputs, batch.weights, text, guide.tokenizer, own, allow).arguments
+    guide.check_room({"input_ids": found["guide_input_ids"]})
+    return found
 
 
 def positions_of(config: Any) -> int | None:
