@@ -121,6 +121,22 @@ def test_a_judge_that_prefers_a_place_prefers_nobody(tmp_path):
     assert (rates[0]["wins by the judge"], rates[0]["failed"]) == (None, COUNT)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "answer", "won"),
+    [
+        (r"Winner: (?:(A)|(B)|(tie))", "Winner: A", 1),
+        (r"Winner: (?:(A)|(B)|(tie))", "Winner: A? No. Winner: B", 0),
+        (r"Winner: (?:(A)|(B)|(tie))", "Winner: tie", 0.5),
+        (r"(?i)better:(\s*(?:A|B|neither))", "Better: b", 0),
+        (r"(?i)better:(\s*(?:A|B|neither))", "better: neither", 0.5),
+    ],
+)
+def test_a_verdict_is_in_any_group_and_case(tmp_path, pattern, answer, won):
+    with JudgeServer(lambda question: answer) as server:
+        judge = PairJudge(Endpoint(server.url, "stub", cache="", retries=0), pattern=pattern)
+        assert judge(["q"], ["x"], ["y"]) == [(won, 1 - won)]
+
+
 def test_the_command(tmp_path, capsys):
     one = save(tmp_path / "one/results.jsonl", [*rows_of("PARM", 0, shift=1.0), *rows_of("A", 2)])
     turned = [{**row, "preference": row["preference"][::-1]} for row in rows_of("PARM", 1)]

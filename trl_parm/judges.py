@@ -74,7 +74,7 @@ class Judge:
 
     def _number(self, answer: str) -> float | Failure:
         if self.pattern is not None:
-            found = [next(filter(None, match.groups()), "") for match in re.finditer(self.pattern, answer)][-1:]
+            found = _groups(self.pattern, answer)[-1:]
         else:
             found = NUMBER.findall(answer)
         told = " ".join(answer.split())[:120]
@@ -97,7 +97,7 @@ class PairJudge:
         endpoint ([`Endpoint`]): Who is asked.
         template (`str`, *optional*): The question, with `{prompt}`, `{response_a}` and `{response_b}`.
         pattern (`str`, *optional*): A regular expression whose group is A, B, or anything else for a tie; the last
-            match counts.
+            match counts, and of several groups the first that has something.
 
     Raises:
         ValueError: a template that lacks one of these, or a pattern without a group.
@@ -128,10 +128,10 @@ class PairJudge:
         return fill(self.template, prompt=prompt, response_a=a, response_b=b)
 
     def _verdict(self, answer: str) -> float | Failure:
-        found = [match[1] for match in re.finditer(self.pattern, answer)]
+        found = _groups(self.pattern, answer)
         if not found:
             return Failure(f"no verdict in {' '.join(answer.split())[:120]!r}")
-        return {"A": 1.0, "B": 0.0}.get(found[-1], 0.5)
+        return {"A": 1.0, "B": 0.0}.get(found[-1].strip().upper(), 0.5)
 
 
 def judge_of(given: Mapping[str, Any], kind: type = Judge) -> Any:
@@ -149,6 +149,11 @@ def judge_of(given: Mapping[str, Any], kind: type = Judge) -> Any:
         )
     endpoint = Endpoint(**{key: value for key, value in settings.items() if key in OF_ENDPOINT})
     return kind(endpoint, **{key: value for key, value in settings.items() if key in own})
+
+
+def _groups(pattern: str, answer: str) -> list[str]:
+    """What the first group with something in it has, of each match of a pattern."""
+    return [next(filter(None, match.groups()), "") for match in re.finditer(pattern, answer)]
 
 
 def _check_pattern(pattern: str | None) -> None:
