@@ -45,6 +45,14 @@ def check_output(path: str | Path, writer: str) -> None:
         _refuse_foreign(path, writer)
 
 
+def remove_output(path: str | Path, writer: str) -> None:
+    """Removes a file that is as this writer wrote it; anything else stays."""
+    path = Path(path)
+    with _alone(path.parent):
+        if path.is_file() and _foreign(path, writer) is None:
+            path.unlink()
+
+
 @contextlib.contextmanager
 def output_folder(path: str | Path, writer: str = "output", needed_bytes: int = 0) -> Iterator[Path]:
     """Gives a fresh folder to write into and moves it to `path` only if the block ends without an error.

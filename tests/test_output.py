@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_pblora import output
-from peft_pblora.output import NOTES, file_name, output_file, output_files, output_folder
+from peft_pblora.output import NOTES, file_name, output_file, output_files, output_folder, remove_output
 
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,18 @@ def test_a_file_of_anybody_else_is_refused(tmp_path, kind):
     with pytest.raises(ValueError, match=REFUSED), output_file(target, "us"):
         pytest.fail("the work has begun")
     assert content(tmp_path) == before
+
+
+def test_only_what_a_writer_wrote_and_nobody_changed_is_removed(tmp_path):
+    for name in ("mine", "changed", "others"):
+        with output_file(tmp_path / name, "other" if name == "others" else "plot") as file:
+            file.write(name)
+    (tmp_path / "changed").write_text("by hand")
+    (tmp_path / "own").write_text("x")
+    (tmp_path / "folder").mkdir()
+    for name in ("mine", "changed", "others", "own", "folder", "nothing"):
+        remove_output(tmp_path / name, "plot")
+    assert names(tmp_path) == ["changed", "folder", "others", "own"]
 
 
 def test_what_comes_while_the_work_goes_on_stays(tmp_path):
