@@ -679,6 +679,30 @@ def test_runs_of_several_training_seeds_are_one_method(tmp_path, capfd):
     assert "different numbers of training seeds: 'PARM' has 3, 'GenARM' has 2" in capfd.readouterr().err
 
 
+def test_what_an_earlier_plot_wrote_and_this_one_does_not_goes(tmp_path, capfd):
+    """But not what anybody has changed; a plot that is refused leaves all as it was."""
+    three, two = write_results(tmp_path / "three", objectives=("a", "b")), write_results(tmp_path / "two")
+    rows = [json.loads(line) | {"c": 1.0, "response": "x"} for line in three.read_text().splitlines()]
+    for row in rows:
+        row["preference"] = row["preference"] and [*row["preference"], 0.0]
+    three.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    three.with_suffix(".config.json").write_text(json.dumps({"objectives": ["a", "b", "c"]}))
+    figures = tmp_path / "figures"
+    plot = ("plot", "--resamples", 5, "--output_dir", figures, "--results")
+    assert run(*plot, three, "--html", "true") == 0
+    first = {path.name for path in figures.iterdir()}
+    assert {"differences.csv", "correlations.csv", "fronts.html", "fronts_3d.png"} <= first
+    (figures / "fronts_pairs.svg").write_text("mine")
+    assert run(*plot, three, "--objectives", "a") == 2
+    assert "a front needs two or more" in capfd.readouterr().err
+    assert {path.name for path in figures.iterdir()} == first
+    assert run(*plot, two, "--methods", "Base") == 0
+    assert {path.name for path in figures.iterdir()} == {
+        "measures.md", "measures.csv", "costs.csv", "answers.csv", "fronts.png", "fronts.svg", "fronts.csv",
+        "fronts_pairs.svg", "run.yaml", NOTES,
+    }  # fmt: skip
+
+
 def test_a_reward_without_a_scale_leaves_the_raw_measures(tmp_path, capfd):
     path = write_results(tmp_path / "results")
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -152,6 +152,9 @@ def test_the_command(tmp_path, capsys):
     with (out / "wins.csv").open() as file:
         assert [float(row["wins by the judge"]) for row in csv.DictReader(file)] == [1, 1]
     assert len((out / "verdicts.jsonl").read_text().splitlines()) == 2 * COUNT
+    assert main(["compare", "--results", one, "--methods", "PARM", "A", "--output_dir", str(out)]) == 0
+    assert not (out / "wins.csv").exists()  # of a judge that this comparison does not have
+    assert not (out / "verdicts.jsonl").exists()
     assert main(["compare", "--results", one, two, "--output_dir", str(tmp_path / "files")]) == 0
     with (tmp_path / "files/comparison.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -73,10 +73,7 @@ class Judge:
         return {"source": SOURCE, **self.endpoint.configuration(), **own}
 
     def _number(self, answer: str) -> float | Failure:
-        if self.pattern is not None:
-            found = _groups(self.pattern, answer)[-1:]
-        else:
-            found = NUMBER.findall(answer)
+        found = NUMBER.findall(answer) if self.pattern is None else _groups(self.pattern, answer)[-1:]
         told = " ".join(answer.split())[:120]
         if len(found) != 1:
             return Failure(f"{len(found)} numbers in the answer {told!r}" if found else f"no number in {told!r}")

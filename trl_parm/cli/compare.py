@@ -42,7 +42,7 @@ class CompareArguments:
 
 def main(argv: list[str]) -> None:
     arguments: CompareArguments = parse("compare", CompareArguments, argv, __doc__)
-    from peft_pblora.output import check_output, output_file
+    from peft_pblora.output import check_output, output_file, remove_output
     from trl_parm.evaluation.comparison import compare, judge_pairs, pair_up
     from trl_parm.evaluation.measures import WRITER, markdown, write_csv
     from trl_parm.jsonl import as_line
@@ -73,6 +73,9 @@ def main(argv: list[str]) -> None:
     if judge is not None:
         with output_file(folder / FILES[-1], WRITER) as file:
             file.writelines(map(as_line, verdicts))
+    else:
+        for name in FILES[2:]:  # of an earlier call, whose judge saw other responses
+            remove_output(folder / name, WRITER)
     write_run(folder, "compare", arguments)
     say(text)
     alone = sum(pairing.alone for pairing in pairings)

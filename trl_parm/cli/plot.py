@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
     require("eval", "a plot", "matplotlib", "moocore", "scipy")
     from peft_pblora import add_results
     from peft_pblora.card.files import WRITER as FIGURE
-    from peft_pblora.output import check_output
+    from peft_pblora.output import check_output, remove_output
     from trl_parm.evaluation.fronts import judged, summarize
     from trl_parm.evaluation.measures import WRITER
-    from trl_parm.evaluation.plots import draw_fronts, figure_files
+    from trl_parm.evaluation.plots import any_figure_files, draw_fronts, figure_files
 
     if arguments.card and not Path(arguments.card, "adapter_config.json").is_file():
         raise ValueError(
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
     references = [_point(given, objectives) for given in arguments.references or []]
     folder = Path(arguments.output_dir)
     planned = [folder / name for name in TABLES] + figure_files(objectives, folder, arguments.name)
-    planned += [page := folder / f"{arguments.name}.html"] if arguments.html else []
+    page = folder / f"{arguments.name}.html"
+    planned += [page] if arguments.html else []
     if len({str(path).casefold() for path in planned}) < len(planned):
         raise ValueError(f"`name` is {arguments.name!r}, which is the name of a table. Name the figures otherwise.")
     for path in planned:
@@ -80,12 +81,16 @@ def main(argv: list[str]) -> None:
     if arguments.card:
         check_output(Path(arguments.card, planned[len(TABLES)].name), FIGURE)
     tables, missing = _tables(rows, names, objectives, references, arguments)
+    summary = summarize(rows, objectives)
     folder.mkdir(parents=True, exist_ok=True)
-    text = _write(tables, folder)
+    figures = draw_fronts(summary, objectives, folder, references, arguments.name)
+    text, written = _write(tables, folder)
+    possible = [folder / name for name in TABLES] + any_figure_files(folder, arguments.name) + [page]
+    for path in possible:
+        if path not in written and path not in planned[len(TABLES) :]:  # of an earlier call, about other rows
+            remove_output(path, WRITER)
     if missing:
         text += f"\n\n{missing}"
-    summary = summarize(rows, objectives)
-    figures = draw_fronts(summary, objectives, folder, references, arguments.name)
     if arguments.html:
         from trl_parm.evaluation.page import write_page
 
@@ -241,15 +246,17 @@ def _tables(
     }, "\n\n".join(missing)
 
 
-def _write(tables: Mapping[str, Rows], folder: Path) -> str:
-    """Writes each table as a CSV file, called as its title begins, and all as Markdown, which is returned."""
+def _write(tables: Mapping[str, Rows], folder: Path) -> tuple[str, list[Path]]:
+    """Writes each table as a CSV file, called as its title begins, and all as Markdown, which is returned with the
+    files."""
     from peft_pblora.output import output_file
     from trl_parm.evaluation.measures import WRITER, markdown, write_csv
 
     found = {title: rows for title, rows in tables.items() if rows}
-    for title, rows in found.items():
-        write_csv(rows, folder / f"{title.split()[0].strip(',').lower()}.csv")
+    files = [folder / f"{title.split()[0].strip(',').lower()}.csv" for title in found]
+    for rows, file in zip(found.values(), files):
+        write_csv(rows, file)
     text = "\n\n".join(f"{title}\n\n{markdown(rows)}" for title, rows in found.items())
     with output_file(folder / TABLES[0], WRITER) as file:
         file.write(text + "\n")
-    return text
+    return text, [folder / TABLES[0], *files]

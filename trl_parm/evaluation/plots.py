@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from .measures import WRITER, write_csv
 
 KINDS = ("png", "svg")
 """Formats of figures."""
+ENDINGS = ("", "_pairs", "_3d")
+"""How the names of figures end."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#7F7F7F")
 """Told apart by colour-blind readers (Okabe and Ito 2008, a brown and a grey). Controls are black."""
 MARKERS = "os^Dvph<>d"
@@ -80,11 +82,9 @@ def draw_fronts(
     Raises:
         ValueError: fewer than two objectives, a reference point of another length, or a file that is none of ours.
     """
-    if len(objectives) < 2:
-        raise ValueError(f"`objectives` are {list(objectives)}, but a front needs two or more.")
+    paths = figure_files(objectives, folder, name)
     if any(len(point) != len(objectives) for point in references):
         raise ValueError(f"A reference point in {list(references)} has not one number for each of {list(objectives)}.")
-    paths = figure_files(objectives, folder, name)
     for path in paths:
         check_output(path, WRITER)
     figures = [draw(summary, objectives, references) for draw in _drawings(objectives).values()]
@@ -95,18 +95,31 @@ def draw_fronts(
 
 
 def figure_files(objectives: Sequence[str], folder: str | Path, name: str) -> list[Path]:
-    """The files that [`draw_fronts`] writes, the numbers last. Raises `ValueError` for a name with a path in it."""
+    """The files that [`draw_fronts`] writes, the numbers last. Raises `ValueError` for fewer than two objectives, or a
+    name with a path in it."""
+    if len(objectives) < 2:
+        raise ValueError(f"`objectives` are {list(objectives)}, but a front needs two or more.")
     if not name or Path(name).name != name:
         raise ValueError(f"`name` is {name!r}, but it must be the beginning of a file's name, without any folder.")
-    figures = [f"{name}{ending}.{kind}" for ending in _drawings(objectives) for kind in KINDS]
+    return _figure_files(_drawings(objectives), folder, name)
+
+
+def any_figure_files(folder: str | Path, name: str) -> list[Path]:
+    """The same of any number of objectives."""
+    return _figure_files(ENDINGS, folder, name)
+
+
+def _figure_files(endings: Iterable[str], folder: str | Path, name: str) -> list[Path]:
+    figures = [f"{name}{ending}.{kind}" for ending in endings for kind in KINDS]
     return [Path(folder) / file for file in (*figures, f"{name}.csv")]
 
 
 def _drawings(objectives: Sequence[str]) -> dict[str, Callable[..., Figure]]:
     """How the names of the figures end, and what draws them."""
+    plane, pairs, space = ENDINGS
     if len(objectives) == 2:
-        return {"": _one_plane}
-    return {"_pairs": _planes, "_3d": _space} if len(objectives) == 3 else {"_pairs": _planes}
+        return {plane: _one_plane}
+    return {pairs: _planes, space: _space} if len(objectives) == 3 else {pairs: _planes}
 
 
 def _one_plane(summary: Summary, objectives: Sequence[str], references: Sequence[Sequence[float]]) -> Figure:
@@ -182,7 +195,7 @@ def _space(summary: Summary, objectives: Sequence[str], references: Sequence[Seq
             axes.scatter(*points, marker=marker, s=size, facecolor="none", edgecolor=colour, linewidth=1.4)
             continue
         weights = np.array([row["preference"] for row in rows])
-        if len(rows) > 3:
+        if len(rows) > 3 and np.linalg.matrix_rank(weights - weights[0]) > 1:  # no line of preferences
             triangles = Triangulation(weights[:, 0], weights[:, 1]).triangles
             axes.plot_trisurf(*points, triangles=triangles, color=colour, alpha=0.16, edgecolor=colour, linewidth=0.5)
         shades = axes.scatter(
