@@ -352,6 +352,20 @@ def test_splits_take_the_place_of_older_ones_but_not_of_edited_ones(tmp_path):
     assert (tmp_path / "test.jsonl").read_text() == "mine"
 
 
+def test_splits_of_an_earlier_run_do_not_stay_beside_others(tmp_path):
+    """Its test pairs would be among the new training pairs."""
+    relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=6, validation_size=2, ranked=True)
+    relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=2, ranked=False)
+    assert {path.name for path in tmp_path.rglob("*.jsonl")} == {"train.jsonl", "test.jsonl", "scores.jsonl"}
+    relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=2, ranked=True)
+    for name in ("test.jsonl", "ranked/old.jsonl"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} was not written by 'relabel', or was changed"):
+            relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=0)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+
+
 def test_no_objective_decides_where_its_pairs_go(tmp_path):
     rewards = {name: longer for name in ("../../up", str(tmp_path / "root"), "..", "Long", "long", "train", "a/b")}
     relabel(Dataset.from_list(PAIRS), rewards, tmp_path / "out", ranked=True)

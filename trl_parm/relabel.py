@@ -58,7 +58,8 @@ def relabel(
     differ by no more than the margin, or where a judge failed on one of them, whose score then is `None`. Reward
     models are loaded one after the other. The folder gets `scores.jsonl`, from which a run that was killed goes on,
     and in the end `train.jsonl`, `validation.jsonl` and `test.jsonl`, as far as they are not empty. Pairs of one
-    prompt come into one split.
+    prompt come into one split. Splits and ranked pairs of an earlier run that are not replaced are removed: their
+    pairs may be in other splits now.
 
     Args:
         pairs (`Dataset`): `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and
@@ -88,8 +89,8 @@ def relabel(
 
     Raises:
         ValueError: no pairs, missing columns, an objective that is called like a column, splits that are too large, a
-            reward that is not finite, scores of another configuration, or a file in the place of a split that was not
-            written here.
+            reward that is not finite, scores of another configuration, or a file in the place of a split, be it empty
+            now, or of ranked pairs that was not written here.
     """
     told: Counter[str] = Counter()
     rows = [as_pair(cast(dict, row), number, told) for number, row in enumerate(pairs)]
@@ -105,7 +106,9 @@ def relabel(
     folder = Path(folder)
     files = {name: folder / f"{name}.jsonl" for name, chosen in numbers.items() if chosen}
     ranked_files = {name: folder / "ranked" / f"{file_name(name)}.jsonl" for name in rewards if ranked}
-    for path in (*files.values(), *ranked_files.values()):
+    written_here = {*files.values(), *ranked_files.values()}
+    places = {*written_here, *(folder / f"{name}.jsonl" for name in numbers), *(folder / "ranked").glob("*.jsonl")}
+    for path in sorted(places):
         check_output(path, WRITER)  # before anything is scored
     configuration = {
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
@@ -132,6 +135,8 @@ def relabel(
             row |= {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
     splits = {name: [written[i] for i in numbers[name]] for name in files}
     if processes.is_first:
+        for path in places - written_here:  # first, since their pairs may be in other splits now
+            path.unlink(missing_ok=True)
         for name, path in files.items():
             _write(path, splits[name])
         for objective, path in ranked_files.items():
