@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from pair_data import OBJECTIVES, ROLES, labelled, pairs, prepared
 from pyarrow import ArrowInvalid
 from tokenizers.processors import TemplateProcessing
+from training_runs import trainer
 
 from trl_parm import token_rewards
 from trl_parm.evaluation.decoding import encode_prompts
@@ -90,6 +91,15 @@ def test_token_ids_are_taken_as_they_are(tokenizer):
     }  # fmt: skip
     ids = {"prompt_ids": [[5, 6]], "response_0_ids": [[7, 1]], "response_1_ids": [[8, 9, 1]], "harmless": [1]}
     assert prepared(Dataset.from_dict(ids), "any", tokenizer)[0]["labels"] == [0, -1]
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_ids_of_several_turns_end_after_the_last_of_them(tokenizer, lines, append):
+    """`<pad>` is what a template writes after an end token, w7 is another turn's."""
+    ids = {"prompt_ids": [[5]], "chosen_ids": [[6, 1, 7]], "rejected_ids": [[8, 1, 0]]}
+    found = prepared(Dataset.from_dict(ids), "helpful", tokenizer, append_end_token=append)[0]
+    assert (found["first_ids"], found["second_ids"]) == ([6, 1, 7, 1] if append else [6, 1, 7], [8, 1, 0])
+    assert lines == ([] if append else [ENDLESS])
 
 
 @pytest.mark.parametrize("implicit", [False, True])
@@ -373,6 +383,18 @@ def test_a_stream_reports_what_it_left_out_once(tokenizer, lines):
         "harmless: of 3 pairs 1 were left out, being longer than 5 tokens.",
         "helpful: of 9 pairs 3 were left out, being longer than 5 tokens.",
     ]
+
+
+@pytest.mark.parametrize("first", [1, 200])
+def test_labels_that_a_stream_begins_without_count(tmp_path, tokenizer, first):
+    rows = [{**row} for row in labelled(first + 2, helpful=lambda i: 0, harmless=lambda i: 0)]
+    for row in rows[:first]:
+        del row["harmless"]
+    data = {"judged": IterableDataset.from_generator(lambda: iter(rows)), "harmless": pairs(2)}
+    run = trainer(tmp_path, tokenizer, data=data, evaluation=data)
+    for joined in (run.train_dataset, run.eval_dataset):
+        labels = [row["pairs"][0]["labels"] for row in joined]
+        assert labels == [[1, 0]] * first + [[1, 1]] * 2
 
 
 def test_an_empty_stream_is_refused(tokenizer):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,8 @@ PairSources = Mapping[str, Pairs | str] | Pairs | str
 """What a user gives: data sets by objective, or a single one, each also as a file or by its id on the Hub."""
 ALONE = ""
 """The name of a data set that was given without one."""
+FIRST_ROWS = 100
+"""The rows of a stream that say which columns it has, where it does not say so itself."""
 PROMPT, FIRST, SECOND, PADDING = 0, 1, 2, -1
 """What a token belongs to: one of the first three `COLUMNS`, or nothing."""
 
@@ -103,8 +106,8 @@ def join_sources(
     """The data sets of [`name_sources`], tokenized and zipped. With `once`, streams are read into memory.
 
     Raises:
-        ValueError: the objectives of the data are not those of the adapter, a data set has no usable pair, or no pair
-            has a label for one of the objectives.
+        ValueError: the objectives of the data are not those of the adapter, a data set has no usable pair, no pair
+            has a label for one of the objectives, or no data set has one of the `label_columns`.
     """
     if ALONE in sources:
         labelled = has_labels(argument, sources[ALONE])
@@ -132,12 +135,17 @@ def join_sources(
             f"`{argument}` has the objectives {sorted(found)}, but the adapter was made for {objectives}. Give "
             "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
         )
-    data_sets = [
-        Dataset.from_list(list(_readable(name, data))) if once and isinstance(data, IterableDataset) else data
-        for name, data in sources.items()
-    ]
-    pairs = list(zip(readers, data_sets, strict=True))
-    if any(isinstance(data, IterableDataset) for data in data_sets):
+    labelled = [reader for reader in readers if reader.labelled]
+    unread = set(label_columns).difference(*(reader.own_objectives for reader in labelled))
+    unread = {label_columns[objective] for objective in unread if label_columns[objective] != objective}
+    if labelled and unread:
+        _complain(
+            f"`label_columns` names {sorted(unread)}, which no labelled data set of `{argument}` has. Name columns "
+            "that are there, or leave these out.",
+            once,
+        )
+    pairs = list(zip(readers, sources.values(), strict=True))
+    if not once and any(isinstance(data, IterableDataset) for data in sources.values()):
         for reader, data in pairs:  # at least their first rows can be refused before anything is written
             first = next(iter(_readable(reader.name, data)), None)
             if first is None:
@@ -145,26 +153,39 @@ def join_sources(
             reader(cast(dict, first))
         return JointPreferenceStream(pairs)
     with args.main_process_first(desc="tokenizing"):
-        prepared = [reader.read(cast(Dataset, data), args.dataset_num_proc) for reader, data in pairs]
-    labelled = {objectives[i] for data in prepared for row in data["labels"] for i, label in enumerate(row) if label}
-    if labelled != set(objectives):
-        message = (
-            f"No pair of `{argument}` has a label for {sorted(set(objectives) - labelled)}: all are ties or missing. "
-            "Give labels to at least one pair, or leave the objective out."
+        prepared = [
+            reader.read(data if isinstance(data, Dataset) else _readable(reader.name, data), args.dataset_num_proc)
+            for reader, data in pairs
+        ]
+    found = {objectives[i] for data in prepared for row in data["labels"] for i, label in enumerate(row) if label}
+    if found != set(objectives):
+        _complain(
+            f"No pair of `{argument}` has a label for {sorted(set(objectives) - found)}: all are ties or missing. "
+            "Give labels to at least one pair, or leave the objective out.",
+            once,
         )
-        if not once:
-            raise ValueError(message)
-        logger.warning(message)
     return JointPreferenceDataset(prepared, once)
+
+
+def _complain(message: str, once: bool) -> None:
+    """Raises `ValueError`; of an evaluation, which changes no model, it only says so."""
+    if not once:
+        raise ValueError(message)
+    logger.warning(message)
 
 
 def join_evaluation(
     given: Any, objectives: list[str], tokenizer: PreTrainedTokenizerBase, args: PreferenceARMConfig, limits: Limits
 ) -> Any:
-    """What evaluation iterates over: [`join_sources`] of the pairs, or of each of several evaluations by its name."""
-    if given is None:
-        return None
-    several = isinstance(given, Mapping) and any(isinstance(data, Mapping) for data in given.values())
+    """What evaluation iterates over: [`join_sources`] of the pairs, or of each of several evaluations by its name.
+
+    What is joined already stays as it is.
+    """
+    if given is None or isinstance(given, JointPreferenceDataset):
+        return given
+    several = isinstance(given, Mapping) and any(
+        isinstance(data, Mapping | JointPreferenceDataset) for data in given.values()
+    )
     if not several:
         given = name_sources("eval_dataset", given, "test")
         ranked = not any(has_labels(name, data) for name, data in given.items())
@@ -176,8 +197,9 @@ def join_evaluation(
 
 
 def columns_of(name: str, data: Pairs) -> list[str]:
-    """Column names, of a stream by its first row. Raises `ValueError` for a stream without any."""
-    found = data.column_names or list(next(iter(data), {}))
+    """Column names, of a stream by its first rows. Raises `ValueError` for a stream without any."""
+    first = () if data.column_names else islice(_readable(name, data), FIRST_ROWS)
+    found = data.column_names or list(dict.fromkeys(column for row in first for column in row))
     if not found:
         raise ValueError(f"The data set {name!r} is empty. Give it at least one pair.")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset, Features, List, Value
@@ -52,7 +52,7 @@ class PairReader:
 
     Args:
         name (`str`): Name of the data set, for messages.
-        columns (`Sequence[str]`): Its columns.
+        columns (`Sequence[str]`): Its columns, of a stream those that are known; later rows may have more.
         objectives (`Sequence[str]`): All objectives, in the order of the labels.
         label_columns (`Mapping[str, str]`): Objective → label column of a labelled data set.
         tokenizer (`PreTrainedTokenizerBase`): Plain text gets its end token appended; messages its chat template.
@@ -86,7 +86,8 @@ class PairReader:
         self.labelled = is_labelled(columns)
         self.responses = LABELLED if self.labelled else RANKED
         self.tokenized = f"{self.responses[0]}_ids" in columns
-        self.label_columns = {o: c for o, c in label_columns.items() if c in columns}
+        self.label_columns = dict(label_columns)
+        self.own_objectives = [o for o, c in label_columns.items() if c in columns] if self.labelled else [name]
         # The prompt of a conversation may stand in its responses.
         wanted = [f"{c}_ids" for c in ("prompt", *self.responses)] if self.tokenized else [*self.responses]
         missing = [column for column in wanted if column not in columns]
@@ -96,7 +97,7 @@ class PairReader:
                 "needs `prompt`, `chosen` and `rejected`, or `prompt`, `response_0`, `response_1` and a column of "
                 "labels for each objective."
             )
-        if self.labelled and not self.label_columns:
+        if not self.own_objectives:
             raise ValueError(
                 f"The labelled data set {name!r} has no column with the labels of an objective; looked for "
                 f"{sorted(label_columns.values())} in {sorted(columns)}. Name them, such as "
@@ -107,11 +108,6 @@ class PairReader:
                 f"The data set {name!r} lacks the `weight_column` {weight_column!r}; it has {sorted(columns)}. Give "
                 "every data set one, of ones where all pairs count alike."
             )
-
-    @property
-    def own_objectives(self) -> list[str]:
-        """The objectives that this data set has labels for."""
-        return list(self.label_columns) if self.labelled else [self.name]
 
     @property
     def features(self) -> Features:
@@ -147,18 +143,24 @@ class PairReader:
         pair = {**dict(zip(COLUMNS, columns, strict=True)), OUTCOMES: outcomes}
         return {**pair, WEIGHT: self._weight(row, where)} if self.weight_column else pair
 
-    def read(self, dataset: Dataset, num_proc: int | None = None) -> Dataset:
-        """The pairs of a whole data set that are not left out. Raises `ValueError` if there is none."""
-        if len(dataset) == 0:
+    def read(self, rows: Dataset | Iterable[Mapping[str, Any]], num_proc: int | None = None) -> Dataset:
+        """The pairs of a whole data set, or of the rows of a stream, that are not left out.
+
+        Raises `ValueError` if there is none.
+        """
+        if not isinstance(rows, Dataset):
+            pairs = Dataset.from_list([self(row, number) for number, row in enumerate(rows)], features=self.features)
+        elif len(rows) == 0:
             self.report(Counter())  # which refuses it; there would be no column of outcomes
-        pairs = dataset.map(
-            self,
-            with_indices=True,
-            remove_columns=dataset.column_names,
-            features=self.features,
-            num_proc=num_proc,
-            desc=f"Tokenizing {self.name}",
-        )
+        else:
+            pairs = rows.map(
+                self,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                features=self.features,
+                num_proc=num_proc,
+                desc=f"Tokenizing {self.name}",
+            )
         outcomes = pairs[OUTCOMES][:]
         kept = pairs.select([i for i, found in enumerate(outcomes) if is_kept(found)]).remove_columns(OUTCOMES)
         self.report(Counter(map(tuple, outcomes)))
@@ -219,25 +221,28 @@ class PairReader:
         return {0: 1, 1: -1, -1: 0}[int(value)]
 
     def _ids(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int], list[int], list[str]]:
-        """Ids of the prompt and of both responses, each of which ends in the end token, and what is to be said."""
+        """Ids of the prompt and of both responses, and what is to be said of them.
+
+        A response ends in the end token, or, where ids were given, in what a template writes after it.
+        """
         if self.tokenized:
             prompt, *responses = (self._given(row, name, where) for name in ("prompt", *self.responses))
             notes = []
         else:
             prompt, responses, notes = self._tokenize(row, where)
-        end = cast(int, self.tokenizer.eos_token_id)
-        ended = [response[-1:] == [end] or (self.tokenized and end in response) for response in responses]
-        if not all(ended) and self.append_end_token:
-            responses = [response if done else [*response, end] for response, done in zip(responses, ended)]
-        elif not all(ended):
-            notes.append("endless")
-        found = [*prompt, *responses[0], *responses[1]]
+        end = [cast(int, self.tokenizer.eos_token_id)]
+        found = [*prompt, *responses[0], *responses[1], *(end if self.append_end_token else [])]
         if self.vocabulary is not None and found and not 0 <= min(found) <= max(found) < self.vocabulary:
             wrong = next(token for token in found if not 0 <= token < self.vocabulary)
             raise ValueError(
                 f"The token id {wrong} in {where} is none of the model's, which has embeddings for {self.vocabulary} "
                 "tokens. Give the model's own tokenizer, or call `model.resize_token_embeddings`."
             )
+        ended = [end in (response[-1:], self._ended(response)[-1:]) for response in responses]
+        if not all(ended) and self.append_end_token:
+            responses = [response if done else response + end for response, done in zip(responses, ended)]
+        elif not all(ended):
+            notes.append("endless")
         return prompt, responses[0], responses[1], notes
 
     def _given(self, row: Mapping[str, Any], name: str, where: str) -> list[int]:
