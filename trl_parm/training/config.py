@@ -28,6 +28,7 @@ from trl_parm.arguments import check_fields
 from trl_parm.preference_text import check_template
 
 from .losses import ARMLoss
+from .metrics import is_better_larger
 
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -60,7 +61,7 @@ class PreferenceARMConfig(_BaseConfig):
         aggregation (`str`, *optional*, defaults to `"sum"`):
             `"sum"` for Σ_i α_i l_i, or `"tchebycheff"` for max_i α_i |l_i − z*_i| (Panacea, arXiv 2402.02030).
             With gradient accumulation the maximum costs one more forward of each micro-batch.
-        ideal_losses (`dict[str, float]`, *optional*): z*_i by objective for `"tchebycheff"`; 0 if not given.
+        ideal_losses (`dict[str, float]`, *optional*): z*_i by objective, for `"tchebycheff"` alone; 0 if not given.
         global_weight (`float`, *optional*, defaults to 0.0):
             λ of UniARM's global term, in our reading of arXiv 2602.09538; see [`losses.global_loss`].
         concentration (`float`, *optional*, defaults to 0.5):
@@ -111,6 +112,9 @@ class PreferenceARMConfig(_BaseConfig):
             it has a default. `None` for no answers.
         hub_strategy (`str`, *optional*, defaults to `"end"`):
             As in transformers. While it trains, the others upload pickles too: arguments, optimizer states.
+        greater_is_better (`bool`, *optional*):
+            Of `metric_for_best_model`. If not given, losses, errors and the correlation of vertices are better when
+            smaller, all else when larger.
         learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
     """
 
@@ -151,6 +155,8 @@ class PreferenceARMConfig(_BaseConfig):
         if self.bf16 is None and not self.fp16:
             # TRL's default of True is an error on a machine without a bf16 device, and slow on a CPU without units.
             self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = is_better_larger(self.metric_for_best_model)
         super().__post_init__()
         self.beta = _from_json(self.beta)
         for name in ("train_preferences", "eval_preferences"):
@@ -160,6 +166,11 @@ class PreferenceARMConfig(_BaseConfig):
         conditions = [
             (name, getattr(self, name) in allowed, f"it must be one of {', '.join(allowed)}")
             for name, allowed in CHOICES.items()
+        ]
+        conditions += [
+            (name, isinstance(getattr(self, name), bool), "it must be True or False")
+            for name in PreferenceARMConfig.__annotations__
+            if isinstance(getattr(PreferenceARMConfig, name, None), bool)
         ]
         conditions += [
             (
@@ -177,6 +188,12 @@ class PreferenceARMConfig(_BaseConfig):
                 not (self.neftune_noise_alpha and self.disable_dropout),
                 "such noise needs `disable_dropout=False`",
             ),
+            (
+                "ideal_losses",
+                not self.ideal_losses or self.aggregation == "tchebycheff",
+                "they are of `aggregation='tchebycheff'`. Set that, or leave them out",
+            ),
+            ("eval_preferences", self.eval_preferences != [], "it must name one. Leave it out for the vertices"),
             ("max_steps", self.max_steps == -1 or self.max_steps > 0, "it must be positive, or -1 for whole epochs"),
             ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "it must be positive"),
         ]
@@ -190,6 +207,10 @@ class PreferenceARMConfig(_BaseConfig):
                 "`aggregation='tchebycheff'` takes the largest of the objectives' weighted losses, which needs one "
                 "preference for all pairs of a step. Use `preference_per='step'`."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which takes whatever is called `..._token` for a secret."""
+        return {**super().to_dict(), "append_end_token": self.append_end_token}
 
     def by_objective(self, name: str, objectives: list[str]) -> dict[str, float]:
         """The `beta` or `ideal_losses` of each objective. Raises `ValueError` for a mapping that names others."""

@@ -74,8 +74,9 @@ class EvalMetrics:
     """Loss, accuracy and margin of every objective at every evaluation preference, and the loss of them all.
 
     That loss aggregates the l_i as in training, each over all pairs of its objective, without the global term, and is
-    the mean over the evaluation preferences: it does not depend on how the pairs fall into batches. Where the vertices
-    are among those preferences, [`VertexMetrics`] come with them.
+    the mean over the evaluation preferences: it does not depend on how the pairs fall into batches. An objective
+    without any labelled pair adds nothing to it. Where the vertices are among those preferences, [`VertexMetrics`]
+    come with them.
 
     Args:
         objectives (`Sequence[str]`): The k objectives.
@@ -124,12 +125,18 @@ class EvalMetrics:
         for objective, weight in zip(self.objectives, self._weights.tolist(), strict=True):
             counts |= {f"{objective}_loss@{name}": weight for name in self.preferences}
         means = {name: sum(values) / counts[name] for name, values in self._values.items() if counts[name]}
-        one = torch.ones(1, len(self.objectives) + 1)
+        labels, ones = (self._weights > 0).float()[None], torch.ones(len(self.objectives) + 1)
         losses = []
         for name, preference in self.preferences.items():
             known = torch.tensor([[means.get(f"{objective}_loss@{name}", 0.0) for objective in self.objectives]])
-            losses.append(self.arm_loss.aggregate(known, one[:, :-1], preference, one[0]))
+            losses.append(self.arm_loss.aggregate(known, labels, preference, ones))
         return {**means, **self._vertices.means(), "loss": torch.stack(losses).mean().item()}
+
+
+def is_better_larger(name: str) -> bool:
+    """Whether the larger value of a metric is the better one, by its name; not of losses, errors and correlations of
+    vertices, at whatever preference."""
+    return not name.partition("@")[0].endswith(("loss", "vertex_correlation", "gain_error"))
 
 
 def check_metric(name: str, objectives: Sequence[str], preferences: Sequence[str]) -> None:
