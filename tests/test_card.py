@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from pair_data import pairs
 from peft import PeftConfig, PeftModel, get_peft_model
 from test_cli import write_results
-from training_runs import LORA, trainer, two_sets
+from training_runs import LORA, trainer, two_sets, without_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_pblora import PBLoraConfig, add_results, get_preference, set_preference, write_card
@@ -26,6 +26,7 @@ from peft_pblora.card.files import QUANTIZED
 from trl_parm import PARMLogitsProcessor, PreferenceARMConfig
 from trl_parm.cli.main import main
 from trl_parm.training import sample
+from trl_parm.training.diagnosis import diagnose
 from trl_parm.training.sample import guided_answers, make_sample
 
 
@@ -340,6 +341,66 @@ def test_trainer_s_card_tells_what_was_trained(tmp_path, base, tokenizer):
     assert json.loads((tmp_path / "arm/adapter_config.json").read_text())["card"]["title"] == "my arm"
     exec(code_of(later, tmp_path / "arm"), scope := {})
     assert scope["output"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+
+
+def settings_of(folder) -> dict:
+    """The arguments in a card."""
+    return yaml.safe_load(re.search(r"```yaml\n(.*?)```", card_of(folder), re.DOTALL)[1])
+
+
+@pytest.mark.parametrize(
+    "further", [False, True], ids=["one configuration", "trained further"]
+)
+def test_the_card_of_a_second_run_is_of_that_run(tmp_path, tokenizer, further):
+    said = {"title": "Mine", "license": "mit", "datasets": ["my/data"]}
+    config = PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"], task_type="CAUSAL_LM", card=said)
+    given = dict(vars(config))
+    for number, rows in ((1, 6), (2, 5)):
+        model = tiny_llama()
+        if further and number == 2:
+            model = PeftModel.from_pretrained(model, tmp_path / "1", is_trainable=True)
+        run = trainer(
+            tmp_path / str(number), tokenizer, model, two_sets(rows), seed=number, learning_rate=number / 10,
+            peft_config=None if isinstance(model, PeftModel) else config, card_prompt=None, max_steps=1,
+        )  # fmt: skip
+        run.train()
+        run.save_model()
+    card = card_of(tmp_path / "2")
+    assert (settings_of(tmp_path / "2")["seed"], settings_of(tmp_path / "2")["learning_rate"]) == (2, 0.2)
+    for part in ("| seed | 2 |", "| learning rate | 0.2 |", "| helpful | not named | 5 |", "# Mine"):
+        assert part in card, part
+    data = check_metadata(card)
+    # The data of the first run is not that of the second.
+    assert (data["license"], data.get("datasets")) == ("mit", None if further else ["my/data"])
+    assert vars(config) == given
+    run.create_model_card("Yours", tags="mine")
+    assert "# Yours" in card_of(tmp_path / "2")
+    assert "mine" in check_metadata(card_of(tmp_path / "2"))["tags"]
+
+
+def test_the_card_of_the_best_model_is_of_its_evaluation(tmp_path, tokenizer):
+    """Or of one since; and of none if there was none since it was trained again."""
+    run = trainer(
+        tmp_path, tokenizer, evaluation=without_ranks(two_sets(12, 12)), load_best_model_at_end=True, max_steps=6,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, learning_rate=3.0,
+        card_prompt=None,
+    )  # fmt: skip
+    run.train()
+    run.save_model()
+    step = int(run.state.best_model_checkpoint.rpartition("-")[2])
+    assert step < 6
+    entry = next(e for e in run.state.log_history if e["step"] == step and "eval_loss" in e)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["card"]
+    assert saved["accuracies"][1][1].startswith(f"{entry['eval_helpful_accuracy@helpful']:.3f} (")
+    assert saved["diagnosis"] == diagnose(entry, OBJECTIVES, run.adapter_config)
+    later = run.evaluate(two_sets(12, 12))
+    run.save_model()
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["card"]
+    assert saved["accuracies"][1][1].startswith(f"{later['eval_helpful_accuracy@helpful']:.3f} (")
+    run.args.eval_strategy, run.args.load_best_model_at_end = "no", False
+    run.train()
+    run.save_model()
+    assert "accuracies" not in json.loads((tmp_path / "adapter_config.json").read_text())["card"]
 
 
 def test_the_card_of_a_plain_lora_is_genarm_s(tmp_path, base, tokenizer):

@@ -15,7 +15,7 @@ from datasets import Dataset
 from pair_data import labelled, pairs
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, write_run
+from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, without_ranks, write_run
 from transformers import TrainerCallback
 
 from peft_pblora import PBLoraConfig
@@ -394,7 +394,6 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, tokenizer, metric, better
     run = trainer(
         tmp_path, tokenizer, evaluation=two_sets(4, 4), max_steps=5, learning_rate=1.0, save_strategy="steps",
         save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model=metric,
-        greater_is_better=better is max,
     )  # fmt: skip
     run.train()
     name = metric if metric.startswith("eval_") else f"eval_{metric}"
@@ -402,6 +401,19 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, tokenizer, metric, better
     assert len(found) == 5
     assert run.state.best_metric == better(found.values())
     assert run.evaluate()[name] == pytest.approx(better(found.values()))
+
+
+def test_the_best_model_is_loaded_into_an_adapter_of_any_name(tmp_path, tokenizer):
+    arm = get_peft_model(tiny_llama(), copy.deepcopy(PBLORA), adapter_name="mine")
+    run = trainer(
+        tmp_path, tokenizer, arm, evaluation=without_ranks(two_sets(4, 4)), peft_config=None, learning_rate=3.0,
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    run.train()
+    found = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert min(found) < found[-1]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(found))
+    assert run.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{run.state.best_global_step}")
 
 
 def test_checkpoints_hold_a_card_and_no_preference(tmp_path, tokenizer):

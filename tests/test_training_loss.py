@@ -148,10 +148,24 @@ def test_the_model_runs_at_the_preference_of_the_loss(tmp_path, tokenizer, prefe
             assert len(alpha[:4].unique(dim=0)) == 4
 
 
+@pytest.mark.parametrize("preference", [None, [0.3, 0.7], [[1.0, 0.0], [0.0, 1.0]]])
+def test_training_and_evaluating_leave_the_preference_of_the_model(tmp_path, tokenizer, preference):
+    """And whether it was set, so that a default is told later."""
+    run = trainer(tmp_path, tokenizer, evaluation=two_sets(2, 2), preference_per="pair", max_steps=1)
+    if preference is not None:
+        set_preference(run.model, preference)
+    before, condition = get_preference(run.model), run.model.base_model.conditions["default"]
+    for do in (run.evaluate, lambda: run.predict(two_sets(2, 2)), run.train):
+        do()
+        assert torch.equal(get_preference(run.model), before)
+        assert condition.was_set == (preference is not None)
+
+
 def test_train_at_a_fixed_preference_and_at_a_fixed_set(tmp_path, tokenizer):
     run = trainer(tmp_path, tokenizer, train_preferences=[{"helpful": 0.25, "harmless": 0.75}])
     run.train()
-    assert get_preference(run.model).tolist() == [0.25, 0.75]
+    logged = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [[entry[f"preference/{name}"] for name in OBJECTIVES] for entry in logged] == [[0.25, 0.75]] * 3
     run = trainer(tmp_path, tokenizer, train_preferences=["[1, 0]", "[0, 1]"])
     drawn = [tuple(run.preference_sampler.for_step(step).tolist()) for step in range(50)]
     assert set(drawn) == {(1.0, 0.0), (0.0, 1.0)}

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from conftest import tiny_arm
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from pair_data import OBJECTIVES, labelled, naive_margins, pairs, prepared, split_by_objective
 from training_runs import LORA, trainer, two_sets, without_ranks
 
@@ -97,6 +97,45 @@ def test_evaluate_takes_raw_data_and_streams(tmp_path, tokenizer):
     streamed = run.evaluate({name: rows.to_iterable_dataset() for name, rows in data.items()})
     assert given["test_helpful_accuracy@uniform"] == streamed["eval_helpful_accuracy@uniform"]
     assert given["test_loss"] == pytest.approx(streamed["eval_loss"])
+
+
+def test_evaluate_and_predict_take_what_the_trainer_takes(tmp_path, tokenizer):
+    data, path = {"helpful": pairs(3)}, str(tmp_path / "held_out.jsonl")
+    data["helpful"].to_json(path)
+    run = trainer(tmp_path, tokenizer, data=data, evaluation={"near": pairs(3), "far": pairs(2, 9)}, peft_config=LORA)
+    found = run.evaluate(data)["eval_loss"]
+    assert found == run.evaluate("near")["eval_loss"] == run.evaluate(path)["eval_loss"]
+    assert (
+        found
+        == run.evaluate(run.eval_dataset)["eval_near_loss"]
+        == run.evaluate(run.eval_dataset["near"])["eval_loss"]
+    )
+    for given in (data, path, run.eval_dataset["near"]):
+        output = run.predict(given)
+        assert (output.predictions.shape, output.metrics["test_loss"]) == ((3, 1, 1), found)
+    with pytest.raises(ValueError, match="`predict` takes one data set, .* but got those called near, far"):
+        run.predict(run.eval_dataset)
+    with pytest.raises(ValueError, match="There is no data at 'e.jsonl'"):
+        run.evaluate("e.jsonl")
+
+
+def test_a_stream_of_texts_and_messages_is_evaluated(tmp_path, tokenizer):
+    rows = [pairs(1)[0], pairs(2, conversational=True)[1]]
+    data = {"helpful": IterableDataset.from_generator(lambda: iter(rows)), "harmless": pairs(3)}
+    run = trainer(tmp_path, tokenizer, data=data, evaluation=data, max_steps=1)
+    run.train()
+    assert run.predict(data).label_ids[..., 0].sum() == 2
+
+
+def test_an_objective_that_evaluation_has_no_label_for_adds_nothing_to_its_loss(tmp_path, tokenizer):
+    """Neither is it a loss of 0, at a distance from its ideal."""
+    ideal = {"helpful": 5.0, "harmless": 0.0}
+    run = trainer(
+        tmp_path, tokenizer, data=labelled(3), evaluation=labelled(3, helpful=lambda i: -1), ideal_losses=ideal,
+        aggregation="tchebycheff", eval_preferences=["[0.5, 0.5]"],
+    )  # fmt: skip
+    metrics = run.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_harmless_loss@uniform"] / 2)
 
 
 def test_compute_metrics_gets_margins_and_labels(tmp_path, tokenizer):

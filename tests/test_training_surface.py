@@ -13,7 +13,7 @@ from peft import LoraConfig
 from training_runs import LORA, PBLORA, config, trainer, two_sets, write_run
 from transformers import BartForConditionalGeneration, BertForMaskedLM
 
-from trl_parm import PreferenceARMTrainer
+from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
 from trl_parm.cli import train
 from trl_parm.training import data as training_data
 from trl_parm.training.metrics import check_metric
@@ -74,6 +74,15 @@ def test_tokenizer_without_pad_token_uses_its_end_token(tmp_path, tokenizer):
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="The tokenizer has no end token"):
         trainer(tmp_path, tokenizer)
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"'\[PAD\]' has the id 64, but the model has embeddings for 64 tokens"):
+        trainer(tmp_path, tokenizer)
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    trainer(tmp_path, tokenizer, model, max_steps=1).train()
 
 
 def identical(n: int) -> Dataset:
@@ -188,13 +197,29 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
         ({"label_smoothing": 0.5}, ValueError, r"must lie in \[0, 0.5\)"),
         ({"global_weight": -1.0}, ValueError, "must be 0 or larger"),
         ({"aggregation": "tchebycheff", "preference_per": "pair"}, ValueError, "needs one preference for all pairs"),
-        ({"ideal_losses": {"helpful": 0.1}}, ValueError, "`ideal_losses` names the objectives"),
+        ({"ideal_losses": {"helpful": 0.1}}, ValueError, "but they are of `aggregation='tchebycheff'`"),
+        (
+            {"ideal_losses": {"helpful": 0.1}, "aggregation": "tchebycheff"},
+            ValueError,
+            "`ideal_losses` names the objectives",
+        ),
+        ({"append_end_token": "<APPEND_END_TOKEN>"}, ValueError, "'<APPEND_END_TOKEN>', but it must be True or False"),
+        ({"share_prompt": 1}, ValueError, "it must be True or False"),
         ({"peft_config": None}, ValueError, "no preference-conditioned adapter, but there are 2 objectives"),
         ({"peft_config": LORA}, ValueError, "no preference-conditioned adapter, but there are 2 objectives"),
         ({"peft_config": LORA, "data": labelled(3)}, ValueError, "does not say which column belongs to the objective"),
         ({"peft_config": {"r": 8}}, TypeError, "must be a `PeftConfig`"),
         ({"eval_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
         ({"train_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
+        ({"eval_preferences": []}, ValueError, "but it must name one. Leave it out for the vertices"),
+        (
+            {
+                "data": {"judged": labelled(3), "helpful": pairs(3)},
+                "label_columns": {"helpful": "helpfull", "harmless": "harmless"},
+            },
+            ValueError,
+            r"names \['helpfull'\], which no labelled data set of `train_dataset` has",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(tmp_path, tokenizer, changes, error, message):
@@ -249,6 +274,33 @@ def test_damage_far_into_a_stream_is_told_by_its_line(tmp_path, monkeypatch, key
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_vertex_correlation", "eval_helpful_gain"])
 def test_metric_for_the_best_model(tmp_path, tokenizer, name):
     trainer(tmp_path, tokenizer, metric_for_best_model=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("loss", False),
+        ("helpful_loss@helpful", False),
+        ("eval_near_helpful_loss@helpful=0.2,harmless=0.8", False),
+        ("vertex_correlation", False),
+        ("eval_vertex_correlation@helpful,harmless", False),
+        ("helpful_gain_error", False),
+        ("helpful_gain", True),
+        ("vertex_distance", True),
+        ("helpful_margin@uniform", True),
+        ("helpful_accuracy@weight_loss", True),
+    ],
+)
+def test_which_values_of_a_metric_are_the_better_ones(tmp_path, name, larger):
+    assert config(tmp_path, metric_for_best_model=name).greater_is_better == larger
+    assert config(tmp_path, metric_for_best_model=name, greater_is_better=not larger).greater_is_better != larger
+
+
+def test_arguments_as_a_mapping_make_the_same_arguments(tmp_path):
+    for appended in (False, True):
+        given = config(tmp_path, append_end_token=appended, hub_token="hf_secret")
+        assert PreferenceARMConfig(**given.to_dict()).append_end_token is appended
+        assert "hf_secret" not in given.to_json_string()
 
 
 def test_whatever_an_evaluation_reports_can_judge(tmp_path, tokenizer):

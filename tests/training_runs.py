@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short runs of the trainer on tiny models, for the tests of training."""
 
-import copy
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ def trainer(folder, tokenizer, model=None, data=None, evaluation=None, peft_conf
         train_dataset=two_sets() if data is None else data,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        peft_config=copy.deepcopy(peft_config),
+        peft_config=peft_config,
         callbacks=callbacks,
     )
 

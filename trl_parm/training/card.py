@@ -28,6 +28,10 @@ NOT_OF_THE_MODEL = {
     "eval_data", "hub_token", "local_rank", "logging_dir", "output_dir", "resume", "run_name",
 }  # fmt: skip
 """Arguments that say where and how a run went, not what it made."""
+OWN = ("title", "tags", "license", "base_license", "base_model")
+"""Facts that a user says of an adapter, which hold whatever trains it."""
+OF_DATA = ("datasets", "data_license")
+"""Facts that a user may say of the data, of which each run has its own."""
 
 
 def first_facts(trainer: Trainer, given: Any, sources: Mapping[str, Pairs]) -> CardFacts:
@@ -54,6 +58,13 @@ def first_facts(trainer: Trainer, given: Any, sources: Mapping[str, Pairs]) -> C
     return {**facts, "data_license": ", ".join(licences)} if licences else facts
 
 
+def own_facts(config: Any) -> CardFacts:
+    """What a user has said of an adapter in its configuration, without what an earlier run has noted there."""
+    card = getattr(config, "card", None) or {}
+    kept = OWN if "run" in card else (*OWN, *OF_DATA)
+    return cast(CardFacts, {name: card[name] for name in kept if name in card})
+
+
 def data_facts(trainer: Trainer, keys: Sequence[str], names: Sequence[str | None]) -> CardFacts:
     """The training data sets by their `keys`, with objectives, files or ids on the Hub if known, and sizes."""
     data: Any = trainer.train_dataset
@@ -77,15 +88,17 @@ def new_sample(trainer: Trainer) -> dict[str, Any] | None:
 
 def facts_with(trainer: Trainer, sample: dict[str, Any] | None) -> CardFacts:
     """What is known now. It goes into the adapter's configuration, which is saved with the weights."""
-    accuracies = _accuracies(trainer)
-    if accuracies:
-        trainer.card["accuracies"] = accuracies
-    if diagnosis := _diagnosis(trainer):
-        trainer.card["diagnosis"] = diagnosis
-    facts = {**trainer.card, **trainer.own_card, **({"sample": sample} if sample else {})}
+    facts = {**trainer.card, **trainer.own_card, **measured(trainer), **({"sample": sample} if sample else {})}
     if isinstance(trainer.adapter_config, PreferenceConfig):
         trainer.adapter_config.card = dict(facts)
     return cast(CardFacts, facts)
+
+
+def measured(trainer: Trainer) -> CardFacts:
+    """Accuracies and diagnosis by the last evaluation of the weights as they are; nothing if there is none."""
+    evaluations = _evaluations(trainer)
+    facts = {"accuracies": _accuracies(trainer, evaluations), "diagnosis": _diagnosis(trainer, evaluations)}
+    return cast(CardFacts, {name: fact for name, fact in facts.items() if fact})
 
 
 def rewrite(trainer: Trainer, folder: str | Path) -> None:
@@ -141,8 +154,18 @@ def _settings(trainer: Trainer) -> list[list[str]]:
     return [*rows, ["learning rate", f"{args.learning_rate:g}"], ["seed", str(args.seed)]]
 
 
-def _accuracies(trainer: Trainer) -> list[list[str]]:
-    """The last evaluation: accuracy of each objective at each preference; nothing if there was none."""
+def _evaluations(trainer: Trainer) -> list[dict[str, float]]:
+    """The entries of the log that are of the weights as they are, newest first. Where the best model was loaded these
+    are those of its step, and those since then."""
+    history, loaded = trainer.state.log_history, trainer.best_loaded
+    if loaded is None:
+        return history[::-1]
+    step, known = loaded
+    return [*(entry for entry in history[:known] if entry.get("step") == step), *history[known:]][::-1]
+
+
+def _accuracies(trainer: Trainer, evaluations: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    """The accuracy of each objective at each preference by the first evaluation that has any; nothing if none has."""
     names = list(trainer.eval_preferences)
 
     def cell(entry: Mapping[str, float], objective: str, preference: str) -> str:
@@ -152,14 +175,14 @@ def _accuracies(trainer: Trainer) -> list[list[str]]:
             return "-"
         return f"{accuracy:.3f}" + ("" if relative is None else f" ({relative:.3f})")
 
-    for entry in reversed(trainer.state.log_history):
+    for entry in evaluations:
         rows = [[objective, *(cell(entry, objective, name) for name in names)] for objective in trainer.objectives]
         if any(text != "-" for row in rows for text in row[1:]):
             return [["objective", *(f"at {name}" for name in names)], *rows]
     return []
 
 
-def _diagnosis(trainer: Trainer) -> str:
-    """What the last evaluation says of whether the model follows α and has learned; empty if none measured it."""
-    history, config = reversed(trainer.state.log_history), trainer.adapter_config
-    return next((said for entry in history if (said := diagnose(entry, trainer.objectives, config))), "")
+def _diagnosis(trainer: Trainer, evaluations: Sequence[Mapping[str, float]]) -> str:
+    """Whether the model follows α and has learned, by the first evaluation that measured it; empty if none did."""
+    said = (diagnose(entry, trainer.objectives, trainer.adapter_config) for entry in evaluations)
+    return next(filter(None, said), "")

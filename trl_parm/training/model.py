@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -103,6 +104,13 @@ def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTok
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    known = limits_of(model).vocabulary
+    if known is not None and cast(int, tokenizer.pad_token_id) >= known:
+        raise ValueError(
+            f"The pad token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, but the model has embeddings "
+            f"for {known} tokens. Set `tokenizer.pad_token` to a token that it has, such as the end token, or call "
+            "`model.resize_token_embeddings(len(tokenizer))`."
+        )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
@@ -120,6 +128,7 @@ def adapt_model(model, args: PreferenceARMConfig, peft_config: PeftConfig | None
             raise TypeError(f"`peft_config` is a {type(peft_config).__name__}, but it must be a `PeftConfig`.")
         if is_peft_model(model):
             raise ValueError("`model` is a PeftModel already, so `peft_config` can't be used. Leave one of them out.")
+        peft_config = copy.deepcopy(peft_config)  # PEFT fills in what it finds, and a run its card
         check_start(peft_config)
         if isinstance(peft_config, MoSLoraConfig) and peft_config.lacks_embeddings:
             peft_config = embed_objectives(peft_config, model, tokenizer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers' trainer writes, removes and uploads by itself, kept to what a training has written."""
+"""What transformers' trainer writes, loads, removes and uploads by itself, kept to what a training has written."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from peft_pblora.card.files import FILES, LOGS
 from peft_pblora.output import NOTES, output_files
 
 from . import checkpoints
+from .card import subfolder_of
 
 
 class SavingTrainer(_BaseTrainer):
     """A trainer that replaces and removes nothing of somebody's own."""
 
+    best_loaded: tuple[int, int] | None = None
+    """The step of the best model, once it was loaded, and how many entries the log had then."""
     _saves_checkpoint = False
     push_in_progress: PushInProgress | None
 
@@ -66,6 +69,17 @@ class SavingTrainer(_BaseTrainer):
         if self.args.should_save and limit == 1 and self.state.best_model_checkpoint is not None:
             checkpoints.rotate(self._get_output_dir(trial), limit, [self.state.best_model_checkpoint])
         return output
+
+    def _load_best_model(self) -> None:
+        """As transformers', also where PEFT saves an adapter below the checkpoint, by its name."""
+        checkpoint = cast(str, self.state.best_model_checkpoint)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose files are not PEFT's
+            self.state.best_model_checkpoint = str(Path(checkpoint, subfolder_of(self)))
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = checkpoint
+        self.best_loaded = int(checkpoint.rpartition("-")[2]), len(self.state.log_history)
 
     @contextmanager
     def _without_limit(self) -> Iterator[int | None]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,18 +14,18 @@ from accelerate.utils import broadcast_object_list, is_peft_model, set_seed
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer.utils import get_config_model_id
 
-from peft_pblora import PreferenceConfig, set_preference
+from peft_pblora import PreferenceConfig, get_preference, set_preference, use_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
 from peft_pblora.switch import changes_below
 from trl_parm.preference_text import PreferenceText
 
 from . import checkpoints
-from .card import facts_with, first_facts, new_sample, rewrite, subfolder_of
+from .card import facts_with, first_facts, new_sample, own_facts, rewrite, subfolder_of
 from .config import PreferenceARMConfig
 from .data import (
     JointPreferenceDataset,
@@ -61,8 +61,6 @@ from .saving import SavingTrainer
 
 
 CARD = "README.md"
-MEASURED = ("sample", "accuracies", "diagnosis")
-"""Facts of a card that no longer hold when weights have been trained further."""
 
 
 class PreferenceARMTrainer(SavingTrainer):
@@ -177,18 +175,25 @@ class PreferenceARMTrainer(SavingTrainer):
         self._claimed = self._noise_checked = self._rows_checked = False
         self._offloading = get_act_offloading_ctx_manager(model) if args.activation_offloading else nullcontext()
         model.add_model_tags(self._tag_names)
-        # What the adapter's own card says goes before what a run knows, apart from what was measured of its weights.
-        own_card = getattr(self.adapter_config, "card", None) or {}
-        self.own_card = {name: fact for name, fact in own_card.items() if name not in MEASURED}
+        self.own_card: Any = own_facts(self.adapter_config)  # which goes before what a run knows
         self.card = first_facts(self, train_dataset, sources)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `transformers.Trainer.train`; `True` resumes from the last checkpoint that was written to its end.
 
-        Raises `ValueError` as [`claim_output`] does.
+        The model's preference is afterwards what it was before, as after `evaluate` and `predict`. Raises `ValueError`
+        as [`claim_output`] does.
         """
-        with self.claim_output(resume_from_checkpoint) as checkpoint:
+        with self.claim_output(resume_from_checkpoint) as checkpoint, self._preference_kept():
+            self.best_loaded = None
             return super().train(checkpoint, **kwargs)
+
+    def _preference_kept(self) -> AbstractContextManager:
+        """A block after which the adapter's α is what it is now."""
+        if not self.preference_conditioned:
+            return nullcontext()
+        model = cast(Any, self.model)
+        return use_preference(model, get_preference(model, self.adapter), self.adapter, allow_off_simplex=True)
 
     @contextmanager
     def claim_output(self, resume_from_checkpoint: str | bool | None = None) -> Iterator[str | None]:
@@ -312,16 +317,33 @@ class PreferenceARMTrainer(SavingTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As `transformers.Trainer.evaluate`; a data set given here is tokenized like that of the trainer."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str | JointPreferenceDataset):
-            tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-            eval_dataset = join_evaluation(eval_dataset, self.objectives, tokenizer, self.args, self.limits)
+        own = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if not (isinstance(eval_dataset, str) and eval_dataset in own):
+            eval_dataset = self._joined(eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test") -> PredictionOutput:
+        """As `transformers.Trainer.predict`; a data set is tokenized like that of the trainer.
+
+        Raises `ValueError` for several evaluations at once.
+        """
+        test_dataset = self._joined(test_dataset)
+        if not isinstance(test_dataset, JointPreferenceDataset):
+            given = f"those called {', '.join(test_dataset)}" if test_dataset else "none"
+            raise ValueError(f"`predict` takes one data set, or one for each objective, but got {given}.")
+        return super().predict(cast(Any, test_dataset), ignore_keys, metric_key_prefix)
+
+    def _joined(self, given: Any) -> Any:
+        """What [`join_evaluation`] makes of it."""
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        return join_evaluation(given, self.objectives, tokenizer, self.args, self.limits)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         """Adds the metrics of every objective at every evaluation preference to the loop's own."""
         self._eval_metrics = EvalMetrics(self.objectives, self.eval_preferences, self.arm_loss)
         self._pairs_of_a_row = len(dataloader.dataset.datasets)
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._preference_kept():
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._eval_metrics.means()
         cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
@@ -343,11 +365,12 @@ class PreferenceARMTrainer(SavingTrainer):
         if not self.is_world_process_zero():
             return
         given = [tags] if isinstance(tags, str) else list(tags or [])
-        self.card["tags"] = sorted({*self.card.get("tags", ()), *given})
+        known = self.own_card.get("tags") or self.card.get("tags", ())
+        self.own_card["tags"] = sorted({*known, *given})
         if model_name:
-            self.card["title"] = model_name
+            self.own_card["title"] = model_name
         if dataset_name:
-            self.card["datasets"] = [dataset_name]
+            self.own_card["datasets"] = [dataset_name]
         rewrite(self, cast(str, self.args.output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
