@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import datasets
+import pandas
 import pytest
 import yaml
 from test_cli import REWARDS, _no_progress_bars, folder, run, write  # noqa: F401 - the fixtures
@@ -150,6 +151,26 @@ def test_labels_are_found_by_their_columns(training, tmp_path, capsys, streaming
     assert adapter["objectives"] == ["safe", "kind"]
     written = yaml.safe_load((tmp_path / "trained/run.yaml").read_text())
     assert written["arguments"]["label_columns"] == {"safe": "safe", "kind": "kind"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_in_use_are_no_labels_and_labels_may_be_missing(training, tmp_path, capsys, streaming):
+    """A CSV has no whole numbers in a column where one is missing."""
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row |= {"held_out": i % 5 == 0, "confidence": 1, "kind": None if i == 1 else row["kind"], "safe_score_0": 1.0}
+    pandas.DataFrame(rows).astype({"held_out": int}).to_csv(tmp_path / "pairs.csv", index=False)
+    data = {"path": str(tmp_path / "pairs.csv"), "where": {"held_out": 0}, "streaming": streaming}
+    assert run(*training(train_data=[data], eval_data=[data], weight_column="confidence")) == 0
+    assert "Objectives, by the columns with labels: safe, kind. `label_columns`" in capsys.readouterr().out
+    adapter = json.loads((tmp_path / "trained/adapter_config.json").read_text())
+    assert adapter["objectives"] == ["safe", "kind"]
+
+
+def test_objectives_of_a_plain_lora_are_refused(training, tmp_path, capsys):
+    assert run(*training(adapter="lora", objectives=["safe"], label_columns={"safe": "safe"})) == 2
+    assert "`objectives` is ['safe'], but a plain LoRA has no preference" in capsys.readouterr().err
+    assert not (tmp_path / "trained").exists()
 
 
 @pytest.mark.parametrize(

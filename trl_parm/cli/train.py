@@ -5,7 +5,7 @@ cluster."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -48,19 +48,24 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     from trl_parm import PreferenceARMTrainer
     from trl_parm.evaluation.models import is_readable
     from trl_parm.records import write_run
-    from trl_parm.training.card import data_facts, run_yaml
+    from trl_parm.training.card import data_facts, measured, run_yaml
     from trl_parm.training.checkpoints import check_folder
 
     from .steps import Steps
 
     required(config, "output_dir")
     required(arguments, "model_name_or_path")
+    if arguments.objectives and arguments.adapter == "lora" and not config.preference_template:
+        raise ValueError(
+            f"`objectives` is {arguments.objectives}, but a plain LoRA has no preference and trains for the objective "
+            "of its data. Leave it out: a data set names it as its `objective`, or `label_columns` names a column."
+        )
     folder = Path(str(config.output_dir))
     check_folder(folder)
     required(arguments, "train_data")
     data = arguments.load(arguments.train_data)
     if not (config.label_columns or arguments.objectives):
-        config.label_columns = found = find_labels(data or {})
+        config.label_columns = found = find_labels(data or {}, _columns_in_use(arguments, config))
         if found and config.process_index == 0:
             say(f"Objectives, by the columns with labels: {', '.join(found)}. `label_columns` names others.")
         unnamed = [entry.path for entry in arguments.train_data if not entry.objective]
@@ -99,15 +104,22 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         if config.push_to_hub:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
-            say(_outcome(folder, trainer.card.get("accuracies"), trainer.card.get("diagnosis")))
+            facts = measured(trainer)
+            say(_outcome(folder, facts.get("accuracies"), facts.get("diagnosis")))
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
-    """Objective → column for labelled data sets whose columns nobody named: those of whole numbers from -1 to 1 that
-    are not named after one of the responses.
+def _columns_in_use(arguments: ARMArguments, config: PreferenceARMConfig) -> set[str | None]:
+    """The columns that are named for something else than labels; one that is renamed has its new name for that."""
+    kept = {column for entry in arguments.train_data for column in set(entry.where or ()) - set(entry.columns or ())}
+    return {config.weight_column, *kept}
+
+
+def find_labels(data: Mapping[str, Any], in_use: Collection[str | None] = ()) -> dict[str, str] | None:
+    """Objective → column for labelled data sets whose columns nobody named: those with no other numbers than -1, 0 and
+    1 that are not in use, nor named after one of the responses, nor scores as `trl-parm relabel` writes them.
 
     Raises:
         ValueError: a labelled data set without such a column.
@@ -116,10 +128,11 @@ def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
 
     found: dict[str, str] = {}
     for name, pairs in data.items():
-        values = _whole_numbers(pairs)
+        values = _first_values(pairs)
         if not set(LABELLED) <= set(values):
             continue
-        labels = [column for column, seen in values.items() if seen and seen <= {-1, 0, 1}]
+        others = {*in_use, *(f"{column}_score_{i}" for column in values for i in (0, 1))}
+        labels = [column for column, seen in values.items() if column not in others and _are_labels(seen)]
         own = [column for column in labels if not any(response in column for response in LABELLED)]
         if not own:
             raise ValueError(
@@ -130,14 +143,20 @@ def find_labels(data: Mapping[str, Any]) -> dict[str, str] | None:
     return found or None
 
 
-def _whole_numbers(pairs: Any) -> dict[str, set[Any]]:
-    """The columns of a data set, each with its values if they are whole numbers; of a stream those at its start."""
-    from datasets import Dataset
-
+def _first_values(pairs: Any) -> dict[str, list[Any]]:
+    """The columns of a data set, each with its values if they are numbers; of a stream with those at its start."""
     if not hasattr(pairs, "unique"):
-        pairs = Dataset.from_list(list(pairs.take(1000)))
-    whole = {name for name, kind in pairs.features.items() if str(getattr(kind, "dtype", "")).startswith("int")}
-    return {name: {*pairs.unique(name)} - {None} if name in whole else set() for name in pairs.column_names}
+        rows = list(pairs.take(1000))
+        return {column: [row.get(column) for row in rows] for column in dict.fromkeys(c for row in rows for c in row)}
+    kinds = {column: str(getattr(kind, "dtype", "")) for column, kind in pairs.features.items()}
+    return {c: pairs.unique(c) if kind.startswith(("int", "uint", "float")) else [] for c, kind in kinds.items()}
+
+
+def _are_labels(values: Iterable[Any]) -> bool:
+    """Whether there are labels, -1, 0 or 1, and nothing else; missing ones are NaN where a file has no whole numbers
+    without them."""
+    known = [value for value in values if value is not None and value == value]
+    return bool(known) and all(type(value) in (int, float) and value in (-1, 0, 1) for value in known)
 
 
 def _outcome(folder: Path, accuracies: Sequence[Sequence[Any]] | None, diagnosis: str | None) -> str:
