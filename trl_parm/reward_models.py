@@ -178,7 +178,7 @@ class ModelReward:
             self.model.to("cuda")
         own = self._config.pad_token_id
         self._own_pad = own is not None and 0 <= own < self._config.vocab_size
-        self._set_pad({self.tokenizer.eos_token_id})
+        self._set_pad({cast("int | None", self.tokenizer.eos_token_id)})
         outputs = self.model.config.num_labels
         if not 0 <= source.label < outputs:
             raise ValueError(
