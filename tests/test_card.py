@@ -348,9 +348,7 @@ def settings_of(folder) -> dict:
     return yaml.safe_load(re.search(r"```yaml\n(.*?)```", card_of(folder), re.DOTALL)[1])
 
 
-@pytest.mark.parametrize(
-    "further", [False, True], ids=["one configuration", "trained further"]
-)
+@pytest.mark.parametrize("further", [False, True], ids=["one configuration", "trained further"])
 def test_the_card_of_a_second_run_is_of_that_run(tmp_path, tokenizer, further):
     said = {"title": "Mine", "license": "mit", "datasets": ["my/data"]}
     config = PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"], task_type="CAUSAL_LM", card=said)
