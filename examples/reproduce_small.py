@@ -5,7 +5,7 @@
     python examples/reproduce_small.py --task stories --only stories/200/5     # one piece
     python examples/reproduce_small.py --page                                  # the page, from what is kept
 
-Every method is trained on the same pairs, with as many passes over pairs, and judged on the same prompts. A piece, one
+Every method is trained on the same pairs, with as many steps of pairs, and judged on the same prompts. A piece, one
 budget and seed of a task, leaves a table of rewards in `--results`, from which the page is computed; what is complete
 is not done again, and a piece that was stopped goes on. Adapters and answers go to `--work`, which is not needed
 afterwards.

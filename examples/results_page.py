@@ -26,10 +26,10 @@ VERSIONS = ("python", "torch", "transformers", "peft", "trl")
 
 INTRODUCTION = """# Results on two cores
 
-Every method on the same prompts, trained on the same pairs with as many passes over pairs, on CPUs.
+Every method on the same prompts, trained on the same pairs with as many steps of pairs, on CPUs.
 `make reproduce-small` trains, evaluates and writes this page from the tables in `benchmarks/results/small`: numbers
-and sentences about them are worked out from these. The models are small and the rewards need no model, so that it
-shows whether methods steer, not how well they would steer a large model towards helpful and harmless answers.
+and sentences about them are worked out from these. Models and rewards are small, so that it shows whether methods
+steer, not how well they would steer a large model towards helpful and harmless answers.
 
 Rewards are *standardised*: minus the mean, by the standard deviation, of the base's answers. **MIP** is the mean inner
 product of α and standardised rewards, **HV** the hypervolume of mean standardised rewards above −1 or 0 in all
@@ -38,11 +38,11 @@ paired, prompt by prompt and seed by seed."""
 
 SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and policies. Adapters have rank 8 and
   lie on the attention's q, k and v.
-- **Pairs**: {pairs} of its own answers for {steps} steps of {batch}, labelled for {objectives}; the labels agree
-  in {agreement:.0%} of them. PARM, SVD-LoRA and UniARM see all of them; each ARM of GenARM, and each policy, has a
-  part for itself, {share}, with its own label.
+- **Pairs** of its own answers, labelled for {objectives}: {pairs}. PARM, SVD-LoRA and UniARM see all of
+  them; each ARM of GenARM, and each policy, has a part for itself, {share}, with its own label. Pairs of the
+  part that this does not tell apart are left out, and others come again in their place.
 - **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
-  the {top_k} likeliest with the same noise for each prompt. The scorers that judge are those that labelled the pairs.
+  the {top_k} likeliest with the same noise for each prompt. {judges}
 - **Cost** on one thread: {costs}.
 - **Versions**: {versions}."""
 
@@ -61,6 +61,10 @@ are another kind of model than an ARM. *PARM, disjoint start* begins as a LoRA o
 PARM's results after 200 steps were known. *Base × untrained ARM* multiplies the base by itself as strongly as PARM
 guides it, which sharpens without any preference; *PARM, α permuted* guides by the wrong preference."""
 
+JUDGES = {
+    False: "The scorers that judge are those that labelled the pairs.",
+    True: "Other scorers judge than those that labelled the pairs.",
+}
 FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
 the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
 
@@ -87,11 +91,10 @@ seed, by the beginning of their names:
 
 LIMITS = """## What this does not show
 
-Small models, and rewards that short happy phrases satisfy; no judge but the scorers that labelled. Learning rates and
-β were chosen with few seeds of training, and are used for all. Hypervolume of few prompts is biased upwards, and of
-several noisy points more than of a control's one. KL is estimated from the sampled answers. The noise of sampling is
-the same for all seeds of training. Times are those of a shared machine; [decoding](decoding.md) has paired
-measurements."""
+Small models, and rewards that short happy phrases satisfy; no judge but scorers. Learning rates and β were chosen with
+few seeds of training, and are used for all. Hypervolume of few prompts is biased upwards, and of several noisy points
+more than of a control's one. KL is estimated from the sampled answers. The noise of sampling is the same for all seeds
+of training. Times are those of a shared machine; [decoding](decoding.md) has paired measurements."""
 
 
 def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) -> Path | None:
@@ -141,11 +144,13 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
     """What was run for a task, and what was found with each budget."""
     parts = [f"## {task.title}", settings_text(task, budgets)]
     for budget in budgets:
+        settings = Settings(task, task.settings_of(budget.steps), results / task.name, Path())
+        check_chosen(settings, budget)
         name = f"results_{task.name}_{budget.steps}"
         draw(budget, images, name)
         parts += [
             f"### {task.title}: {budget.steps:,} steps, training seeds: {len(budget.seeds)}",
-            chosen_text(task, Settings(task, task.settings_of(budget.steps), results / task.name, Path())),
+            chosen_text(task, settings),
             "**What holds**\n\n" + "\n".join(f"- {line}" for line in statements(budget)),
             f"![Mean rewards of all methods at every preference](images/{name}.png)",
             f"![Mean inner product over KL to the base](images/{name}_kl.png)",
@@ -174,23 +179,45 @@ def field_section(task: Task, field: Budget, beyond: Sequence[Mapping[str, Any]]
 
 def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
     """What was run, from what the pieces say of themselves."""
-    facts = budgets[-1].facts[0]
-    count = facts["steps"] * facts["batch"]
+    facts, every = budgets[0].facts[0], [one for budget in budgets for one in budget.facts]
+    versions = {name: sorted({one["versions"][name] for one in every}) for name in VERSIONS}
     return SETTINGS.format(
         model=Path(task.model).name,
-        pairs=f"{count:,}",
-        steps=f"{facts['steps']:,}",
-        batch=facts["batch"],
+        pairs="; ".join(map(pairs_text, budgets)),
         objectives=" and ".join(facts["objectives"]),
-        agreement=facts["agreement"],
-        share=f"{count // len(facts['objectives']):,} pairs",
+        share=f"one of {len(facts['objectives'])}",
+        judges=JUDGES[task.other_judges],
         prompts=len(budgets[0].fronts[BASE].rewards),
         points=len(budgets[0].fronts[PARM].labels),
         tokens=facts["max_new_tokens"],
         top_k=facts["top_k"],
         costs="; ".join(map(cost, budgets)),
-        versions=", ".join(f"{name} {facts['versions'][name]}" for name in VERSIONS),
+        versions=", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()),
     )
+
+
+def pairs_text(budget: Budget) -> str:
+    """How many pairs a training of a budget has, and how many of them say that one objective costs another."""
+    facts = budget.facts[0]
+    against = 1 - np.mean([one["agreement"] for one in budget.facts])
+    return (
+        f"{facts['steps'] * facts['batch']:,} for {facts['steps']:,} steps of {facts['batch']}, in {against:.0%} of "
+        "which the labels contradict each other"
+    )
+
+
+def check_chosen(settings: Settings, budget: Budget) -> None:
+    """Raises `ValueError` if pieces have other settings than those that were chosen, as the page says of them."""
+    facts = budget.facts[0]
+    used = [(what, kind, one[what]) for kind, one in facts["trained"].items() for what in (SCALE, RATE) if what in one]
+    used += [(BETA, name, beta) for name, beta in facts["betas"].items() if beta is not None]
+    for what, of, found in used:
+        chosen = best(settings.tried(what, of))["at"]
+        if found != chosen:
+            raise ValueError(
+                f"The pieces of {budget.steps} steps have the {what} {found} of {of}, but {chosen} was chosen. Run "
+                "them again, or put the settings back that they were run with."
+            )
 
 
 def chosen_text(task: Task, settings: Settings) -> str:

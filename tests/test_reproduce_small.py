@@ -2,6 +2,7 @@
 """The small comparison: its command from training to the page, pieces that were stopped, and what the page says."""
 
 import gzip
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from comparison.methods import BASE, METHODS, decode
 from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget, permuted
 from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
 from comparison.settings import BETA, SCALE, Settings, at_edge, best, next_of
-from comparison.statements import edges, statements
+from comparison.statements import at_policies_kl, edges, statements
 from comparison.task import Task, agreement, ranked
 from comparison.training import KINDS, Training, join_loras
 from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
@@ -101,13 +102,21 @@ def test_the_rest_of_the_field_is_beside_what_it_is_compared_with(finished):
     assert "spread beyond / between vertices" in text
 
 
-def test_a_field_of_other_pairs_is_refused(finished, tmp_path):
+@pytest.mark.parametrize("change", ["pairs", "scale", "betas"])
+def test_a_field_of_another_comparison_is_refused(finished, tmp_path, change):
     folder, _ = finished
     results = Path(shutil.copytree(folder / "results" / "tiny", tmp_path / "tiny"))
     task = Task.read(folder / "tasks" / "tiny.yaml")
     path = facts_path(rows_path(results, 4, 0, "field"))
-    path.write_text(path.read_text().replace(task.fingerprint(), "f" * 16))
-    with pytest.raises(ValueError, match="other pairs or prompts than the seed 0"):
+    facts = read_facts(rows_path(results, 4, 0, "field"))
+    if change == "pairs":
+        facts["pairs"] = "f" * 16
+    elif change == "scale":
+        facts["trained"]["genarm"]["scale"] = 64.0
+    else:
+        facts["betas"]["worst_parm"] = 0.25
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="other pairs, prompts or settings than the seed 0"):
         read_field(results, task, read(results, [0]))
 
 
@@ -433,22 +442,60 @@ def test_missing_seeds_are_said(tmp_path):
     assert Budget.read(tmp_path, 4, [7]) is None
 
 
-def test_pieces_of_two_comparisons_are_refused(tmp_path):
+@pytest.mark.parametrize("key", ["pairs", "top_k", "max_new_tokens", "matched", "products", "scale", "rate"])
+def test_pieces_of_two_comparisons_are_refused(tmp_path, key):
     write_results(tmp_path, [0])
-    write_results(tmp_path, [1], pairs="other")
-    with pytest.raises(ValueError, match="seeds 0 and 1 .* have different pairs"):
+    metrics = {"vertex_correlation": 0.5, "early_gain": 0.1, "short_gain": 0.2}
+    trained = {kind: {"metrics": metrics, "seconds": 60.0, key: 9} for kind in KINDS}
+    write_results(tmp_path, [1], **({"trained": trained} if key in ("scale", "rate") else {key: "other"}))
+    with pytest.raises(ValueError, match=f"seeds 0 and 1 .* have different {key}"):
         read(tmp_path)
 
 
-def test_a_method_that_one_seed_lacks_is_refused(tmp_path):
-    write_results(tmp_path, [0, 1, 2])
+@pytest.mark.parametrize(("what", "found"), [("scale", 16.0), ("rate", 3.0), ("beta", 0.5)])
+def test_a_page_is_of_the_settings_that_were_chosen(tmp_path, what, found):
+    path = write_task(tmp_path)
+    write_results(tmp_path / "results" / "tiny", [0])
+    write_settings(tmp_path / "results" / "tiny")
+    facts = facts_path(rows_path(tmp_path / "results" / "tiny", 4, 0))
+    text = json.loads(facts.read_text())
+    if what == "beta":
+        text["betas"]["parm"] = found
+    else:
+        text["trained"]["parm"][what] = found
+    facts.write_text(json.dumps(text))
+    with pytest.raises(ValueError, match=f"have the {what} {found} of parm, but"):
+        results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20)
+
+
+@pytest.mark.parametrize("change", [{"scale": 4.0}, {"rate": 0.1}, {"seed": 1}, {"steps": 6}, {"pairs": True}])
+def test_an_adapter_of_another_training_is_not_taken_for_it(tmp_path, monkeypatch, change):
+    task = Task.read(write_task(tmp_path))
+    calls = []
+    monkeypatch.setattr(Training, "_reward_model", lambda *given: calls.append(given) or ({"early": 1.0}, {}))
+    given = {"steps": 4, "seed": 0, "scale": 1.0, "rate": 0.01, "folder": tmp_path, "held_out": 3}
+    (tmp_path / "parm").mkdir()
+    assert Training(task, "parm", **given).run()["losses"] == {"early": 1.0}
+    assert Training(task, "parm", **given).run()["losses"] == {"early": 1.0}
+    assert len(calls) == 1
+    if change.pop("pairs", False):
+        path = Path(task.pairs)
+        path.write_text(path.read_text().replace('"early": 1', '"early": 0'))
+        task = Task.read(tmp_path / "tasks" / "tiny.yaml")
+    with pytest.raises(ValueError, match="parm is of another training"):
+        Training(task, "parm", **given | change).run()
+
+
+@pytest.mark.parametrize("seeds", [[0, 1], [0, 1, 2]])
+def test_a_method_that_one_seed_lacks_is_refused(tmp_path, seeds):
+    write_results(tmp_path, seeds)
     path = rows_path(tmp_path, 4, 1)
     rows, facts = [{**row, "response": ""} for row in read_piece(path) if row["method"] != "MOD"], read_facts(path)
     write_piece(path, rows, facts)
-    with pytest.raises(ValueError, match="different numbers of training seeds.*'MOD' has 2"):
-        _ = read(tmp_path).fronts
+    with pytest.raises(ValueError, match="The seed 1 of .* lacks methods that others have"):
+        read(tmp_path)
     write_piece(path, rows, {**facts, "trained": {}})
-    assert read(tmp_path).missing == [1]
+    assert 1 in read(tmp_path).missing
 
 
 @pytest.mark.parametrize(("lead", "said"), [(0.3, "lower"), (-0.3, "higher"), (0.0, "not told apart")])
@@ -467,6 +514,36 @@ def test_statements_follow_the_intervals(tmp_path, lead, said):
     assert "(higher)" in shuffled
     behind = next(line for line in lines if line.startswith("**On held-out pairs**"))
     assert ("PARM is behind GenARM in MIP" in behind) == (lead > 0)
+    assert ("held-out pairs do not show why" in behind) == (lead > 0)
+
+
+def test_the_reason_for_a_lead_has_an_interval_over_seeds(tmp_path):
+    """Losses that fell less in the mean alone are no reason."""
+    for gap, shown in ((0.2, True), (0.02, False)):
+        for seed in range(3):
+            gains = {"parm": 0.3 + 0.1 * seed, "genarm": 0.3 + gap + (0.1, 0.13, 0.07)[seed] * seed}
+            trained = {
+                kind: {"metrics": {"vertex_correlation": 0.5, "early_gain": gain, "short_gain": 0.1}, "seconds": 60.0}
+                for kind, gain in {**dict.fromkeys(KINDS, 0.3), **gains}.items()
+            }
+            write_results(tmp_path, [seed], 0.3, trained=trained)
+        behind = next(line for line in statements(read(tmp_path)) if line.startswith("**On held-out pairs**"))
+        assert ("it has learned less: its losses fell by" in behind) == shown
+        assert ("held-out pairs do not show why" in behind) != shown
+
+
+def test_parm_beside_methods_without_beta_is_not_read_off_beyond_what_was_tried(tmp_path):
+    settings = Settings(Task.read(write_task(tmp_path)), 2, tmp_path, tmp_path)
+    kl = {"rewarded_soups": 1.5, "mod": 9.0, "arm_alone": 0.1}
+    settings.tried = lambda what, of: (
+        [{"at": at, "value": -at, "kl": 1 / at} for at in (0.5, 1.0)]
+        if of == "parm"
+        else [{"at": 1.0, "value": -0.3, "kl": kl[of]}]
+    )
+    text = at_policies_kl(settings)
+    assert "Rewarded Soups 0.30 at KL 1.50, PARM 0.75;" in text
+    assert "MOD 0.30 at KL 9.00, PARM 0.50 at KL 2.00, the nearest that was tried" in text
+    assert "ARM alone 0.30 at KL 0.10, PARM 1.00 at KL 1.00, the nearest that was tried" in text
 
 
 def test_differences_are_those_of_the_slow_way(tmp_path):

@@ -101,10 +101,10 @@ def read_field(results: Path, task: Task, budget: Budget) -> tuple[Budget, list[
     if not facts_path(path).exists():
         return None
     facts, own = read_facts(path), next((one for one in budget.facts if one["seed"] == task.field[1]), None)
-    if own is None or any(own[key] != facts[key] for key in ("prompts", "pairs")):
+    if own is None or not _agree(own, facts):
         raise ValueError(
-            f"{path} is of other pairs or prompts than the seed {task.field[1]} of {results.name}, {budget.steps} "
-            "steps. Run them again together."
+            f"{path} has other pairs, prompts or settings than the seed {task.field[1]} of {results.name}, "
+            f"{budget.steps} steps. Run them again together."
         )
     rows = [row for row in read_piece(path) if row["preference"] is None or min(row["preference"]) >= 0]
     beyond = [row for row in read_piece(path) if row["preference"] is not None and min(row["preference"]) < 0]
@@ -113,6 +113,15 @@ def read_field(results: Path, task: Task, budget: Budget) -> tuple[Budget, list[
     names |= {row["method"]: row["method"] for row in rows if row["method"] not in names}
     facts = [{**own, "trained": {**own["trained"], **facts["trained"]}, "betas": {**own["betas"], **facts["betas"]}}]
     return replace(budget, seeds=[task.field[1]], missing=[], facts=facts, rows=rows, names=names), beyond
+
+
+def _agree(own: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a piece and the field's were run alike."""
+    alike = [(own[key], facts[key]) for key in ("prompts", "pairs", "batch")]
+    for kind in set(own["trained"]) & set(facts["trained"]):
+        alike += [(own["trained"][kind].get(key), facts["trained"][kind].get(key)) for key in ("scale", "rate")]
+    alike += [(own["betas"].get(of), facts["betas"].get(name)) for name, of in (("worst_parm", "parm"),)]
+    return all(first == second for first, second in alike)
 
 
 def beyond_table(field: Budget, beyond: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_pblora import preference_grid
+from trl_parm.cpu import products_of
 from trl_parm.identity import short_hash
 from trl_parm.records import versions
 from trl_parm.texts import prompt_key
@@ -99,7 +100,8 @@ def _evaluate(
         "agreement": agreement(task.drawn(steps, seed), task.objectives), "trained": {training.kind: trained},
         "betas": {name: settings.beta(name) for name in names},
         "matched": {name: settings.matched(name) for name in names},
-        "max_new_tokens": task.max_new_tokens, "top_k": task.top_k, "versions": versions(),
+        "max_new_tokens": task.max_new_tokens, "top_k": task.top_k, "products": products_of(task.dtype),
+        "versions": versions(),
     }  # fmt: skip
 
 

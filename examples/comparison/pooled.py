@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
-from trl_parm.evaluation import Front, arrange, pool_seeds, rank_correlations, standardized
+from trl_parm.evaluation import Front, arrange, mean_and_error, pool_seeds, rank_correlations, standardized
 from trl_parm.evaluation.measures import differences, measure
 
 from .methods import BASE, UNTRAINED, mean_kl
@@ -24,6 +25,11 @@ from .training import KINDS
 PARM, GENARM, SHUFFLED = "PARM", "GenARM", "PARM, α permuted"
 PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO = "MIP", "HV above −1", "HV above 0"
 """Measures of standardised rewards: mean inner product, and hypervolume above −1 and above 0 in all objectives."""
+
+
+SHARED = ("prompts", "pairs", "batch", "betas", "matched", "top_k", "max_new_tokens", "products")
+SETTINGS = ("scale", "rate")
+"""What all seeds have in common, of pieces and of each training in them."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class Budget:
             return None
         facts = [read_facts(path) for path in paths.values()]
         for seed, one in zip(paths, facts):
-            for key in ("prompts", "pairs", "betas", "batch"):
-                if one[key] != facts[0][key]:
+            for key in (*SHARED, *SETTINGS):
+                if _said(one, key) != _said(facts[0], key):
                     raise ValueError(
                         f"The seeds {min(paths)} and {seed} of {results.name}, {steps} steps, have different {key}. "
                         "Only pieces of one comparison can be put together: run the others again."
@@ -68,6 +74,10 @@ class Budget:
                 name = f"{row['method']} (seed {seed})"
                 names[name] = row["method"]
                 rows.append({**row, "method": name})
+        found = {seed: {row["method"] for row in rows if row["method"].endswith(f"(seed {seed})")} for seed in paths}
+        for seed, methods in found.items():
+            if len(methods) != len({*names.values()}):
+                raise ValueError(f"The seed {seed} of {results.name}, {steps} steps, lacks methods that others have.")
         missing = [seed for seed in planned if seed not in paths]
         return cls(steps, list(paths), missing, facts, rows, names, resamples)
 
@@ -121,6 +131,21 @@ class Budget:
         both = [[self._seconds(f"{name} (seed {seed})") for name in (method, other)] for seed in self.seeds]
         return float(np.median([own / others for own, others in both]))
 
+    def gain_difference(self, kind: str, minus: str) -> tuple[float, float, float] | None:
+        """How much more the losses at the vertices fell in one kind of training than in another, summed over
+        objectives: the mean over seeds, and its 95 % interval by Student's t. `None` with one seed, or without such
+        metrics."""
+        names = [f"{name}_gain" for name in self.objectives]
+        found = [
+            [one["trained"][k]["metrics"].get(name) for k in (kind, minus) for name in names] for one in self.facts
+        ]
+        if len(found) < 2 or any(None in gains for gains in found):
+            return None
+        values = [sum(gains[: len(names)]) - sum(gains[len(names) :]) for gains in found]
+        mean, error = mean_and_error(values)
+        half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * error
+        return mean, mean - half, mean + half
+
     def mean_metric(self, kind: str, name: str) -> tuple[float, float, float] | None:
         """Mean, least and largest over seeds of a metric of training on held-out pairs."""
         found = [value for one in self.facts if (value := one["trained"][kind]["metrics"].get(name)) is not None]
@@ -155,6 +180,12 @@ def permuted(front: Front) -> Front | None:
     if grid is None or grid.shape[1] != 2 or not np.allclose(grid[::-1], grid[:, ::-1]):
         return None
     return replace(front, method=SHUFFLED, runs=front.runs[:, :, ::-1])
+
+
+def _said(facts: Mapping[str, Any], key: str) -> Any:
+    if key in SETTINGS:
+        return {kind: trained.get(key) for kind, trained in facts["trained"].items()}
+    return facts.get(key)
 
 
 def _named(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,8 @@ class Settings:
         return {
             "task": task.name, "pairs": task.fingerprint(), "steps": self.steps,
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
-            "held_out": task.validation_pairs, "prompts": task.validation_prompts,
+            "held_out": task.validation_pairs, "prompts": task.validation_prompts, "rewards": task.rewards,
+            "max_new_tokens": task.max_new_tokens, "top_k": task.top_k,
         }  # fmt: skip
 
 

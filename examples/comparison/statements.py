@@ -87,7 +87,9 @@ def at_policies_kl(settings: Settings) -> str:
     for name, method in METHODS.items():
         for own in () if method.has_beta else settings.tried(BETA, name):
             parm = float(np.interp(own["kl"], [row["kl"] for row in rows], [-row["value"] for row in rows]))
-            parts.append(f"{method.title} {-own['value']:.2f} at KL {own['kl']:.2f}, PARM {parm:.2f}")
+            nearest = min(max(own["kl"], rows[0]["kl"]), rows[-1]["kl"])
+            beyond = "" if nearest == own["kl"] else f" at KL {nearest:.2f}, the nearest that was tried"
+            parts.append(f"{method.title} {-own['value']:.2f} at KL {own['kl']:.2f}, PARM {parm:.2f}{beyond}")
     return (
         "**At the KL of methods without β** PARM's MIP, between the β that were tried, on the prompts that β was "
         f"chosen with, and their seeds of training: {'; '.join(parts)}."
@@ -130,12 +132,10 @@ def diagnosis(budget: Budget) -> str:
 
 def reason(budget: Budget, correlation: float) -> str:
     """Why PARM is behind GenARM, of what can be told from held-out pairs."""
-    less = []
-    for name in budget.objectives:
-        own, other = (budget.mean_metric(kind, f"{name}_gain") for kind in ("parm", "genarm"))
-        if own and other and own[0] < other[0]:
-            less.append(name)
-    parts = [f"it has learned {' and '.join(less)} less than GenARM's ARMs"] if less else []
+    parts, gain = [], budget.gain_difference("parm", "genarm")
+    if gain is not None and gain[2] < 0:
+        less = f"{-gain[0]:.2f} [{-gain[2]:.2f}, {-gain[1]:.2f}]"
+        parts.append(f"it has learned less: its losses fell by {less} less than GenARM's")
     parts += ["its vertices are alike"] if correlation > ALIKE else []
     return (" and ".join(parts) or "held-out pairs do not show why") + "."
 

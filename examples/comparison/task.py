@@ -36,6 +36,7 @@ class Task:
         budgets (`dict[int, list[int]]`): Steps of `batch` pairs in all → seeds of training.
         settings_steps (`int`, *optional*): Steps of the trainings that learning rates and β are chosen with. By
             default each budget has its own settings, chosen after as many steps.
+        other_judges (`bool`): Whether other scorers judge than those that labelled the pairs.
         field (`list[int]`, *optional*): Steps and seed with which the rest of the field is compared, where there are
             two objectives.
         descriptions (`dict[str, str]`): Of the objectives, for UniARM by descriptions.
@@ -61,6 +62,7 @@ class Task:
     rewards: dict[str, str]
     budgets: dict[int, list[int]]
     settings_steps: int | None = None
+    other_judges: bool = False
     field: list[int] | None = None
     descriptions: dict[str, str] = dataclasses.field(default_factory=dict)
     settings_seeds: dict[int, list[int]] = dataclasses.field(default_factory=dict)
@@ -162,7 +164,7 @@ def ranked(rows: Sequence[Mapping[str, Any]], objective: str) -> list[dict[str, 
 
 
 def agreement(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> float:
-    """The share of pairs of which all objectives that tell them apart prefer the same response."""
+    """The share of pairs in which no objective contradicts another: all that tell them apart prefer the same."""
     labels = [{row[name] for name in objectives} - {-1} for row in rows]
     return sum(len(found) <= 1 for found in labels) / len(labels)
 

@@ -87,14 +87,21 @@ class Training:
 
     def _part(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         facts = Path(self.adapter(objective), FACTS)
+        own = {
+            "steps": steps, "seed": self.seed, "scale": self.scale, "rate": self.rate,
+            "pairs": self.task.fingerprint(), "model": self.task.model,
+        }  # fmt: skip
         if facts.exists():
-            return json.loads(facts.read_text(encoding="utf-8"))
+            found = json.loads(facts.read_text(encoding="utf-8"))
+            if found.pop("of", None) != own:
+                raise ValueError(f"{facts.parent} is of another training. Move it away, or name another `--work`.")
+            return found
         start = time.process_time()
         train = self._policy if self.kind == "dpo" else self._reward_model
         losses, metrics = train(objective, steps, pairs)
         found = {"losses": losses, "metrics": metrics, "seconds": time.process_time() - start}
         with output_file(facts, "reproduce_small.py") as file:
-            file.write(as_json(found))
+            file.write(as_json({"of": own, **found}))
         return found
 
     def _reward_model(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> tuple[dict, dict]:
