@@ -75,7 +75,7 @@ def rounds_for(variants: Mapping[str, Callable[[], object]], seconds: float, lea
 def paired_ratio(times: Mapping[str, Sequence[float]], name: str, unit: str) -> tuple[float, float, float]:
     """Median, lower and upper quartile of the ratio of two variants, round by round."""
     ratios = [a / b for a, b in zip(times[name], times[unit], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
     return middle, low, high
 
 

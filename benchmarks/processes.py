@@ -48,7 +48,7 @@ def main() -> None:
     rows.append({"processes": "two / one", "seconds": f"{ratio:.2f} [{low:.2f}, {high:.2f}]"})
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     notes = [
-        f"SmolLM2-135M-Instruct. Wall time of {args.prompts} prompts, {args.tokens} new tokens, 6 runs; "
+        f"SmolLM2-135M-Instruct. Wall time of {args.prompts} prompts, {args.tokens} new tokens, {args.repeats} runs each; "
         f"{os.cpu_count()} cores, whose load was {load} at the end. {verdict(ratio, MOST)}."
     ]
     report("processes", rows, notes, args.results, args.table)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the pairs of a task of `reproduce_small.py`: answers of its model, labelled for two objectives that contradict
 each other in about a third of them. Of `stories` and `smollm2` they are more positive (VADER) and fewer words in a
-sentence, of `manners` inoffensive and relevant, by the scorers in `comparison/scorers.py`, to everyday and to provoking
-prompts.
+sentence, of `manners` inoffensive and relevant, by the scorers in `comparison/scorers.py`, to everyday and to
+provoking prompts.
 
     python examples/make_task_pairs.py stories --model MODEL
     python examples/make_task_pairs.py smollm2
