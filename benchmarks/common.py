@@ -38,13 +38,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def describe_machine() -> str:
-    """The device, in words, for the head of a table."""
+def describe_machine(timed: str = "CPU time") -> str:
+    """The device and what is timed on a CPU, in words, for the head of a table."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
         models = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor() or platform.machine()}, one thread, CPU time"
+        name = f"{models[0] if models else platform.processor() or platform.machine()}, one thread, {timed}"
     return f"{name}; torch {torch.__version__}; {time.strftime('%Y-%m-%d')}"
 
 
@@ -90,6 +90,7 @@ def report(
     notes: Sequence[str] = (),
     folder: Path = RESULTS,
     table: str | None = None,
+    timed: str = "CPU time",
 ) -> None:
     """Writes rows as a Markdown table to `<table>.csv` and `.md`, with `_cuda` before the dot on a GPU, and prints it.
 
@@ -101,6 +102,7 @@ def report(
         notes (`Sequence[str]`, *optional*): Lines below the table, read when the last row is there.
         folder (`Path`, *optional*): Where the files are written.
         table (`str`, *optional*): Their name, if it is not that of the script.
+        timed (`str`, *optional*, defaults to `"CPU time"`): What is timed on a CPU.
 
     Raises:
         ValueError: there are files of these names that are no results of this benchmark.
@@ -110,7 +112,7 @@ def report(
     there = [path for path in (stem.with_suffix(".md"), stem.with_suffix(".csv")) if path.exists()]
     if there and not (there[0].suffix == ".md" and there[0].read_text(encoding="utf-8").startswith(command)):
         raise ValueError(f"{there[0]} is no result of this benchmark. Nothing is replaced: move it away.")
-    head = f"{' '.join([command, *_given_arguments()])}` on {describe_machine()}"
+    head = f"{' '.join([command, *_given_arguments()])}` on {describe_machine(timed)}"
     found: list[Mapping[str, object]] = []
     for row in rows:
         found.append(row)

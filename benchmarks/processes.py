@@ -48,10 +48,10 @@ def main() -> None:
     rows.append({"processes": "two / one", "seconds": f"{ratio:.2f} [{low:.2f}, {high:.2f}]"})
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     notes = [
-        f"SmolLM2-135M-Instruct. Wall time of {args.prompts} prompts, {args.tokens} new tokens, {args.repeats} runs each; "
+        f"SmolLM2-135M-Instruct. {args.prompts} prompts, {args.tokens} new tokens, {args.repeats} runs of each; "
         f"{os.cpu_count()} cores, whose load was {load} at the end. {verdict(ratio, MOST)}."
     ]
-    report("processes", rows, notes, args.results, args.table)
+    report("processes", rows, notes, args.results, args.table, "wall time")
 
 
 def save(folder: Path, prompts: int, tokens: int) -> None:
