@@ -381,9 +381,12 @@ def test_runs_of_several_seeds_are_one_method():
     assert row["value"] == pytest.approx(-np.mean(expected))
 
 
-def test_seeds_that_are_missing_are_named():
-    found, names = of_seeds({"PARM": 3, "GenARM": 2})
-    with pytest.raises(ValueError, match="different numbers of training seeds: 'PARM' has 3, 'GenARM' has 2. Eval"):
+@pytest.mark.parametrize(("seeds", "fewer"), [(3, 2), (3, 1), (2, 1)])
+def test_seeds_that_are_missing_are_named(seeds, fewer):
+    """One training is not taken for that of every seed."""
+    found, names = of_seeds({"base": 1, "PARM": seeds, "GenARM": fewer})
+    listed = f"'PARM' has {seeds}, 'GenARM' has {fewer}. Eval"
+    with pytest.raises(ValueError, match=f"different numbers of training seeds: {listed}"):
         pool_seeds(found, names)
 
 

@@ -150,17 +150,17 @@ def pool_seeds(found: Sequence[Front], names: Mapping[str, str]) -> list[Front]:
         `list[Front]`: One for each method, with a run for each of its seeds.
 
     Raises:
-        ValueError: methods with several runs of which one has more than another.
+        ValueError: methods of which one has more runs than another; one without a preference may have a single one.
     """
     groups: dict[str, list[Front]] = {}
     for front in found:
         groups.setdefault(names[front.method], []).append(front)
-    counts = {method: len(group) for method, group in groups.items() if len(group) > 1}
+    counts = {name: len(own) for name, own in groups.items() if len(own) > 1 or own[0].preferences is not None}
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{method!r} has {count}" for method, count in counts.items())
         raise ValueError(
             f"The methods have different numbers of training seeds: {listed}. Evaluate what is missing, or choose "
-            "methods with `methods`; those that nothing was trained for may be there once."
+            "methods with `methods`; those without a preference may be there once."
         )
     return [
         replace(
