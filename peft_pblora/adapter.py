@@ -92,7 +92,7 @@ class LowRankAdapter(nn.Module):
             ValueError: the batch is not a multiple of the preference's rows.
             RuntimeError: gradient checkpointing repeats the forward at another preference.
         """
-        noted = None
+        noted: Condition | None = None
         if preference is None:
             condition = self.condition if condition is None else condition
             compiling = torch.compiler.is_compiling()
@@ -102,10 +102,10 @@ class LowRankAdapter(nn.Module):
                 fold = self._folds.get(dtype_for(x)) if folded else None if compiling else self._folded(x, condition)
                 if fold is not None:
                     return fold.add_(x, result)
-            if self.training and not compiling:
-                condition.note_forward(may_be_repeated())
-                noted = condition
+            noted = condition if self.training and not compiling else None
             preference = condition.preference
+        if noted is not None:
+            noted.note_forward(may_be_repeated())
         output = self._add(self.dropout(x), result, preference)
         if noted is not None:
             noted.note_graph(output)

@@ -28,7 +28,7 @@ class Condition:
         aside (`bool`): Whether the adapter acts only in calls of its `PeftModel`, not in those of the model below it,
             which then is the base model. A logits processor that guides with the adapter sets it; `set_adapter` takes
             it back. While the model trains it is without effect.
-        pending (`set[int]`): Versions of which there were forwards without gradients, as in reentrant gradient
+        pending (`list[torch.Tensor]`): Different α of forwards without gradients, as in reentrant gradient
             checkpointing, whose backward may still be to come; two tell enough.
     """
 
@@ -37,9 +37,9 @@ class Condition:
         self.preference = torch.tensor(preference, dtype=torch.float32, device="cpu")
         self.version = self.merged = 0
         self.was_set = self.aside = False
-        self.pending: set[int] = set()
+        self.pending: list[torch.Tensor] = []
         self._backward, self._repeats = -1, False  # the last one by its number, and whether it repeated a forward
-        self._versions: set[int] = set()
+        self._seen: list[torch.Tensor] = []  # different α in it
 
     @classmethod
     def fixed(cls, objectives: Sequence[str], preference: torch.Tensor) -> Condition:
@@ -95,30 +95,37 @@ class Condition:
             RuntimeError: it is repeated now, in the backward of a forward at another preference.
         """
         if torch._C._current_graph_task_id() != -1:
-            self._note_backward({self.version, *self.pending}, repeats=True)
+            self._note_backward(self.preference, *self.pending, repeats=True)
             return
         if self._repeats:
-            self.pending, self._repeats = set(), False
+            self.pending, self._repeats = [], False
         if may_be_repeated and not torch.is_grad_enabled() and len(self.pending) < 2:
-            self.pending.add(self.version)
+            _add_new(self.pending, self.preference)
 
     def note_graph(self, output: torch.Tensor) -> None:
         """Notes the output of a forward in training: its backward will tell at which preference it was."""
         if output.requires_grad and torch._C._current_graph_task_id() == -1:
-            versions = {self.version}
-            output.register_hook(lambda _: self._note_backward(versions))
+            preference = self.preference
+            output.register_hook(lambda _: self._note_backward(preference))
 
-    def _note_backward(self, versions: set[int], repeats: bool = False) -> None:
-        """Notes that the backward which runs now is of forwards at these versions, or repeats one."""
+    def _note_backward(self, *preferences: torch.Tensor, repeats: bool = False) -> None:
+        """Notes that the backward which runs now is of forwards at these α, or repeats one."""
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
-            self._backward, self._versions, self._repeats = backward, set(), False
-        self._versions |= versions
+            self._backward, self._seen, self._repeats = backward, [], False
+        for preference in preferences:
+            _add_new(self._seen, preference)
         self._repeats |= repeats
-        if self._repeats and len(self._versions) > 1:
-            self.pending = set()
+        if self._repeats and len(self._seen) > 1:
+            self.pending = []
             raise RuntimeError(
                 "The preference was changed between a forward and its backward, where gradient checkpointing repeats "
                 "the forward. With several preferences in one step, run backward for each before the next forward. "
                 "With reentrant checkpointing, call `model.train()` after a forward that is left without a backward."
             )
+
+
+def _add_new(known: list[torch.Tensor], preference: torch.Tensor) -> None:
+    """Adds an α to different ones, unless it is one of them."""
+    if not any(one is preference or one.shape == preference.shape and one.equal(preference) for one in known):
+        known.append(preference)

@@ -204,8 +204,9 @@ def _remember(model: nn.Module | None, config: PeftConfig) -> Callable[[], None]
         return lambda: None
     modes = [(module, module.training) for module in model.modules()]
     trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    changes = changes_below(config, backbone_of(model))
-    kept = [parameter for parameter, _ in trains if changes and not parameter.is_meta]
+    changes = changes_below(config, backbone_of(model)) or ""
+    only = ".bias" if changes.startswith("bias=") else ""
+    kept = [one for name, one in model.named_parameters() if changes and name.endswith(only) and not one.is_meta]
     weights = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in kept]
 
     def put_back() -> None:

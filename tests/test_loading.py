@@ -14,7 +14,7 @@ from test_export import write_official_adapter
 from training_runs import PBLORA, trainer, two_sets
 from training_runs import config as training_config
 
-from peft_pblora import MoSLoraConfig, check_adapter, load_adapter
+from peft_pblora import MoSLoraConfig, check_adapter, load_adapter, loading
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PreferenceARMTrainer, rewarded_soup
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
@@ -266,6 +266,19 @@ def test_an_adapter_that_changes_the_model_below_it_is_on_a_model_of_its_own(tmp
     found = Guided(models.base, BASE + models.guide(str(tmp_path / "adapter")).lm())
     torch.testing.assert_close(found(IDS).logits.log_softmax(-1), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(models.base(IDS).logits.log_softmax(-1), plain)
+
+
+@pytest.mark.parametrize(("settings", "every"), [({"bias": "all"}, False), ({"init_lora_weights": "pissa"}, True)])
+def test_of_a_model_below_an_adapter_only_what_that_changes_is_kept_beside(settings, every):
+    """On a large model a copy of all is a lot of memory."""
+    model, copied = tiny_llama(attention_bias=True), []
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    detach = torch.Tensor.detach
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "detach", lambda tensor: copied.append(tensor) or detach(tensor))
+        loading._remember(model, config)
+    names = {name for name, one in model.named_parameters() if any(one is found for found in copied)}
+    assert names == {name for name, _ in model.named_parameters() if every or name.endswith(".bias")}
 
 
 def test_a_pissa_that_is_drawn_anew_is_refused(base, tmp_path):

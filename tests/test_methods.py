@@ -545,6 +545,18 @@ def test_ids_of_another_tokenizer_are_aligned_or_refused_where_the_vocabularies_
     models = Models(str(folder / "large"))
     assert models.guide(other).vocabulary is models.guide(other).vocabulary  # guides share a forward
     assert models.guide(str(tmp_path / "same")).vocabulary is None
+    renamed = tiny_tokenizer()
+    renamed.add_tokens("<reserved>")
+    sized = tiny_llama(2, vocab_size=65)
+    sized.save_pretrained(tmp_path / "base")
+    named = tiny_tokenizer()
+    named.add_tokens("<call>")
+    named.save_pretrained(tmp_path / "base")
+    for part in (sized, renamed):
+        part.save_pretrained(tmp_path / "renamed")
+    models_of_65 = Models(str(tmp_path / "base"))
+    assert models_of_65.guide(str(tmp_path / "renamed")).vocabulary is None
+    models_of_65.check_tokens(str(tmp_path / "renamed"), sized)
     policies = dict.fromkeys(OBJECTIVES, other)
     for method in (
         {"method": "transfer_q", "rewards": TEXTS, "policy": other, "rollout_tokens": 2},

@@ -358,12 +358,25 @@ def test_splits_of_an_earlier_run_do_not_stay_beside_others(tmp_path):
     relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=2, ranked=False)
     assert {path.name for path in tmp_path.rglob("*.jsonl")} == {"train.jsonl", "test.jsonl", "scores.jsonl"}
     relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=2, ranked=True)
-    for name in ("test.jsonl", "ranked/old.jsonl"):
-        (tmp_path / name).write_text("mine")
-        with pytest.raises(ValueError, match=f"{name} was not written by 'relabel', or was changed"):
-            relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=0)
-        assert (tmp_path / name).read_text() == "mine"
-        (tmp_path / name).unlink()
+    (tmp_path / "test.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="test.jsonl was not written by 'relabel', or was changed"):
+        relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=0)
+    assert (tmp_path / "test.jsonl").read_text() == "mine"
+
+
+def test_a_file_that_comes_while_pairs_are_scored_stays(tmp_path):
+    relabel(Dataset.from_list(PAIRS), BOTH, tmp_path, test_size=6, ranked=True)
+    (tmp_path / "ranked/own.jsonl").write_text("mine")
+
+    def scored(prompts, responses):
+        (tmp_path / "validation.jsonl").write_text("mine")
+        return BOTH["long"](prompts, responses)
+
+    relabel(Dataset.from_list(PAIRS), {"long": scored}, tmp_path, test_size=0, restart=True)
+    assert [(tmp_path / name).read_text() for name in ("validation.jsonl", "ranked/own.jsonl")] == ["mine"] * 2
+    assert {path.name for path in tmp_path.rglob("*.jsonl")} == {
+        "train.jsonl", "scores.jsonl", "validation.jsonl", "own.jsonl",
+    }  # fmt: skip
 
 
 def test_no_objective_decides_where_its_pairs_go(tmp_path):

@@ -195,6 +195,20 @@ def test_checkpointing_goes_on_at_another_preference_after_a_forward_that_has_no
     torch.testing.assert_close(gradients(arm), gradients(expected))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_takes_a_preference_that_is_as_it_was(reentrant):
+    """Such as after a look at another one in between."""
+    expected, arm = tiny_arm().train(), checkpointed_arm(reentrant)
+    for model in (expected, arm):
+        set_preference(model, [0.2, 0.8])
+        loss = loss_of(model, IDS)
+        with torch.no_grad(), use_preference(model, [0.9, 0.1]):
+            model(IDS)
+        set_preference(model, [0.2, 0.8])
+        loss.backward()
+    torch.testing.assert_close(gradients(arm), gradients(expected))
+
+
 def test_checkpointed_steps_at_many_preferences_train():
     """Several forwards before a backward, and a preference after the other: the gradients of steps without it."""
     results = []

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers.utils import logging
 
-from peft_pblora.output import check_output, file_name, output_file
+from peft_pblora.output import check_output, file_name, output_file, remove_output
 from peft_pblora.preference import check_columns, check_objectives
 
 from .endpoint import Failure
@@ -107,8 +107,8 @@ def relabel(
     files = {name: folder / f"{name}.jsonl" for name, chosen in numbers.items() if chosen}
     ranked_files = {name: folder / "ranked" / f"{file_name(name)}.jsonl" for name in rewards if ranked}
     written_here = {*files.values(), *ranked_files.values()}
-    places = {*written_here, *(folder / f"{name}.jsonl" for name in numbers), *(folder / "ranked").glob("*.jsonl")}
-    for path in sorted(places):
+    splits_here = {folder / f"{name}.jsonl" for name in numbers}
+    for path in sorted(written_here | splits_here):
         check_output(path, WRITER)  # before anything is scored
     configuration = {
         "pairs": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16],
@@ -135,8 +135,9 @@ def relabel(
             row |= {objective: label, f"{objective}_score_0": first, f"{objective}_score_1": second}
     splits = {name: [written[i] for i in numbers[name]] for name in files}
     if processes.is_first:
-        for path in places - written_here:  # first, since their pairs may be in other splits now
-            path.unlink(missing_ok=True)
+        # First, since their pairs may be in other splits now.
+        for path in sorted({*splits_here, *(folder / "ranked").glob("*.jsonl")} - written_here):
+            remove_output(path, WRITER)
         for name, path in files.items():
             _write(path, splits[name])
         for objective, path in ranked_files.items():

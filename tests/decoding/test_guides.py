@@ -298,6 +298,17 @@ def test_tokens_at_other_ids_are_found():
     assert vocabulary.to_base(log_probs, 68)[0, 62:].tolist() == [62, 63, 66, 64, -torch.inf, -torch.inf]
 
 
+def test_an_added_token_of_another_name_is_the_one_at_its_id():
+    """Families rename reserved ones, an end token among them."""
+    ours, theirs = extended_tokenizer("<reserved 0>", "<pad it>"), extended_tokenizer("<call>", "<reserved 1>")
+    ours.eos_token = "<pad it>"
+    vocabulary = Vocabulary(ours, theirs)
+    assert vocabulary.to_guide(torch.tensor([[7, 64, 65]]))[0].tolist() == [[7, 64, 65]]
+    assert vocabulary.to_base(torch.arange(66.0)[None], 66)[0].tolist() == list(range(66))
+    moved = Vocabulary(extended_tokenizer("<a>", "<b>"), extended_tokenizer("<c>", "<a>"))
+    assert moved.to_base(torch.arange(66.0)[None], 66)[0, 64:].tolist() == [65, -torch.inf]  # "<c>" is not "<a>"
+
+
 @every_door
 def test_a_token_that_the_guide_does_not_know_is_not_read(door):
     base, guide = tiny_llama(0, vocab_size=65), tiny_gpt2(1)

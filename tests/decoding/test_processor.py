@@ -189,7 +189,7 @@ def test_where_padding_can_not_be_told_the_mask_is_needed(eos):
     base, arm = tiny_llama(0), tiny_arm(without_pad_token(tiny_llama(1), eos))
     ids = torch.tensor([[1, 1, 5, 9], [7, 8, 20, 41]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    message = "begins with an end token" if eos else "No pad token is known, and rows begin differently"
+    message = "begins with an end token" if eos else "No pad token is known, so that rows may begin"
     with pytest.raises(ValueError, match=message):
         one_step(base, PARMLogitsProcessor(arm, [0.3, 0.7]), ids, attention_mask=mask)
     processor = PARMLogitsProcessor(arm, [0.3, 0.7], prompt=Prompt({"input_ids": ids, "attention_mask": mask}))
@@ -219,8 +219,15 @@ def test_without_a_pad_token_rows_are_guided_where_none_can_be_padded(name):
         expected = formula_of(tiny_llama(0), tiny_arm(tiny_llama(1)), ids)
         torch.testing.assert_close(one_step(base, processor, ids), expected, atol=1e-4, rtol=1e-4)
         return
-    with pytest.raises(ValueError, match="No pad token is known, and rows begin differently"):
+    with pytest.raises(ValueError, match="No pad token is known, so that rows may begin"):
         one_step(base, processor, ids)
+
+
+def test_without_pad_and_end_token_no_batch_is_guided():
+    """Rows may all be padded, to a multiple or to a fixed length."""
+    processor = PARMLogitsProcessor(tiny_arm(without_pad_token(tiny_llama(1), None)), [0.3, 0.7])
+    with pytest.raises(ValueError, match="No pad token is known, so that rows may begin"):
+        one_step(tiny_llama(0), processor, torch.tensor([[30, 30, 5, 6], [30, 30, 8, 9]]))
 
 
 def test_a_pad_token_of_the_base_may_be_named():

@@ -49,8 +49,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
     becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
 
     Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin
-    with a pad token that is one, or differently where none is known, pass `prompt=Prompt(inputs)` with the mask.
-    In continuous batching transformers drops custom processors with a line in its log: use `generate`.
+    with a pad token that is one, pass `prompt=Prompt(inputs)` with the mask. Where no pad token is known pass that,
+    or `pad_token_id`, unless all rows begin with one token, such as a BOS: prompts of one length without a BOS need
+    it too. In continuous batching transformers drops custom processors with a line in its log: use `generate`.
 
     Args:
         formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
@@ -327,9 +328,9 @@ class _Prefix:
             pad = known if pad is None else pad
             ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
         ends.discard(None)
-        if pad is None and not _begin_alike(tokens):
+        if pad is None and (not _begin_alike(tokens) or not ends and len(tokens) > 1):
             raise ValueError(
-                "No pad token is known, and rows begin differently, so that some may begin with padding. Pass "
+                "No pad token is known, so that rows may begin with padding, which can't be told from text. Pass "
                 "`prompt=Prompt(inputs)`, which has the mask, or `pad_token_id`, such as `tokenizer.pad_token_id`."
             )
         if pad is not None and pad not in ends:
@@ -345,8 +346,8 @@ class _Prefix:
 
 
 def _begin_alike(tokens: torch.Tensor) -> bool:
-    """Whether all rows begin with one token, as often one after the other, such as a BOS: then none of them is padded,
-    since the longest is not."""
+    """Whether all rows begin with one token, as often one after the other, such as a BOS: then none of them is padded
+    to the length of another."""
     if tokens.numel() == 0:
         return True
     first = (tokens == tokens[:1, :1]).int().cumprod(1).sum(1)

@@ -18,7 +18,7 @@ class Vocabulary:
 
     Needed where the two models' vocabularies differ in size, such as by a pad token that one of them got, or by padded
     embeddings. A token that the guide does not know gets no probability under guidance (log π = −inf), and is left out
-    of what the guide reads.
+    of what the guide reads. Added tokens with one id and two names, such as reserved ones that got one, are the same.
 
     Args:
         base (`PreTrainedTokenizerBase`): The base model's tokenizer.
@@ -35,16 +35,16 @@ class Vocabulary:
     """
 
     def __init__(self, base: PreTrainedTokenizerBase, guide: PreTrainedTokenizerBase) -> None:
-        ours, theirs = base.get_vocab(), guide.get_vocab()
-        _check_family(base, guide, ours, theirs)
-        if base.eos_token is not None and base.eos_token not in theirs:
+        _check_family(base, guide, base.get_vocab(), guide.get_vocab())
+        known = same_tokens(base, guide)
+        if base.eos_token is not None and base.eos_token_id not in known:
             raise ValueError(
                 f"The guide does not know the base model's end token {base.eos_token!r}, so that guided text would "
                 "never end. Add it to the guide's tokenizer and embeddings."
             )
-        ids = torch.full((max(ours.values()) + 1,), -1)
-        for token, number in ours.items():
-            ids[number] = theirs.get(token, -1)
+        ids = torch.full((max(base.get_vocab().values()) + 1,), -1)
+        for ours, theirs in known.items():
+            ids[ours] = theirs
         self.guide_ids = ids
         self.base_pad_token_id = cast(int | None, base.pad_token_id)
         self._maps: dict[tuple, torch.Tensor] = {}
@@ -72,6 +72,16 @@ class Vocabulary:
             ids[:known] = self.guide_ids[:known]
             self._maps[size, device] = ids.to(device)
         return self._maps[size, device]
+
+
+def same_tokens(base: Any, guide: Any) -> dict[int, int]:
+    """The guide's id of each of the base model's tokens that it knows, by its id: that of the same name, or the same
+    id where both have an added token there whose name the other does not know."""
+    ours, theirs = base.get_vocab(), guide.get_vocab()
+    found = {number: theirs[token] for token, number in ours.items() if token in theirs}
+    own = {number for token, number in guide.get_added_vocab().items() if token not in ours}
+    renamed = (number for token, number in base.get_added_vocab().items() if token not in theirs and number in own)
+    return found | {number: number for number in renamed}
 
 
 def _check_family(base: Any, guide: Any, ours: dict[str, int], theirs: dict[str, int]) -> None:

@@ -31,6 +31,7 @@ from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of, changes_below
 from trl_parm.cpu import optimize_loaded, products_of
 from trl_parm.decoding import LM, Prompt, Vocabulary
+from trl_parm.decoding.vocabulary import same_tokens
 from trl_parm.identity import short_hash
 from trl_parm.loading import load_whole
 from trl_parm.preference_text import PreferenceText
@@ -215,9 +216,8 @@ class Models:
                 tokenizer = _tokenizer(name, backbone)
             except ValueError:  # it brings none, and so no other one
                 tokenizer = self.tokenizer
-        ours = tokens_of(self.tokenizer, self.base.get_input_embeddings())
-        theirs = tokens_of(tokenizer, model.get_input_embeddings())
-        other = sorted((number, token) for token, number in ours.items() if theirs.get(token) != number)
+        sizes = [len(one.get_input_embeddings().weight) for one in cast(Any, (self.base, model))]
+        other = other_tokens(self.tokenizer, tokenizer, *sizes)
         if other:
             raise ValueError(
                 f"The model {name!r} reads the tokens of the base model {self.name!r} as they are, but {len(other)} "
@@ -230,11 +230,10 @@ class Models:
 
     def _vocabulary(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Vocabulary | None:
         """What aligns a guide's tokens with the base model's, the same for the same tokens; `None` for equal ones."""
-        heads = [one.get_output_embeddings() for one in cast(Any, (model, self.base))]
-        if len(heads[0].weight) == len(heads[1].weight):
-            theirs, ours = (tokens_of(one, head) for one, head in zip((tokenizer, self.tokenizer), heads))
-            if theirs == ours:
-                return None
+        size, theirs = (len(one.get_output_embeddings().weight) for one in cast(Any, (self.base, model)))
+        both = self.tokenizer, tokenizer
+        if size == theirs and not (other_tokens(*both, size, size) or other_tokens(*both[::-1], size, size)):
+            return None
         known = tokenizer.get_vocab()
         found = next((vocabulary for tokens, vocabulary in self._vocabularies if tokens == known), None)
         if found is None:
@@ -370,9 +369,13 @@ def canonical(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, embeddings: Any) -> dict[str, int]:
-    """The ids of a tokenizer that a model has embeddings for, by token."""
-    return {token: number for token, number in tokenizer.get_vocab().items() if number < len(embeddings.weight)}
+def other_tokens(
+    base: PreTrainedTokenizerBase, guide: PreTrainedTokenizerBase, size: int, guide_size: int
+) -> list[tuple[int, str]]:
+    """The tokens of a model with `size` embeddings, by id, that another model has not at the same id."""
+    known = same_tokens(base, guide)
+    ours = ((number, token) for token, number in base.get_vocab().items() if number < size)
+    return sorted((number, token) for number, token in ours if known.get(number) != number or number >= guide_size)
 
 
 def is_readable(name: str) -> bool:
