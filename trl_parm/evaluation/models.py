@@ -231,8 +231,8 @@ class Models:
     def _vocabulary(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Vocabulary | None:
         """What aligns a guide's tokens with the base model's, the same for the same tokens; `None` for equal ones."""
         size, theirs = (len(one.get_output_embeddings().weight) for one in cast(Any, (self.base, model)))
-        both = self.tokenizer, tokenizer
-        if size == theirs and not (other_tokens(*both, size, size) or other_tokens(*both[::-1], size, size)):
+        orders = ((self.tokenizer, tokenizer), (tokenizer, self.tokenizer))
+        if size == theirs and not any(other_tokens(*order, size, size) for order in orders):
             return None
         known = tokenizer.get_vocab()
         found = next((vocabulary for tokens, vocabulary in self._vocabularies if tokens == known), None)
