@@ -89,6 +89,7 @@ class Preparing:
         param = "messages" if request.chat else "prompt"
         try:
             ids = self._ids(request, prompt)
+            most = self._most(request, len(ids))
             text = "x" if _is_ids(prompt) else cast(PromptText, prompt)
             own = served.own_prompt(text, ids, request.weights, request.beta, self.escape)
         except (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) as error:
@@ -97,8 +98,8 @@ class Preparing:
             raise wrong(param, "The prompt has no tokens, so that there is nothing to go on from.")
         if own is not None and _is_ids(prompt):
             raise wrong(param, "Guides of this model read prompts of their own. Give the prompt as text.")
-        length = max(len(ids), 0 if own is None else own[0].shape[1])
-        most = self._most(request, length)
+        if own is not None:
+            most = min(most, self._most(request, own[0].shape[1]))
         task = Task(
             Guidance(served, request.weights, request.beta, own), [], tell, started + self.limits.seconds, started
         )
