@@ -35,11 +35,14 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Train a reward model and steer a real language model with it (about ten minutes on two cores)
 	$(PY) examples/quickstart.py
 
+unpack_pairs = test -e runs/small/$(1).jsonl || { gunzip -c examples/data/$(1)_pairs.jsonl.gz > runs/small/$(1).part \
+	&& mv runs/small/$(1).part runs/small/$(1).jsonl; }
+
 # MODEL continues stories, such as karpathy/tinyllamas' stories260K as a folder of transformers.
 reproduce-small: $(VENV)/.scorers  ## Train and compare all methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
 	test -e runs/small/stories.jsonl || $(PY) examples/make_task_pairs.py stories --model $(MODEL)
-	test -e runs/small/smollm2.jsonl || gunzip -c examples/data/smollm2_pairs.jsonl.gz > runs/small/smollm2.jsonl
-	test -e runs/small/manners.jsonl || gunzip -c examples/data/manners_pairs.jsonl.gz > runs/small/manners.jsonl
+	$(call unpack_pairs,smollm2)
+	$(call unpack_pairs,manners)
 	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task stories --model $(MODEL)
 	OMP_NUM_THREADS=1 $(PY) examples/reproduce_small.py --task smollm2
 	OMP_NUM_THREADS=1 LOCPATH=$(VENV)/locale $(PY) examples/reproduce_small.py --task manners
