@@ -177,7 +177,8 @@ def test_a_branch_of_its_own(hub, arm, tmp_path):
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected(torch.arange(2, 18).view(2, 8)).logits)
 
 
-@pytest.mark.parametrize("where", ["put_object", pytest.param("commit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["put_object", "commit"])
 def test_an_upload_that_breaks_off_leaves_nothing_to_load_and_can_be_repeated(hub, arm, tmp_path, where):
     """Its process is killed while the weights are on their way, or when only the commit is missing."""
     hub.stands_still_at = where
@@ -278,6 +279,7 @@ def test_the_server_refuses_metadata_as_the_hub_does(metadata, faults):
     assert len(faults_of(f"---\n{metadata}\n---\n\n# A model\n")) == faults
 
 
+@pytest.mark.slow
 def test_a_private_repository_needs_the_token(hub, arm, tmp_path):
     assert run(hub, tmp_path, PUSH.format(private=True)).returncode == 0
     refused = run(hub, tmp_path, LOAD.format(revision="main"), token=None)
