@@ -10,7 +10,7 @@ from conftest import tiny_tokenizer
 from test_cli import _no_progress_bars, folder, run  # noqa: F401 - the fixtures
 from tokenizers import decoders
 
-from trl_parm.cli.make_pairs import ANSWERS, as_conversation, choose_pairs
+from trl_parm.cli.make_pairs import ANSWERS, as_conversation, choose_pairs, is_cut
 from trl_parm.records import read_rows
 
 
@@ -141,3 +141,17 @@ def test_bad_input_is_one_line(words, tmp_path, capsys, change, message):
     error = capsys.readouterr().err
     assert message in error.strip().splitlines()[-1]
     assert not (tmp_path / "made/train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "cut"),
+    [
+        ({"tokens": 8, "capped": False}, False),
+        ({"tokens": 8, "capped": True}, True),
+        ({"tokens": 8, "capped": None}, True),
+        ({"tokens": 8}, True),
+        ({"tokens": 7}, False),
+    ],
+)
+def test_an_answer_that_ends_with_its_last_token_is_not_cut_off(row, cut):
+    assert is_cut(row, 8) is cut

@@ -85,7 +85,8 @@ class RewardSource:
             raise ValueError(f"The template {self.template!r} has no {{response}}, where the response belongs.")
         if self.template is not None and self.chat_template is not None:
             raise ValueError("A reward has a `template` and a `chat_template`. Give one of them.")
-        unread = [] if self.is_model else [name for name in OF_MODELS if getattr(self, name) != _default(name)]
+        given = [one.name for one in fields(self) if getattr(self, one.name) not in (one.default, {})]
+        unread = [] if self.is_model else [name for name in OF_MODELS if name in given]
         if unread:
             raise ValueError(
                 f"The reward {self.source!r} is a function, which gets prompts and responses as they are, but has "
@@ -280,11 +281,6 @@ class ScoreModel(PreTrainedModel):
             shift = self.normalizer["mean"].to(scores) if kind == "affine" else 0.0
             scores = (scores - shift) / (self.normalizer["var"].to(scores).sqrt() + 1e-8)
         return SimpleNamespace(logits=scores)
-
-
-def _default(name: str) -> Any:
-    """What a setting of a [`RewardSource`] is where it is not given."""
-    return getattr(RewardSource, name, {})
 
 
 def reward_configuration(reward: Reward | None) -> dict[str, Any] | None:

@@ -120,7 +120,7 @@ def _agree(own: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     alike = [(own[key], facts[key]) for key in ("prompts", "pairs", "batch")]
     for kind in set(own["trained"]) & set(facts["trained"]):
         alike += [(own["trained"][kind].get(key), facts["trained"][kind].get(key)) for key in ("scale", "rate")]
-    alike += [(own["betas"].get(of), facts["betas"].get(name)) for name, of in (("worst_parm", "parm"),)]
+    alike += [(own["betas"].get(m.beta_of), facts["betas"].get(name)) for name, m in FIELD.items() if m.beta_of]
     return all(first == second for first, second in alike)
 
 

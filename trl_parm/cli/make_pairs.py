@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     judged = [row for row in rows if all(row[name] is not None for name in objectives)]
     if len(judged) < len(rows):
         say(f"On {len(rows) - len(judged)} answers a judge failed. They are left out.")
-    kept = [row for row in judged if arguments.keep_unfinished or not row["capped"]]
+    kept = [row for row in judged if arguments.keep_unfinished or not is_cut(row, arguments.max_new_tokens)]
     pairs = choose_pairs(kept, objectives, arguments.tie_margin)
     left_out = f"{len(judged) - len(kept)} of {len(rows)} answers were left out, having no end"
     if not pairs:
@@ -95,6 +95,13 @@ def _answers(
         )  # fmt: skip
     chat = arguments.template is None and models.tokenizer.chat_template is not None
     return rows, chat or not isinstance(prompts[0], str)
+
+
+def is_cut(row: Mapping[str, Any], most: int) -> bool:
+    """Whether an answer was cut off at so many tokens. A row of a release that did not note it is taken for one if it
+    has as many."""
+    noted = row.get("capped")
+    return row["tokens"] >= most if noted is None else noted
 
 
 def choose_pairs(

@@ -351,7 +351,7 @@ def _begin_alike(tokens: torch.Tensor) -> bool:
     if tokens.numel() == 0:
         return True
     first = (tokens == tokens[:1, :1]).int().cumprod(1).sum(1)
-    return bool(first[0] > 0) and bool((first == first[0]).all())
+    return bool((first == first[0]).all())
 
 
 def _check_text(term: LM, tokens: torch.Tensor) -> None:

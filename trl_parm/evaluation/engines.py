@@ -166,10 +166,8 @@ class Transformers:
 
     def _reads_over_padding(self, how: Decoding, model: Guided, arguments: Mapping[str, Any]) -> bool:
         """Whether padding may stand within the prompts, so that what they all begin with is read once."""
-        if not {*how.generation, *how.acting} <= BLIND or not set(arguments) <= {
-            "guide_input_ids",
-            "guide_attention_mask",
-        }:
+        own_prompts = {"guide_input_ids", "guide_attention_mask"}
+        if {*how.generation, *how.acting} - BLIND or set(arguments) - own_prompts:
             return False
         scorers = set(model.formula.scorers()) - {BASE, *model.terms}
         if not all(isinstance(scorer, TopKReward) and scorer.reads_text_alone for scorer in scorers):
