@@ -48,6 +48,7 @@ class LowRankAdapter(nn.Module):
         self.scaling = scaling
         self.condition = condition
         self._folds: dict[torch.dtype, Fold] = {}
+        self._trains = False
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         if identity:
             nn.init.zeros_(self.B.weight)
@@ -104,6 +105,9 @@ class LowRankAdapter(nn.Module):
                     return fold.add_(x, result)
             noted = condition if self.training and not compiling else None
             preference = condition.preference
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._folds.clear()
+            self._trains = True
         if noted is not None:
             noted.note_forward(may_be_repeated())
         output = self._add(self.dropout(x), result, preference)
@@ -145,7 +149,9 @@ class LowRankAdapter(nn.Module):
     def _folded(self, x: torch.Tensor, condition: Condition) -> Fold | None:
         dtype = dtype_for(x)
         fold = self._folds.get(dtype)
-        if fold is None or not fold.fits(condition):
+        # PyTorch's fused optimizers change weights without a trace.
+        self._trains = self._trains and any(weight.requires_grad for weight in self.parameters())
+        if fold is None or self._trains or not fold.fits(condition):
             if not self._weights_are_here():
                 return None
             with torch.autocast(x.device.type, enabled=False):
@@ -166,7 +172,13 @@ class LowRankAdapter(nn.Module):
     def train(self, mode: bool = True) -> LowRankAdapter:
         self.condition.pending.clear()
         self._folds.clear()
+        self._trains = False
         return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> LowRankAdapter:
+        replica = super()._replicate_for_data_parallel()
+        replica._folds = {}
+        return replica
 
     def _mix_rows(self, hidden: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
         """s · (W(α) h + δ(α)) with the α of each batch row; rows that `generate` repeats stand together."""
@@ -201,6 +213,7 @@ class Fold:
             for name, weight in tensors.items()
             if weight is not None
         ]
+        self._held = [weight.detach() for _, _, weight, _, _ in self.weights]  # no other takes an address meanwhile
         self.matrix: torch.Tensor | None = None
         if condition.rows > 1:
             down, up = adapter.A.weight, adapter.B.weight

@@ -373,3 +373,68 @@ def test_folding_under_autocast(preference, dtype):
         output = adapter(x, result.clone())
     assert output.dtype == dtype
     torch.testing.assert_close(output.float(), expected, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("frozen_afterwards", [False, True])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad], ids=lambda o: o.__name__
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_an_optimizer_changes_is_folded_anew(optimizer, fused, frozen_afterwards):
+    """In evaluation mode, with forwards without gradients wherever they may stand; fused steps leave no versions."""
+    arm = tiny_arm().eval()
+    set_preference(arm, [0.3, 0.7])
+    ids = torch.tensor([[5, 9, 20, 3]])
+    trained = optimizer([p for p in arm.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    for _ in range(3):
+        trained.zero_grad()
+        loss = arm(ids, labels=ids).loss
+        with torch.no_grad():
+            arm(ids)
+        loss.backward()
+        with torch.no_grad():
+            arm(ids)
+        trained.step()
+        expected = arm(ids).logits.detach()
+        arm.requires_grad_(not frozen_afterwards)
+        with torch.no_grad():
+            torch.testing.assert_close(arm(ids).logits, expected)
+        for name, parameter in arm.named_parameters():
+            parameter.requires_grad_("adapter" in name)
+
+
+def test_data_that_is_replaced_twice_is_folded_anew():
+    """The second may lie at the address of the first."""
+    arm = tiny_arm().eval()
+    set_preference(arm, [0.3, 0.7])
+    ids = torch.tensor([[5, 9, 20, 3]])
+    with torch.no_grad():
+        arm(ids)
+        for _ in range(2):
+            for name, parameter in arm.named_parameters():
+                if "adapter" in name:
+                    parameter.data = parameter.data * 2
+        torch.testing.assert_close(arm(ids).logits, copy.deepcopy(arm)(ids).logits)
+
+
+def test_replicas_keep_folds_of_their_own():
+    arm = tiny_arm().eval()
+    adapter = arm.base_model.model.model.layers[0].self_attn.q_proj.pblora_adapter["default"]
+    assert adapter._replicate_for_data_parallel()._folds is not adapter._folds
+
+
+def test_what_a_hook_has_seen_or_given_stays():
+    """The adapter adds to the layer's output in place, where nobody else has it."""
+    arm, seen = tiny_arm().eval(), []
+    layer, ids = arm.base_model.model.model.layers[0].self_attn.q_proj, torch.tensor([[5, 9, 20, 3]])
+    constant = torch.zeros(1, 4, layer.out_features)
+    with torch.no_grad():
+        patch = layer.base_layer.register_forward_hook(lambda *args: constant)
+        first, second = arm(ids).logits, arm(ids).logits
+        patch.remove()
+        watch = layer.base_layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+        arm(ids)
+        watch.remove()
+        assert torch.equal(first, second)
+        assert not constant.any()
+        torch.testing.assert_close(seen[0][1], layer.base_layer(seen[0][0]))

@@ -86,6 +86,42 @@ def test_a_weight_that_changes_is_packed_anew(change):
     torch.testing.assert_close(layer(x), before + 40)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_what_a_fused_optimizer_changes_is_seen(dtype, training):
+    """It leaves versions as they are; a forward without gradients may come between backward and step too."""
+    layer, x = PackedLinear.of(linear(bias=False), dtype).train(training), torch.ones(2, 40)
+    layer.requires_grad_()
+    twin = copy.deepcopy(layer).plain()
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.1, fused=True) for one in (layer, twin)]
+    for _ in range(3):
+        for one, optimizer in zip((layer, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = one(x).square().sum()
+            with torch.no_grad():
+                one(x)
+            loss.backward()
+            with torch.no_grad():
+                one(x)
+            optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), twin(x))
+    assert torch.equal(layer.weight, twin.weight)
+
+
+def test_a_weight_that_would_train_but_has_not_is_packed():
+    """As of every model that was loaded to be read."""
+    layer = PackedLinear.of(linear(), torch.float32).requires_grad_().eval()
+    with torch.no_grad():
+        layer(torch.ones(2, 40))
+    assert layer._packed is not None
+    layer(torch.ones(2, 40))
+    assert layer._packed is None
+    with torch.no_grad():
+        layer.eval()(torch.ones(2, 40))
+    assert layer._packed is not None
+
+
 def test_what_cannot_be_multiplied_packed_is_multiplied_as_ever():
     layer, packed = linear(), PackedLinear.of(linear(), torch.bfloat16)
     x = torch.randn(2, 40)

@@ -106,13 +106,15 @@ class PackedLinear(nn.Linear):
     """A linear layer that multiplies by a packed copy of its weight, made when it is first needed.
 
     Its parameters are those of the layer that it replaces. The copy is made anew after the weight was replaced, was
-    changed in place, or was asked for as `layer.weight`, since who has it may change its `data` without a trace.
+    changed in place, or was asked for as `layer.weight`, since who has it may change its `data` without a trace. A
+    weight that trains has no copy: PyTorch's fused optimizers leave no trace either.
 
     Attributes:
         dtype (`torch.dtype` or `None`): Of products; the weight's own if `None`.
     """
 
     dtype: torch.dtype | None
+    _trains = False  # whether the weight has had a forward with gradients in this mode
     _packed: torch.Tensor | None
     _of: tuple[int, int]
 
@@ -146,9 +148,13 @@ class PackedLinear(nn.Linear):
             or not input.numel()
         ):
             return F.linear(input, weight, bias)
-        if not torch.is_grad_enabled():
+        gradients = torch.is_grad_enabled()
+        if weight.requires_grad and (gradients or self.training or self._trains):
+            self._packed, self._trains = None, self._trains or gradients
+            return F.linear(input, weight, bias)
+        if not gradients:
             return self._product(input)
-        if weight.requires_grad or bias is not None and bias.requires_grad:
+        if bias is not None and bias.requires_grad:
             return F.linear(input, weight, bias)
         return cast(torch.Tensor, _Product.apply(input, self))
 
@@ -172,6 +178,10 @@ class PackedLinear(nn.Linear):
             source = weight.detach().to(self.dtype or weight.dtype)
             self._packed, self._of = torch.ops.mkldnn._reorder_linear_weight(source, 2 * FEWEST_ROWS), now
         return cast(torch.Tensor, self._packed)
+
+    def train(self, mode: bool = True) -> PackedLinear:
+        self._trains = False
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         self._packed = None
@@ -218,7 +228,8 @@ def _of_adapters(model: nn.Module) -> set[nn.Module]:
 def _like(linear: nn.Linear, kind: type[nn.Linear], **attributes: Any) -> nn.Linear:
     """A layer of another class that shares all that a layer has, hooks with their handles too."""
     new = kind.__new__(kind)
-    new.__dict__.update({n: value for n, value in linear.__dict__.items() if n not in ("dtype", "_packed", "_of")})
+    own = ("dtype", "_packed", "_of", "_trains")
+    new.__dict__.update({name: value for name, value in linear.__dict__.items() if name not in own})
     new.__dict__.update(attributes)
     return new
 
