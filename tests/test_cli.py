@@ -34,6 +34,7 @@ from trl_parm.cli.export import ExportArguments
 from trl_parm.cli.main import VERBS, main
 from trl_parm.cli.plot import PlotArguments
 from trl_parm.cli.relabel import RelabelArguments
+from trl_parm.evaluation import summarize
 from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.evaluation.evaluate import Entry
 from trl_parm.records import read_rows, write_run
@@ -154,6 +155,31 @@ def test_generate_prints_or_writes(folder, capsys):
     assert yaml.safe_load((folder / "texts.run.yaml").read_text())["arguments"]["seed"] == 0
     assert run(*words) == 0
     assert "# Base, -: w3\n" in capsys.readouterr().out
+
+
+def test_relabelling_may_start_anew(folder, tmp_path, capsys):
+    words = ("relabel", "--data", folder / "pairs.jsonl", "--output_dir", tmp_path / "labels", "--rewards")
+    assert run(*words, '{"short": "trl_parm.rewards:brevity"}') == 0
+    assert run(*words, '{"short": "trl_parm.rewards:conciseness"}') == 2
+    assert "start anew with `restart`" in capsys.readouterr().err
+    assert run(*words, '{"short": "trl_parm.rewards:conciseness"}', "--restart") == 0
+
+
+def test_generate_counts_what_is_new_and_takes_objectives_in_any_order(folder, tmp_path, capsys):
+    method = {"method": "parm", "arm": str(folder / "arm")}
+    words = ("generate", "--model_name_or_path", folder / "base", "--prompts", "w1 w2", "w3", "--max_new_tokens", 3)
+    words = (*words, "--output", tmp_path / "texts.jsonl", "--preferences", '{"helpful": 0.5, "harmless": 0.5}')
+    assert run(*words, "--method", json.dumps(method)) == 0
+    assert "2 responses in" in (told := capsys.readouterr().out)
+    assert "2 new, 0 were there" in told
+    assert run(*words, '{"harmless": 0, "helpful": 1}', "--method", json.dumps(method)) == 0
+    assert "2 new, 2 were there" in capsys.readouterr().out
+    assert read_rows(tmp_path / "texts.jsonl")[-1]["preference"] == [1.0, 0.0]
+    assert run(*words[:-2], "--preferences", '{"harmless": 1, "helpful": 0}', "--method", json.dumps(method)) == 0
+    assert "2 new, 0 were there" in capsys.readouterr().out
+    assert read_rows(tmp_path / "texts.jsonl")[-1]["label"] == "harmless"
+    assert run(*words, "--method", json.dumps({**method, "beta": 0.5}), "--restart") == 0
+    assert "2 new, 0 were there" in capsys.readouterr().out
 
 
 def test_generate_goes_on_after_a_kill_within_its_first_row(folder, tmp_path, capsys):
@@ -360,6 +386,7 @@ BAD = [
     ("evaluate", {"methods": []}, "methods must be given"),
     ("evaluate", {"methods": ["base", "base"]}, "Two methods have the same name"),
     ("evaluate", {"rewards": {"helpful": "nosuch:function"}}, "There is no function 'nosuch:function'"),
+    ("evaluate", {"rewards": {"helpful": "no/such_model"}}, "There is no reward model to read at 'no/such_model'"),
     ("evaluate", {"rewards": None}, "rewards must be given, in the configuration or as a flag"),
     (
         "evaluate",
@@ -617,7 +644,7 @@ def write_results(folder, method="PARM", shift=0.0, objectives=("a", "b"), name=
     rows = [
         {"method": "Base" if w is None else method, "preference": w, "label": str(w), "prompt": f"p{i}",
          objectives[0]: (w or [0.5])[0] + shift + i, objectives[1]: (w or [0.5, 0.5])[1] - i, "tokens": 1,
-         "seconds": 1.0, "extra_parameters": 0, "extra_bytes": 0}
+         "seconds": 1.0, "extra_parameters": 0, "extra_bytes": 0, "response": ""}
         for w in weights for i in range(3)
     ]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -677,6 +704,16 @@ def test_runs_of_several_training_seeds_are_one_method(tmp_path, capfd):
     )
     assert run(*plot, *files, *other, "--seeds", "true", "--methods", "PARM", "GenARM") == 2
     assert "different numbers of training seeds: 'PARM' has 3, 'GenARM' has 2" in capfd.readouterr().err
+
+
+def test_figures_have_the_intervals_that_are_asked_for(tmp_path):
+    path = write_results(tmp_path / "results")
+    words = ("plot", "--output_dir", tmp_path / "figures", "--results", path, "--resamples", 7, "--seed", 3)
+    assert run(*words) == 0
+    lows = [float(row["a_low"]) for row in table(tmp_path / "figures/fronts.csv")]
+    expected = summarize(read_rows(path), ["a", "b"], 7, 3)
+    assert lows == pytest.approx([row["a_low"] for row in expected])
+    assert lows != pytest.approx([row["a_low"] for row in summarize(read_rows(path), ["a", "b"])])
 
 
 def test_what_an_earlier_plot_wrote_and_this_one_does_not_goes(tmp_path, capfd):
@@ -746,6 +783,34 @@ def test_files_that_can_not_be_plotted_together(tmp_path, capfd, files, message)
     assert run("plot", "--output_dir", tmp_path / "figures", "--results", *results) == 2
     assert message in capfd.readouterr().err
     assert not (tmp_path / "figures").exists()
+
+
+def test_numbers_of_other_rewards_are_not_put_together(tmp_path, capfd):
+    """And what texts were decoded with is told where it differs. A file alone is taken as it is."""
+    files = [write_results(tmp_path / name) for name in ("one", "two")]
+
+    def configure(path, template, negate=False, **change):
+        reward = {"source": str(path), "fingerprint": "1", "negate": negate}
+        known = {"objectives": ["a", "b"], "rewards": {"a": reward, "b": None}, "template": template, **change}
+        path.with_suffix(".config.json").write_text(json.dumps(known))
+
+    plot = ("plot", "--resamples", 5, "--output_dir", tmp_path / "figures", "--results", *files)
+    compare = ("compare", "--resamples", 5, "--output_dir", tmp_path / "comparison", "--results", *files)
+    configure(files[0], None)
+    configure(files[1], None, negate=True)
+    for words in (plot, compare):
+        assert run(*words) == 2
+        told = capfd.readouterr().err
+        assert f"from {files[0]} to {files[1]} a negate was False, but is True. Score them alike" in told
+        assert not words[4].exists()
+    configure(files[1], "{prompt}", sampling={"top_k": 9})
+    for words in (plot, compare):
+        assert run(*words) == 0
+        assert f"from {files[0]} to {files[1]} template was None, but is {{prompt}}" in capfd.readouterr().out
+    assert run(*plot, "--seeds", "true") == 2
+    assert "With `seeds` all texts must be decoded alike: from" in capfd.readouterr().err
+    files[1].with_suffix(".config.json").unlink()
+    assert run(*plot, "--objectives", "a", "b") == 0
 
 
 def test_a_table_in_which_files_were_put_together_by_hand_is_refused(tmp_path, capfd):
@@ -917,8 +982,9 @@ CONFIGS = sorted((Path(__file__).parents[1] / "examples/configs").glob("*/*.yaml
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_shipped_configurations_are_what_their_verbs_take(path):
+def test_shipped_configurations_are_what_their_verbs_take(path, monkeypatch):
     """Keys, methods and their settings, rewards, reference points and adapters; nothing is loaded."""
+    monkeypatch.setattr("trl_parm.evaluation.models.read_config", lambda name, what: None)  # models of the Hub
     verb = path.stem.split("_")[0]
     words = ["--config", str(path)]
     if verb == "relabel":

@@ -10,7 +10,7 @@ from judge_server import JudgeServer
 
 from trl_parm.cli.main import main
 from trl_parm.endpoint import Endpoint
-from trl_parm.evaluation import compare, judge_pairs, pair_up
+from trl_parm.evaluation import bootstrap, compare, judge_pairs, pair_up
 from trl_parm.judges import PairJudge
 
 
@@ -119,6 +119,17 @@ def test_a_judge_that_prefers_a_place_prefers_nobody(tmp_path):
     with JudgeServer(lambda question: "no idea") as server:
         rates, _ = judge_pairs(pairs, PairJudge(Endpoint(server.url, "stub", cache="")))
     assert (rates[0]["wins by the judge"], rates[0]["failed"]) == (None, COUNT)
+
+
+def test_the_interval_of_wins_is_that_of_the_bootstrap_that_is_asked_for():
+    def judge(prompts, first, second):
+        return [(1.0, float(int(prompt[1:]) % 2)) for prompt in prompts]
+
+    (pair, _) = pair_up(rows_of("PARM", 0), rows_of("GenARM", 1), ("PARM", "GenARM"))
+    wins = [[(1 + i % 2) / 2] for i in range(COUNT)]
+    for options in ({"resamples": 7}, {"seed": 3}):
+        ((rate,), _) = judge_pairs([pair], judge, **options)
+        assert (rate["low"], rate["high"]) == bootstrap(lambda mean: float(mean[0]), wins, **options)[1:]
 
 
 @pytest.mark.parametrize(

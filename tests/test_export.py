@@ -32,7 +32,6 @@ IDS = torch.arange(2, 18).view(2, 8)
 NO_LORA = {
     "Qwen3-Next": "PEFT would load this adapter as another LoRA",  # shared experts are taken for the routed ones
     "DeepSeek-V3": "PEFT would load this adapter as another LoRA",  # and so are dense layers
-    "Mamba": "PEFT can't load this adapter as a LoRA",
 }
 """With all linear layers as targets."""
 

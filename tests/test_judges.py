@@ -16,7 +16,7 @@ from trl_parm.evaluation import Run, rescore, summarize, sweep
 from trl_parm.evaluation.fronts import judged
 from trl_parm.judges import Judge, PairJudge, judge_of
 from trl_parm.records import read_configuration, read_rows
-from trl_parm.relabel import relabel
+from trl_parm.relabel import agreement, relabel
 from trl_parm.reward_models import RewardSource, reward_configuration
 from trl_parm.rewards import brevity, score
 
@@ -56,6 +56,7 @@ def judge(server, cache, template=TEMPLATE, **settings) -> Judge:
         ("11", {"most": 10}, "11 is out of range"),
         ("0", {"least": 1}, "0 is out of range"),
         ("good", {"pattern": "(good)"}, "'good' is no number"),
+        ("Rating: nan", {"pattern": r"Rating: (\S+)", "least": 1, "most": 10}, "nan is no finite number"),
     ],
 )
 def test_a_number_is_read_or_the_reason_is_told(cache, answer, settings, expected):
@@ -169,6 +170,20 @@ def test_a_busy_endpoint_is_asked_again(cache):
         assert len(server.requests) == 3
 
 
+def test_an_answer_that_cant_be_read_is_told_and_asked_again(cache):
+    with JudgeServer(lambda question: "I can't say" if "bad" in question else "4") as server:
+        reward = judge(server, cache)
+        assert [isinstance(one, Failure) for one in reward(["w"] * 3, ["a", "bad", "c"])] == [False, True, False]
+        assert "3 requests, 0 of them failed, 1 could not be read (first: no number in" in reward.endpoint.cost()
+        server.answer = lambda question: "5"
+        again = judge(server, cache)
+        assert again(["w"] * 3, ["a", "bad", "c"]) == [4, 5, 4]
+        assert "1 requests, 0 of them failed, 2 answers from the cache" in again.endpoint.cost()
+        other = judge(server, cache, pattern=r"Rating: (\d+)")  # which finds nothing in what is kept
+        server.answer = lambda question: "Rating: 6"
+        assert other(["w"], ["a"]) == [6]
+
+
 def failing_on(word):
     return lambda question: (500, "out of order") if word in question else words_of(question)
 
@@ -240,6 +255,8 @@ def test_pairs_on_which_a_judge_failed_have_no_label(tmp_path, cache):
             rewards = {"helpful": judge(server, cache, retries=0)}
             rows = relabel(Dataset.from_list(pairs), rewards, tmp_path, test_size=0)["train"]
     assert rows["helpful"] == [0, 0, -1, 0]
+    (told,) = agreement(rows, ["helpful"])
+    assert (told["ties"], told["unjudged"]) == (0, 1)
     assert (rows["helpful_score_0"][2], rows["helpful_score_1"][2]) == (2, None)
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert ["unjudged" in row for row in scores] == [False, False, True, False]

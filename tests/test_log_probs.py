@@ -49,17 +49,31 @@ def adapted_head() -> nn.Module:
     return model.train()
 
 
-def scaled(model: nn.Module, factor: float) -> nn.Module:
-    """A model that scales its logits, as Cohere's and Granite's do."""
+def altered(model: nn.Module, change) -> nn.Module:
+    """A model that changes its logits after the head."""
     forward = model.forward
 
-    def scaled_forward(*given, **kwargs):
+    def altered_forward(*given, **kwargs):
         output = forward(*given, **kwargs)
-        output.logits = output.logits * factor
+        output.logits = change(output.logits)
         return output
 
-    model.forward = scaled_forward
+    model.forward = altered_forward
     return model
+
+
+def masked(logits: torch.Tensor) -> torch.Tensor:
+    logits[..., 40:] = -torch.inf
+    return logits
+
+
+AFTER_THE_HEAD = {
+    "scaled": lambda logits: logits * 0.5,  # as Cohere and Granite do
+    "capped": lambda logits: 5 * torch.tanh(logits / 5),
+    "cut": lambda logits: logits[..., :50],  # as Inkling does
+    "masked": masked,  # as Chameleon does
+    "biased": lambda logits: logits + torch.eye(64)[5],
+}
 
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "arm": tiny_arm, "adapted head": adapted_head}
@@ -142,15 +156,61 @@ def test_the_chunked_way_never_holds_the_logits_of_all_tokens():
     assert max(sizes) <= 4000 * 50 < len(predictions.targets) * 4000 / 10
 
 
-def test_a_model_that_scales_its_logits_is_noticed():
-    model = scaled(tiny_llama().requires_grad_(False), 0.5)
-    inputs, predictions = separate_rows(batch())
-    ways = ResponseLogProbs(model), ResponseLogProbs(model, chunked=False)
-    found = [way(model, inputs, predictions) for way in ways]
-    assert ways[0].head is None
-    torch.testing.assert_close(found[0], found[1])
+@pytest.mark.parametrize("change", AFTER_THE_HEAD.values(), ids=AFTER_THE_HEAD)
+@pytest.mark.parametrize("rows", [PAIRS, PAIRS * 16], ids=["few", "more than tokens"])
+def test_a_model_that_changes_its_logits_after_the_head_is_noticed(change, rows):
+    model = altered(tiny_llama().requires_grad_(False), change)
+    inputs, predictions = separate_rows(batch(rows=rows))
+    way = ResponseLogProbs(model)
+    expected = [naive_log_probs(model, p, pair[side]) for side in (0, 1) for p, *pair in rows[:3]]
+    for _ in range(2):
+        found = way(model, inputs, predictions).unflatten(0, (2, -1))[:, :3].flatten()
+        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+    assert way.head is None
     assert not model.lm_head._forward_hooks
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("rows", [PAIRS, PAIRS * 16], ids=["few", "more than tokens"])
+def test_a_model_that_leaves_its_logits_as_they_are_is_read_by_one_forward_each_time(rows):
+    fed = []
+    model = altered(tiny_llama().requires_grad_(False), lambda logits: fed.append(logits.numel()) or logits[..., :64])
+    inputs, predictions = separate_rows(batch(rows=rows))
+    ways = ResponseLogProbs(model), ResponseLogProbs(model, chunked=False)
+    for _ in range(2):
+        fed.clear()
+        found = ways[0](model, inputs, predictions)
+        assert fed == [64 if rows is PAIRS else 128]
+        torch.testing.assert_close(found, ways[1](model, inputs, predictions), atol=1e-4, rtol=1e-5)
+    assert ways[0].head is not None
+
+
+class AllLogits(nn.Module):
+    """A model of somebody's own, whose forward gives the logits of so many positions whatever it is asked for."""
+
+    def __init__(self, count: int | None = None) -> None:
+        super().__init__()
+        self.model, self.count = tiny_llama().requires_grad_(False), count
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        output.logits = output.logits[:, : self.count] * 2
+        return output
+
+    def get_output_embeddings(self):
+        return self.model.lm_head
+
+
+def test_a_model_that_does_not_know_logits_to_keep():
+    rows = [PAIRS[0], PAIRS[2]]  # none of which has a response at its first token
+    inputs, predictions = separate_rows(batch(rows=rows))
+    model = AllLogits()
+    expected = [naive_log_probs(model, p, pair[side]) for side in (0, 1) for p, *pair in rows]
+    found = ResponseLogProbs(model)(model, inputs, predictions)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+    other = AllLogits(2)
+    with pytest.raises(ValueError, match=r"gave logits for 2 positions, but it was asked for 6 of 9 by `logits_to_k"):
+        ResponseLogProbs(other, chunked=False)(other, inputs, predictions)
 
 
 def test_hooks_leave_with_an_error():

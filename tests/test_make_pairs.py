@@ -118,6 +118,23 @@ def test_it_goes_on_where_it_was_and_keeps_what_is_not_its_own(words, tmp_path, 
     assert (tmp_path / "made/test.jsonl").read_text() == "mine"
 
 
+def test_more_answers_or_another_margin_make_other_pairs(words, tmp_path, capsys):
+    words = (*words, "--keep_unfinished", "--num_answers")
+    assert run(*words, 2) == 0
+    first = (tmp_path / f"made/{ANSWERS}/0.jsonl").read_bytes()
+    assert run(*words, 3) == 0
+    assert run(*words, 3, "--tie_margin", 1) == 0
+    assert (tmp_path / f"made/{ANSWERS}/0.jsonl").read_bytes() == first
+    made = {path: path.read_bytes() for path in (tmp_path / "made").glob("*.*")}
+    capsys.readouterr()
+    assert run(*words, 3, "--temperature", 0.5) == 2
+    assert "with `restart`" in capsys.readouterr().err
+    assert run(*words, 3, "--tie_margin", 99) == 2
+    assert {path: path.read_bytes() for path in made} == made  # nothing of a command that is refused, run.yaml neither
+    assert run(*words, 3, "--temperature", 0.5, "--restart") == 0
+    assert (tmp_path / f"made/{ANSWERS}/0.jsonl").read_bytes() != first
+
+
 def test_a_template_is_what_training_reads(words, tmp_path):
     assert run(*words, "--keep_unfinished", "--template", "user {prompt} assistant", "--ranked") == 0
     row = rows_of(tmp_path / "made/train.jsonl")[0]

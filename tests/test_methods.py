@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from peft_pblora import MoSLoraConfig
+from peft_pblora.card import add_results
 from trl_parm import (
     BASE,
     LM,
@@ -454,6 +455,23 @@ def test_a_fingerprint_sees_the_middle_of_a_large_file_and_plain_vocabularies(tm
     assert len(found) == 3
 
 
+def test_a_card_and_the_order_of_modules_do_not_make_another_adapter(folder, tmp_path):
+    """`plot --card` adds measures to the card of an adapter whose evaluation goes on."""
+    shutil.copytree(folder / "small_arm", tmp_path / "arm")
+    known, file = records.fingerprint(str(tmp_path / "arm")), tmp_path / "arm" / "adapter_config.json"
+    assert known is not None
+    add_results(tmp_path / "arm", [["measure", "value"], ["hypervolume", 1.0]])
+    config = json.loads(file.read_text())
+    assert config["card"]["measures"]
+    assert records.fingerprint(str(tmp_path / "arm")) == known
+    file.write_text(json.dumps({**config, "target_modules": config["target_modules"][::-1]}))
+    assert records.fingerprint(str(tmp_path / "arm")) == known
+    file.write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert records.fingerprint(str(tmp_path / "arm")) != known
+    file.write_text("[")
+    assert records.fingerprint(str(tmp_path / "arm")) is not None
+
+
 def test_the_bases_generation_config_acts_on_every_method_and_is_recorded(folder, tmp_path):
     """Methods that are the base model by another name, one of them with a penalty of its own."""
     for name, penalty in (("penal", 1.7), ("other", 1.2)):
@@ -597,6 +615,29 @@ def test_ids_of_another_tokenizer_are_aligned_or_refused_where_the_vocabularies_
 def test_bad_methods(folder, tmp_path, methods, message):
     with pytest.raises(ValueError, match=message):
         run(folder, methods, tmp_path / "results.jsonl")
+
+
+OF_OTHERS = "has models for helpful, harmless, but the objectives are helpful, funny"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"method": "parm", "arm": "no_such_arm"}, "There is no model to read at 'no_such_arm'"),
+        ({"method": "parm", "arm": "lora_one"}, "needs an ARM with a preference, but .* of the kind"),
+        ({"method": "parm", "arm": "small_arm"}, OF_OTHERS),
+        ({"method": "cage", "arm": "small_arm"}, OF_OTHERS),
+        ({"method": "genarm", "arms": LORAS}, OF_OTHERS),
+        ({"method": "worst_case"}, "`worst_case` needs either `arm`, a preference-aware one, or `arms`"),
+        ({"method": "mod_w2s", "policies": {"helpful": "one", "funny": "two"}, "reference": "no_such"}, "no_such"),
+        ({"method": "args", "rewards": {**TEXTS, "helpful": "no_such_judge"}}, "no reward model to read at 'no_such_"),
+    ],
+)
+def test_a_mistake_is_told_before_other_methods_are_decoded(folder, tmp_path, method, message):
+    rewards, path = {"helpful": brevity, "funny": conciseness}, tmp_path / "results.jsonl"
+    with pytest.raises(ValueError, match=message):
+        evaluate(Models(str(folder / "large")), ["base", in_folder(folder, method)], GRID, PROMPTS, rewards, path)
+    assert not path.exists()
 
 
 def test_controls_have_no_preference():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From data sets in every format to batches."""
 
+import json
 from itertools import islice
 
 import pytest
@@ -15,7 +16,7 @@ from training_runs import trainer
 from trl_parm import token_rewards
 from trl_parm.evaluation.decoding import encode_prompts
 from trl_parm.training import tokenization
-from trl_parm.training.config import PairData
+from trl_parm.training.config import ARMArguments, PairData
 from trl_parm.training.data import JointPreferenceDataset, JointPreferenceStream, PreferenceCollator, pair_id
 from trl_parm.training.tokenization import PairReader
 
@@ -194,6 +195,25 @@ def test_a_column_takes_the_place_of_one_that_is_there(tmp_path, streaming):
     assert row == {"prompt": "w2", "chosen": "w3", "rejected": "w4"}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_split_of_a_folder_depends_on_what_it_is_for(tmp_path, streaming):
+    for split, prompt in (("train", "w1"), ("test", "w2")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": prompt, "chosen": "w3", "rejected": "w4"}))
+
+    def prompts(default: str, **more) -> list[str]:
+        entry = PairData(**{"path": str(tmp_path), "streaming": streaming, **more})
+        (data,) = ARMArguments("").load([entry], default).values()
+        return [row["prompt"] for row in data]
+
+    assert prompts("train") == ["w1"]
+    assert prompts("test") == ["w2"]
+    assert prompts("test", split="train") == ["w1"]
+    assert prompts("test", path=str(tmp_path / "train.jsonl")) == ["w1"]
+    (tmp_path / "test.jsonl").rename(tmp_path / "validation.jsonl")
+    with pytest.raises(ValueError, match=rf"'train', 'validation'\]. Name one of '{tmp_path}' as its `split`"):
+        prompts("test")
+
+
 @pytest.mark.parametrize("path", ["", ".", "/"])
 def test_a_path_without_a_name(path):
     with pytest.raises(ValueError, match="names none. Give a file"):
@@ -226,6 +246,22 @@ def test_ids_that_the_model_does_not_have_are_refused(tokenizer, change, message
     assert reader(good)["outcomes"] == []
     with pytest.raises(ValueError, match=message):
         reader({**good, **change}, 1)
+
+
+@pytest.mark.parametrize("changed", ["tokenization", "shapes", "templates", "texts", "transformers", "trl", None])
+def test_pairs_that_other_code_has_read_are_not_taken_from_the_cache(tokenizer, tmp_path, monkeypatch, changed):
+    pairs(3).save_to_disk(str(tmp_path))
+    before = prepared(Dataset.load_from_disk(str(tmp_path)), "helpful", tokenizer)
+    monkeypatch.setattr(PairReader, "_of_text", lambda self, text: [5] * len(text))
+    if changed in ("transformers", "trl"):
+        monkeypatch.setattr(f"{changed}.__version__", "0")
+    elif changed:
+        getsource = tokenization.inspect.getsource
+        monkeypatch.setattr(
+            tokenization.inspect, "getsource", lambda m: getsource(m) + "#" * m.__name__.endswith(changed)
+        )
+    after = prepared(Dataset.load_from_disk(str(tmp_path)), "helpful", tokenizer)
+    assert (after[:] == before[:]) == (changed is None)
 
 
 BETWEEN = (

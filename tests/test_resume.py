@@ -144,6 +144,12 @@ WIDER = PBLoraConfig(**{**PBLORA.to_dict(), "lora_alpha": 16})
         ({"peft_config": WIDER}, "adapter.lora_alpha was 8, but is 16"),
         ({"beta": {"helpful": 0.1, "harmless": 0.2}}, "beta.harmless was 0.1, but is 0.2"),
         ({"learning_rate": 0.2}, "learning_rate was 0.1, but is 0.2"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was linear, but is cosine"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs.num_cycles is not recorded, but is 2"),
+        ({"warmup_steps": 3}, "warmup_steps was 0, but is 3"),
+        ({"max_grad_norm": 0.01}, "max_grad_norm was 1.0, but is 0.01"),
+        ({"adam_beta2": 0.5}, "adam_beta2 was 0.999, but is 0.5"),
+        ({"optimize_for_cpu": False}, "optimize_for_cpu was True, but is False"),
         ({"seed": 1}, "seed was 42, but is 1"),
         ({"loss_type": "hinge"}, "loss_type was sigmoid, but is hinge"),
         ({"global_weight": 0.5}, "global_weight was 0.0, but is 0.5"),
@@ -156,6 +162,38 @@ def test_a_checkpoint_of_another_run_is_refused(first, tokenizer, change, messag
     with pytest.raises(ValueError, match=f"{first}/checkpoint-1 is of another training: .*{message}"):
         run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 0
+
+
+def test_weights_in_another_dtype_are_another_run(tmp_path, tokenizer):
+    """Though they have the same values."""
+    halves = tiny_llama().bfloat16()
+    trainer(tmp_path, tokenizer, copy.deepcopy(halves), save_strategy="steps", save_steps=1, max_steps=1).train()
+    with pytest.raises(ValueError, match="is of another training: loaded dtype was bfloat16, but is float32. Resume"):
+        trainer(tmp_path, tokenizer, halves.float()).train(resume_from_checkpoint=True)
+
+
+def test_entries_of_a_mapping_are_compared(tmp_path):
+    old, new = ({"adapter": {"alpha_pattern": pattern}} for pattern in ({}, {"q_proj": 64}))
+    for one, other, message in [(old, new, "is not recorded, but is 64"), (new, old, "was 64, but is gone")]:
+        checkpoints.write_record(tmp_path, one)
+        checkpoints.check_record(tmp_path, one)
+        with pytest.raises(ValueError, match=f"adapter.alpha_pattern.q_proj {message}"):
+            checkpoints.check_record(tmp_path, other)
+
+
+def test_what_only_one_version_records_is_not_compared(first, tmp_path, tokenizer):
+    """Settings, and fields of configurations."""
+    shutil.copytree(first / "checkpoint-1", tmp_path / "checkpoint-1")
+    file = tmp_path / "checkpoint-1" / checkpoints.RECORD
+    record = json.loads(file.read_text())
+    for name in ("lr_scheduler_type", "lr_scheduler_kwargs", "max_grad_norm", "loaded dtype", checkpoints.TRAINING):
+        del record[name]
+    record["base"]["field of another version"] = record["adapter"]["field of another version"] = True
+    del record["base"]["rope_parameters"], record["adapter"]["r1"]
+    file.write_text(json.dumps(record))
+    run = trainer(tmp_path, tokenizer, lr_scheduler_type="cosine")
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 3
 
 
 @pytest.mark.parametrize(
@@ -205,6 +243,7 @@ def test_a_checkpoint_that_does_not_say_its_run_is_resumed_with_a_warning(tmp_pa
     options = {"save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, tokenizer, max_steps=2, **options).train()
     (tmp_path / "checkpoint-2" / checkpoints.RECORD).unlink()
+    (tmp_path / checkpoints.BEGUN).unlink()
     said = []
     monkeypatch.setattr(checkpoints.logger, "warning", said.append)
     resumed = trainer(tmp_path, tokenizer, max_steps=4, **options)
@@ -213,6 +252,49 @@ def test_a_checkpoint_that_does_not_say_its_run_is_resumed_with_a_warning(tmp_pa
     assert [text.partition(". ")[0] for text in said] == [
         f"The checkpoint {tmp_path}/checkpoint-2 does not say what it was trained with"
     ]
+
+
+def test_a_killed_run_goes_on_from_no_checkpoint_of_a_former_one(tmp_path, tokenizer, monkeypatch):
+    """Killed before its own first one, while it writes that over one of the former run, and after it."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, tokenizer, max_steps=6, per_device_train_batch_size=1, **options).train()
+
+    def killed(step: int) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path, tokenizer, max_steps=4, callbacks=[Stop(step)], **options).train()
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    killed(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "note_files", kill)
+        killed(3)
+    with pytest.raises(ValueError, match="resume from: .*/checkpoint-6 is of another training than the one"):
+        trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
+    killed(3)
+    resumed = trainer(tmp_path, tokenizer, max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trainer(tmp_path / "whole", tokenizer, max_steps=4, **options)
+    whole.train()
+    assert curve(resumed) == curve(whole)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-6/optimizer.pt").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, tokenizer):
+    """Whose folder and checkpoints have no id: after another kill too."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, tokenizer, max_steps=1, **options).train()
+    (tmp_path / checkpoints.BEGUN).unlink()
+    record = json.loads((tmp_path / "checkpoint-1" / checkpoints.RECORD).read_text())
+    del record[checkpoints.TRAINING]
+    checkpoints.write_record(tmp_path / "checkpoint-1", record)
+    for step, run in [(3, {"max_steps": 3}), (4, {"max_steps": 4})]:
+        resumed = trainer(tmp_path, tokenizer, **run, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert curve(resumed)[0][0] == 1
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
 
 
 def files(folder) -> dict:

@@ -100,6 +100,26 @@ def test_an_edit_anywhere_that_counts_is_seen(tmp_path, monkeypatch, changes, pa
     assert json.loads(json.dumps(before)) == before
 
 
+STORING = """
+MARKS = ".,"
+COUNTS, CACHE = {}, {}
+def vowels(prompts, responses):
+    seen = {}
+    for text in responses:
+        seen[text.strip(MARKS)] = True
+        CACHE[text.strip(MARKS)] = COUNTS[text] = 1
+        COUNTS[text] += 1
+    return [float(len(seen))] * len(responses)
+"""
+
+
+def test_a_name_in_a_key_is_not_taken_for_the_container_that_changes(tmp_path, monkeypatch):
+    before = describe(tmp_path, monkeypatch, "mine:vowels", mine=(MINE, STORING))
+    after = describe(tmp_path, monkeypatch, "mine:vowels", mine=(MINE, STORING.replace('".,"', '".,!"')))
+    assert differences(before, after) == ["parts mine:vowels.MARKS was '.,', but is '.,!'"]
+    assert {before["parts"][f"mine:vowels.{name}"] for name in ("COUNTS", "CACHE")} == {STATE}
+
+
 def scaled(factor, table=()):
     def reward(prompts, responses):
         return [factor * len(r) + len(table) for r in responses]

@@ -10,7 +10,7 @@ from accelerate import DeepSpeedPlugin
 from conftest import tiny_arm, tiny_llama
 from datasets import Dataset
 from pair_data import OBJECTIVES, labelled, pairs, prepared
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from training_runs import LORA, PBLORA, config, trained, trainer, two_sets, without_ranks
 from transformers import AutoModelForCausalLM, BloomConfig
 from transformers.utils import logging
@@ -287,6 +287,48 @@ def test_the_active_adapter_of_several_trains_alone(tmp_path, tokenizer, prefere
     more = trainer(tmp_path, tokenizer, second_adapter(tiny_arm()), **options, max_steps=4)
     more.train(resume_from_checkpoint=True)
     assert more.state.global_step == 4
+
+
+def half_frozen(kind: PeftConfig, several: bool = False) -> PeftModel:
+    """An adapter of which B alone trains, as in LoRA-FA."""
+    model = get_peft_model(tiny_llama(), copy.deepcopy(kind))
+    if several:
+        model = second_adapter(model)
+        model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name and ("lora_B" in name or name.endswith("B.weight")))
+    return model
+
+
+@pytest.mark.parametrize("kind", [PBLORA, LORA], ids=["pblora", "lora"])
+def test_an_evaluation_leaves_frozen_weights_frozen(tmp_path, tokenizer, kind):
+    options = {"data": two_sets() if kind is PBLORA else pairs(4), "peft_config": None, "max_grad_norm": 0.01}
+    alone = trainer(tmp_path / "alone", tokenizer, half_frozen(kind), **options)
+    each = {"evaluation": options["data"], "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    evaluated = trainer(tmp_path / "evaluated", tokenizer, half_frozen(kind), **options, **each)
+    before = [parameter.requires_grad for parameter in evaluated.model.parameters()]
+    evaluated.evaluate()
+    for run in (alone, evaluated):
+        run.train()
+        assert [parameter.requires_grad for parameter in run.model.parameters()] == before
+    assert all(map(torch.equal, alone.model.parameters(), evaluated.model.parameters()))
+
+
+def test_a_resumed_run_leaves_frozen_weights_of_one_adapter_of_several_frozen(tmp_path, tokenizer):
+    options = {"peft_config": None, "save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path, tokenizer, half_frozen(PBLORA, several=True), **options)
+    before = [parameter.requires_grad for parameter in run.model.parameters()]
+    run.train()
+    resumed = trainer(tmp_path, tokenizer, half_frozen(PBLORA, several=True), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [parameter.requires_grad for parameter in resumed.model.parameters()] == before
+    assert all(map(torch.equal, run.model.parameters(), resumed.model.parameters()))
+
+
+def test_prompt_learning_is_refused(tmp_path, tokenizer):
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"The adapter .default. is tuned by prompt learning.*Use a method"):
+        trainer(tmp_path, tokenizer, data={"reward": pairs(4)}, peft_config=prompts)
 
 
 @pytest.mark.parametrize("kind", [PBLORA, LORA], ids=["pblora", "lora"])

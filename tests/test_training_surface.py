@@ -271,6 +271,16 @@ def test_damage_far_into_a_stream_is_told_by_its_line(tmp_path, monkeypatch, key
         train.main(["--config", "config.yaml", *words, "--max_steps", "40"])
 
 
+def test_pairs_that_it_trains_on_are_no_held_out_ones(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = [{"path": "judged.jsonl", "split": "train[:9]"}, {"path": "harmless.jsonl", "objective": "harmless"}]
+    train.main(["--config", "config.yaml", "--eval_data", json.dumps(data), "--max_steps", "1"])
+    said = capsys.readouterr().out
+    assert "Warning: the evaluation pairs of 'harmless.jsonl' are pairs that it trains on" in said
+    assert "'judged.jsonl'" not in said
+
+
 @pytest.mark.parametrize("name", ["loss", "eval_loss", "eval_vertex_correlation", "eval_helpful_gain"])
 def test_metric_for_the_best_model(tmp_path, tokenizer, name):
     trainer(tmp_path, tokenizer, metric_for_best_model=name)

@@ -2,7 +2,7 @@
 """Questions to a language model behind an OpenAI-compatible HTTP endpoint: several at once, and again after errors.
 
 An answer is kept by a hash of its question, so that whoever asks the same again gets it from the disk. What fails,
-fails alone: it becomes a [`Failure`] with the reason, and nothing is kept.
+or can't be read, fails alone: it becomes a [`Failure`] with the reason, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Endpoint:
 
     Attributes:
         counted (`Counter`): `requests`, `cached`, `failed`, `prompt_tokens` and `completion_tokens` so far.
+        unread (`list[str]`): Why answers could not be read, so far.
 
     Raises:
         ValueError: a URL that is none, or a number that is too small.
@@ -78,6 +80,7 @@ class Endpoint:
     timeout: float = 120.0
     cache: str | None = None
     counted: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+    unread: list[str] = field(default_factory=list, repr=False, compare=False)
     pause: float = field(default=0.5, repr=False, compare=False)
     """Seconds before a question is asked again the first time; then twice as many, and so on."""
 
@@ -97,13 +100,15 @@ class Endpoint:
         if isinstance(answer, Failure):
             raise ValueError(f"The model {self.model!r} at {self.base_url} does not answer: {answer.reason}")
 
-    def ask(self, questions: Sequence[str]) -> list[str | Failure]:
-        """The answer to each question; equal ones are asked once."""
+    def ask(self, questions: Sequence[str], read: Callable[[str], float | Failure]) -> list[float | Failure]:
+        """What is read from the answer to each question; equal ones are asked once."""
         different = list(dict.fromkeys(questions))
         with ThreadPoolExecutor(self.concurrency) as threads:
-            found = dict(zip(different, threads.map(self._answer, different), strict=True))
-        for _, counted in found.values():
+            found = dict(zip(different, threads.map(partial(self._answer, read=read), different), strict=True))
+        for answer, counted in found.values():
             self.counted.update(counted)
+            if isinstance(answer, Failure) and not counted.get("failed"):
+                self.unread.append(answer.reason)
         return [found[question][0] for question in questions]
 
     def configuration(self) -> dict[str, Any]:
@@ -114,24 +119,28 @@ class Endpoint:
         """What was asked so far, in words."""
         names = ("requests", "cached", "failed", "prompt_tokens", "completion_tokens")
         requests, cached, failed, read, written = (self.counted[name] for name in names)
+        unread = f"{len(self.unread)} could not be read (first: {self.unread[0]}), " if self.unread else ""
         return (
-            f"{self.model} at {self.base_url}: {requests} requests, {failed} of them failed, {cached} answers from "
-            f"the cache; {read} tokens of questions and {written} of answers"
+            f"{self.model} at {self.base_url}: {requests} requests, {failed} of them failed, {unread}{cached} answers "
+            f"from the cache; {read} tokens of questions and {written} of answers"
         )
 
-    def _answer(self, question: str) -> tuple[str | Failure, dict[str, int]]:
+    def _answer(self, question: str, read: Callable[[str], float | Failure]) -> tuple[float | Failure, dict[str, int]]:
         body = self._body(question)
         place = self._place(body)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             if place is not None:
-                return str(json.loads(place.read_text(encoding="utf-8"))["answer"]), {"cached": 1}
+                kept = read(str(json.loads(place.read_text(encoding="utf-8"))["answer"]))
+                if not isinstance(kept, Failure):  # else it is asked again
+                    return kept, {"cached": 1}
         found = self._post(body, self.retries)
         if isinstance(found, Failure):
             return found, {"requests": 1, "failed": 1}
         answer, usage = found
-        if place is not None:
+        value = read(answer)
+        if place is not None and not isinstance(value, Failure):
             _keep(place, {"base_url": self.base_url, "request": body, "answer": answer, "usage": usage})
-        return answer, {"requests": 1, **usage}
+        return value, {"requests": 1, **usage}
 
     def _body(self, question: str) -> dict[str, Any]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ PAIR_TEMPLATE = (
     "reason end with [[A]] if A is better, [[B]] if B is better, or [[C]] for a tie.\n\n[User]\n{prompt}\n\n"
     "[Answer A]\n{response_a}\n\n[Answer B]\n{response_b}"
 )
-OF_ENDPOINT = {setting.name for setting in fields(Endpoint)} - {"counted", "pause"}
+OF_ENDPOINT = {setting.name for setting in fields(Endpoint)} - {"counted", "unread", "pause"}
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Judge:
             fill(self.template, response=r, **({"prompt": as_text(p)} if asks_prompt else {}))
             for p, r in zip(prompts, responses, strict=True)
         ]
-        return [a if isinstance(a, Failure) else self._number(a) for a in self.endpoint.ask(questions)]
+        return self.endpoint.ask(questions, self._number)
 
     def configuration(self) -> dict[str, Any]:
         """What its numbers depend on, as JSON."""
@@ -81,6 +82,8 @@ class Judge:
             value = float(found[0].replace("−", "-"))
         except ValueError:
             return Failure(f"{found[0]!r} is no number, in {told!r}")
+        if not math.isfinite(value):
+            return Failure(f"{value:g} is no finite number, in {told!r}")
         if (self.least is not None and value < self.least) or (self.most is not None and value > self.most):
             return Failure(f"{value:g} is out of range, in {told!r}")
         return -value if self.negate else value
@@ -117,7 +120,7 @@ class PairJudge:
         first one as A, and as B."""
         pairs = list(zip(map(as_text, prompts), first, second, strict=True))
         questions = [self._question(*pair) for pair in pairs] + [self._question(p, b, a) for p, a, b in pairs]
-        found = [a if isinstance(a, Failure) else self._verdict(a) for a in self.endpoint.ask(questions)]
+        found = self.endpoint.ask(questions, self._verdict)
         straight, swapped = found[: len(pairs)], found[len(pairs) :]
         return [(s, w if isinstance(w, Failure) else 1 - w) for s, w in zip(straight, swapped, strict=True)]
 

@@ -360,12 +360,15 @@ def write_run(path: str | Path, verb: str, arguments: Mapping[str, Any]) -> None
 
 def fingerprint(name: str) -> str | None:
     """A hash of the weights and configurations in a local folder, other than that of another training into it; `None`
-    for a name on the Hub."""
+    for a name on the Hub. Cards, to which results are added, change nothing of it."""
     if not os.path.isdir(name):  # unlike `Path.is_dir`, it takes any text
         return None
     digest, folder = hashlib.sha256(), Path(name)
     patterns = HASHED if (folder / "tokenizer.json").is_file() else (*HASHED, *VOCABULARIES)
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+        if path.name == "adapter_config.json":
+            digest.update(_adapter_settings(path))
+            continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -377,6 +380,19 @@ def fingerprint(name: str) -> str | None:
                 file.seek(-(2**20), 2)
                 digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def _adapter_settings(path: Path) -> bytes:
+    """An adapter's configuration without its card. PEFT makes sets of modules, and saves them in any order."""
+    content = path.read_bytes()
+    try:
+        settings = {key: value for key, value in json.loads(content).items() if key != "card"}
+    except (ValueError, AttributeError):  # loading it will say so
+        return content
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(settings.get(key), list):
+            settings[key] = sorted(settings[key], key=str)
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def recorded(kwargs: Mapping[str, Any]) -> dict[str, Any]:

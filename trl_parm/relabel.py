@@ -188,13 +188,15 @@ def agreement(data: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> l
     """How the labels of objectives go together.
 
     Returns:
-        `list[dict]`: For each objective `pairs`, `ties`, and the share of pairs without ties that each objective
-        labels alike (1 with itself).
+        `list[dict]`: For each objective `pairs`, `ties`, `unjudged`, the pairs on which a judge failed, and the share
+        of pairs with both labels that each objective labels alike (1 with itself).
     """
-    labels = np.array([[row[name] for name in objectives] for row in data])
-    rows = []
+    pairs, rows = list(data), []
+    labels = np.array([[row[name] for name in objectives] for row in pairs])
     for name, own in zip(objectives, labels.T):
-        found: dict[str, Any] = {"objective": name, "pairs": len(labels), "ties": int((own < 0).sum())}
+        unjudged = sum(None in (row[f"{name}_score_0"], row[f"{name}_score_1"]) for row in pairs)
+        ties = int((own < 0).sum()) - unjudged
+        found: dict[str, Any] = {"objective": name, "pairs": len(pairs), "ties": ties, "unjudged": unjudged}
         for other, others in zip(objectives, labels.T):
             both = (own >= 0) & (others >= 0)
             found[f"as {other}"] = float((own == others)[both].mean()) if both.any() else float("nan")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import dis
@@ -240,9 +241,29 @@ def _changed(code: CodeType) -> set[str]:
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in CHANGING:
             found.add(steps[i - 1].argval)
-        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):  # before it the container and a key that is a name
-            found.add(steps[i - 2].argval)
+    if any(step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for step in steps):
+        found |= _stored_into(code)
     return {name for name in found if isinstance(name, str)}
+
+
+def _stored_into(code: CodeType) -> set[str]:
+    """Names of variables and attributes that code sets or deletes an entry of, by its source: the steps before a store
+    do not say which name is the container and which are of the key. None where there is no source."""
+    lines, found = {line for *_, line in code.co_lines()}, set[str]()
+    with contextlib.suppress(OSError, TypeError, SyntaxError):
+        for node in ast.walk(_tree("".join(inspect.findsource(code)[0]))):
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load) and node.lineno in lines:
+                container: ast.expr = node
+                while isinstance(container, ast.Subscript):
+                    container = container.value
+                if isinstance(container, ast.Name | ast.Attribute):
+                    found.add(container.id if isinstance(container, ast.Name) else container.attr)
+    return found
+
+
+@functools.lru_cache(8)
+def _tree(source: str) -> ast.AST:
+    return ast.parse(source)
 
 
 def _globals(code: CodeType) -> list[str]:

@@ -96,8 +96,8 @@ def load_data(given: Any) -> Dataset:
 
 
 def load_rewards(given: Any) -> dict[str, Any]:
-    """Objective → [`RewardSource`], whose models are not loaded yet, and whose functions are there, or a [`Judge`]
-    that answers."""
+    """Objective → [`RewardSource`], whose models have a configuration and are not loaded yet, and whose functions are
+    there, or a [`Judge`] that answers."""
     from peft_pblora.preference import check_objectives
     from trl_parm.endpoint import Endpoint
     from trl_parm.judges import SOURCE, Judge, judge_of
@@ -116,7 +116,11 @@ def load_rewards(given: Any) -> dict[str, Any]:
     for source in sources.values():
         if isinstance(source, Judge):
             source.endpoint.check()
-        elif not source.is_model:
+        elif source.is_model:
+            from trl_parm.evaluation.models import read_config
+
+            read_config(source.source, "reward model")
+        else:
             source.load()
     return sources
 

@@ -10,7 +10,7 @@ from typing import Any
 from trl_parm.arguments import check_fields, option, parse, required
 
 from .common import Progress, say, write_run
-from .plot import Rows, read_objectives
+from .plot import Rows, differing, read_objectives
 
 
 FILES = ("comparison.md", "comparison.csv", "wins.csv", "verdicts.jsonl")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     verdicts: Rows = []
     if judge is not None:
         with Progress(len(pairings), "pairing") as bar:
-            rates, verdicts = judge_pairs(pairings, judge, lambda _: bar.update())
+            rates, verdicts = judge_pairs(pairings, judge, lambda _: bar.update(), arguments.resamples, arguments.seed)
         tables["Wins of the first, by a judge that saw both responses in both orders"] = rates
         say(f"Judged by {judge.endpoint.cost()}.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,4 +124,6 @@ def _sides(arguments: CompareArguments) -> tuple[list[Rows], list[str]]:
     missing = [name for name in wanted if not all(name in rows[0] for rows in tables)]
     if missing:
         raise ValueError(f"The results have no reward {missing[0]!r}.")
+    if other := differing(files, wanted):
+        say(f"The texts of both sides were not decoded alike: {other}.")
     return [tables[0], tables[-1]], wanted

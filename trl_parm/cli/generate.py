@@ -176,9 +176,9 @@ class GenerateArguments(DecodingArguments):
 def main(argv: list[str]) -> None:
     arguments: GenerateArguments = parse("generate", GenerateArguments, argv, __doc__)
     from trl_parm.evaluation.evaluate import Entry
-    from trl_parm.jsonl import beside
+    from trl_parm.jsonl import as_line, beside, configuration_path
     from trl_parm.jsonl import parse as parse_rows
-    from trl_parm.records import read_rows, write_run
+    from trl_parm.records import read_configuration, read_rows, write_run
     from trl_parm.texts import as_text
 
     method: Any = arguments.method
@@ -190,16 +190,20 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"The method {entry.name!r} {needs}.")
     unscored = dict.fromkeys(preferences[0] if preferences else ())
     output = Path(arguments.output) if arguments.output else None
-    before = len(parse_rows(output.read_bytes(), output)[0]) if output and output.is_file() else 0
+    before = set(map(as_line, parse_rows(output.read_bytes(), output)[0])) if output and output.is_file() else set()
+    if before and output and configuration_path(output).is_file():
+        known = read_configuration(output)["objectives"]
+        unscored = dict.fromkeys(known) if set(known) == set(unscored) else unscored  # in the file's order
     options = {"rewards": unscored, "path": arguments.output, "restart": arguments.restart}
     options["allow_off_simplex"] = arguments.allow_off_simplex
     table = arguments.evaluate([method], preferences, prompts, **options)
     if arguments.output:
         write_run(beside(arguments.output, "run.yaml"), "generate", vars(arguments))
-        every = len(read_rows(arguments.output))
-        say(f"{len(table)} responses in {output}: {every - before} new, {len(table) - every + before} were there.")
-        if every > len(table):
-            say(f"It keeps {every - len(table)} more, of other prompts, methods or preferences.")
+        every = read_rows(arguments.output)
+        new = sum(as_line(row) not in before for row in every)
+        say(f"{len(table)} responses in {output}: {new} new, {len(table) - new} were there.")
+        if len(every) > len(table):
+            say(f"It keeps {len(every) - len(table)} more, of other prompts, methods or preferences.")
         return
     for row in table:
         say(f"# {row['method']}, {row['label']}: {as_text(row['prompt'])}\n{row['response']}\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 from trl_parm.arguments import option, parse, required
 
-from .common import load_rewards, say, write_run
+from .common import load_rewards, say, tell_costs
 from .generate import DecodingArguments
 from .relabel import check_sizes, label
 
@@ -33,6 +33,7 @@ class MakePairsArguments(DecodingArguments):
     validation_size: float = option(0.0, "The same for the validation split.")
     tie_margin: float = option(0.0, "How much rewards of a tie may differ.")
     ranked: bool = option(False, "Also write chosen and rejected for each objective.")
+    restart: bool = option(False, "Remove answers of another configuration, instead of refusing to go on.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +74,9 @@ def main(argv: list[str]) -> None:
     say(f"{len(pairs)} pairs of answers to {len({str(pair['prompt']) for pair in pairs})} prompts; {left_out}.")
     template = arguments.template
     data = Dataset.from_list([as_conversation(pair) for pair in pairs] if chat else pairs)
-    written = label(data, sources, folder, arguments, "make_pairs", template=None if chat else template)
+    options = {"template": None if chat else template, "restart": True}  # scores of other pairs are no use any more
+    written = label(data, sources, folder, arguments, "make_pairs", **options)
+    tell_costs(sources)
     train = ["trl-parm", "train", "--model_name_or_path", arguments.model_name_or_path]
     train += ["--train_data", str(written["train"])]
     train += ["--eval_data", str(written["test"])] if "test" in written else []
@@ -91,7 +94,7 @@ def _answers(
     for number in range(arguments.num_answers):
         rows += arguments.evaluate(
             ["base"], [], prompts, models, row_seed(arguments.seed, ["answer", number]), rewards=sources,
-            path=folder / ANSWERS / f"{number}.jsonl", on_start=lambda _: write_run(folder, "make_pairs", arguments),
+            path=folder / ANSWERS / f"{number}.jsonl", restart=arguments.restart,
         )  # fmt: skip
     chat = arguments.template is None and models.tokenizer.chat_template is not None
     return rows, chat or not isinstance(prompts[0], str)

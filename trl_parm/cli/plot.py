@@ -23,6 +23,8 @@ ANSWERS = (
     "Answers, with mean tokens, shares at the cap and of repeated 4-grams, and of a token log π_base and, as kl, "
     "log π − log π_base"
 )
+OF_TEXTS = ("base", "sampling", "generation", "template", "chat_template")
+"""What of a configuration the texts of all methods depend on."""
 Rows = list[dict[str, Any]]
 
 
@@ -66,7 +68,13 @@ def main(argv: list[str]) -> None:
             f"There is no adapter in {arguments.card!r}, whose card could get the figure. Name its folder."
         )
     rows, objectives, names = read_results(arguments.results or [], arguments.objectives)
+    if other := differing(arguments.results or [], objectives):
+        if arguments.seeds:
+            raise ValueError(f"With `seeds` all texts must be decoded alike: {other}. Plot the files apart.")
+        say(f"Not all of these texts were decoded alike: {other}.")
     rows, lost = judged(_chosen(rows, names, arguments.methods), objectives)
+    if lost and not rows:
+        raise ValueError(f"A judge failed on each of {lost} prompts, so none is left. `trl-parm rescore` asks again.")
     if lost:
         say(UNJUDGED_PROMPTS.format(lost))
     references = [_point(given, objectives) for given in arguments.references or []]
@@ -81,7 +89,7 @@ def main(argv: list[str]) -> None:
     if arguments.card:
         check_output(Path(arguments.card, planned[len(TABLES)].name), FIGURE)
     tables, missing = _tables(rows, names, objectives, references, arguments)
-    summary = summarize(rows, objectives)
+    summary = summarize(rows, objectives, arguments.resamples, arguments.seed)
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw_fronts(summary, objectives, folder, references, arguments.name)
     text, written = _write(tables, folder)
@@ -166,6 +174,37 @@ def read_objectives(path: Path, otherwise: list[str] | None = None) -> list[str]
     if otherwise is None:
         raise ValueError(f"{beside} is missing, which names the objectives. Give them with `objectives`.")
     return otherwise
+
+
+def differing(results: Sequence[str | Path], objectives: Sequence[str]) -> str:
+    """What the texts of several files were decoded with differently, in words, as far as the files beside them say it.
+    Raises `ValueError` for a reward that is not one function in all of them."""
+    from trl_parm.jsonl import configuration_path
+    from trl_parm.records import read_configuration
+
+    known = {str(path): read_configuration(path) for path in results if configuration_path(path).is_file()}
+    rewards = {path: one.get("rewards") or {} for path, one in known.items()}
+    if other := _differences({p: {n: own[n] for n in objectives if own.get(n)} for p, own in rewards.items()}):
+        raise ValueError(
+            f"A reward must be one function in all results: {other}. Score them alike with `trl-parm rescore`, or "
+            "leave it out of `objectives`."
+        )
+    return _differences({path: {key: one[key] for key in OF_TEXTS if key in one} for path, one in known.items()})
+
+
+def _differences(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What files say otherwise than the first one that says it; nothing where none does."""
+    from trl_parm.records import differences
+
+    first: dict[str, tuple[str, Any]] = {}
+    texts = []
+    for path, entries in found.items():
+        for name, entry in entries.items():
+            if isinstance(entry, Mapping) and entry.get("fingerprint"):  # which says what it is, wherever it is
+                entry = {key: value for key, value in entry.items() if key not in ("path", "source")}
+            before, known = first.setdefault(name, (path, entry))
+            texts += [f"from {before} to {path} {text}" for text in differences({name: known}, {name: entry})]
+    return "; ".join(texts)
 
 
 def _own_parts(files: Sequence[Path]) -> list[str]:

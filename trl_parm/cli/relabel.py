@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     for source in rewards.values():
         processes.check_devices(getattr(source, "model_kwargs", {}))
     pairs, folder = load_data(arguments.data), Path(arguments.output_dir)
-    options = {name: getattr(arguments, name) for name in ("template", "batch_size")}
+    options = {name: getattr(arguments, name) for name in ("template", "batch_size", "restart")}
     label(pairs, rewards, folder, arguments, "relabel", processes, **options)
     tell_costs(rewards, processes)
     processes.end()

@@ -16,7 +16,7 @@ from .common import say
 
 
 if TYPE_CHECKING:
-    from trl_parm import PreferenceARMConfig
+    from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
     from trl_parm.training.config import ARMArguments
 
 
@@ -83,10 +83,12 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
         arguments.model_name_or_path,
         config,
         train_dataset=data,
-        eval_dataset=arguments.load(arguments.eval_data),
+        eval_dataset=arguments.load(arguments.eval_data, "test"),
         quantization_config=arguments.quantization_config(),
         peft_config=adapter,  # pyright: ignore[reportArgumentType]
     )
+    if config.process_index == 0:
+        _say_if_trained_on(trainer, arguments)
     if not config.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Steps())
@@ -109,6 +111,22 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def _say_if_trained_on(trainer: PreferenceARMTrainer, arguments: ARMArguments) -> None:
+    """Names the data sets for evaluation that are one to train on, pair by pair."""
+    from trl_parm.training.checkpoints import describe_data
+
+    given: Any = trainer.eval_dataset or {}
+    joined = given.values() if isinstance(given, dict) else [given]
+    found = [data for one in joined for data in describe_data(one)]
+    trained = set(describe_data(cast(Any, trainer.train_dataset))) if found else set()
+    for entry, data in zip(arguments.eval_data, found, strict=True):
+        if data in trained:
+            say(
+                f"Warning: the evaluation pairs of {entry.path!r} are pairs that it trains on, so that none is held "
+                "out. Name others as `eval_data`, or another `split`."
+            )
 
 
 def _columns_in_use(arguments: ARMArguments, config: PreferenceARMConfig) -> set[str | None]:
@@ -187,5 +205,5 @@ def _checkpoint(folder: Path) -> str | None:
     try:
         return last_complete_checkpoint(str(folder))
     except ValueError:
-        say(f"There is no complete checkpoint in {folder} yet: starting anew.")
+        say(f"There is no complete checkpoint of this training in {folder} yet: starting anew.")
         return None

@@ -131,6 +131,8 @@ def judge_pairs(
     pairings: Sequence[Pairing],
     judge: Callable[..., list[tuple[float | Failure, float | Failure]]],
     on_pairing: Callable[[Pairing], Any] = lambda pairing: None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """How often the first side wins by a judge that sees both responses, in both orders.
 
@@ -141,6 +143,7 @@ def judge_pairs(
         pairings (`Sequence[Pairing]`): From [`pair_up`].
         judge ([`PairJudge`]): Who is asked.
         on_pairing (`Callable`, *optional*): Called after each, for progress.
+        resamples, seed (`int`, *optional*): Of the [`bootstrap`].
 
     Returns:
         The rates, `list[dict]` with `method`, `preference`, `prompts`, `wins by the judge` with its standard error and
@@ -153,7 +156,7 @@ def judge_pairs(
         prompts = [row["prompt"] for row in pairing.first]
         responses = [[row["response"] for row in side] for side in (pairing.first, pairing.second)]
         found = judge(prompts, *responses)
-        rates.append({**pairing.head, **_rate(found)})
+        rates.append({**pairing.head, **_rate(found, resamples, seed)})
         for number, (straight, swapped) in enumerate(found):
             failed = next((one.reason for one in (straight, swapped) if isinstance(one, Failure)), None)
             told = [None if isinstance(one, Failure) else one for one in (straight, swapped)]
@@ -167,13 +170,13 @@ def judge_pairs(
     return rates, verdicts
 
 
-def _rate(found: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+def _rate(found: Sequence[tuple[Any, Any]], resamples: int, seed: int) -> dict[str, Any]:
     whole = [pair for pair in found if not any(isinstance(one, Failure) for one in pair)]
     failed = {"failed": len(found) - len(whole)}
     if not whole:
         return {"prompts": 0, WINS: None, "error": None, "low": None, "high": None, CONSISTENT: None, **failed}
     wins = [(straight + swapped) / 2 for straight, swapped in whole]
-    _, low, high = bootstrap(lambda mean: float(mean[0]), np.array(wins)[:, None])
+    _, low, high = bootstrap(lambda mean: float(mean[0]), np.array(wins)[:, None], resamples, seed=seed)
     mean, error = mean_and_error(wins)
     alike = sum(straight == swapped for straight, swapped in whole) / len(whole)
     return {

@@ -135,8 +135,9 @@ def evaluate(
         `datasets.Dataset` as that of [`sweep`], by method, preference and prompt.
 
     Raises:
-        ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings; a preference twice, or
-            off the simplex for a method that can't extrapolate; what the engine can't do.
+        ValueError: as [`sweep`]; a method that is unknown, given twice, or has other settings, models that can't be
+            read, or are for other objectives; a preference twice, or off the simplex for a method that can't
+            extrapolate; what the engine can't do.
     """
     entries = list(map(Entry.of, methods))
     for entry in entries:
@@ -156,7 +157,12 @@ def evaluate(
         "methods": {entry.name: entry.configuration(models.name) for entry in entries},
     }
     plan = [(entry.make, runs[entry.name]) for entry in entries]
-    check = partial(models.check, answering.how, plan, dict(zip(table.lengths, table.prompts)), processes)
+
+    def check() -> None:
+        for entry in entries:
+            entry.check_models(list(rewards), models.name)
+        models.check(answering.how, plan, dict(zip(table.lengths, table.prompts)), processes)
+
     processes.first(check)
     if not processes.is_first:  # once the first one has said what is wrong
         check()

@@ -205,8 +205,15 @@ def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -
     return [replace(front, runs=(front.runs - answers.mean(0)) / deviations) for front in found]
 
 
-def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> list[dict[str, Any]]:
+def summarize(
+    table: Iterable[Mapping[str, Any]], objectives: Sequence[str], resamples: int = 2000, seed: int = 0
+) -> list[dict[str, Any]]:
     """Mean rewards of each run, in the order in which the runs stand in the table.
+
+    Args:
+        table (`Iterable[Mapping]`): The rows of [`sweep`], or of its JSONL file.
+        objectives (`Sequence[str]`): The columns with rewards.
+        resamples, seed (`int`, *optional*): Of the [`bootstrap`].
 
     Returns:
         `list[dict]` with `method`, `preference`, `label` and, for each objective, `<objective>`, its standard error
@@ -224,7 +231,8 @@ def summarize(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> 
         cell = {"method": method, "preference": None if weights is None else list(weights), "label": label}
         for i, name in enumerate(objectives):
             cell[name], cell[f"{name}_error"] = mean_and_error(values[:, i].tolist())
-            _, cell[f"{name}_low"], cell[f"{name}_high"] = bootstrap(lambda mean: mean[0], values[:, [i]])
+            interval = bootstrap(lambda mean: mean[0], values[:, [i]], resamples, seed=seed)
+            _, cell[f"{name}_low"], cell[f"{name}_high"] = interval
         summary.append(cell)
     return summary
 

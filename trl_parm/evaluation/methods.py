@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from peft_pblora import as_preference, get_objectives
+from peft_pblora.config import PreferenceConfig
 from peft_pblora.preference import Preference
 from trl_parm import decoding as formulas
 from trl_parm.algebra import Weight
@@ -25,7 +26,17 @@ from trl_parm.reward_models import ModelReward, RewardSource
 
 from .decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt, Run
 from .engines import TRANSFORMERS, VLLM
-from .models import Guide, Models, backbone_name, canonical, own_prompt, prompt_with_preference
+from .models import (
+    Guide,
+    Models,
+    adapter_config,
+    backbone_name,
+    canonical,
+    check_readable,
+    own_prompt,
+    prompt_with_preference,
+    read_config,
+)
 
 
 REVERSE_KL = "reverse_kl"
@@ -33,6 +44,8 @@ HERE = (TRANSFORMERS,)
 """The engines of methods that are no sums."""
 MODELS = ("arm", "arms", "policies", "policy", "reference")
 """Settings that name models, one or one for each objective."""
+OF_OBJECTIVES = ("arms", "policies", "rewards")
+"""Settings with one for each objective."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,8 @@ class Entry:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | str) -> Entry:
-        """From what stands in YAML. Raises `ValueError` for an unknown method, unknown or missing settings, a wrong β
-        or a wrong divergence."""
+        """From what stands in YAML. Raises `ValueError` for an unknown method, unknown or missing settings, neither or
+        both of `arm` and `arms`, a wrong β or a wrong divergence."""
         settings = {"method": given} if isinstance(given, str) else dict(given)
         key = settings.pop("method", None)
         if not isinstance(key, str) or key not in METHODS:
@@ -88,6 +101,8 @@ class Entry:
         if not isinstance(name, str):
             raise ValueError(f"The `name` of a method is {name!r}, but it must be a text.")
         settings = check_fields(settings, method.make, f"The method {name!r}")
+        if {"arm", "arms"} <= set(allowed) and (settings.get("arm") is None) == (settings.get("arms") is None):
+            raise ValueError(f"`{key}` needs either `arm`, a preference-aware one, or `arms`, one for each objective.")
         guidance_strength(settings.get("beta", 1.0))
         check_divergence(settings.get("divergence", REVERSE_KL), settings.get("order", 1.0))
         return cls(name, method, settings)
@@ -120,6 +135,39 @@ class Entry:
                 f"The method {self.name!r} can't run on {engine}, which decodes weighted sums of log-probabilities "
                 f"over one prompt alone. Use `engine: {' or '.join(self.method.engines)}` for it."
             )
+
+    def check_models(self, objectives: Sequence[str], base: str) -> None:
+        """Raises `ValueError` for a model or a reward without a configuration, or models that are for other objectives
+        than these; it loads no weights."""
+        for value in (self.settings[setting] for setting in MODELS if self.settings.get(setting) is not None):
+            for name in value.values() if isinstance(value, Mapping) else [value]:
+                check_readable(name, base)
+        for source in map(RewardSource.of, self.settings.get("rewards", {}).values()):
+            if source.is_model:
+                read_config(source.source, "reward model")
+        found = self._objectives()
+        if found is not None and not self.method.control and set(found) != set(objectives):
+            raise ValueError(
+                f"The method {self.name!r} has models for {', '.join(found)}, but the objectives are "
+                f"{', '.join(objectives)}. Both must be the same."
+            )
+
+    def _objectives(self) -> list[str] | None:
+        """Which its models are for, by their configurations; `None` where it takes no preference."""
+        if found := next((self.settings[name] for name in OF_OBJECTIVES if self.settings.get(name) is not None), None):
+            return list(found)
+        arm = self.settings.get("arm")
+        if arm is None or self.method.make is untrained_arm:
+            return None
+        if self.method.make is parm_prompt:
+            return list(PreferenceText.load(arm).objectives)
+        found = adapter_config(arm)
+        if not isinstance(found, PreferenceConfig):
+            raise ValueError(
+                f"The method {self.name!r} needs an ARM with a preference, but {arm!r} is none: it is an adapter of "
+                f"the kind {found.peft_type}."
+            )
+        return found.objectives
 
     def check_extrapolates(self, preferences: Sequence[Preference], objectives: Sequence[str]) -> None:
         """Raises `ValueError` for a preference off the simplex where the method has no meaning there."""
@@ -251,7 +299,6 @@ def cage(
     template: str | None = None,
 ) -> ModelAt:
     """The equilibrium of objectives that pay for tokens: one ARM at its vertices, or an ARM for each objective."""
-    _check_either("cage", arm, arms)
     guides = {objective: models.guide(name, template) for objective, name in (arms or {"": arm or ""}).items()}
 
     def formula(batch: Batch) -> Scorer:
@@ -272,7 +319,6 @@ def worst_case(
     template: str | None = None,
 ) -> ModelAt:
     """PARM or GenARM at the weights that are worst for the decoder, at every token: it has no preference."""
-    _check_either("worst_case", arm, arms)
     if arms is not None:
         guides = {objective: models.guide(name, template) for objective, name in arms.items()}
         scorers = {objective: guide.lm() for objective, guide in guides.items()}
@@ -349,11 +395,6 @@ METHODS = {
     "rewarded_soups": Method("Rewarded Soups", rewarded_soups),
 }
 """All methods by the name that a configuration gives."""
-
-
-def _check_either(method: str, arm: str | None, arms: Mapping[str, str] | None) -> None:
-    if (arm is None) == (arms is None):
-        raise ValueError(f"`{method}` needs either `arm`, a preference-aware one, or `arms`, one for each objective.")
 
 
 def _guided(models: Models, guides: Iterable[Guide], formula: Callable[[Batch], Scorer]) -> ModelAt:

@@ -191,7 +191,7 @@ class Models:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The base model's, without its weights."""
-        return _read(AutoConfig.from_pretrained, self.name, "model")
+        return read_config(self.name)
 
     @property
     def positions(self) -> int | None:
@@ -251,12 +251,8 @@ class Models:
         config = adapter_config(name)
         backbone = cast(str, backbone or config.base_model_name_or_path)
         loaded = canonical(self.name), *self._whole
-        if canonical(backbone) not in loaded and not is_readable(backbone):
-            raise ValueError(
-                f"The adapter {name!r} was trained on {backbone!r}, as `base_model_name_or_path` in its "
-                "adapter_config.json says, and there is no such model, neither in a folder, seen from here, nor on "
-                "the Hub as far as it can be reached. Start where that folder is, or write there which model it is."
-            )
+        if canonical(backbone) not in loaded:
+            _check_backbone(name, backbone)
         alone = changes_below(config, self.whole(backbone))
         key = canonical(backbone), name if alone else str(config.peft_type)
         # A backbone takes adapters of one kind that leave it as it is; others get one of their own.
@@ -364,6 +360,20 @@ def adapter_config(name: str) -> PeftConfig:
     return _read(PeftConfig.from_pretrained, name, "adapter")
 
 
+def check_readable(name: str, base: str) -> None:
+    """Raises `ValueError` for a model without a configuration, or an adapter on such a one; it loads no weights."""
+    backbone = _read(backbone_name, name, "model")
+    if backbone is None:
+        read_config(name)
+    elif canonical(backbone) != canonical(base):
+        _check_backbone(name, backbone)
+
+
+def read_config(name: str, what: str = "model") -> PretrainedConfig:
+    """The configuration of a whole model. Raises `ValueError` if there is none to read."""
+    return _read(AutoConfig.from_pretrained, name, what)
+
+
 def canonical(name: str) -> str:
     """One name for a model that has several: of a folder its whole path."""
     return str(Path(name).resolve()) if Path(name).exists() else name
@@ -385,6 +395,15 @@ def is_readable(name: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _check_backbone(adapter: str, backbone: str) -> None:
+    if not is_readable(backbone):
+        raise ValueError(
+            f"The adapter {adapter!r} was trained on {backbone!r}, as `base_model_name_or_path` in its "
+            "adapter_config.json says, and there is no such model, neither in a folder, seen from here, nor on "
+            "the Hub as far as it can be reached. Start where that folder is, or write there which model it is."
+        )
 
 
 def _read(load: Callable[..., Any], name: str, what: str, **arguments: Any) -> Any:

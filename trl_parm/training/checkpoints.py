@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers.utils import logging
 
 from peft_pblora.loading import check_checkpoint
 from peft_pblora.output import check_output, is_written_by, output_file
+from peft_pblora.switch import backbone_of
 from trl_parm.identity import spread
 from trl_parm.jsonl import lock
 from trl_parm.preference_text import FILE as PREFERENCE_TEXT
@@ -39,21 +41,29 @@ logger = logging.get_logger(__name__)
 RECORD = "training.json"
 """In each checkpoint: what it was trained with."""
 WRITER = "train"
+BEGUN = "_training.id"
+"""In the output folder: which training began there last."""
+TRAINING = "training"
+"""There, and in a checkpoint's record once it is complete: the training's id."""
 TRAINED = (
     "adapter_config.json", "config.json", "generation_config.json", "*.safetensors*", "*.bin", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", TRAINER_STATE_NAME,
-    "*_results.json", PREFERENCE_TEXT,
+    "*_results.json", PREFERENCE_TEXT, BEGUN,
 )  # fmt: skip
 """What a training writes at its end: the model, its tokenizer, and what it measured."""
 FILES = "files"
 """In a checkpoint's record: what is in its folder."""
 LOCK = "_training.lock"  # `push_to_hub` leaves out names that begin so
 SETTINGS = (
-    "seed", "data_seed", "learning_rate", "optim", "weight_decay", "disable_dropout", "loss_type", "label_smoothing",
-    "target_margin", "length_normalized", "aggregation", "global_weight", "concentration", "preference_per",
-    "train_preferences", "weight_column", "append_end_token", "preference_template",
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim",
+    "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "disable_dropout",
+    "optimize_for_cpu", "loss_type", "label_smoothing", "target_margin", "length_normalized", "aggregation",
+    "global_weight", "concentration", "preference_per", "train_preferences", "weight_column", "append_end_token",
+    "preference_template",
 )  # fmt: skip
-"""Arguments that must stay: those of the loss and its preferences, and those that an optimizer's state holds."""
+"""Arguments that must stay: those of the loss and its preferences, of the optimizer and its learning rate."""
+CONFIGURATIONS = ("base", "adapter")
+"""What of a record holds the fields of a configuration, which other versions of transformers and PEFT add to."""
 PASSING = {
     "_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "bos_token_id", "card",
     "default_preference", "dtype", "eos_token_id", "inference_mode", "pad_token_id", "peft_version", "revision",
@@ -93,7 +103,9 @@ def check_folder(folder: str | Path, subfolder: str = "") -> None:
 
 
 def last_complete_checkpoint(folder: str | Path) -> str:
-    """The newest checkpoint in a folder that was written to its end: the trainer's state is written last.
+    """The newest checkpoint in a folder that was written to its end, by the training that began there last.
+
+    Where it is not known which one began there, as with checkpoints of earlier versions, it is the newest of any.
 
     Raises:
         ValueError: there is none.
@@ -102,12 +114,24 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     found = {
         int(step): str(path) for path, step in steps.items() if step.isdigit() and read_json(path / TRAINER_STATE_NAME)
     }
-    if not found:
+    begun = read_json(Path(folder) / BEGUN)
+    own = {step: path for step, path in found.items() if begun is None or _training(path) == begun.get(TRAINING)}
+    if not own:
+        others = f": {found[max(found)]} is of another training than the one that began there last" if found else ""
         raise ValueError(
-            f"There is no complete checkpoint in {str(folder)!r} to resume from. Train without "
+            f"There is no complete checkpoint in {str(folder)!r} to resume from{others}. Train without "
             "`resume_from_checkpoint`, or name a checkpoint's folder."
         )
-    return found[max(found)]
+    return own[max(own)]
+
+
+def begin(folder: str | Path, checkpoint: str | None) -> str | None:
+    """Notes in an output folder which training begins there, and gives its id: that of a checkpoint to resume from,
+    `None` if an earlier version wrote it, or a new one."""
+    training = _training(checkpoint) if checkpoint else uuid.uuid4().hex
+    with output_file(Path(folder) / BEGUN, WRITER) as file:
+        json.dump({TRAINING: training}, file)
+    return training
 
 
 def describe_inputs(
@@ -118,21 +142,26 @@ def describe_inputs(
     name = str(model.config._name_or_path).rstrip("/").split("/")[-1]
     frozen = _hash(_sample(p) for p in model.parameters() if not p.requires_grad)
     own = model.peft_config[adapter].to_dict() if adapter else {}
-    if isinstance(data, JointPreferenceDataset):
-        described = [f"{len(pairs)} pairs, {_hash_pairs(pairs)}" for pairs in data.datasets]
-    else:
-        described = [f"a stream, {_hash_pairs(_beginning(*source))}" for source in data.sources]
     return {
         "base": plain({"name": name, "frozen weights": frozen, **config}),
+        "loaded dtype": str(backbone_of(model).dtype).removeprefix("torch."),
         "adapter": plain({"name": adapter, **own}),
-        "data": described,
+        "data": describe_data(data),
     }
+
+
+def describe_data(data: JointPreferenceDataset | JointPreferenceStream) -> list[str]:
+    """Of each data set its size and a short hash of its tokens; of a stream of those at its start."""
+    if isinstance(data, JointPreferenceDataset):
+        return [f"{len(pairs)} pairs, {_hash_pairs(pairs)}" for pairs in data.datasets]
+    return [f"a stream, {_hash_pairs(_beginning(*source))}" for source in data.sources]
 
 
 def describe_settings(args: PreferenceARMConfig, objectives: list[str]) -> dict[str, Any]:
     """What the loss and the optimizer of a run are, as JSON."""
     by_name = {name: args.by_objective(name, objectives) for name in ("beta", "ideal_losses")}
-    return {"objectives": objectives, **by_name, **{name: plain(getattr(args, name)) for name in SETTINGS}}
+    values = args.to_dict()
+    return {"objectives": objectives, **by_name, **{name: plain(values[name]) for name in SETTINGS}}
 
 
 def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:
@@ -141,11 +170,11 @@ def write_record(folder: str | Path, run: Mapping[str, Any]) -> None:
         json.dump(run, file, indent=2, ensure_ascii=False)
 
 
-def note_files(checkpoint: str | Path) -> None:
-    """Notes in a checkpoint's record which files it has, now that all of them are there."""
+def note_files(checkpoint: str | Path, training: str | None) -> None:
+    """Notes in a checkpoint's record which files it has, and of which training, now that all of them are there."""
     run = read_json(Path(checkpoint) / RECORD)
     if run is not None:
-        write_record(checkpoint, {**run, FILES: sorted(_files(checkpoint))})
+        write_record(checkpoint, {**run, TRAINING: training, FILES: sorted(_files(checkpoint))})
 
 
 def rotate(folder: str | Path, limit: int | None, protected: Iterable[str | None]) -> None:
@@ -175,9 +204,7 @@ def check_record(checkpoint: str | Path, run: Mapping[str, Any]) -> None:
             "arguments are the same."
         )
         return
-    old, new = dict(_flat(known)), dict(_flat(run))
-    common = old.keys() & new.keys()
-    found = differences({key: old[key] for key in common}, {key: new[key] for key in common})
+    found = differences(dict(_flat(_known_to(run, known))), dict(_flat(_known_to(known, run))))
     if found:
         raise ValueError(
             f"The checkpoint {checkpoint} is of another training: {'; '.join(found)}. Resume with what it was trained "
@@ -193,10 +220,23 @@ def check_adapter_of(checkpoint: str | Path, model: Any, adapter: str | None) ->
         check_checkpoint(model, folder, adapter)
 
 
+def _known_to(other: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record another has too, whose version may have had fewer settings, or configurations fewer fields."""
+    found = {key: value for key, value in run.items() if key in other}
+    for name in found.keys() & CONFIGURATIONS:
+        found[name] = {field: value for field, value in found[name].items() if field in other[name]}
+    return found
+
+
+def _training(checkpoint: str | Path) -> str | None:
+    return (read_json(Path(checkpoint) / RECORD) or {}).get(TRAINING)
+
+
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of nested mappings, `a.b` for one in another, without those that change nothing."""
+    """The entries of nested mappings, `a.b` for one in another, without those that change nothing. An empty mapping is
+    none."""
     for key, value in values.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{key}.")
         elif key not in PASSING:
             yield before + key, value

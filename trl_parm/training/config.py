@@ -242,7 +242,9 @@ class PairData:
         path (`str`): A JSON, CSV or Parquet file, a folder, or an id on the Hub.
         objective (`str`, *optional*): Its objective; not given for a data set with labels for several.
         name (`str`, *optional*): Configuration of a data set on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): The split, slices such as `train[:1000]` included.
+        split (`str`, *optional*):
+            The split, slices such as `train[:1000]` included. If not given, `train`; of a folder or an id for
+            evaluation `test`.
         streaming (`bool`, *optional*, defaults to `False`): Read it as a stream.
         columns (`dict[str, str]`, *optional*): Its column → the column that is expected, which it replaces.
         where (`dict[str, Any]`, *optional*): Keep the rows with these values in these columns.
@@ -251,26 +253,32 @@ class PairData:
     path: str
     objective: str | None = None
     name: str | None = None
-    split: str = "train"
+    split: str | None = None
     streaming: bool = False
     columns: dict[str, str] | None = None
     where: dict[str, Any] | None = None
 
-    def load(self) -> Dataset | IterableDataset:
-        """Loads the pairs. Raises `ValueError` if the file is missing, empty or damaged, or columns are missing."""
+    def load(self, split: str = "train") -> Dataset | IterableDataset:
+        """Loads the pairs, of a folder or an id those of a `split` where the data set names none.
+
+        Raises `ValueError` if the file is missing, empty or damaged, or the split or columns are missing.
+        """
         kind = FILE_KINDS.get(Path(self.path).suffix)
         if not Path(self.path).name:
             raise ValueError(f"The data is at {self.path!r}, which names none. Give a file, or a folder or id.")
         if kind and not Path(self.path).exists():
             raise ValueError(f"There is no data at {self.path!r}. Give an existing file, or an id on the Hub.")
         source: dict[str, Any] = {"path": kind, "data_files": self.path} if kind else {"path": self.path}
+        source |= {"name": self.name, "split": self.split or ("train" if kind else split)}
         try:
-            data: Any = load_dataset(**source, name=self.name, split=self.split, streaming=cast(Any, self.streaming))
+            data: Any = load_dataset(**source, streaming=cast(Any, self.streaming))
             if kind and self.streaming and next(iter(data), None) is None:
                 raise ValueError("it has no row")
             if kind and not self.streaming:
                 data.data.table.validate(full=True)  # that texts are UTF-8, which is else seen row by row
         except (DatasetGenerationError, StopIteration, TypeError, ValueError) as error:
+            if str(error).startswith(("Unknown split", "Bad split")):
+                raise ValueError(f"{str(error).rstrip('.')}. Name one of {self.path!r} as its `split`.") from error
             if not kind:
                 raise
             raise ValueError(_damage(Path(self.path), kind, error.__cause__ or error)) from error
@@ -322,9 +330,9 @@ class ARMArguments:
         if self.adapter not in ADAPTERS:
             raise ValueError(f"`adapter` is {self.adapter!r}, but it must be one of {', '.join(ADAPTERS)}.")
 
-    def load(self, data: list[PairData]) -> dict[str, Dataset | IterableDataset] | None:
+    def load(self, data: list[PairData], split: str = "train") -> dict[str, Dataset | IterableDataset] | None:
         """The data sets by objective, those with labels under a name of their own; `None` if there is none."""
-        loaded = {entry.objective or f"pairs_{i}": entry.load() for i, entry in enumerate(data)}
+        loaded = {entry.objective or f"pairs_{i}": entry.load(split) for i, entry in enumerate(data)}
         if len(loaded) < len(data):
             raise ValueError("Two data sets have the same objective. Join them into one file or data set first.")
         return loaded or None

@@ -6,6 +6,7 @@ Only the tokens of responses get logits, and never a float32 matrix of (rows, to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -122,11 +123,11 @@ class ResponseLogProbs:
         """log π of each response under the model, wrapped or not, shape `(predictions.count,)`, float32."""
         if self.head is not None:
             with _answering_head(self.head, predictions) as answers:
-                sums = model(**inputs, use_cache=False).logits[:, 0, 0].float()
-            if self._checked or torch.equal(sums.detach(), answers[0]):
+                logits = model(**inputs, use_cache=False).logits.float()
+            if self._checked or torch.equal(logits.detach(), answers[0]):
                 self._checked = True
-                return sums
-            # The model scales or caps its logits after the head.
+                return logits.flatten()[: predictions.count]
+            # The model scales, caps, masks or cuts its logits after the head.
             self.head = None
         return self._from_logits(model, inputs, predictions)
 
@@ -134,6 +135,14 @@ class ResponseLogProbs:
         first, last = predictions.positions.min(), predictions.positions.max()
         keep = torch.arange(int(first), int(last) + 1, device=predictions.positions.device)
         logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        length = inputs["input_ids"].shape[1]
+        if logits.shape[1] == length:  # also of a model that does not know `logits_to_keep`
+            first = 0
+        elif logits.shape[1] != len(keep):
+            raise ValueError(
+                f"The model gave logits for {logits.shape[1]} positions, but it was asked for {len(keep)} of {length} "
+                "by `logits_to_keep`. Its forward must give those, or all."
+            )
         rows, positions, targets = (
             t.to(logits.device).split(256)
             for t in (predictions.rows, predictions.positions - first, predictions.targets)
@@ -218,7 +227,10 @@ def _frozen_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def _answering_head(head: nn.Linear, predictions: Predictions) -> Iterator[list[torch.Tensor]]:
-    """Lets the head return the log-probabilities of responses, of shape `(count, 1, 1)`, in the place of logits."""
+    """Lets the head return the log-probabilities of responses in the place of logits, as few as fill the vocabulary.
+
+    They stand there again and again, so that it shows whether the model changes the logits of any token.
+    """
     inputs: list[torch.Tensor] = []
     answers: list[torch.Tensor] = []
 
@@ -231,8 +243,10 @@ def _answering_head(head: nn.Linear, predictions: Predictions) -> Iterator[list[
         weight, bias, dtype = cast(Any, module).weight, module.bias, getattr(module, "dtype", None)
         values = token_log_probs(inputs.pop()[at], weight, bias, predictions.targets.to(output.device), dtype)
         sums = predictions.sum(values)
-        answers.append(sums.detach())
-        return sums[:, None, None]
+        size = math.ceil(len(sums) / len(weight)) * len(weight)
+        filled = sums.repeat(math.ceil(size / len(sums)))[:size].view(1, -1, len(weight))
+        answers.append(filled.detach().clone())  # the model may write into what it gets
+        return filled
 
     handles = [head.register_forward_pre_hook(take), head.register_forward_hook(answer)]
     try:

@@ -162,7 +162,8 @@ def trained_adapter(model) -> str | None:
     """The name of the adapter that trains, which is the active one; `None` for a model without adapters.
 
     Raises:
-        ValueError: several adapters are active, or nothing of the active one, or of the whole model, trains.
+        ValueError: several adapters are active, the active one is tuned by prompt learning, or nothing of it, or of
+            the whole model, trains.
     """
     active = model.active_adapters if is_peft_model(model) else []
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -172,6 +173,11 @@ def trained_adapter(model) -> str | None:
             f"The adapters {active} are active, but one trains at a time. Call `set_adapter` with its name."
         )
     name = active[0] if active else None
+    if name is not None and model.peft_config[name].is_prompt_learning:
+        raise ValueError(
+            f"The adapter {name!r} is tuned by prompt learning, whose tokens or cache no guide can have. Use a method "
+            "that adapts layers, such as `LoraConfig`."
+        )
     if any(p.requires_grad for path, p in model.named_parameters() if name is None or name in path.split(".")):
         return name
     if name is None:

@@ -28,6 +28,8 @@ class SavingTrainer(_BaseTrainer):
 
     best_loaded: tuple[int, int] | None = None
     """The step of the best model, once it was loaded, and how many entries the log had then."""
+    training_id: str | None = None
+    """Of the run that [`checkpoints.begin`] has noted in the output folder."""
     _saves_checkpoint = False
     push_in_progress: PushInProgress | None
 
@@ -60,7 +62,7 @@ class SavingTrainer(_BaseTrainer):
         self.accelerator.wait_for_everyone()  # until each process has written its files
         if self.args.should_save:
             folder, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoints.note_files(Path(folder, name))
+            checkpoints.note_files(Path(folder, name), self.training_id)
             checkpoints.rotate(folder, limit, [name, self.state.best_model_checkpoint])
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
@@ -69,6 +71,13 @@ class SavingTrainer(_BaseTrainer):
         if self.args.should_save and limit == 1 and self.state.best_model_checkpoint is not None:
             checkpoints.rotate(self._get_output_dir(trial), limit, [self.state.best_model_checkpoint])
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As transformers', which lets all weights of one of several adapters train. Frozen ones stay so."""
+        trains = [(one, one.requires_grad) for one in cast(Any, model or self.model).parameters()]
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for parameter, required in trains:
+            parameter.requires_grad_(required)
 
     def _load_best_model(self) -> None:
         """As transformers', also where PEFT saves an adapter below the checkpoint, by its name."""

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import tokenizers
+import transformers
+import trl
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import common_prefix_length
 
+from trl_parm import shapes, templates, texts
+from trl_parm.identity import short_hash
 from trl_parm.shapes import REPEATED, read_context, read_pair
 from trl_parm.templates import tokenize_chat, without_end
 
@@ -83,6 +90,7 @@ class PairReader:
         self.max_length, self.cut_prompt, self.append_end_token = max_length, cut_prompt, append_end_token
         self.weight_column, self.vocabulary = weight_column, vocabulary
         self.special = frozenset(tokenizer.all_special_ids)
+        self.read_by = _code()  # `datasets` keeps pairs by what is pickled here, which names the class alone
         self.labelled = is_labelled(columns)
         self.responses = LABELLED if self.labelled else RANKED
         self.tokenized = f"{self.responses[0]}_ids" in columns
@@ -281,6 +289,13 @@ class PairReader:
                 if not cast(str, self.tokenizer.decode(rest)).strip():
                     return response[: place + 1]
         return response
+
+
+def _code() -> list[str]:
+    """What decides the tokens of a pair beside its reader: a hash of the code that reads it, and versions."""
+    sources = map(inspect.getsource, (sys.modules[__name__], shapes, templates, texts))
+    versions = [package.__version__ for package in (tokenizers, transformers, trl)]
+    return [short_hash("".join(sources).encode()), *versions]
 
 
 def is_kept(outcomes: Sequence[str]) -> bool:

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from peft_pblora import PreferenceConfig, get_preference, set_preference, use_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
-from peft_pblora.switch import changes_below
+from peft_pblora.switch import AdapterSwitch, changes_below
 from trl_parm.preference_text import PreferenceText
 
 from . import checkpoints
@@ -186,6 +186,9 @@ class PreferenceARMTrainer(SavingTrainer):
         """
         with self.claim_output(resume_from_checkpoint) as checkpoint, self._preference_kept():
             self.best_loaded = None
+            if self.is_world_process_zero():
+                self._describe_run()  # before DeepSpeed casts the weights
+                self.training_id = checkpoints.begin(cast(str, self.args.output_dir), checkpoint)
             return super().train(checkpoint, **kwargs)
 
     def _preference_kept(self) -> AbstractContextManager:
@@ -295,8 +298,8 @@ class PreferenceARMTrainer(SavingTrainer):
         inputs = self._at(model, inputs, preference)
         without = nullcontext()
         if preference is None:
-            model = cast(PeftModel, self.accelerator.unwrap_model(model))
-            without = model.disable_adapter()
+            model = self.accelerator.unwrap_model(model)
+            without = AdapterSwitch.of(model).only([])
         with without:
             first, second = self.responses.log_probs(model, inputs)
         return first - second
