@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import reproduce_small as command
 import results_page
+import torch
 import yaml
 from comparison import piece as pieces_of
 from comparison.field import FIELD, beyond_table, read_field
@@ -19,9 +21,11 @@ from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budge
 from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
 from comparison.settings import BETA, SCALE, Settings, at_edge, best, next_of
 from comparison.statements import at_policies_kl, edges, statements
-from comparison.task import Task, agreement, ranked
+from comparison.task import Task, agreement
 from comparison.training import KINDS, Training, join_loras
+from peft import AutoPeftModelForCausalLM
 from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
+from transformers import AutoTokenizer
 
 from trl_parm.evaluation import arrange
 from trl_parm.records import Records
@@ -46,7 +50,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results_page, "write_page", lambda *paths: None)
         run(folder, patch, "--only", "tiny/settings")
-        stop_at(patch, Training, "_reward_model", 3)
+        stop_at(patch, Training, "_train", 3)
         with pytest.raises(KeyboardInterrupt):
             run(folder, patch)
     trained = modified(folder / "work" / "tiny" / "4-seed0")
@@ -240,6 +244,33 @@ def test_every_method_trains_on_as_many_pairs(tmp_path, monkeypatch):
     assert seen["genarm"][0][2] + seen["genarm"][1][2] == seen["parm"][0][2][:8]
 
 
+def test_policies_are_trained_by_dpo(tmp_path):
+    """Their losses are those of DPO's equation, of whole texts one by one in float64."""
+    task = Task.read(write_task(tmp_path))
+    trained = Training(task, "dpo", 4, 3, 1, 0.05, tmp_path / "dpo", 3)
+    found = trained.run()["losses"]
+    tokenizer = AutoTokenizer.from_pretrained(task.model)
+    for name in task.objectives:
+        policy = AutoPeftModelForCausalLM.from_pretrained(trained.adapter(name)).double().eval()
+
+        def log_prob(prompt, response, policy=policy):
+            start = tokenizer(prompt)["input_ids"]
+            ids = torch.tensor([start + tokenizer(response)["input_ids"] + [tokenizer.eos_token_id]])
+            with torch.no_grad():
+                each = policy(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            return each[len(start) - 1 :].sum()
+
+        losses = []
+        for row in task.held_out(3):
+            texts = [row["prompt"], row[f"response_{row[name]}"]], [row["prompt"], row[f"response_{1 - row[name]}"]]
+            best, other = (log_prob(*text) for text in texts)
+            with policy.disable_adapter():
+                best, other = best - log_prob(*texts[0]), other - log_prob(*texts[1])
+            losses.append(-torch.nn.functional.logsigmoid(task.policy_beta * (best - other)))
+        assert found[name] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-6)
+        assert abs(found[name] - math.log(2)) > 1e-3
+
+
 def test_scale_then_rate_are_searched_for_with_the_mean_over_seeds(tmp_path, monkeypatch):
     given = {"scales": [1.0, 4.0], "rates": [0.01, 0.02, 0.04], "settings_seeds": {2: [7, 8]}}
     task = Task.read(write_task(tmp_path, **given))
@@ -302,10 +333,8 @@ def test_pairs_are_drawn_once_as_long_as_there_are_enough(tmp_path):
     assert len(task.drawn(7, 0)) == 14
 
 
-def test_labels_become_ranks():
-    rows = [{"prompt": "p", "response_0": "x", "response_1": "y", "a": label, "b": 0} for label in (0, 1, -1)]
-    assert [(row["chosen"], row["rejected"]) for row in ranked(rows, "a")] == [("x", "y"), ("y", "x")]
-    assert agreement(rows, ["a", "b"]) == 2 / 3
+def test_labels_agree_unless_they_contradict():
+    assert agreement([{"a": label, "b": 0} for label in (0, 1, -1)], ["a", "b"]) == 2 / 3
 
 
 @pytest.mark.parametrize(

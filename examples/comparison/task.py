@@ -153,16 +153,6 @@ class Task:
         return hashlib.sha256(Path(self.pairs).read_bytes()).hexdigest()[:16]
 
 
-def ranked(rows: Sequence[Mapping[str, Any]], objective: str) -> list[dict[str, Any]]:
-    """Labelled pairs as TRL's `prompt`, `chosen` and `rejected` by one objective, without ties."""
-    return [
-        {"prompt": row["prompt"], "chosen": row[f"response_{row[objective]}"],
-         "rejected": row[f"response_{1 - row[objective]}"]}
-        for row in rows
-        if row[objective] in (0, 1)
-    ]  # fmt: skip
-
-
 def agreement(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> float:
     """The share of pairs in which no objective contradicts another: all that tell them apart prefer the same."""
     labels = [{row[name] for name in objectives} - {-1} for row in rows]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains what a method needs, in this process: ARMs with our trainer, policies with TRL's DPO."""
+"""Trains what a method needs, in this process: ARMs, and policies by DPO."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, SVDLoraConfig, from_loras
 from peft_pblora.output import output_file
+from peft_pblora.switch import AdapterSwitch
 from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
 from trl_parm.cpu import optimize_loaded
+from trl_parm.training.log_probs import Responses
 
-from .task import Task, as_json, ranked
+from .task import Task, as_json
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
@@ -97,18 +98,17 @@ class Training:
                 raise ValueError(f"{facts.parent} is of another training. Move it away, or name another `--work`.")
             return found
         start = time.process_time()
-        train = self._policy if self.kind == "dpo" else self._reward_model
-        losses, metrics = train(objective, steps, pairs)
+        losses, metrics = self._train(objective, steps, pairs)
         found = {"losses": losses, "metrics": metrics, "seconds": time.process_time() - start}
         with output_file(facts, "reproduce_small.py") as file:
             file.write(as_json({"of": own, **found}))
         return found
 
-    def _reward_model(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> tuple[dict, dict]:
+    def _train(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> tuple[dict, dict]:
         objectives = [objective] if objective else self.task.objectives
         config = PreferenceARMConfig(
             **self._arguments(objective, steps),
-            beta=self.task.reward_beta,
+            beta=self.task.policy_beta if self.kind == "dpo" else self.task.reward_beta,
             global_weight=1.0 if self.kind.startswith("uniarm") else 0.0,
             preference_template=TEMPLATE if self.kind == "parm_prompt" else None,
             label_columns={name: name for name in objectives},
@@ -124,25 +124,13 @@ class Training:
             processing_class=AutoTokenizer.from_pretrained(self.task.model),
             peft_config=self._config(objectives),
         )
+        if self.kind == "dpo":
+            trainer.responses = AboveReference(trainer.model, config)
         trainer.train()
         metrics = trainer.evaluate()
         trainer.save_model()
         kept = {name.removeprefix("eval_"): value for name, value in metrics.items() if is_telling(name)}
         return {name: kept[f"{name}_loss@{name}"] for name in objectives}, kept
-
-    def _policy(self, objective: str, steps: int, pairs: list[dict[str, Any]]) -> tuple[dict, dict]:
-        trainer = DPOTrainer(
-            self._backbone(),
-            args=DPOConfig(**self._arguments(objective, steps), beta=self.task.policy_beta),
-            train_dataset=Dataset.from_list(ranked(pairs, objective)),
-            eval_dataset=Dataset.from_list(ranked(self.task.held_out(self.held_out), objective)),
-            processing_class=AutoTokenizer.from_pretrained(self.task.model),
-            peft_config=self._config([objective]),
-        )
-        trainer.train()
-        metrics = trainer.evaluate()
-        trainer.save_model()
-        return {objective: metrics["eval_loss"]}, {f"{objective}_accuracy": metrics["eval_rewards/accuracies"]}
 
     def _arguments(self, objective: str, steps: int) -> dict[str, Any]:
         return {
@@ -182,6 +170,18 @@ class Training:
         if self.kind == "uniarm_descriptions":
             return MoSLoraConfig(objective_descriptions=self.task.descriptions, **common)
         return LoraConfig(**common)
+
+
+class AboveReference(Responses):
+    """log π − log π_ref of responses, where the reference is the model without adapters. With these the loss of an ARM
+    is DPO's (arXiv 2305.18290, equation 7), in rows that share prompts: TRL's trainer scores every position of a batch
+    by the whole vocabulary on a CPU, and takes three times as long.
+    """
+
+    def log_probs(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad(), AdapterSwitch.of(model).only([]):
+            reference = super().log_probs(model, batch)
+        return super().log_probs(model, batch) - reference
 
 
 def with_labels(rows: list[dict[str, Any]], objectives: list[str]) -> list[dict[str, Any]]:
