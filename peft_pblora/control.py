@@ -89,7 +89,9 @@ def find_adapter(model: nn.Module, adapter_name: str | None = None) -> tuple[str
     found = _conditions(model, adapter_name)
     active: list[str] = []
     if len(found) > 1:
-        active = next(layer for layer in preference_layers(model) if layer.adapters).active_adapters
+        tuner = getattr(model, "base_model", None)
+        layers = (layer for layer in preference_layers(model) if layer.adapters)
+        active = (tuner if isinstance(tuner, PreferenceTuner) else next(layers)).active_adapters
     return next((pair for pair in found if pair[0] in active), found[0])
 
 
@@ -109,5 +111,5 @@ def _families(model: nn.Module) -> list[dict[str, Condition]]:
     """The conditions by name, once for each part of the model that was given adapters by itself."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
     if isinstance(tuner, PreferenceTuner):
-        return [tuner.conditions]
+        return [tuner.conditions, *(others for others in tuner.families if others is not tuner.conditions)]
     return list({id(layer.conditions): layer.conditions for layer in preference_layers(model)}.values())

@@ -130,7 +130,9 @@ def _check_loaded(
     with refused(folder):
         result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     prefix = cast(Any, PEFT_TYPE_TO_PREFIX_MAPPING).get(config.peft_type, "")
-    missing = [key for key in result.missing_keys if prefix in key and adapter_name in key.split(".")]
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    # Trained biases have neither prefix nor name.
+    missing = [k for k in result.missing_keys if k in own or (prefix in k and adapter_name in k.split("."))]
     _refuse(folder, "missing", (key for key in missing if not any(part in key for part in SHARED)))
     _refuse(folder, "for another model: nothing here is called so", result.unexpected_keys)
 

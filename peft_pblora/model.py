@@ -9,9 +9,15 @@ from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import LoraConfig, mapping
 from peft import PeftType as BuiltinType
-from peft import mapping
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_lora_target_modules_mamba,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -33,19 +39,28 @@ class PreferenceTuner(BaseTuner):
 
     tuner_layer_cls: ClassVar[type[PreferenceLinear]]
     conditions: dict[str, Condition]
+    families: list[dict[str, Condition]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. All layers of an adapter share one [`Condition`], and all of the method one dict of them."""
-        former = [layer for layer in preference_layers(model) if isinstance(layer, self.tuner_layer_cls)]
-        self.conditions = former[0].conditions if former else {}
+        """As PEFT's. All layers of an adapter share one [`Condition`], all of the method one dict of them, and all of
+        the model one list of these dicts."""
+        former: list[Any] = preference_layers(model)
+        own = [layer for layer in former if isinstance(layer, self.tuner_layer_cls)]
+        self.conditions = own[0].conditions if own else {}
+        self.families = former[0].families if former else []
+        for conditions in (self.conditions, *(layer.conditions for layer in former)):
+            if not any(conditions is known for known in self.families):
+                self.families.append(conditions)
         config: Any = self.peft_config[adapter_name]
         self._new_condition = Condition(config.objectives, config.initial_preference)
         asked = config.target_modules
         _maybe_include_all_linear_layers(config, model)
         if asked != config.target_modules:  # it was "all-linear", which means linear layers alone here
             linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-            config.target_modules -= {name for name, module in linear if not is_linear(module)}
+            config.target_modules -= {
+                name for name, module in linear if not is_linear(module) or _never_acts(model, name) is not None
+            }
         aside = [condition for condition in self.conditions.values() if condition.aside]
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # which sets active adapters anew
         for condition in aside:
@@ -70,27 +85,41 @@ class PreferenceTuner(BaseTuner):
             if name in self.conditions:
                 self.conditions[name].aside = False
 
-    def _check_merge_allowed(self) -> None:
-        """As PEFT's, which warns of tied weights. Merging into those would change two layers, so it is refused."""
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. Raises `ValueError` for a layer whose weight is tied: merging would change two layers."""
+        self._check_untied(adapter_names)
+        super().merge_adapter(adapter_names, *args, **kwargs)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if merge:
+            self._check_untied(adapter_names)
+        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_untied(self, adapter_names: list[str] | None) -> None:
         owners = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
         for name, layer in self.model.named_modules():
-            acts = isinstance(layer, self.tuner_layer_cls) and not set(layer.active_adapters).isdisjoint(
-                layer.adapters
-            )
-            if acts and owners[id(layer.get_base_layer().weight)] > 1:
+            if not isinstance(layer, PreferenceLinear) or owners[id(layer.get_base_layer().weight)] < 2:
+                continue
+            merged = layer.active_adapters if adapter_names is None else adapter_names
+            if not set(merged).isdisjoint(layer.adapters):
                 raise ValueError(
                     f"The weight of {name} is another module's too, such as the embedding's, so that merging would "
                     "change both. Leave the adapter unmerged, or load the model with `tie_word_embeddings=False`."
                 )
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        if (reason := _never_acts(model, target_name)) is not None:
+            raise ValueError(reason)
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, **_: Any) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config, self._new_condition)
             return
         kwargs = {"condition": self._new_condition, **get_quantization_kwargs(self)}
-        layer = self._create_new_module(config, adapter_name, target, **kwargs)
-        layer.conditions = self.conditions
+        layer: Any = self._create_new_module(config, adapter_name, target, **kwargs)
+        layer.conditions, layer.families = self.conditions, self.families
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -168,6 +197,24 @@ class PreferenceTuner(BaseTuner):
 
 def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _never_acts(model: nn.Module, name: str) -> str | None:
+    """Why an adapter of a module would not act: the model reads its weight without calling it. Else `None`.
+
+    PEFT knows such modules for LoRA, by the model's type and their own last name.
+    """
+    kind, own = getattr(getattr(model, "config", None), "model_type", None), name.rpartition(".")[2]
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, own)
+    except ValueError as error:
+        return str(error)
+    if own == "dt_proj" and kind in ("falcon_mamba", "jamba", "mamba"):
+        return (
+            f"Module {own!r} of a model of type {kind!r} is never called: the model reads its weight, so that an "
+            "adapter would not act. Leave it out of `target_modules`."
+        )
+    return None
 
 
 def is_linear(module: nn.Module) -> bool:

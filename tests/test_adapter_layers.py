@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the adapted layers start, what they never build, what they refuse, and what importing them leaves alone."""
 
+import copy
 import importlib
 import subprocess
 import sys
@@ -12,12 +13,21 @@ import pytest
 import torch
 from adapter_table import TABLE, every_adapter, make_model
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, FalconConfig, Llama4TextConfig, PhimoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconMambaConfig,
+    JambaConfig,
+    Llama4TextConfig,
+    Mamba2Config,
+    MambaConfig,
+    PhimoeConfig,
+)
 
-from peft_pblora import PBLoraConfig, as_preference, sample_preferences, set_preference
+from peft_pblora import MoSLoraConfig, PBLoraConfig, as_preference, sample_preferences, set_preference
 from peft_pblora.adapter import LowRankAdapter
 from peft_pblora.condition import Condition
 from peft_pblora.cores import MoSLoraCore, PBLoraCore, SVDLoraCore
@@ -254,6 +264,38 @@ def test_all_linear_takes_linear_layers_with_a_forward_of_their_own():
     assert {key.rpartition(".")[2] for key in arm.peft_config["default"].target_modules} == layers
 
 
+SSM = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "pad_token_id": 0}
+JAMBA = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2}
+JAMBA |= {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+JAMBA |= {"attn_layer_period": 2, "attn_layer_offset": 1}
+STATE_SPACES = {
+    "Mamba": (MambaConfig(**SSM, state_size=4), ["dt_proj", "out_proj", "conv1d"]),
+    "Mamba2": (Mamba2Config(**SSM, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8), ["out_proj"]),
+    "FalconMamba": (FalconMambaConfig(**SSM, state_size=4), ["dt_proj", "out_proj"]),
+    "Jamba": (JambaConfig(**SSM, **JAMBA), ["dt_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", STATE_SPACES)
+def test_layers_that_a_model_does_not_call_are_left_out_or_refused(name):
+    settings, uncalled = STATE_SPACES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    for target in uncalled:
+        config = PBLoraConfig(objectives=OBJECTIVES, target_modules=[target])
+        with pytest.raises(ValueError, match=f"Module '{target}' .*`target_modules`"):
+            get_peft_model(copy.deepcopy(model), config)
+    config = PBLoraConfig(objectives=OBJECTIVES, target_modules="all-linear", init_weights=False)
+    arm = get_peft_model(copy.deepcopy(model), config)
+    adapted = {key.rpartition(".")[2] for key, layer in arm.named_modules() if isinstance(layer, PreferenceLinear)}
+    assert "in_proj" in adapted
+    assert not adapted & set(uncalled)
+    expected = arm(IDS, use_cache=False).logits
+    assert not torch.allclose(expected, model(IDS, use_cache=False).logits, atol=1e-3)
+    merged = arm.merge_and_unload()
+    torch.testing.assert_close(merged(IDS, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 class Packed(nn.Linear):
     """A layer whose weight is packed by its first forward and unpacked to be saved, as 4 bits on a CPU are."""
 
@@ -338,13 +380,36 @@ def tied(**changes):
 def test_an_adapter_of_a_tied_output_layer_is_not_merged_into_the_embedding(way):
     model = tied(target_modules=["lm_head", "q_proj"])
     before, logits = [p.clone() for p in model.parameters()], model(IDS).logits
-    with (
-        pytest.warns(UserWarning, match="tie_word_embeddings=True"),
-        pytest.raises(ValueError, match="lm_head is another module's too"),
-    ):
+    with pytest.raises(ValueError, match="lm_head is another module's too"):
         getattr(model, way)()
     assert all(map(torch.equal, before, model.parameters()))
     torch.testing.assert_close(model(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("way", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("active", ["default", "head"])
+def test_of_a_tied_model_the_adapters_that_are_merged_decide(way, active):
+    model = tied(target_modules=["q_proj"])
+    model.add_adapter("head", PBLoraConfig(objectives=OBJECTIVES, target_modules=["lm_head"], init_weights=False))
+    # Merged into a model that stays adapted, one adapter acts beside the active one.
+    acting = ["default", "head"] if (way, active) == ("merge_adapter", "head") else ["default"]
+    model.base_model.set_adapter(acting)
+    expected = model(IDS).logits
+    model.set_adapter(active)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="lm_head is another module's too"):
+        getattr(model, way)(adapter_names=["head"])
+    assert all(map(torch.equal, before, model.parameters()))
+    merged = getattr(model, way)(adapter_names=["default"]) or model
+    torch.testing.assert_close(merged(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_method_is_not_merged_into_the_embedding_either():
+    model = tiny_llama(tie_word_embeddings=True)
+    inject_adapter_in_model(MoSLoraConfig(objectives=OBJECTIVES, target_modules=["lm_head"]), model, "head")
+    model = get_peft_model(model, PBLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="lm_head is another module's too"):
+        model.merge_adapter()
 
 
 def test_other_layers_of_a_tied_model_merge():

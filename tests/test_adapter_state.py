@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.functional import delete_adapter
 
 from peft_pblora import (
+    MoSLoraConfig,
     PBLoraConfig,
     SVDLoraConfig,
     get_objectives,
@@ -263,6 +264,30 @@ def test_two_methods_on_one_model_keep_their_objectives():
     set_preference(model, [0.25, 0.75])
     for layer in (attention.q_proj, attention.v_proj):
         assert layer.adapter("default").condition.preference.tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("copier", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_preference_reaches_adapters_of_another_method_below(order, copier):
+    inner = MoSLoraConfig(objectives=OBJECTIVES, target_modules=["q_proj", "v_proj"], init_weights=False)
+    outer = PBLoraConfig(objectives=OBJECTIVES, target_modules=["k_proj"], init_weights=False)
+    base = tiny_llama()
+    if order == "before":
+        inject_adapter_in_model(inner, base, adapter_name="inner")
+    model = get_peft_model(base, outer)
+    if order == "after":
+        inject_adapter_in_model(inner, base, adapter_name="inner")
+    model = copier(model).eval()
+    set_preference(model, [1.0, 0.0])
+    attention = model.base_model.model.model.layers[1].self_attn
+    for layer, name in ((attention.q_proj, "inner"), (attention.k_proj, "default")):
+        assert layer.adapter(name).condition.preference.tolist() == [1.0, 0.0]
+    set_preference(model, [0.0, 1.0], "inner")
+    assert get_preference(model).tolist() == [1.0, 0.0]
+    assert get_preference(model, "inner").tolist() == [0.0, 1.0]
+    with use_preference(model, [0.5, 0.5]):
+        assert attention.q_proj.adapter("inner").condition.preference.tolist() == [0.5, 0.5]
+    assert get_preference(model, "inner").tolist() == [0.0, 1.0]
 
 
 def test_the_default_preference_is_said_once_for_each_adapter():

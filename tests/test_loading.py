@@ -6,7 +6,7 @@ import json
 import peft
 import pytest
 import torch
-from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from conftest import tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 from pair_data import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -14,7 +14,7 @@ from test_export import write_official_adapter
 from training_runs import PBLORA, trainer, two_sets
 from training_runs import config as training_config
 
-from peft_pblora import MoSLoraConfig, check_adapter, load_adapter, loading
+from peft_pblora import MoSLoraConfig, PBLoraConfig, check_adapter, load_adapter, loading
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PreferenceARMTrainer, rewarded_soup
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
@@ -168,6 +168,23 @@ def test_a_damaged_adapter_that_changes_the_model_below_it_leaves_its_weights(tm
     with pytest.raises(ValueError, match="1 of its tensors are missing"):
         load_adapter(model, tmp_path)
     torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("only", [True, False])
+@pytest.mark.parametrize("config", [LoraConfig, PBLoraConfig])
+def test_an_adapter_without_its_trained_biases_is_refused(tmp_path, config, only):
+    bias = f"{config().peft_type.lower()}_only" if only else "all"
+    settings = {"target_modules": ["c_attn"], "bias": bias, "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(tiny_gpt2(), config(**settings)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.3 * ("bias" in name and parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_adapter(tiny_gpt2(), tmp_path)(IDS).logits, model(IDS).logits)
+    change(lambda tensors, _: tensors.pop(next(name for name in tensors if "bias" in name)))(tmp_path)
+    other = tiny_gpt2()
+    with pytest.raises(ValueError, match=r"1 of its tensors are missing \(.*c_attn.base_layer.bias\)"):
+        load_adapter(other, tmp_path)
+    assert torch.equal(other(IDS).logits, tiny_gpt2()(IDS).logits)
 
 
 def test_another_number_of_objectives_is_refused(base):

@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_arm, tiny_llama
 from decoding.architectures import ARCHITECTURES, tiny
-from decoding.tables import MASK, PROMPTS, fed_rows, tiny_judge
+from decoding.tables import DOORS, MASK, PROMPTS, fed_rows, log_probs, lora_model, tiny_judge
 from transformers import AutoModelForSequenceClassification
 
-from trl_parm import ClassifierReward, Guided, SequenceReward
+from trl_parm import ClassifierReward, Guided, GuidedLogitsProcessor, SequenceReward
 from trl_parm.algebra import Step
 from trl_parm.decoding import args, transfer_q
 from trl_parm.decoding.branches import Classifier, Continuations
@@ -80,6 +80,24 @@ def test_scores_are_those_of_whole_texts(name):
     assert bool(reader.branches) == BRANCH[name]
 
 
+@pytest.mark.parametrize("name", BRANCH)
+def test_a_text_that_ends_in_the_pad_token_is_judged_at_its_end(name):
+    """As rollouts do, where the pad token is the end token: the mask says what is text."""
+    model = classifier(name)
+    reader, slow = Classifier(model, 64), of_whole_texts(model)
+    model.config.pad_token_id = None  # one text by itself is judged at its last token then
+    ids = torch.randint(2, 64, (2, 8), generator=torch.Generator().manual_seed(1))
+    candidates = torch.tensor([[[64, 64, 64], [8, 64, 64], [8, 9, 64], [8, 9, 10]]] * 2)
+    mask = torch.tensor([[[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1]]] * 2)
+    for length in (7, 8):
+        step = Step(torch.zeros(2, 64), tokens=ids[:, :length], mask=torch.ones_like(ids[:, :length]), prompt_length=7)
+        expected = slow(step, candidates, mask)
+        model.config.pad_token_id = 64
+        found = reader.scores(step, candidates, mask)[..., 0]
+        model.config.pad_token_id = None
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
 def test_objectives_that_are_outputs_of_one_model_ask_it_once():
     model = tiny_judge()
     rows = fed_rows(model)
@@ -145,6 +163,47 @@ def test_rollouts_are_those_of_each_text_alone(name):
                 assert found[row, i, : len(output)].tolist() == output.tolist()
                 assert not found[row, i, len(output) :].any()
     assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("setting", [{"use_cache": False}, {"return_dict_in_generate": True}], ids=str)
+def test_a_policy_goes_on_from_what_was_read_whatever_its_settings(setting):
+    policy = tiny_llama(2)
+    step = Step(torch.zeros(3, 64), tokens=PROMPTS, mask=MASK, prompt_length=5)
+    candidates = torch.tensor([[9, 11]] * 3)
+    plain = Continuations(policy, 4, 0).decode(step, candidates)
+    policy.generation_config.update(**setting)
+    assert torch.equal(Continuations(policy, 4, 0).decode(step, candidates), plain)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", ["LoRA", "PBLoRA"])
+@pytest.mark.parametrize("shared", [True, False], ids=["on the base", "apart"])
+def test_a_policy_may_be_an_adapter_on_the_base_model(shared, kind, door):
+    """The base model generates without it, the policy goes on with it."""
+
+    def adapted():
+        return lora_model("policy") if kind == "LoRA" else tiny_arm(tiny_llama(0))
+
+    model, twin = adapted(), adapted().merge_and_unload()
+    settings = {"attention_mask": MASK, "max_new_tokens": 5}
+    formula = transfer_q(classifier("Llama"), twin, weight=3.0, k=3, rollout_tokens=3)
+    expected = Guided(tiny_llama(0), formula).generate(PROMPTS, **settings)
+    base = model.get_base_model() if shared else tiny_llama(0)
+    formula = transfer_q(classifier("Llama"), model, weight=3.0, k=3, rollout_tokens=3)
+    for _ in range(2):
+        if door == "model":
+            found = Guided(base, formula).generate(PROMPTS, **settings)
+        else:
+            processor = GuidedLogitsProcessor(formula, pad_token_id=0)
+            found = base.generate(PROMPTS, **settings, logits_processor=[processor])
+        assert torch.equal(found, expected)
+
+
+def test_a_policy_that_is_guided_itself_keeps_its_adapters():
+    policy = lora_model("policy")
+    guided = Guided(policy, transfer_q(classifier("Llama"), policy, weight=1e-6, k=64, rollout_tokens=1))
+    found = guided(PROMPTS, MASK, logits_to_keep=1).logits[:, -1]
+    torch.testing.assert_close(found, log_probs(policy, PROMPTS, mask=MASK).float(), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("setting", [{"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}])

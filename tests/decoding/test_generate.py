@@ -39,7 +39,7 @@ from transformers.generation.streamers import BaseStreamer
 from peft_pblora import set_preference
 from peft_pblora.kv_cache import cache_argument, cache_in
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor
-from trl_parm.decoding import PARM, parm
+from trl_parm.decoding import ARGS, PARM, parm
 
 
 IDS = PROMPTS[1:2]
@@ -62,6 +62,17 @@ def test_it_answers_as_a_model(tmp_path):
     assert {id(p) for p in guided.parameters()} >= {id(p) for p in base.parameters()}
     with pytest.raises(AttributeError, match="nothing_like_this"):
         guided.nothing_like_this  # noqa: B018
+
+
+def test_a_generation_configuration_of_its_own_is_its_own():
+    guided = parm_model()
+    expected = guided.generate(IDS, max_new_tokens=3, eos_token_id=-1)
+    former = guided.base.generation_config
+    guided.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=-1)
+    assert torch.equal(guided.generate(IDS), expected)
+    assert guided.generate(IDS, max_new_tokens=4).shape == (1, 9)
+    assert torch.equal(copy.deepcopy(guided).generate(IDS), expected)
+    assert guided.base.generation_config is former
 
 
 @every_place
@@ -207,6 +218,40 @@ def test_a_cache_that_was_returned_goes_on_with_the_next_turn(static, on_base):
     assert torch.equal(of_copy, anew)
     assert cache is not copied
     assert all(a.keys.data_ptr() != b.keys.data_ptr() for a, b in zip(cache.layers, copied.layers))
+
+
+def test_where_the_prompt_ends_is_told_where_only_new_tokens_are_given(tokenizer):
+    """To a reward of texts, as where the whole text is."""
+    seen = []
+
+    def reward(prompts, responses):
+        seen.append((prompts, responses))
+        return [float(len(response)) for response in responses]
+
+    guided = ARGS(tiny_llama(0), reward, k=2, tokenizer=tokenizer)
+    ids, mask, first = two_turns(guided)
+    cache = cache_in(first)
+    for given in (ids, ids[:, cache.get_seq_length() :]):
+        read = cache_argument(guided.backbone, copy.deepcopy(cache))
+        guided.generate(given, attention_mask=mask, **read, max_new_tokens=2, eos_token_id=-1)
+    assert seen[-1] == seen[-3]
+    assert seen[-2] == seen[-4]
+
+
+@every_place
+def test_a_cache_that_was_emptied_serves_another_preference(on_base):
+    models = Models.make(on_base)
+    guided = PARM(models.base, models.arm, beta=0.8)
+    set_preference(models.arm, [1.0, 0.0])
+    cache = cache_in(guided(IDS, use_cache=True))
+    cache.reset()
+    set_preference(models.arm, [0.0, 1.0])
+    found = [guided(x, **cache_argument(models.base, cache)).logits for x in (IDS, IDS[:, :1])]
+    expected = guided(torch.cat([IDS, IDS[:, :1]], 1), use_cache=False).logits
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=1e-4, rtol=1e-4)
+    set_preference(models.arm, [1.0, 0.0])
+    with pytest.raises(ValueError, match="adapters and preferences"):
+        guided(IDS[:, :1], **cache_argument(models.base, cache))
 
 
 @pytest.mark.parametrize("name", ["Qwen3.5", "LFM2", "Falcon-H1", "Bamba", "Mamba"])

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Guides that read another text or another vocabulary than the base model, and bases of other kinds, by both doors."""
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
-from decoding.tables import DOORS, MASK, PROMPTS, ROWS, log_probs, lora_model
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from decoding.tables import DOORS, MASK, PROMPTS, ROWS, game, log_probs, lora_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tokenizers import pre_tokenizers
 from transformers import (
     BartConfig,
@@ -22,8 +24,9 @@ from transformers import (
 )
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
-from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, Prompt, Vocabulary
-from trl_parm.decoding import genarm, mod_w2s, parm
+from peft_pblora.kv_cache import cache_argument, cache_in
+from trl_parm import ARGS, BASE, LM, PARM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt, Vocabulary
+from trl_parm.decoding import cage, genarm, mod, mod_w2s, parm
 
 
 every_door = pytest.mark.parametrize("door", DOORS)
@@ -70,6 +73,23 @@ def test_an_adapter_of_the_base_model_stays_on(door):
         model.base_model.set_adapter(active)
         formula = parm(model, adapter_name="arm")
         assert torch.equal(decode(door, model.get_base_model(), formula, INPUTS), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[8, 20]),
+    ],
+    ids=["a tuned prompt", "an activated LoRA"],
+)
+def test_what_acts_in_calls_of_its_peft_model_alone_is_refused_below_guidance(config):
+    model = get_peft_model(tiny_llama(0), config).eval()
+    with pytest.raises(ValueError, match="base model has the adapter 'default', which is tuned by prompt learning or"):
+        Guided(model, BASE + LM(tiny_llama(1)))
+    if not config.is_prompt_learning:
+        model.base_model.set_adapter([])
+        assert decode("model", model, BASE + LM(tiny_llama(1)), INPUTS).shape == (3, 13)
 
 
 @every_door
@@ -192,6 +212,34 @@ def test_unknown_tokens_are_excluded_at_negative_weights_too(method, door):
         own = torch.tensor(weights).double().repeat_interleave(len(ids) // 3, 0)
         known[:, :64] = sum(w[:, None] * log_probs(m, ids, mask=mask) for w, m in zip(own.T, models))
         return torch.log_softmax(torch.log_softmax(scores.double(), -1) + known, -1).float()
+
+    text = decode(door, base, formula, INPUTS)
+    assert torch.equal(text, decode("naive", base, naive, INPUTS))
+    assert (text < 64).all()
+
+
+@every_door
+@pytest.mark.parametrize("α", [[0.3, 0.7], ROWS], ids=["one", "a row"])
+def test_unknown_tokens_are_no_candidates_of_a_game(α, door):
+    """As if the base model did not have them: they are no least reward either."""
+    base, arm, α = tiny_llama(0, vocab_size=66), tiny_arm(), torch.as_tensor(α)
+    with torch.no_grad():  # which makes them likely
+        base.lm_head.weight[64:] = base.model(PROMPTS, attention_mask=MASK).last_hidden_state[1:, -1] / 3
+    vocabulary, settings = Vocabulary(extended_tokenizer("<image>"), tiny_tokenizer()), {"tau": 0.4, "k": 6}
+    formula, twin = cage(arm, α, rounds=3, vocabulary=vocabulary, **settings), copy.deepcopy(arm)
+
+    def naive(ids, scores):
+        mask = torch.ones_like(ids)
+        mask[:, :5] = MASK
+
+        def log_pi(model, preference=None, off=False):
+            with model.disable_adapter() if off else contextlib.nullcontext():
+                return log_probs(model, ids, preference, mask)
+
+        known = torch.full((len(ids), 66), -torch.inf, dtype=torch.float64)
+        found = game(α, 0.4, 6, 3)(SimpleNamespace(arm=twin), torch.log_softmax(scores.double(), -1)[:, :64], log_pi)
+        known[:, :64] = found
+        return torch.log_softmax(known, -1).float()
 
     text = decode(door, base, formula, INPUTS)
     assert torch.equal(text, decode("naive", base, naive, INPUTS))
@@ -373,6 +421,80 @@ def test_a_prompt_of_its_own_for_an_adapter_on_the_base(door):
     assert torch.equal(text, expected)
 
 
+def with_own_prompts(on_base: bool):
+    """A guided model, and the text, mask and cache of its first turn."""
+    arm = tiny_arm(tiny_llama(0))
+    guided = Guided(arm.get_base_model() if on_base else tiny_llama(3), parm(arm, [0.3, 0.7]))
+    settings = {"max_new_tokens": 4, "eos_token_id": -1, "return_dict_in_generate": True}
+    first = guided.generate(**INPUTS, **Prompt(INPUTS, guide=OWN).arguments, **settings)
+    ids = torch.cat([first.sequences, torch.full((3, 3), 9)], 1)
+    return guided, ids, torch.cat([MASK, torch.ones(3, 7, dtype=torch.long)], 1), cache_in(first)
+
+
+@pytest.mark.parametrize("mode", ["whole text", "new tokens", "chunks", "copy", "rows", "taken back"])
+@pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
+def test_a_text_goes_on_after_a_prompt_of_the_guide_s_own(on_base, mode):
+    guided, ids, mask, cache = with_own_prompts(on_base)
+    twin = tiny_arm(tiny_llama(0))
+    set_preference(twin, [0.3, 0.7])
+    settings = {"max_new_tokens": 4, "eos_token_id": -1}
+    base = tiny_llama(0 if on_base else 3)
+    expected = decode("naive", base, of_own_prompt(twin, 5), {"input_ids": ids, "attention_mask": mask}, **settings)
+    own, given, order = Prompt(INPUTS, guide=OWN).arguments, ids, torch.arange(3)
+    if mode == "new tokens":
+        given = ids[:, cache.get_seq_length() :]
+    elif mode == "chunks":
+        settings["prefill_chunk_size"] = 2
+    elif mode == "copy":
+        guided.generate(ids, attention_mask=mask, **cache_argument(base, copy.deepcopy(cache)), **own, **settings)
+    elif mode == "rows":
+        order = torch.tensor([2, 0, 1])
+        cache.batch_select_indices(order)
+        given, mask, own = given[order], mask[order], {name: x[order] for name, x in own.items()}
+    elif mode == "taken back":
+        cache.crop(-2)
+    found = guided.generate(given, attention_mask=mask, **cache_argument(base, cache), **own, **settings)
+    assert torch.equal(found[:, given.shape[1] :], expected[order, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
+def test_a_prompt_of_the_guide_s_own_is_given_at_every_call(on_base):
+    """By hand too; another one, or none, or one where there was none, is told."""
+    guided, ids, mask, cache = with_own_prompts(on_base)
+    own, base = Prompt(INPUTS, guide=OWN).arguments, guided.backbone
+    others = {**own, "guide_input_ids": own["guide_input_ids"] + 1}
+    plain = guided.generate(**INPUTS, max_new_tokens=2, eos_token_id=-1, return_dict_in_generate=True)
+    for given, made in (({}, cache), (others, cache), (own, cache_in(plain))):
+        with pytest.raises(ValueError, match="was made with other `guide_input_ids` and"):
+            guided.generate(ids, attention_mask=mask, **cache_argument(base, made), **given, max_new_tokens=2)
+    with pytest.raises(ValueError, match="6 tokens are to be taken back, and prompts with them"):
+        cache.crop(-6)
+    cache.reset()
+    for columns in (slice(5), slice(5, 7), slice(7, 8)):
+        output = guided(
+            ids[:, columns], mask[:, : columns.stop], **cache_argument(base, cache), logits_to_keep=1, **own
+        )
+    twin = tiny_arm(tiny_llama(0))
+    set_preference(twin, [0.3, 0.7])
+    scores = log_probs(tiny_llama(0 if on_base else 3), ids[:, :8], mask=mask[:, :8])
+    torch.testing.assert_close(output.logits[:, -1], of_own_prompt(twin, 5)(ids[:, :8], scores), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="was made with other `guide_input_ids` and"):
+        guided(ids[:, 8:9], mask[:, :9], **cache_argument(base, cache))
+
+
+@every_door
+def test_prompts_of_their_own_are_read_again_in_a_second_call(door):
+    """Of the same batch, by the same processor."""
+    base, guide, prompt = tiny_llama(0), tiny_llama(1).requires_grad_(False), Prompt(INPUTS, guide=OWN)
+    expected = decode("naive", base, of_own_prompt(guide, 5), INPUTS)
+    if door == "model":
+        guided, settings = Guided(base, BASE + LM(guide)), prompt.arguments
+    else:
+        guided, settings = base, {"logits_processor": [GuidedLogitsProcessor(BASE + LM(guide), prompt)]}
+    for _ in range(2):
+        assert torch.equal(guided.generate(**INPUTS, max_new_tokens=8, **settings), expected)
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -490,6 +612,62 @@ def test_position_ids_that_a_user_gives_reach_the_guides():
     assert torch.equal(text[:, -1], (own[0] + own[1])[:, -1].argmax(-1))
 
 
+@pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_token_types_that_a_user_gives_reach_the_guides(cache, on_base):
+    """Those that have token types."""
+    base, guide = tiny_gpt2(0), tiny_gpt2(1)
+    if on_base:
+        guide = tiny_arm(base, target_modules=["c_attn"])
+    given = {**INPUTS, "token_type_ids": torch.where(MASK == 1, 40, 0)}
+    formula = BASE + 2.0 * LM(guide)
+    found = Guided(base, formula)(**given, use_cache=cache, logits_to_keep=1).logits[:, -1]
+    types = {"mask": MASK, "token_type_ids": given["token_type_ids"]}
+    own = log_probs(tiny_gpt2(0), PROMPTS, **types), log_probs(guide, PROMPTS, **types)
+    torch.testing.assert_close(found, torch.log_softmax(own[0] + 2 * own[1], -1).float(), atol=1e-4, rtol=1e-4)
+    formula = BASE + LM(tiny_llama(2))
+    found = Guided(tiny_gpt2(0), formula)(**given, use_cache=cache, logits_to_keep=1).logits[:, -1]
+    other = log_probs(tiny_llama(2), PROMPTS, mask=MASK)
+    torch.testing.assert_close(found, torch.log_softmax(own[0] + other, -1).float(), atol=1e-4, rtol=1e-4)
+
+
+FOUR = {"input_ids": torch.cat([PROMPTS, PROMPTS[1:2]]), "attention_mask": torch.cat([MASK, MASK[1:2]])}
+TWO = {"guide_input_ids": OWN["input_ids"][:2], "guide_attention_mask": OWN["attention_mask"][:2]}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: PARM(tiny_llama(0), tiny_arm(), [0.3, 0.7]).generate(**FOUR, **TWO, max_new_tokens=1, num_beams=2),
+            "given for 2 rows, but the batch has 4",
+        ),
+        (
+            lambda: ARGS(
+                tiny_llama(0), lambda p, r: [0.0] * len(r), k=1, tokenizer=tiny_tokenizer(), prompts=["a", "b"]
+            ).generate(**FOUR, max_new_tokens=1),
+            "given for 2 rows, but the batch has 4",
+        ),
+        (
+            lambda: Prompt({"input_ids": FOUR["input_ids"]}, guide={"input_ids": OWN["input_ids"][:2]}),
+            "`inputs` has 4 prompts, but `guide` 2",
+        ),
+        (
+            lambda: PARMLogitsProcessor(tiny_arm(), ROWS[:2], prompt=Prompt(FOUR)),
+            "given for 2 rows, but the batch has 4",
+        ),
+        (
+            lambda: PARMLogitsProcessor(tiny_arm(), [0.3, 0.7], prompt=Prompt(FOUR)).set(beta=[1.0, 2.0]),
+            "given for 2 rows, but the batch has 4",
+        ),
+    ],
+    ids=["guide_input_ids", "prompts of a reward", "a prompt", "preferences", "strengths"],
+)
+def test_fewer_rows_than_prompts_are_not_paired_with_them(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @every_door
 def test_an_adapter_loaded_by_transformers_guides_its_own_model(door, tmp_path):
     arm = tiny_arm(tiny_llama(0))
@@ -528,3 +706,27 @@ def no_adapter_active():
 def test_bad_guides(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda models, α: cage(models[0], α, k=6),
+        lambda models, α: mod({"a": models[1], "b": models[2]}, α, "forward_kl"),
+        lambda models, α: genarm({"a": models[1], "b": models[2]}, α),
+        lambda models, α: parm(models[0], α),
+    ],
+    ids=["CAGE", "MOD by a power mean", "GenARM", "PARM"],
+)
+def test_a_preference_that_is_changed_after_its_formula_was_made_changes_nothing(make):
+    base, α = tiny_llama(0), ROWS.clone()
+    guided = Guided(base, make([tiny_arm(), tiny_llama(2), tiny_llama(3)], α))
+    former = guided(**INPUTS, use_cache=False, logits_to_keep=1).logits
+    α.copy_(ROWS.flip(0))
+    assert torch.equal(guided(**INPUTS, use_cache=False, logits_to_keep=1).logits, former)
+
+
+def test_the_reference_of_a_game_has_no_adapter_of_the_name():
+    arm, reference = tiny_arm(), tiny_llama(1)
+    named = cage(arm, [0.5, 0.5], reference=reference, adapter_name="default")
+    assert list(named.scorers()) == list(cage(arm, [0.5, 0.5], reference=reference).scorers())

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
-from decoding.tables import DOORS, lora_model
+from decoding.tables import DOORS, PROMPTS, ROWS, fed_rows, lora_model
 
-from peft_pblora import preference_grid
+from peft_pblora import preference_grid, set_preference
 from trl_parm.decoding import PARM, GenARM, GenARMLogitsProcessor, PARMLogitsProcessor
 
 
@@ -114,3 +114,51 @@ def test_users_of_several_reward_models(door):
 
     together = decode(everyone)
     assert together == [decode([user])[0] for user in everyone]
+
+
+SAME = PROMPTS[1:2].repeat(3, 1)
+WHERE = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "several sequences": {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+    "one prompt": {"ids": SAME},
+    "one prompt, beams": {"ids": SAME, "num_beams": 2},
+    "a common start": {"ids": torch.cat([torch.arange(20, 30).repeat(3, 1), (SAME + PROMPTS) % 60 + 2], 1)},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("mode", WHERE)
+@pytest.mark.parametrize("shared", [True, False], ids=["on the base", "apart"])
+@pytest.mark.parametrize("door", DOORS)
+def test_preferences_of_rows_that_are_set_in_the_model_are_those_that_are_given(door, shared, mode):
+    arm = tiny_arm(tiny_llama(0))
+    base = arm.get_base_model() if shared else tiny_llama(2)
+    settings = {"ids": PROMPTS, **WHERE[mode], "max_new_tokens": 6, "eos_token_id": -1}
+    ids = settings.pop("ids")
+    settings["attention_mask"] = (ids != 0).long()
+    expected = PARM(base, arm, ROWS, beta=0.5).generate(ids, **settings)
+    set_preference(arm, ROWS)
+    if door == "model":
+        found = PARM(base, arm, beta=0.5).generate(ids, **settings)
+    else:
+        found = base.generate(ids, **settings, logits_processor=[PARMLogitsProcessor(arm, beta=0.5)])
+    assert torch.equal(found, expected)
+
+
+def test_rows_that_end_leave_others_at_the_preferences_that_are_set_in_the_model():
+    base, arm, rows, ends = tiny_llama(0), tiny_arm(tiny_llama(1)), ROWS[[0, 1, 2, 1]], list(range(40, 64))
+    ids = torch.tensor([[7, 8, 20, 41, 2], [3, 8, 20, 41, 2], [9, 8, 20, 41, 2], [4, 8, 20, 41, 2]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": ends}
+    expected = PARM(base, arm, rows, beta=0.5).generate(ids, **settings)
+    fed = fed_rows(arm)
+    set_preference(arm, rows)
+    assert torch.equal(PARM(base, arm, beta=0.5).generate(ids, **settings, end_tokens=ends), expected)
+    assert fed[-1] < 4
+
+
+def test_preferences_of_other_rows_that_are_set_in_the_model_are_refused():
+    base, arm = tiny_llama(0), tiny_arm(tiny_llama(1))
+    set_preference(arm, ROWS)
+    with pytest.raises(ValueError, match="for 3 rows, but the batch has 6"):
+        PARM(base, arm).generate(PROMPTS.repeat(2, 1), max_new_tokens=1)

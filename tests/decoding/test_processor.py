@@ -10,7 +10,15 @@ from decoding.tables import MASK, MODES, PROMPTS, ROWS, Decoder, Models, fed_tok
 from transformers import BatchFeature, LlamaForSequenceClassification
 
 from peft_pblora import set_preference
-from trl_parm import BASE, LM, ARGSLogitsProcessor, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt
+from trl_parm import (
+    BASE,
+    LM,
+    ARGSLogitsProcessor,
+    GuidedLogitsProcessor,
+    PARMLogitsProcessor,
+    Prompt,
+    TransferQLogitsProcessor,
+)
 
 
 def formula_of(base, arm, ids, preference=(0.3, 0.7), mask=None):
@@ -111,8 +119,9 @@ def test_every_token_is_read_once():
 @pytest.mark.parametrize("mode", ["prompt lookup", "assisted", "assistant that is the base"])
 def test_verifying_a_draft_costs_no_forward_of_the_guide(mode):
     """Each prefix is run once, whether the assistant or the base asks for it; only drafted tokens that were rejected
-    are run on top of those that are kept."""
+    are run on top of those that are kept. So it is of a guide that does not train."""
     models, asked = Models.make(), []
+    models.first.requires_grad_(False)
     fed = fed_tokens(models.first)
 
     class Asked(GuidedLogitsProcessor):
@@ -175,6 +184,31 @@ def test_a_classifier_sees_it_too(name):
         for settings in ({"attention_mask": (ids != 0).long()}, {})
     ]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("known", ["to the classifier", "to the tokenizer", "to the policy"])
+def test_an_end_token_in_a_prompt_that_pads_elsewhere_is_text(known, tokenizer):
+    """A row that begins with one may be padded, and is refused; a reward of texts sees no padding either way."""
+    judge, policy = Models.make().judge, tiny_llama(2)
+    judge.config.pad_token_id = 1
+    judge.config.eos_token_id = 1 if known == "to the classifier" else None
+    policy.generation_config.eos_token_id = None
+    arguments, kind = (judge,), ARGSLogitsProcessor
+    if known == "to the tokenizer":
+        tokenizer.pad_token = tokenizer.eos_token
+    if known == "to the policy":
+        policy.generation_config.eos_token_id, kind = 1, TransferQLogitsProcessor
+        arguments = judge, policy
+    ids = torch.tensor([[5, 9, 1, 33, 20]])
+    settings = {"k": 5, **({"tokenizer": tokenizer} if known == "to the tokenizer" else {})}
+    prompt = Prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    expected = one_step(tiny_llama(0), kind(*arguments, **settings, prompt=prompt), ids)
+    torch.testing.assert_close(one_step(tiny_llama(0), kind(*arguments, **settings), ids), expected)
+    with pytest.raises(ValueError, match="begins with an end token"):
+        one_step(tiny_llama(0), kind(*arguments, **settings), ids.roll(3))
+    if known == "to the tokenizer":
+        of_texts = ARGSLogitsProcessor(lambda prompts, responses: [0.0] * len(prompts), tokenizer=tokenizer, k=3)
+        assert one_step(tiny_llama(0), of_texts, ids.roll(3)).shape == (1, 64)
 
 
 def without_pad_token(model, eos: int | None):

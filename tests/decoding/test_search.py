@@ -173,7 +173,9 @@ def test_a_reward_that_changes_its_arguments_or_fails(tokenizer):
 @every_door
 def test_prompts_that_are_not_one_for_each_row(tokenizer, door):
     formula = args(longest_word, tokenizer=tokenizer, prompts=["one", "two"])
-    with pytest.raises(ValueError, match="There are 2 `prompts`, but the batch has 3 rows"):
+    with pytest.raises(
+        ValueError, match="2 `prompts`, but the batch has 3 rows|given for 2 rows, but the batch has 3"
+    ):
         decode(door, tiny_llama(0), formula)
 
 

@@ -7,10 +7,11 @@ from conftest import tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 from decoding.architectures import ARCHITECTURES, Cell
 from decoding.tables import BETAS, DOORS, MASK, PROMPTS, ROWS, fed_rows, fed_tokens, lora_model, tiny_mistral
 from scipy.stats import chisquare
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria, SynthIDTextWatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
 
 from peft_pblora import set_preference
+from peft_pblora.kv_cache import cache_argument, cache_in
 from trl_parm import (
     BASE,
     LM,
@@ -87,15 +88,20 @@ SETTINGS = {
 }
 
 
-def decode(door, base, formula, prompts=3, drafts=None, prompt=None, **settings):
-    ids, mask = (PROMPTS[1:2], MASK[1:2]) if prompts == 1 else (PROMPTS, MASK)
-    settings = {"max_new_tokens": 16, "eos_token_id": -1, "custom_generate": drafts, **settings}
+def decode(door, base, formula, prompts=3, drafts=None, prompt=None, ids=None, processors=(), **settings):
+    if ids is None:
+        ids, mask = (PROMPTS[1:2], MASK[1:2]) if prompts == 1 else (PROMPTS, MASK)
+    else:
+        mask = torch.ones_like(ids)
+    settings = {
+        "attention_mask": mask, "max_new_tokens": 16, "eos_token_id": -1, "custom_generate": drafts, **settings
+    }  # fmt: skip
     if door == "model":
-        model, processors = Guided(base, formula), []
+        model = Guided(base, formula)
         settings |= {} if prompt is None else prompt.arguments
     else:
-        model, processors = base, [GuidedLogitsProcessor(formula, prompt)]
-    return model.generate(ids, attention_mask=mask, logits_processor=processors, **settings)
+        model, processors = base, [GuidedLogitsProcessor(formula, prompt), *processors]
+    return model.generate(ids, logits_processor=[*processors], **settings)
 
 
 TABLE = [(name, setting) for name in CASES for setting in SETTINGS if setting == "greedy" or name in IN_ALL_SETTINGS]
@@ -242,6 +248,31 @@ def test_a_drafted_token_that_the_guide_does_not_know_moves_no_answer(door):
 
 
 @every_door
+@pytest.mark.parametrize("draft", ["prompt", "auto"])
+def test_a_prompt_of_a_guide_s_own_is_in_its_own_vocabulary(draft, door):
+    vocabulary = Vocabulary(tiny_tokenizer(), tiny_tokenizer())
+    vocabulary.guide_ids = vocabulary.guide_ids.flip(0)  # as of a tokenizer with its words in another order
+    base, formula = strong(), BASE + 2.0 * LM(tiny_llama(1), vocabulary=vocabulary)
+    own = {"input_ids": PROMPTS[:, 1:] + 7, "attention_mask": MASK[:, 1:]}
+    prompt = Prompt({"input_ids": PROMPTS, "attention_mask": MASK}, own)
+    drafts = SpeculativeDecoding(draft, draft_tokens=3)
+    plain = decode(door, base, formula, prompt=prompt)
+    assert torch.equal(decode(door, base, formula, drafts=drafts, prompt=prompt), plain)
+
+
+@every_door
+def test_a_token_that_a_guide_has_no_embedding_for_is_left_out(door):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens("<image>")
+    base, formula = strong(65), BASE + LM(tiny_llama(1), vocabulary=Vocabulary(tokenizer, tokenizer))
+    ids, drafts = torch.tensor([[5, 64, 9, 64]]), SpeculativeDecoding("prompt", draft_tokens=3)
+    assert torch.equal(decode(door, base, formula, drafts=drafts, ids=ids), decode(door, base, formula, ids=ids))
+    for how in (None, drafts):
+        with pytest.raises(ValueError, match="knows no token of a text"):
+            decode(door, base, formula, drafts=how, ids=ids[:, 1::2])
+
+
+@every_door
 def test_sliding_windows_are_for_single_rows(door):
     base, formula = tiny_mistral(0), parm(tiny_arm(tiny_mistral(1)), ROWS[1])
     speculative = SpeculativeDecoding(draft_tokens=3)
@@ -360,6 +391,47 @@ def test_any_criterion_stops_a_row_inside_a_draft(door):
     assert torch.equal(decode(door, base, formula, drafts=drafts, **settings), stopped)
 
 
+ALLOWED = [[5, 13, 33], [8, 13, 20], [6, 13, 50]]
+"""The tokens that rows may write; prompt lookup finds others too."""
+ANSWER = [8, 20, 33, 9, 41, 13]
+
+
+def set_of_a_row(row, ids):
+    """Nothing is allowed after another token."""
+    return ALLOWED[row] if set(ids[PROMPTS.shape[1] :].tolist()) <= set(ALLOWED[row]) else []
+
+
+def one_answer(row, ids):
+    """Nothing is allowed after another start, or after its end."""
+    new = ids[PROMPTS.shape[1] :].tolist()
+    return ANSWER[len(new) :][:1] if new == ANSWER[: len(new)] else []
+
+
+class OneSet(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        allowed = sum(ALLOWED, [])
+        assert set(input_ids[:, PROMPTS.shape[1] :].flatten().tolist()) <= set(allowed)
+        return torch.full_like(scores, -torch.inf).index_copy(1, torch.tensor(allowed), scores[:, allowed])
+
+
+CONSTRAINTS = {
+    "a set for each row": {"prefix_allowed_tokens_fn": set_of_a_row},
+    "one answer": {"prefix_allowed_tokens_fn": one_answer, "eos_token_id": ANSWER[-1], "prompts": 1},
+    "a processor": {"processors": [OneSet()]},
+}
+
+
+@every_door
+@pytest.mark.parametrize("draft", ["auto", "prompt"])
+@pytest.mark.parametrize("settings", CONSTRAINTS.values(), ids=CONSTRAINTS)
+def test_a_constraint_sees_no_text_that_generate_would_not_show_it(settings, draft, door):
+    base, formula = apart()
+    plain = decode(door, base, formula, **settings)
+    drafts = SpeculativeDecoding(draft, draft_tokens=3)
+    assert torch.equal(decode(door, base, formula, drafts=drafts, **settings), plain)
+    assert drafts.drafted > 0
+
+
 def test_the_dictionary_has_the_sequences():
     base, formula = apart()
     drafts = SpeculativeDecoding(draft_tokens=2)
@@ -387,6 +459,8 @@ def test_bad_arguments(settings, message):
         ({"num_beams": 2}, "beams"),
         ({"use_cache": False}, "use_cache"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"guidance_scale": 1.8}, "guidance_scale"),
+        ({"watermarking_config": SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 7])}, "with a state"),
     ],
 )
 def test_settings_that_it_can_not_follow(settings, message, door):
@@ -396,10 +470,57 @@ def test_settings_that_it_can_not_follow(settings, message, door):
 
 
 @every_door
-def test_inputs_that_it_would_leave_out(door):
-    formula = parm(weak(), ROWS[1])
-    with pytest.raises(ValueError, match="input `encoder_hidden_states`"):
-        decode(door, tiny_gpt2(0), formula, drafts=SpeculativeDecoding(), encoder_hidden_states=torch.zeros(3, 5, 32))
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("encoder_hidden_states", torch.zeros(3, 5, 32), "input `encoder_hidden_states`"),
+        ("token_type_ids", MASK, "input `token_type_ids`"),
+        ("position_ids", 2 * MASK.cumsum(1), "unless they are those of the mask"),
+    ],
+)
+def test_inputs_that_it_would_leave_out(name, value, message, door):
+    with pytest.raises(ValueError, match=message):
+        decode(door, tiny_gpt2(0), parm(weak(), ROWS[1]), drafts=SpeculativeDecoding(), **{name: value})
+
+
+@every_door
+def test_positions_may_be_those_of_the_mask(door):
+    base, formula = tiny_gpt2(0), parm(weak(), ROWS[1])
+    drafts, positions = SpeculativeDecoding(draft_tokens=2), (MASK.cumsum(1) - 1).clamp(min=0)
+    plain = decode(door, base, formula, position_ids=positions)
+    assert torch.equal(decode(door, base, formula, drafts=drafts, position_ids=positions), plain)
+
+
+@every_door
+def test_a_cache_is_refused_where_its_text_is_left_out(door):
+    base, formula = apart()
+    first = decode(door, base, formula, prompts=1, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, torch.tensor([[9, 11]])], 1)
+    drafts, cache = SpeculativeDecoding(draft_tokens=2), cache_argument(base, cache_in(first))
+    plain = decode(door, base, formula, ids=text)
+    assert torch.equal(decode(door, base, formula, drafts=drafts, ids=text, **cache), plain)
+    for mask in ({"attention_mask": torch.ones_like(text)}, {}):
+        with pytest.raises(ValueError, match="unless `input_ids` repeat the text that it has read"):
+            decode(door, base, formula, drafts=drafts, ids=text[:, -3:], **mask, **cache)
+
+
+@every_door
+def test_formulas_with_several_prompts_of_their_own_are_refused(door):
+    base, formula = apart()
+    inputs = {"input_ids": PROMPTS, "attention_mask": MASK}
+    own, same, other = (
+        Prompt(inputs, {"input_ids": PROMPTS[:, cut:], "attention_mask": MASK[:, cut:]}) for cut in (2, 2, 3)
+    )
+    drafts = SpeculativeDecoding("prompt", draft_tokens=2)
+    texts = [
+        decode(door, base, formula, drafts=how, prompt=own, processors=[GuidedLogitsProcessor(LM(tiny_gpt2(2)), same)])
+        for how in (drafts, None)
+    ]
+    assert torch.equal(*texts)
+    for prompt in (other, None):
+        processors = [GuidedLogitsProcessor(LM(tiny_gpt2(2)), prompt)]
+        with pytest.raises(ValueError, match="not all of them read the same prompts"):
+            decode(door, base, formula, drafts=drafts, prompt=own, processors=processors)
 
 
 @every_door

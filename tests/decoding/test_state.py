@@ -284,6 +284,24 @@ def test_two_threads_on_one_base(door, adapter):
         assert torch.equal(text(guides[i], prompts[i]), expected[i])
 
 
+@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize("who", ["first", "second", "judge"])
+def test_a_processor_that_was_interrupted_writes_the_same_text_again(who, after):
+    """Some models, or some of their layers, have read a token then that others have not."""
+    models = {"first": tiny_llama(1), "second": tiny_llama(2), "judge": tiny_judge()}
+    for model in models.values():
+        model.requires_grad_(False)
+    formula = genarm({"a": models["first"], "b": models["second"]}, [0.5, 0.5], beta=0.25)
+    processor = GuidedLogitsProcessor(formula + args(models["judge"], weight=9.0, k=4) - BASE)
+    base = tiny_llama(0)
+    expected = text(base.generate, logits_processor=[GuidedLogitsProcessor(processor.formula)])
+    stop = Interrupt(models[who].model.layers[1], after, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt, match="broken off"):
+        text(base.generate, logits_processor=[processor])
+    stop.handle.remove()
+    assert torch.equal(text(base.generate, logits_processor=[processor]), expected)
+
+
 def second(arm, seed=9):
     """Puts another adapter under the name of the first, as a service's update does."""
     other = tiny_arm(tiny_llama(0), seed=seed)
@@ -437,7 +455,19 @@ def with_another_layer(model):
     model.model.layers[1] = tiny_llama(9).model.layers[1]
 
 
-@pytest.mark.parametrize("change", [changed, replaced, with_another_layer])
+def trained(model):
+    """By a fused optimizer, which raises no version of a weight."""
+    model(IDS).logits.square().mean().backward()
+    torch.optim.AdamW(model.parameters(), lr=0.3, fused=True).step()
+    model.zero_grad()
+
+
+def trained_and_frozen(model):
+    trained(model)
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [changed, replaced, with_another_layer, trained, trained_and_frozen])
 @pytest.mark.parametrize("who", ["guide", "judge", "policy"])
 def test_a_processor_notices_whatever_happens_to_weights(who, change):
     models = {"guide": tiny_llama(2), "judge": tiny_judge(), "policy": tiny_llama(3)}

@@ -73,7 +73,9 @@ class Adapters:
         return next((layer for layer in self.switch.layers if name in _adapters_of(layer)), None)
 
     def condition(self, term: LM) -> Condition | None:
-        """The preference that is set in the model for the adapter of a term, if it has any."""
+        """The preference of a term: its own, or the one that is set in the model for its adapter, if it has any."""
+        if term.condition is not None:
+            return term.condition
         for layer in self.ours:
             if term.adapters and term.adapters[0] in layer.adapters:
                 return layer.adapter(term.adapters[0]).condition

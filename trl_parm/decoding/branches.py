@@ -11,6 +11,8 @@ positions begin anew. Whether a model reads them as texts of their own is found 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,8 +21,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from peft_pblora.kv_cache import cache_argument
+from peft_pblora.switch import backbone_of
 from trl_parm.algebra import Step
 
+from .adapters import Adapters
 from .prefix import can_take_back, follow, rewindable_cache
 from .terms import check_evaluates
 
@@ -103,11 +107,25 @@ class Classifier:
         if self.branches:
             return self._as_branches(self.prefix.cache, text[:, kept:], seen, new, new_mask)[1]
         read(self.model, text[:, kept:], seen, self.prefix.cache)
-        found = self._apart(self.model, seen, new, new_mask).logits
-        found = found.view(*new.shape[:2], -1)
+        found = self._as_texts(seen, new, new_mask)
         if self.branches is None and new.shape[1] > 1:
             self.branches = self._can_branch(text, seen, new[:, :2], new_mask[:, :2], found[:, :2])
         return found
+
+    def _as_texts(self, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
+        """Scores of candidates that are read as texts of their own. A classifier chooses the last token that is no pad
+        token, which is not the last one where a text ends in it, as where it is the end token too."""
+        chosen = (torch.arange(new.shape[2], device=new.device) * (new != self.pad_token_id)).argmax(-1)
+        head = _head(self.model)
+        if head is None or torch.equal(chosen, _last(new_mask)):
+            return self._apart(self.model, seen, new, new_mask).logits.view(*new.shape[:2], -1)
+        return head(self._last_hidden(seen, new, new_mask))
+
+    def _last_hidden(self, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
+        """Hidden states `(rows, k, hidden)` at the last tokens of candidates that are read as texts of their own."""
+        hidden = self._apart(_backbone(self.model), seen, new, new_mask).last_hidden_state
+        last = _last(new_mask).flatten()
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].view(*new.shape[:2], -1)
 
     def _apart(self, model: Any, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> Any:
         """What a model says of every candidate as a text of its own, on a copy of what was read of its prefix."""
@@ -123,9 +141,7 @@ class Classifier:
         rows, k, length = new.shape
         hidden = read_branches(_backbone(self.model), cache, text, seen, new, new_mask).last_hidden_state
         cache.crop(-k * length)
-        # As the classifiers of transformers choose: the last token that is no pad token.
-        last = (torch.arange(length, device=new.device) * (new != self.pad_token_id)).argmax(-1)
-        places = text.shape[1] + torch.arange(k, device=new.device) * length + last
+        places = text.shape[1] + torch.arange(k, device=new.device) * length + _last(new_mask)
         hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
         return hidden, cast(nn.Module, _head(self.model))(hidden)
 
@@ -139,9 +155,7 @@ class Classifier:
             hidden, found = self._as_branches(cache, text[:, -1:], seen, new, new_mask)
         except Exception:  # whatever a model says to such a mask
             return False
-        whole = self._apart(_backbone(self.model), seen, new, new_mask).last_hidden_state
-        last = (torch.arange(new.shape[2], device=new.device) * (new != self.pad_token_id)).argmax(-1)
-        whole = whole[torch.arange(len(whole), device=whole.device), last.flatten()].view_as(hidden)
+        whole = self._last_hidden(seen, new, new_mask)
         return is_close(hidden, whole) and is_close(found, scores)
 
 
@@ -154,10 +168,11 @@ class Continuations:
         policy (`PreTrainedModel`): The policy.
         tokens (`int`): How many tokens after each candidate, at most.
         pad_token_id (`int`): What stands after an end.
+        adapters (`Sequence[str]`, *optional*): Those of its adapters that act, also where they rest otherwise.
     """
 
-    def __init__(self, policy: PreTrainedModel, tokens: int, pad_token_id: int) -> None:
-        self.policy, self.tokens, self.pad_token_id = policy, tokens, pad_token_id
+    def __init__(self, policy: PreTrainedModel, tokens: int, pad_token_id: int, adapters: Sequence[str] = ()) -> None:
+        self.policy, self.tokens, self.pad_token_id, self.adapters = policy, tokens, pad_token_id, adapters
         self.prefix = Prefix(policy)
 
     def decode(self, step: Step, candidates: torch.Tensor) -> torch.Tensor:
@@ -166,13 +181,15 @@ class Continuations:
         rows, k = candidates.shape
         text, seen = (x.to(self.policy.device) for x in step.text)
         kept = self.prefix.align(text, seen)
-        read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
         ids = torch.cat([text.repeat_interleave(k, 0), candidates.flatten()[:, None].to(text)], 1)
         mask = torch.cat([seen.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
-        texts = cast(Any, self.policy).generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
-            pad_token_id=self.pad_token_id, **cache_argument(self.policy, self.prefix.repeated(rows, k)),
-        )[:, text.shape[1] :]  # fmt: skip
+        with Adapters(backbone_of(self.policy)).alone(self.adapters) if self.adapters else nullcontext():
+            read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
+            texts = cast(Any, self.policy).generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
+                pad_token_id=self.pad_token_id, use_cache=True, return_dict_in_generate=False,
+                **cache_argument(self.policy, self.prefix.repeated(rows, k)),
+            )[:, text.shape[1] :]  # fmt: skip
         whole = nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[1]), value=self.pad_token_id)
         return whole.view(rows, k, -1).to(candidates.device)
 
@@ -251,6 +268,11 @@ def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     allowed = min(TOLERANCE, torch.finfo(expected.dtype).eps ** 0.5)
     found, expected = found.float(), expected.float()
     return bool((found - expected).norm() <= allowed * expected.norm())
+
+
+def _last(mask: torch.Tensor) -> torch.Tensor:
+    """The column of the last token of each text that is not masked, `(..., columns)` → `(...)`."""
+    return (torch.arange(mask.shape[-1], device=mask.device) * (mask != 0)).argmax(-1)
 
 
 def _backbone(model: PreTrainedModel) -> Any:

@@ -11,6 +11,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from .prefix import empty, layers_of
+from .prompt import OwnPrompt
 from .reading import Part
 from .terms import LM
 
@@ -22,8 +23,10 @@ class GuidedCache(Cache):
 
     Args:
         parts (`Sequence[Part]`): The parts, the base model's first.
+        own_prompt (`bool`, *optional*, defaults to `False`): Whether guides read prompts of their own.
 
     Attributes:
+        own (`tuple` or `None`): These prompts, ids and mask with a row for each of R, once any text was read.
         length (`int`): Columns of the text that were read.
         rows (`int`): R.
         text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.
@@ -31,8 +34,10 @@ class GuidedCache(Cache):
         staying (`torch.Tensor` or `None`): The rows that are still read, if some have left.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], own_prompt: bool = False) -> None:
         self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
+        self.own_prompt = own_prompt
+        self.own: OwnPrompt | None = None
         self.text: torch.Tensor | None = None
         self.memory: dict[Any, Any] = {}
         self.staying: torch.Tensor | None = None
@@ -43,9 +48,22 @@ class GuidedCache(Cache):
         own = all(part.model is base for part in self.parts if part.is_base)
         return own and guides == set(terms) and all(part.is_current for part in self.parts)
 
-    def note(self, columns: int, rows: int) -> None:
-        """Notes that so many columns more were read, of so many rows."""
+    def check_own(self, own: OwnPrompt | None) -> None:
+        """Raises `ValueError` unless these are the prompts of the guides' own that were read, or will be."""
+        same = self.own_prompt == (own is not None)
+        if same and own is not None and self.own is not None:
+            same = all(map(torch.equal, self.own, (x.to(self.own[0].device) for x in _of_rows(own, self.rows))))
+        if not same:
+            raise ValueError(
+                "This GuidedCache was made with other `guide_input_ids` and `guide_attention_mask`, or with none. "
+                "Pass the same with the cache at every call, or leave the cache out."
+            )
+
+    def note(self, columns: int, rows: int, own: OwnPrompt | None = None) -> None:
+        """Notes that so many columns more were read, of so many rows, after prompts of the guides' own."""
         self.length, self.rows = self.length + columns, rows
+        if self.own is None and own is not None:
+            self.own = _of_rows(own, rows)
 
     def write(self, ids: torch.Tensor) -> torch.Tensor:
         """Keeps what is read, `(rows, new)`, and returns all of it, `(rows, length)`."""
@@ -97,6 +115,8 @@ class GuidedCache(Cache):
             part.reorder(beam_idx, self.rows)
         if self.text is not None:
             self.text = self.text[beam_idx.to(self.text.device)]
+        if self.own is not None:
+            self.own = self.own[0][beam_idx.to(self.own[0].device)], self.own[1][beam_idx.to(self.own[1].device)]
         self.rows = len(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -106,6 +126,13 @@ class GuidedCache(Cache):
         self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
+        own = 0 if self.own is None else self.own[0].shape[1]
+        for part in self.parts:
+            if part.mask is not None and part.mask.shape[1] - abs(tokens_to_remove) < own:
+                raise ValueError(
+                    f"{abs(tokens_to_remove)} tokens are to be taken back, and prompts with them in whose place "
+                    "guides have read their own. Take fewer back, or begin anew."
+                )
         for part in self.parts:
             part.crop(abs(tokens_to_remove))
         self.length -= abs(tokens_to_remove)
@@ -116,7 +143,7 @@ class GuidedCache(Cache):
         for part in self.parts:
             empty(cast(Cache, part.cache))
             part.mask = part.staying = None
-        self.staying = None
+        self.staying = self.own = None
         self.length, self.text = 0, None
         self.memory.clear()
 
@@ -127,7 +154,13 @@ class GuidedCache(Cache):
             new = copy.copy(part)
             new.cache, new.mask = copy.deepcopy(part.cache, memo), copy.deepcopy(part.mask, memo)
             parts.append(new)
-        other = GuidedCache(parts)
+        other = GuidedCache(parts, self.own_prompt)
         other.length, other.rows, other.text = self.length, self.rows, self.text
-        other.staying = self.staying
+        other.staying, other.own = self.staying, self.own
         return other
+
+
+def _of_rows(own: OwnPrompt, rows: int) -> OwnPrompt:
+    """Prompts for so many rows, repeated as `generate` repeats rows."""
+    ids, mask = (x if len(x) == rows else x.repeat_interleave(rows // len(x), 0) for x in own)
+    return ids, mask

@@ -21,7 +21,7 @@ from .terms import LM
 
 
 MOST = 20.0
-"""Largest log-ratio of a reward, in nats, either way: of a token that a guide excludes it would be infinite."""
+"""Largest log-ratio of a reward, in nats, either way, which has no bound of its own."""
 HALVINGS = 40
 TOLERANCE = 1e-3
 """By how much payments may move in the last round before a warning says so, in nats of the agent's scores."""
@@ -92,13 +92,15 @@ class CommonAgency(Combination):
         yield from super().scorers()
 
     def __call__(self, step: Step) -> torch.Tensor:
-        whole = BASE(step)
+        whole, rewards = BASE(step), [(weight, reward(step)) for weight, reward in self._terms]
+        for weight, reward in rewards:  # a token that a principal excludes is no candidate
+            whole = whole.masked_fill((reward == -torch.inf) & (of_rows(weight, reward) > 0), -torch.inf)
         base, candidates = whole.topk(min(self.k, whole.shape[-1]), -1)
         values = []
-        for weight, reward in self._terms:
-            ratio = torch.nan_to_num(reward(step), nan=-MOST, neginf=-MOST, posinf=MOST).clamp(-MOST, MOST)
-            own = ratio.gather(-1, candidates)
-            values.append(of_rows(weight, own) * (own - own.amin(-1, keepdim=True)))
+        for weight, reward in rewards:
+            own = torch.nan_to_num(reward.gather(-1, candidates), nan=-MOST).clamp(-MOST, MOST)
+            least = own.masked_fill(base == -torch.inf, MOST).amin(-1, keepdim=True)
+            values.append(of_rows(weight, own) * (own - least).masked_fill(base == -torch.inf, 0.0))
         payment, moved = common_agency(base, torch.stack(values), self.tau, self.rounds)
         if moved / self.tau > TOLERANCE:
             warnings.warn(  # without what differs from token to token, so that it is shown once
@@ -129,7 +131,8 @@ def cage(
 
     where every y_i is the best answer to the others. q_i is what the reward model of objective i, a PARM at its vertex
     or an ARM of its own, says more than the reference does, log π_i − log π_ref, above the least of the candidates
-    (our reading, as is the limit of 20 nats). Tokens beyond the `k` likeliest are excluded.
+    (our reading, as is the limit of 20 nats). Tokens beyond the `k` likeliest are excluded, and so are those that a
+    reward model with α_i > 0 excludes, such as ones that it does not know.
 
     Args:
         arm (`PeftModel` or `Mapping[str, PreTrainedModel]`):
@@ -156,7 +159,7 @@ def cage(
     if isinstance(tau, bool) or not (isinstance(tau, int | float) and 0 < tau < float("inf")):
         raise ValueError(f"`tau` is {tau!r}, but it must be a positive, finite number.")
     if reference is not None and not isinstance(reference, Scorer):
-        reference = LM(reference, **guide)
+        reference = LM(reference, **{name: value for name, value in guide.items() if name != "adapter_name"})
     if isinstance(arm, Mapping):
         objectives = list(arm)
         paying = [scorer_of("arm", one, adapters_of, guide) for one in arm.values()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer as HybridLayer
@@ -17,6 +18,7 @@ from .branches import is_close
 from .cache import GuidedCache
 from .model import Guided
 from .prefix import rewindable_cache
+from .prompt import OwnPrompt
 from .reading import Part
 
 
@@ -66,6 +68,7 @@ def joined(guided: Guided, held: Sequence[Held], own_prompt: bool = False) -> Gu
     for number, part in enumerate(new.parts):
         _join_part(part, [(one.cache.parts[number], one) for one in held])
     new.note(max(length for one in held for length in one.lengths), sum(len(one.rows) for one in held))
+    new.own = _joined_prompts(held) if own_prompt else None
     return new
 
 
@@ -118,11 +121,12 @@ def read(
         guided ([`Guided`]), cache ([`GuidedCache`]): The model, and what it has read.
         ids (`torch.Tensor` of shape `(rows, new)`): The next tokens of each.
         pads (`Sequence[int]`): How many columns of padding each text has before it.
-        own (`tuple`, *optional*): Ids and mask of the guides' own prompts, at every call.
+        own (`tuple`, *optional*): Ids and mask of the guides' own prompts; those that were read before count.
         prompt_length (`int`, *optional*): Columns of the text that these stand for, at the first call.
     """
     columns = torch.arange(cache.length + ids.shape[1], device=ids.device)
     mask = (columns >= torch.tensor(pads, device=ids.device)[:, None]).long()
+    own = own if cache.own is None else cache.own
     given = {} if own is None else {"guide_input_ids": own[0], "guide_attention_mask": own[1]}
     if all(cache.is_linear):  # a recurrent model would take it for the mask of what is new, which has no padding
         given |= {"attention_mask": None, "text_mask": mask}
@@ -132,6 +136,14 @@ def read(
         input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, prompt_length=prompt_length, **given
     )
     return output.logits[:, -1]
+
+
+def _joined_prompts(held: Sequence[Held]) -> OwnPrompt:
+    """The prompts of the guides' own that were read of texts, padded on the left to the longest."""
+    found = [cast(OwnPrompt, one.cache.own) for one in held]
+    width = max(ids.shape[1] for ids, _ in found)
+    padded = [[pad(x[one.rows], (width - x.shape[1], 0)) for x in own] for one, own in zip(held, found)]
+    return torch.cat([ids for ids, _ in padded]), torch.cat([mask for _, mask in padded])
 
 
 def _join_part(part: Part, held: Sequence[tuple[Part, Held]]) -> None:
@@ -182,7 +194,7 @@ def _joined_layer(layers: Sequence[Any], rows: Sequence[torch.Tensor], shifts: S
 
 def _shifted(x: torch.Tensor, shift: int) -> torch.Tensor:
     """With so many columns of zeros more, or less, on the left: `(..., columns, n)`."""
-    return torch.nn.functional.pad(x, (0, 0, shift, 0))
+    return pad(x, (0, 0, shift, 0))
 
 
 def _side_by_side(found: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -237,7 +237,7 @@ def objective_weights(
     if not objectives:
         raise ValueError(f"`{argument}` is empty. Give a mapping from objective to model.")
     weights = as_preference(preference, list(objectives), allow_off_simplex=allow_off_simplex)
-    return weights.tolist() if weights.ndim == 1 else list(weights.unbind(-1))
+    return weights.tolist() if weights.ndim == 1 else list(weights.clone().unbind(-1))  # nobody else's
 
 
 def _weighted_scorers(

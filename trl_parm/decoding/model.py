@@ -20,9 +20,18 @@ from .adapters import resting
 from .cache import GuidedCache
 from .incoming import New
 from .prefix import check_reorders
-from .prompt import own_prompt
+from .prompt import OwnPrompt, own_prompt
 from .reading import holds_tensors, parts_of
-from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
+from .terms import (
+    LM,
+    check_base,
+    check_evaluates,
+    check_formula,
+    check_row_counts,
+    language_models,
+    log_probs_of,
+    policies,
+)
 
 
 OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length", "end_tokens")
@@ -53,17 +62,19 @@ class Guided(GenerationMixin, nn.Module):
     guides or their adapters is changed for longer than a forward, or for other threads than the one that calls.
 
     Temperature, top-k, top-p, repetition penalty and all other settings of `generate` act on the guided distribution,
-    as they do on any model's, and beam search maximises its probability.
+    as they do on any model's, and beam search maximises its probability. Its `generation_config` is the base model's,
+    unless it is given one of its own.
 
     Args:
         base (`PreTrainedModel` or `PeftModel`):
-            The model that is guided. Where adapters of the formula lie on it, it is read without them.
+            The model that is guided. Where adapters of the formula lie on it, it is read without them; those of a
+            policy stay on where it is this very model.
         formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
 
     Raises:
         TypeError: something else than a scorer.
-        ValueError: a model in training mode; at a call, a guide whose adapter is gone or merged, that has another
-            vocabulary, or that can't see the prompt.
+        ValueError: a model in training mode, a base model with a tuned prompt or an activated LoRA; at a call, a guide
+            whose adapter is gone or merged, that has another vocabulary, or that can't see the prompt.
 
     Example:
 
@@ -84,8 +95,10 @@ class Guided(GenerationMixin, nn.Module):
         self._reads_base = len(self.terms) < len(scorers) or not scorers
         self._reads_text = any(scorer.reads_text for scorer in scorers)
         self._check_modes()
-        if any(term.backbone is self.backbone for term in self.terms):
+        if any(term.backbone is self.backbone for term in (*self.terms, *policies(formula))):
             check_below(self.backbone)
+        if self._reads_base:
+            self.own_term()  # which refuses what could not be read later on
 
     # What `generate` asks a model about itself: the base model knows.
     config: Any = _OfBase()
@@ -100,7 +113,6 @@ class Guided(GenerationMixin, nn.Module):
     _maybe_initialize_input_ids_for_generation: Any = _OfBase()
     _prepare_attention_mask_for_generation: Any = _OfBase()
     _prepare_position_ids_for_generation: Any = _OfBase()
-    _prepare_generation_config: Any = _OfBase()
     _update_model_kwargs_for_generation: Any = _OfBase()
     _maybe_prepare_encoder_kwargs_for_generation: Any = _OfBase()
     _prepare_decoder_input_ids_for_generation: Any = _OfBase()
@@ -205,19 +217,20 @@ class Guided(GenerationMixin, nn.Module):
             positions, inputs["position_ids"] = None, positions
         text = cast(torch.Tensor, text)
         own = own_prompt(guide_input_ids, guide_attention_mask)
-        state = self._state(cache, keeps, own is not None)
+        state = self._state(cache, keeps, own)
         self._check_inputs(state, inputs, own is not None)
         new = New(text, mask, positions, own, text.shape[1] if prompt_length is None else prompt_length, state.length)
         if end_tokens and text.shape[1] == 1 and prompt_length is not None and state.length >= prompt_length:
             state.leave(torch.isin(text[:, 0], text.new_tensor(end_tokens)))
         output, scores, answers = None, None, {}
+        seen = {name: value for name, value in inputs.items() if name in SEEN and own is None}
         for part in state.parts:
-            logits, found = part.read(new, inputs if part.is_base else {}, logits_to_keep, compile_config)
+            logits, found = part.read(new, inputs if part.is_base else seen, logits_to_keep, compile_config)
             if part.is_base:
                 output, scores = found, logits[part.terms[0]]
             answers |= {term: logits[term] for term in part.guides}
         embeds = inputs.get("inputs_embeds")
-        state.note(text.shape[1] if embeds is None else embeds.shape[1], len(text))
+        state.note(text.shape[1] if embeds is None else embeds.shape[1], len(text), own)
         step = self._step(scores, answers)
         if output is None:
             output = CausalLMOutputWithPast()
@@ -263,15 +276,17 @@ class Guided(GenerationMixin, nn.Module):
         self, expand_size: int = 1, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         input_ids, model_kwargs = self.backbone._expand_inputs_for_generation(expand_size, *args, **kwargs)
-        prompts = len(input_ids) // expand_size
-        for rows in self.formula.row_counts():
-            if rows not in (1, prompts):
-                raise ValueError(
-                    f"Preferences or strengths are given for {rows} rows, but the batch has {prompts}. Give one for "
-                    "each prompt, or one for all."
-                )
-        model_kwargs.setdefault("prompt_length", input_ids.shape[1])
+        own, mask, cache = kwargs.get("guide_input_ids"), kwargs.get("attention_mask"), cache_in(kwargs)
+        check_row_counts(self.formula, len(input_ids) // expand_size, [] if own is None else [len(own)])
+        columns = input_ids.shape[1]
+        if isinstance(cache, GuidedCache) and mask is not None and mask.shape[1] > columns:
+            columns += cache.length  # the ids are only what is new
+        model_kwargs.setdefault("prompt_length", columns)
         return input_ids, model_kwargs
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        model = super() if "generation_config" in vars(self) else self.backbone
+        return model._prepare_generation_config(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         self.backbone._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in OURS})
@@ -299,7 +314,8 @@ class Guided(GenerationMixin, nn.Module):
     ) -> None:
         given = cache_in(model_kwargs)
         if given is not None or generation_config.use_cache is False:
-            self._state(given, False, False)
+            own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"))
+            self._state(given, False, own)
             self.backbone._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
             return
         own = model_kwargs.get("guide_input_ids")
@@ -326,28 +342,32 @@ class Guided(GenerationMixin, nn.Module):
             make (`Callable`): Makes the cache of one set of weights, by a term that has them and the number of terms.
             own_prompt (`bool`, *optional*, defaults to `False`): Whether guides will read a prompt of their own.
         """
-        return GuidedCache(self._parts(make, own_prompt))
+        return GuidedCache(self._parts(make, own_prompt), own_prompt)
 
-    def _state(self, cache: Any, keeps: bool, own_prompt: bool) -> GuidedCache:
+    def _state(self, cache: Any, keeps: bool, own: OwnPrompt | None) -> GuidedCache:
         """What was read before: the cache, or a fresh one, which keeps nothing unless it is to."""
         if cache is None:
-            return self.new_cache(_default_cache if keeps else lambda term, copies: None, own_prompt)
+            return self.new_cache(_default_cache if keeps else lambda term, copies: None, own is not None)
         if not isinstance(cache, GuidedCache) or not cache.is_of(self.backbone, self.terms):
             raise ValueError(
                 f"This {type(cache).__name__} was not made by a guided model with the same models, adapters and "
                 "preferences. Leave the cache out, or pass the one that an earlier call of this model returned."
             )
+        cache.check_own(own)
         return cache
 
     def _parts(self, new_cache: Any, own_prompt: bool) -> list[Any]:
         return parts_of(self.own_term() if self._reads_base else None, self.terms, own_prompt, new_cache)
 
     def own_term(self) -> LM:
-        """The base model as a term: with its active adapters, but without those that guide."""
+        """The base model as a term: with its active adapters, but without those that guide, or of a policy, unless
+        that is the same model. Raises `ValueError` as [`check_base`]."""
         guides = language_models(self.formula, silent=True)
+        guides += [policy for policy in policies(self.formula) if policy.model is not self.base]
         guiding = {name for term in guides if term.backbone is self.backbone for name in term.adapter_names}
-        own = resting(AdapterSwitch.of(self.backbone).layers)
-        return LM.of_base(self.base, [name for name in own if name not in guiding])
+        own = [name for name in resting(AdapterSwitch.of(self.backbone).layers) if name not in guiding]
+        check_base(self.base, own)
+        return LM.of_base(self.base, own)
 
     def _check_modes(self) -> None:
         for model in (self.base, *(term.model for term in self.terms)):

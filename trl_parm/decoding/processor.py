@@ -18,7 +18,7 @@ import torch
 from transformers import LogitsProcessor
 
 from peft_pblora.preference import Preference
-from peft_pblora.switch import check_below
+from peft_pblora.switch import backbone_of, check_below
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
@@ -28,7 +28,7 @@ from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
 from .prompt import Prompt
 from .reading import parts_of
-from .terms import LM, check_evaluates, check_formula, language_models, log_probs_of
+from .terms import LM, check_evaluates, check_formula, check_row_counts, language_models, log_probs_of, policies
 
 
 WINDOW = 32
@@ -61,8 +61,9 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     Raises:
         TypeError: something else than a scorer.
-        ValueError: at a call, a model in training mode, padding that can't be told, a guide that sees no prompt, or
-            whose adapter is gone, merged or active.
+        ValueError: preferences or strengths for another number of rows than `prompt` has; at a call, a model in
+            training mode, padding that can't be told, a guide that sees no prompt, or whose adapter is gone, merged or
+            active.
         NotImplementedError: at a call with the last token of every row alone.
     """
 
@@ -71,16 +72,21 @@ class GuidedLogitsProcessor(LogitsProcessor):
 
     def __init__(self, formula: Scorer, prompt: Prompt | None = None, pad_token_id: int | None = None) -> None:
         check_formula(formula)
+        if prompt is not None and prompt.rows is not None:
+            check_row_counts(formula, prompt.rows)
         pads = [scorer.pad_token_id for scorer in formula.scorers() if hasattr(scorer, "pad_token_id")]
         self.formula, self.prompt = formula, prompt
         self.pad_token_id = next((pad for pad in [pad_token_id, *pads] if pad is not None), None)
-        for term in language_models(formula, silent=True):
+        self._ends: set[int] = set()
+        guides = [*language_models(formula, silent=True), *policies(formula)]
+        for term in guides:
             check_below(term.model)  # it may be the model that generates
-        self._aside = [(term, step_aside(term)) for term in language_models(formula, silent=True)]
+        self._aside = [(term, step_aside(term)) for term in guides]
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all tokens. Only needed after changing a guide's weights behind PyTorch's back, as by `.data`."""
+        """Forgets all tokens. Only needed after changing frozen weights of a guide behind PyTorch's back, as by
+        `.data`, or any weights between two tokens of one text by a fused optimizer."""
         self._lock = threading.Lock()
         self._prefix: _Prefix | None = None
 
@@ -98,12 +104,19 @@ class GuidedLogitsProcessor(LogitsProcessor):
             if self._prefix is None or not self._prefix.serves(terms):
                 scorers = list(self.formula.scorers())
                 reads = bool(terms) or any(scorer.reads_text for scorer in scorers)
-                weights = _Weights(model for scorer in scorers for model in scorer.models())
-                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, reads, weights)
-            answers = self._prefix.read(input_ids)
-            found, prefix = log_probs_of(answers, scores), self._prefix
-            step = Step(scores, found, input_ids, prefix.mask, prefix.prompt_length, prefix.state.memory)
-            return guided_logits(self.formula, step)
+                models = [model for scorer in scorers for model in scorer.models()]
+                ends = {end for model in models for end in _end_tokens(model)}
+                if any(scorer.reads_text and not getattr(scorer, "reads_text_alone", False) for scorer in scorers):
+                    ends |= self._ends
+                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, ends, reads, _Weights(models))
+            try:
+                answers = self._prefix.read(input_ids)
+                found, prefix = log_probs_of(answers, scores), self._prefix
+                step = Step(scores, found, input_ids, prefix.mask, prefix.prompt_length, prefix.state.memory)
+                return guided_logits(self.formula, step)
+            except BaseException:  # as of an interrupt in a forward, after which caches may hold a part of its tokens
+                self._prefix = None
+                raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_prefix")}
@@ -151,7 +164,10 @@ class PARMLogitsProcessor(GuidedLogitsProcessor):
         """
         given = {"preference": preference, "beta": beta}
         arguments = self._arguments | {name: value for name, value in given.items() if value is not None}
-        self.formula, self._arguments = parm(**arguments), arguments
+        formula = parm(**arguments)
+        if self.prompt is not None and self.prompt.rows is not None:
+            check_row_counts(formula, self.prompt.rows)
+        self.formula, self._arguments = formula, arguments
         layer = self._aside[0][1]  # all terms are of one adapter
         self._aside = [(term, layer) for term in language_models(self.formula, silent=True)]
 
@@ -162,9 +178,11 @@ class MethodLogitsProcessor(GuidedLogitsProcessor):
     method: Callable[..., Scorer]
 
     def __init__(self, *args: Any, prompt: Prompt | None = None, pad_token_id: int | None = None, **kwargs: Any):
+        tokenizer = kwargs.get("tokenizer")
         if pad_token_id is None:
-            pad_token_id = getattr(kwargs.get("tokenizer"), "pad_token_id", None)
+            pad_token_id = getattr(tokenizer, "pad_token_id", None)
         super().__init__(self.method(*args, **kwargs), prompt, pad_token_id)
+        self._ends = {getattr(tokenizer, "eos_token_id", None)} - {None}
 
 
 class GenARMLogitsProcessor(MethodLogitsProcessor):
@@ -187,7 +205,7 @@ class MODWeakToStrongLogitsProcessor(MethodLogitsProcessor):
 
 class _Weights:
     """The parameters of some models as they were when it was made: what was changed since then, or put in the place of
-    another, is noticed. It is asked at every token.
+    another, is noticed, as far as PyTorch notes it. It is asked at every token.
 
     Args:
         models (`Iterable[nn.Module]`): The models.
@@ -199,14 +217,24 @@ class _Weights:
         self._found = self._now()
         self._counted = [x for x in self._found if isinstance(x, torch.Tensor) and not x.is_inference()]
         self._versions = self._count()
+        self._trained = self._train()
 
     def are_current(self) -> bool:
         """Whether they are the same, with the same values."""
         now = self._now()
         return len(now) == len(self._found) and all(map(is_, now, self._found)) and self._versions == self._count()
 
+    @property
+    def may_have_changed(self) -> bool:
+        """Whether they may have other values all the same: steps of fused optimizers are not noted. So it is where one
+        requires a gradient, now or when it was made."""
+        return self._trained or self._train()
+
     def _now(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._holders)))
+
+    def _train(self) -> bool:
+        return any(x.requires_grad for x in self._counted)
 
     def _count(self) -> int:
         return sum(map(attrgetter("_version"), self._counted))
@@ -224,11 +252,17 @@ class _Prefix:
     """
 
     def __init__(
-        self, terms: list[LM], prompt: Prompt | None, pad_token_id: int | None, reads: bool, weights: _Weights
+        self,
+        terms: list[LM],
+        prompt: Prompt | None,
+        pad_token_id: int | None,
+        ends: set[int],
+        reads: bool,
+        weights: _Weights,
     ) -> None:
-        self.terms, self.prompt, self.pad_token_id, self._reads = terms, prompt, pad_token_id, reads
-        self.weights = weights
-        self.prompt_length = 0
+        self.terms, self.prompt, self.pad_token_id, self._ends = terms, prompt, pad_token_id, ends
+        self._reads, self.weights = reads, weights
+        self.prompt_length = self._begun = 0
         self.tokens = torch.empty(0, 0, dtype=torch.long)
 
     def serves(self, terms: list[LM]) -> bool:
@@ -259,12 +293,14 @@ class _Prefix:
         return answers
 
     def _goes_on(self, tokens: torch.Tensor) -> bool:
-        """Whether these are tokens of the same call: of the same prompts, at most one token longer than before."""
+        """Whether these are tokens of the same call: of the same prompts, at most one token longer than before. What a
+        call begins with may be that of the next one, before which weights were trained."""
         start, held = self.prompt_length, self.tokens.shape[1]
         return (
             len(self.tokens) == len(tokens) > 0
             and start <= tokens.shape[1] <= held + 1
             and torch.equal(tokens[:, :start], self.tokens[:, :start])
+            and not (tokens.shape[1] <= self._begun and self.weights.may_have_changed)
         )
 
     def _begin(self, tokens: torch.Tensor) -> None:
@@ -285,6 +321,7 @@ class _Prefix:
         for term in self.terms if own is None else ():
             _check_text(term, tokens[:, :start])
         self.prompt_length, self.prompt_mask = start, mask[:, :start]
+        self._begun = tokens.shape[1]
         self.state = GuidedCache(
             parts_of(None, self.terms, own is not None, lambda term, copies: rewindable_cache(term.backbone))
         )
@@ -303,7 +340,8 @@ class _Prefix:
         self.answers = {n: answer for n, answer in self.answers.items() if n <= shared}
         kept = min(shared, length - 1)
         if kept < self.state.length:
-            if kept < 1 or not can_take_back(self.state):
+            own = self.prompt is not None and self.prompt.own is not None
+            if kept < (self.prompt_length if own else 1) or not can_take_back(self.state):
                 return False
             self.state.crop(kept - self.state.length)
             self.tokens = self.tokens[:, :kept]
@@ -314,20 +352,18 @@ class _Prefix:
         one prompt where it is the guides' own."""
         alike = (self.prompt_mask[:, None] == self.prompt_mask[None]).all(-1)
         own = [] if self.prompt is None or self.prompt.own is None else [len(self.prompt.own[0])]
-        for different in own + [term.rows for term in self.terms]:
+        for different in own + [part.rows_of(term) for part in self.state.parts for term in part.terms]:
             number = torch.arange(rows, device=alike.device) // max(1, rows // different)
             alike &= number[:, None] == number[None]
         return alike
 
     def _told_by_pad_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mask that `generate` finds where none is given. Raises `ValueError` where it may have got another."""
-        pad, ends = self.pad_token_id, set()
+        pad, ends = self.pad_token_id, self._ends
         for term in self.terms:
             config = term.backbone.generation_config
             known = term.vocabulary.base_pad_token_id if term.vocabulary is not None else config.pad_token_id
             pad = known if pad is None else pad
-            ends |= set(config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id])
-        ends.discard(None)
         if pad is None and (not _begin_alike(tokens) or not ends and len(tokens) > 1):
             raise ValueError(
                 "No pad token is known, so that rows may begin with padding, which can't be told from text. Pass "
@@ -343,6 +379,14 @@ class _Prefix:
                 "`generate` tells."
             )
         return torch.ones_like(tokens)
+
+
+def _end_tokens(model: Any) -> set[int]:
+    """The end tokens of a model, by its generation configuration where it has one, as a classifier has not."""
+    backbone = backbone_of(model)
+    config = getattr(backbone, "generation_config", None) or getattr(backbone, "config", None)
+    ends = getattr(config, "eos_token_id", None)
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
 
 
 def _begin_alike(tokens: torch.Tensor) -> bool:

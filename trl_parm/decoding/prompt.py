@@ -32,6 +32,9 @@ class Prompt:
             not given, 0 for `inputs_embeds`. It is 1 for an encoder-decoder base model, whose decoder starts with one
             token.
 
+    Attributes:
+        rows (`int` or `None`): How many prompts the batch has, if that is known.
+
     Raises:
         ValueError: nothing to read, texts without tokenizer, or batches that differ.
 
@@ -52,7 +55,8 @@ class Prompt:
         length: int | None = None,
     ) -> None:
         inputs = inputs or {}
-        self.attention_mask: torch.Tensor | None = inputs.get("attention_mask")
+        given = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")]
+        self.attention_mask: torch.Tensor | None = given[-1]
         self.length = length
         if length is None and inputs.get("input_ids") is not None:
             self.length = inputs["input_ids"].shape[1]
@@ -63,9 +67,10 @@ class Prompt:
         if self.length is None:
             raise ValueError("`Prompt` needs `inputs` with `input_ids` or `inputs_embeds`, or a `length`.")
         self.own = None if guide is None else _encode(guide, tokenizer)
-        rows = [len(t) for t in (self.attention_mask, self.own and self.own[0]) if t is not None]
+        rows = [len(t) for t in (*given, self.own and self.own[0]) if t is not None]
+        self.rows = rows[0] if rows else None
         if len(set(rows)) > 1:
-            raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[1]}. Give the guide one for each.")
+            raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[-1]}. Give the guide one for each.")
 
     @classmethod
     def with_preference(

@@ -32,6 +32,8 @@ from .terms import LM
 LEAST_COMMON = 8
 """Columns that all rows begin with which are worth a forward of their own."""
 OUTPUTS = ("output_hidden_states", "output_attentions")
+GIVEN = {"input_ids", "attention_mask", "position_ids"}
+"""What a guide reads of these is worked out for it."""
 
 
 class Part:
@@ -65,6 +67,11 @@ class Part:
         read = self.cache is not None and holds(self.cache)
         return not read or same_stamp(self._stamp, self.adapters.stamp(self.terms))
 
+    def rows_of(self, term: LM) -> int:
+        """How many rows have a preference of their own, given or set in the model; 1 if all have the same."""
+        condition = self.adapters.condition(term)
+        return 1 if condition is None else condition.rows
+
     def read(
         self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
     ) -> tuple[dict[LM, torch.Tensor], Any]:
@@ -72,7 +79,8 @@ class Part:
 
         Args:
             new ([`New`]): What is new.
-            inputs (`dict`): What the base model is given beside, or in the place of it.
+            inputs (`dict`): What the base model is given beside, or in the place of it; of another model, what it sees
+                of that too, if its forward names it.
             last (`int`): How many positions are wanted.
             compiled (`CompileConfig`, *optional*): Compile the model's forward with it.
 
@@ -80,9 +88,12 @@ class Part:
             `tuple` of the logits of every term, and the model's output.
         """
         if not self.is_base:
-            if new.own is not None and new.start + new.ids.shape[1] < new.prompt:
+            unread = new.own is not None and self.mask is None
+            if unread and new.start + new.ids.shape[1] < new.prompt:
                 return self._no_answer(len(new.ids), last or new.ids.shape[1]), None
             own_text = new.own is not None or self.terms[0].vocabulary is not None
+            taken = _parameters(type(self.model)) - GIVEN
+            inputs = {n: x.to(self.model.device) for n, x in inputs.items() if n in taken and holds_tensors(x)}
             new = new.for_guide(self.terms[0], self.mask)
             self.mask = new.mask if own_text else None
             if new.ids.shape[1] == 0:
@@ -111,8 +122,10 @@ class Part:
         rows = len(new.ids)
         for term in self.terms:
             self.adapters.check(term)
-            check_rows(term.rows, rows)
+            check_rows(self.rows_of(term), rows)
         empty = fresh = self.cache is not None and not holds(self.cache)
+        if empty:  # a cache may have been emptied, or been made long before
+            self._stamp, self._planned = self.adapters.stamp(self.terms), None
         if empty and compiled is None and (common := self._common_start(new, inputs, last)):
             start, new = new.split(common)
             self.forward(start, inputs, 1)
@@ -132,7 +145,7 @@ class Part:
         given = {
             "input_ids": new.ids, "attention_mask": new.mask, "position_ids": self._positions(new, inputs), **inputs
         }  # fmt: skip
-        beside = inputs if _takes_any(type(self.model)) else {}
+        beside = inputs if self.is_base and _takes_any(type(self.model)) else {}
         arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, beside, last)
         forward = self.model if compiled is None else self.model.get_compiled_call(compiled)
         if self.on_rows:
@@ -230,11 +243,11 @@ class Part:
     def _condition(self, terms: list[LM], rows: int, chosen: list[torch.Tensor] | None) -> Condition | None:
         """α of the rows of some terms of one adapter; `None` for what is set in the model."""
         device = self.model.device
-        if len(terms) == 1 and (chosen is None or terms[0].rows == 1):
+        if len(terms) == 1 and (chosen is None or self.rows_of(terms[0]) == 1):
             if terms[0].condition is not None:
                 terms[0].condition.to(device)
             return terms[0].condition
-        found = [term.condition or self.adapters.condition(term) for term in terms]
+        found = [self.adapters.condition(term) for term in terms]
         if found[0] is None:
             return None
         α = [torch.atleast_2d(condition.preference.to(device)) for condition in cast("list[Condition]", found)]
@@ -254,7 +267,8 @@ class Part:
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
         text = torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
-        keys = [text * rows + _kinds(t).to(text.device).repeat_interleave(rows // t.rows) for t in self.terms]
+        kinds = [_kinds(self.adapters.condition(term)).to(text.device) for term in self.terms]
+        keys = [text * rows + kind.repeat_interleave(rows // len(kind)) for kind in kinds]
         chosen, places, offset = [], [], 0
         for key in keys:
             found, inverse = torch.unique(key, return_inverse=True)
@@ -371,11 +385,11 @@ def holds_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _kinds(term: LM) -> torch.Tensor:
-    """A number for each of the rows that a term tells apart, the same for the same preference."""
-    if term.rows == 1:
+def _kinds(condition: Condition | None) -> torch.Tensor:
+    """A number for each of the rows that a term's preference tells apart, the same for the same preference."""
+    if condition is None or condition.rows == 1:
         return torch.zeros(1, dtype=torch.long)
-    return torch.unique(cast(torch.Tensor, term.preference), dim=0, return_inverse=True)[1]
+    return torch.unique(condition.preference, dim=0, return_inverse=True)[1]
 
 
 def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:

@@ -18,6 +18,7 @@ from trl_parm.texts import PromptText
 from .methods import objective_weights
 from .model import Guided
 from .processor import MethodLogitsProcessor
+from .terms import LM
 from .trajectories import ClassifierReward, Rollout, TextReward, TrajectoryReward
 
 
@@ -50,10 +51,19 @@ class TopKReward(Scorer):
         """The pad token of the reward, if it knows any."""
         return getattr(self.reward, "pad_token_id", None)
 
+    @property
+    def policy(self) -> LM | None:
+        """What decodes further, with its adapters, if anything does."""
+        return None if self.rollout is None else LM.of_base(self.rollout.policy, self.rollout.adapters)
+
     def models(self) -> Iterator[Any]:
         yield from self.reward.models()
         if self.rollout is not None:
             yield self.rollout.policy
+
+    def row_counts(self) -> Iterator[int]:
+        if isinstance(self.reward, TextReward) and self.reward.prompts:
+            yield len(self.reward.prompts)
 
     def __call__(self, step: Step) -> torch.Tensor:
         scores = step.scores

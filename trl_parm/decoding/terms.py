@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from peft_pblora import as_preference, get_objectives
 from peft_pblora.condition import Condition
 from peft_pblora.control import has_preference
 from peft_pblora.kv_cache import takes_cache
+from peft_pblora.layer import preference_layers
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of, check_below
 from trl_parm.algebra import Scorer, Step
@@ -108,13 +109,13 @@ class LM(Scorer):
 
     @property
     def rows(self) -> int:
-        """How many rows have a preference of their own; 1 if all have the same."""
+        """How many rows were given a preference of their own; 1 if all have the same."""
         α = self.preference
         return len(α) if isinstance(α, torch.Tensor) and α.ndim == 2 else 1
 
     @classmethod
-    def of_base(cls, base: Any, adapters: list[str]) -> LM:
-        """The model that generates, with these of its adapters; any architecture."""
+    def of_base(cls, base: Any, adapters: Sequence[str]) -> LM:
+        """The model that generates, or a policy, with these of its adapters; any architecture."""
         term = object.__new__(cls)
         key = id(backbone_of(base)), tuple(adapters), None, id(None)
         values = dict(
@@ -129,6 +130,8 @@ class LM(Scorer):
 
     def row_counts(self) -> Iterator[int]:
         yield self.rows
+        for layer in preference_layers(self.backbone) if self.preference is None else ():
+            yield from (layer.adapter(name).condition.rows for name in self.adapters if name in layer.adapters)
 
     def __call__(self, step: Step) -> torch.Tensor:
         return step.answers[self]
@@ -228,10 +231,29 @@ def check_guide(model: Any, backbone: PreTrainedModel) -> None:
         )
 
 
+def check_base(base: Any, adapters: Sequence[str]) -> None:
+    """Raises `ValueError` for a base model with a tuned prompt, or an activated LoRA among the adapters that act: both
+    act in a `PeftModel`'s own calls alone."""
+    known = getattr(base, "peft_config", {})
+    found = [name for name, config in known.items() if config.is_prompt_learning]
+    found += [name for name in adapters if getattr(known.get(name), "alora_invocation_tokens", None)]
+    if found:
+        raise ValueError(
+            f"The base model has the adapter {found[0]!r}, which is tuned by prompt learning or an activated LoRA, "
+            "and would not act in a guided model. Use an adapter that acts on the whole text."
+        )
+
+
 def language_models(formula: Scorer, silent: bool = False) -> list[LM]:
     """The language models of a formula, each once; those of weight 0 only if the `silent` are wanted."""
     scorers = [*formula.scorers(), *(formula.silent() if silent else ())]
     return [scorer for scorer in dict.fromkeys(scorers) if isinstance(scorer, LM)]
+
+
+def policies(formula: Scorer) -> list[LM]:
+    """What a formula decodes further with, where it has adapters, each once."""
+    found = (getattr(scorer, "policy", None) for scorer in (*formula.scorers(), *formula.silent()))
+    return list(dict.fromkeys(term for term in found if term is not None and term.adapters))
 
 
 def log_probs_of(answers: Mapping[LM, torch.Tensor], scores: torch.Tensor) -> dict[LM, torch.Tensor]:
@@ -243,6 +265,17 @@ def check_formula(formula: Any) -> None:
     """Raises `TypeError` unless it is a scorer."""
     if not isinstance(formula, Scorer):
         raise TypeError(f"`formula` is a {type(formula).__name__}, but it must be a scorer such as BASE + LM(arm).")
+
+
+def check_row_counts(formula: Scorer, prompts: int, others: Sequence[int] = ()) -> None:
+    """Raises `ValueError` for anything that is given for other rows than the prompts: preferences, strengths and texts
+    of a formula, or `others`, which are numbers of rows too."""
+    for rows in (*formula.row_counts(), *others):
+        if rows not in (1, prompts):
+            raise ValueError(
+                f"Preferences, strengths or prompts are given for {rows} rows, but the batch has {prompts}. Give one "
+                "for each prompt, or one for all."
+            )
 
 
 def check_evaluates(model: Any) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peft_pblora.switch import AdapterSwitch
 from trl_parm.algebra import Step
 from trl_parm.rewards import Reward, score
 from trl_parm.texts import PromptText
@@ -128,6 +130,9 @@ class Rollout:
         policy (`PreTrainedModel`): The baseline aligned model, with the base model's vocabulary.
         tokens (`int`, *optional*, defaults to 20): How many tokens, 1 or more.
 
+    Attributes:
+        adapters (`list[str]`): Those that act in it, where it is a `PeftModel`: they do so whenever it decodes.
+
     Raises:
         ValueError: no tokens; at a call, a policy in training mode.
     """
@@ -136,6 +141,9 @@ class Rollout:
         if tokens < 1:
             raise ValueError(f"`tokens` is {tokens}, but a rollout has at least one.")
         self.policy, self.tokens = policy, tokens
+        known = AdapterSwitch.of(policy).names
+        active = policy.active_adapters if isinstance(policy, PeftModel) else []
+        self.adapters = [name for name in active if name in known]
         config = cast(Any, policy.generation_config)
         ends = config.eos_token_id
         self.ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -152,7 +160,7 @@ class Rollout:
         return texts, (ends.cumsum(-1) == ends).long()
 
     def _reader(self, step: Step) -> Continuations:
-        made = Continuations(self.policy, self.tokens, self.pad_token_id)
+        made = Continuations(self.policy, self.tokens, self.pad_token_id, self.adapters)
         return step.memory.setdefault(("continuations", id(self)), made)
 
 

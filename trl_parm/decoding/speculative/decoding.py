@@ -9,19 +9,24 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import logits_process as known
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from peft_pblora.kv_cache import cache_in
 from trl_parm.algebra import Scorer
 
 from ..model import OURS, own_prompt
+from ..prefix import holds
 from ..terms import LM
 from .draft_length import DraftLength
 from .target import StandIn, Target, looked_up
 from .texts import Texts
 
 
-PER_ROW = ("input_ids", "attention_mask", "position_ids", "token_type_ids", *OURS)
+PER_ROW = ("input_ids", "attention_mask", "position_ids", *OURS)
+STATEFUL = (known.UnbatchedClassifierFreeGuidanceLogitsProcessor, known.SynthIDTextWatermarkLogitsProcessor)
+"""Processors that take every call for the next token of the text."""
 
 
 class SpeculativeDecoding:
@@ -50,8 +55,9 @@ class SpeculativeDecoding:
 
     Raises:
         ValueError: numbers below 1, another `draft`; when called, settings that it can't follow (beams, an
-            encoder-decoder model, `use_cache=False`, scores as output), a guide that is no language model, or
-            `"auto"` where every guide has the base model's own weights.
+            encoder-decoder model, `use_cache=False`, scores as output, classifier-free guidance), inputs beside ids
+            and mask, a cache of text that the ids don't repeat, a guide that is no language model, different prompts
+            of the guides' own, or `"auto"` where every guide has the base model's own weights.
 
     Example:
 
@@ -91,9 +97,11 @@ class SpeculativeDecoding:
         **model_kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The decoding loop; `generate` calls it."""
-        _check(model, input_ids, generation_config, model_kwargs)
+        _check(model, input_ids, logits_processor, generation_config, model_kwargs)
         own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"))
-        target = Target(model, logits_processor, bool(generation_config.do_sample), own)
+        ends = getattr(generation_config, "_eos_token_tensor", None)
+        ends = input_ids.new_empty(0) if ends is None else ends
+        target = Target(model, logits_processor, bool(generation_config.do_sample), own, ends)
         draft = None if self.draft == "prompt" else self._make_draft(target)
         length = DraftLength(self.max_draft_tokens, self.draft_tokens)
         self.rounds = self.drafted = self.accepted = 0
@@ -161,8 +169,18 @@ def _until_stop(
 
 
 def _check(
-    model: PreTrainedModel, input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> None:
+    columns, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
+    # That of the text: `generate` drops a mask that is all ones, and notes its length.
+    length = getattr(config, "_mask_length", columns) if mask is None else mask.shape[1]
+    cache = cache_in(model_kwargs)
+    if cache is not None and holds(cache):
+        length = max(length, cache.get_seq_length() + 1)
     others = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and name not in PER_ROW]
     wrong = {
         "beams": (config.num_beams or 1) > 1,
@@ -173,6 +191,17 @@ def _check(
             (config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states)
         ),
         **{f"the input `{name}`": True for name in others},
+        "a cache, unless `input_ids` repeat the text that it has read": length > columns,
+        "`position_ids`, unless they are those of the mask": _moved(model_kwargs.get("position_ids"), input_ids, mask),
+        "`guidance_scale` and other processors with a state": any(isinstance(one, STATEFUL) for one in processors),
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise ValueError(f"SpeculativeDecoding does not work with {found[0]}. Leave it or `custom_generate` out.")
+
+
+def _moved(positions: torch.Tensor | None, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether these are positions, `(..., rows, columns)`, that tokens do not have by the mask."""
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if positions is None or positions.shape[-1] != mask.shape[1]:
+        return positions is not None
+    return bool(((positions - mask.cumsum(1) + 1) * mask).any())

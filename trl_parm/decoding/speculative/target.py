@@ -14,6 +14,7 @@ from trl_parm.algebra import BASE, Scorer, Step, guided_logits, sum_of
 
 from ..model import Guided
 from ..processor import GuidedLogitsProcessor
+from ..prompt import OwnPrompt
 from ..terms import LM
 from .sampling import acceptance, verify
 from .texts import Reader, Texts
@@ -33,23 +34,41 @@ NGRAM = 2
 class Target:
     """What the base model, its guides and the settings of `generate` make of the next token.
 
+    Args:
+        model (`PreTrainedModel` or [`Guided`]): The model that generates.
+        processors (`Sequence`): The logits processors.
+        do_sample (`bool`): Whether tokens are sampled.
+        own (`tuple`, *optional*): The prompts that the model's guides read in the place of its own, ids and mask.
+        ends (`torch.Tensor`): The tokens that end a text.
+
+    Raises:
+        ValueError: a scorer that is no language model, or formulas whose guides read different prompts of their own.
+
     Attributes:
         guides (`list[LM]`): All guides.
         apart (`list[LM]`): Those that are not read with the base model, in one forward.
-        own (`tuple`, *optional*): The guides' own prompts, ids and mask; those of a processor if it has any.
+        own (`tuple`, *optional*): The guides' own prompts, ids and mask, the same for all.
         vocab (`int`): Size of the base model's vocabulary, known after the first round.
     """
 
     def __init__(
-        self, model: Any, processors: Sequence[Any], do_sample: bool, own: tuple[torch.Tensor, torch.Tensor] | None
+        self, model: Any, processors: Sequence[Any], do_sample: bool, own: OwnPrompt | None, ends: torch.Tensor
     ) -> None:
-        self.do_sample, self.own, self.vocab = do_sample, own, 0
+        self.do_sample, self.vocab, self._ends = do_sample, 0, ends
         self._steps: list[Any] = [model.formula] if isinstance(model, Guided) else []
+        owns = [own] if isinstance(model, Guided) else []
         for processor in processors:
             guides = isinstance(processor, GuidedLogitsProcessor)
             self._steps.append(processor.formula if guides else processor)
-            if guides and processor.prompt is not None:
-                self.own = processor.prompt.own
+            if guides:
+                owns.append(None if processor.prompt is None else processor.prompt.own)
+        read = [own and [part.tolist() for part in own] for own in owns]
+        if any(prompts != read[0] for prompts in read):
+            raise ValueError(
+                f"{len(owns)} formulas guide, and not all of them read the same prompts of their own. Give all of "
+                "them the same, or leave `custom_generate` out."
+            )
+        self.own = owns[0] if owns else None
         formulas = [step for step in self._steps if isinstance(step, Scorer)]
         scorers = dict.fromkeys(scorer for formula in formulas for scorer in formula.scorers())
         others = [scorer for scorer in scorers if scorer != BASE and not isinstance(scorer, LM)]
@@ -74,7 +93,7 @@ class Target:
         scores = scores.float()
         for step in self._steps:
             if not isinstance(step, Scorer):
-                scores = _processed(step, texts, scores)
+                scores = _processed(step, texts, scores, self._ends)
             elif answers is not None:
                 scores = guided_logits(step, Step(scores, answers))
         if self.do_sample:
@@ -108,37 +127,63 @@ class Target:
             read |= self._others.read(longer, count + 1)
         found = self.log_probs({term: logits for term, logits in read.items() if term in self.guides})
 
-        def target(i: int) -> torch.Tensor:
-            """The distribution after the first i drafted tokens."""
+        def target(i: int, drafted: Texts) -> torch.Tensor:
+            """The distribution after the first i drafted tokens, which are at the ends of the texts `drafted`."""
             answers = {term: values[:, i] for term, values in found.items()}
             if asked is not None:
                 answers |= asked.answers[i] if i < count else asked.ask(longer)
-            return self.distribution(texts.extended(tokens[:, :i]), scores[:, i], answers)
+            return self.distribution(drafted, scores[:, i], answers)
 
         if q is None:
-            counts, left = torch.zeros_like(texts.lengths), target(0)
+            counts, left = torch.zeros_like(texts.lengths), target(0, texts)
         else:
-            p = torch.stack([target(i) for i in range(count)], 1)
+            p, drafted, going = [], texts, torch.ones_like(texts.lengths, dtype=torch.bool)
+            for i in range(count):
+                p.append(target(i, drafted))
+                going = going & (p[i].gather(1, tokens[:, i : i + 1])[:, 0] > 0)
+                if not bool(going.any()):
+                    break
+                # No text has a token that is excluded, after which a processor may allow nothing.
+                drafted = drafted.extended(tokens[:, i : i + 1], going.long())
             if draft is not None:
-                draft.learn(texts, p[:, 0])
-            counts, left = verify(p, q, tokens, torch.rand(tokens.shape, device=tokens.device))
+                draft.learn(texts, p[0])
+            tried = tokens[:, : len(p)]
+            noise = torch.rand(tried.shape, device=tokens.device)
+            counts, left = verify(torch.stack(p, 1), q[:, : len(p)], tried, noise)
             whole = counts == count
             if bool(whole.any()):
-                left = torch.where(whole[:, None], target(count), left)
+                left = torch.where(whole[:, None], target(count, drafted), left)
         last = self.choose(left)
         return torch.cat([tokens, last], 1).scatter(1, counts[:, None], last), counts + 1
 
 
-def _processed(processor: Any, texts: Texts, scores: torch.Tensor) -> torch.Tensor:
-    """Scores as a processor leaves them, which takes the rows' last tokens to stand in one column."""
-    lengths = texts.lengths.unique().tolist()
-    if isinstance(processor, ANY_COLUMNS) or len(lengths) == 1:
-        return processor(texts.ending_together(lengths[-1]), scores)
-    processed = torch.empty_like(scores)
-    for length in lengths:
-        rows = texts.lengths == length
-        processed[rows] = processor(texts.ending_together(length), scores.clone())[rows]
+def _processed(processor: Any, texts: Texts, scores: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Scores as a processor leaves them, which is shown texts as `generate` shows them: of one length, each in its
+    row, and none that has ended. Rows of other lengths show one of these texts; scores after an end stay as they are.
+    """
+    if type(processor) in ANY_COLUMNS:
+        return processor(texts.prompt, scores)
+    ids, mask = texts.padded()
+    columns = texts.prompt.shape[1]
+    going = ~(torch.isin(ids, ends) & (mask != 0))[:, columns:].any(1)
+    processed = scores.clone()
+    for length in texts.lengths[going].unique().tolist():
+        rows = going & (texts.lengths == length)
+        shown = ids[:, : columns + length]
+        if isinstance(processor, known.PrefixConstrainedLogitsProcessor):
+            for row in rows.nonzero()[:, 0].tolist():
+                one = slice(row, row + 1)
+                processed[one] = _of_row(processor, row)(shown[one], scores[one])
+            continue
+        shown = torch.where(rows[:, None], shown, shown[rows][:1])
+        processed[rows] = processor(shown, scores.clone())[rows]
     return processed
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """The constraint of one row of the batch, which may allow nothing after the text of another."""
+    allowed, prompt = processor._prefix_allowed_tokens_fn, row // processor._num_beams
+    return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(prompt, ids), 1)
 
 
 class StandIn:

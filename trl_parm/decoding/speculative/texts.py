@@ -56,15 +56,6 @@ class Texts:
         ids = torch.cat([self.prompt, torch.where(written, self.new, token)], 1)
         return ids, torch.cat([self.mask, written.long()], 1)
 
-    def ending_together(self, length: int) -> torch.LongTensor:
-        """Ids of shape `(rows, columns + length)` in which every row ends at the last column.
-
-        Rows that are shorter repeat their first token on the left, which `generate` makes padding where rows are
-        padded at all; longer ones are cut there.
-        """
-        places = self.lengths[:, None] - length + torch.arange(self.prompt.shape[1] + length, device=self.new.device)
-        return cast(torch.LongTensor, self.padded()[0].gather(1, places.clamp(min=0)))
-
 
 class Reader:
     """Language models that read texts, after prompts of their `own`, ids and mask, if these are given."""
@@ -87,6 +78,8 @@ class _Held:
 
     def __init__(self, part: Part, own: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         self.part, self.own = part, own
+        if own is not None:
+            part.terms[0].check_ids(own[0])
         nothing = torch.zeros(1, 0, dtype=torch.long, device=part.model.device)  # of any number of rows
         self.tokens, self.lengths, self.held = nothing, nothing.sum(1), nothing.bool()
 
@@ -115,20 +108,27 @@ class _Held:
         """The model's own tokens, those that are masked moved to the right, and how many are not.
 
         It reads no tokens that it does not know, but something in their place among those that answers are wanted
-        before: no answer may move.
+        before: no answer may move. A prompt of its own is in its own vocabulary.
         """
+        device, start, term = self.part.model.device, texts.prompt.shape[1], self.part.terms[0]
+        tokens, mask = (x.to(device) for x in texts.padded())
+        if term.vocabulary is not None:
+            tokens, known = term.vocabulary.to_guide(tokens, term.embeddings)
+            ends = start + texts.lengths.to(device)[:, None]
+            columns = torch.arange(mask.shape[1], device=device)
+            mask = mask * torch.where((columns > ends - last) & (columns < ends), 1, known)
         if self.own is not None:
             repeats = len(texts.prompt) // len(self.own[0])  # `generate` may have repeated the rows
-            ids, mask = (part.to(texts.prompt.device).repeat_interleave(repeats, 0) for part in self.own)
-            texts = Texts(ids, mask, texts.new, texts.lengths)
-        tokens, mask = (x.to(self.part.model.device) for x in texts.padded())
-        if (vocabulary := self.part.terms[0].vocabulary) is not None:
-            tokens, known = vocabulary.to_guide(tokens)
-            ends = texts.prompt.shape[1] + texts.lengths.to(mask.device)[:, None]
-            columns = torch.arange(mask.shape[1], device=mask.device)
-            mask = mask * torch.where((columns > ends - last) & (columns < ends), 1, known)
+            ids, seen = (part.to(device).repeat_interleave(repeats, 0) for part in self.own)
+            tokens, mask = torch.cat([ids, tokens[:, start:]], 1), torch.cat([seen, mask[:, start:]], 1)
+        lengths = (mask != 0).sum(1)
+        if term.vocabulary is not None and bool((lengths < last).any()):
+            raise ValueError(
+                "A guide knows no token of a text, so that it has nothing to answer. Give its tokenizer and "
+                "embeddings the base model's tokens."
+            )
         order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
-        return tokens.gather(1, order), (mask != 0).sum(1)
+        return tokens.gather(1, order), lengths
 
     def _keep(self, tokens: torch.Tensor, lengths: torch.Tensor, last: int) -> torch.Tensor:
         """Takes back what the texts don't begin with, and returns how many tokens of each are left, `(rows,)`."""
