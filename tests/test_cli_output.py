@@ -130,7 +130,7 @@ def test_training_ends_with_its_model_and_its_accuracies(training, tmp_path, cap
     assert table in card
     assert re.search(r"\nIt (hardly follows|follows|ignores) α", table)
     assert f"The model is in {tmp_path / 'trained'}; its card, README.md" in told.out
-    assert len(told.out.splitlines()) < 12
+    assert len(told.out.splitlines()) < 13
     assert "step 2 of 4: loss 0." in told.err
     assert "{'loss'" not in told.out
 

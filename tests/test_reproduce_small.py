@@ -501,7 +501,7 @@ def test_a_page_is_of_the_settings_that_were_chosen(tmp_path, what, found):
 def test_an_adapter_of_another_training_is_not_taken_for_it(tmp_path, monkeypatch, change):
     task = Task.read(write_task(tmp_path))
     calls = []
-    monkeypatch.setattr(Training, "_reward_model", lambda *given: calls.append(given) or ({"early": 1.0}, {}))
+    monkeypatch.setattr(Training, "_train", lambda *given: calls.append(given) or ({"early": 1.0}, {}))
     given = {"steps": 4, "seed": 0, "scale": 1.0, "rate": 0.01, "folder": tmp_path, "held_out": 3}
     (tmp_path / "parm").mkdir()
     assert Training(task, "parm", **given).run()["losses"] == {"early": 1.0}

@@ -56,6 +56,9 @@ def test_a_port_in_use(folder, capsys):
         assert f"The port {port} of 127.0.0.1 can't be had" in refused(capsys, *words(folder, port=str(port)))
 
 
+WORST = '{"method": "worst_case", "arm": "ARM"}'
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -64,7 +67,7 @@ def test_a_port_in_use(folder, capsys):
         ({"max_prompt_tokens": "0"}, "`max_prompt_tokens` is 0"),
         ({"methods": '{"method": "parn"}'}, "must be one of"),
         ({"methods": '["base"]'}, "Two models are called 'base'"),
-        ({"methods": '["worst_case", "worst_case"]'}, "Two models are called 'worst_case'"),
+        ({"methods": f"[{', '.join(2 * [WORST])}]"}, "Two models are called 'worst_case'"),
         ({"methods": '{"method": "args", "rewards": {"a": "trl_parm.rewards:brevity"}}'}, "can't be served"),
         ({"methods": '{"method": "rewarded_soups", "policies": {"a": "b"}}'}, "can't be served"),
         ({"arm": "ARM", "methods": '["parm"]'}, "Give that one a `name`"),
