@@ -145,15 +145,19 @@ class Entry:
         for source in map(RewardSource.of, self.settings.get("rewards", {}).values()):
             if source.is_model:
                 read_config(source.source, "reward model")
-        found = self._objectives()
+        found = self.objectives()
         if found is not None and not self.method.control and set(found) != set(objectives):
             raise ValueError(
                 f"The method {self.name!r} has models for {', '.join(found)}, but the objectives are "
                 f"{', '.join(objectives)}. Both must be the same."
             )
 
-    def _objectives(self) -> list[str] | None:
-        """Which its models are for, by their configurations; `None` where it takes no preference."""
+    def objectives(self) -> list[str] | None:
+        """Which its models are for, by their configurations; `None` where that does not matter.
+
+        Raises:
+            ValueError: an ARM without a preference where it needs one.
+        """
         if found := next((self.settings[name] for name in OF_OBJECTIVES if self.settings.get(name) is not None), None):
             return list(found)
         arm = self.settings.get("arm")

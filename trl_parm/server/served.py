@@ -18,9 +18,8 @@ from peft_pblora.switch import backbone_of
 from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.joining import can_join, can_read_on
 from trl_parm.evaluation.decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt
-from trl_parm.evaluation.methods import Entry, parm_prompt, rewarded_soups
-from trl_parm.evaluation.models import Models, adapter_config, positions_of
-from trl_parm.preference_text import PreferenceText
+from trl_parm.evaluation.methods import Entry, rewarded_soups
+from trl_parm.evaluation.models import Models, positions_of
 from trl_parm.texts import PromptText
 
 from .errors import RequestError
@@ -28,8 +27,6 @@ from .errors import RequestError
 
 BASE_NAME = "base"
 """The unguided base model, whatever else is served."""
-OBJECTIVES_OF = ("arms", "policies")
-"""Settings of methods that name a model for each objective."""
 LEAST_WEIGHT = 1e-30
 OwnPrompt = tuple[torch.Tensor, torch.Tensor]
 
@@ -161,7 +158,7 @@ def load_served(
         if entry.name in entries:
             raise ValueError(f"Two models are called {entry.name!r}. Give each method a `name` of its own.")
         entries[entry.name] = entry
-    objectives = {name: _objectives(entry) for name, entry in entries.items()}
+    objectives = {n: () if e.method.control else tuple(e.objectives() or ()) for n, e in entries.items()}
     if preference is not None and set(preference) not in [set(found) for found in objectives.values()]:
         known = "; ".join(", ".join(found) for found in objectives.values() if found) or "none"
         raise ValueError(f"`preference` names {', '.join(preference)}, but the objectives served are {known}.")
@@ -202,16 +199,3 @@ def _load(models: Models, entry: Entry, objectives: tuple[str, ...], preference:
     known = [positions_of(backbone_of(model).config) for model in (models.base, *(term.model for term in one.terms))]
     positions = min((count for count in known if count is not None), default=None)
     return replace(served, joins=joins, in_parts=can_read_on(one), positions=positions)
-
-
-def _objectives(entry: Entry) -> tuple[str, ...]:
-    """Of a method's preferences, before its models are loaded."""
-    if entry.method.control:
-        return ()
-    for setting in OBJECTIVES_OF:
-        if entry.settings.get(setting):
-            return tuple(entry.settings[setting])
-    arm = entry.settings["arm"]
-    if entry.method.make is parm_prompt:
-        return tuple(PreferenceText.load(arm).objectives)
-    return tuple(getattr(adapter_config(arm), "objectives", None) or ())
