@@ -524,6 +524,16 @@ def test_formulas_with_several_prompts_of_their_own_are_refused(door):
 
 
 @every_door
+def test_a_prompt_of_the_guides_own_for_a_part_of_the_prompt_is_refused(door):
+    base, formula = apart()
+    own = Prompt(guide={"input_ids": PROMPTS[:, 2:], "attention_mask": MASK[:, 2:]}, length=3)
+    settings = {"prompt": own, "prompt_length": 3} if door == "model" else {"prompt": own}
+    decode(door, base, formula, **settings)
+    with pytest.raises(ValueError, match="own for a part of the prompt"):
+        decode(door, base, formula, drafts=SpeculativeDecoding("prompt"), **settings)
+
+
+@every_door
 def test_guides_that_it_can_not_use(door):
     base, formula = on_the_base()
     with pytest.raises(ValueError, match="nothing to draft with"):

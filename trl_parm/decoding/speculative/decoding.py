@@ -18,6 +18,7 @@ from trl_parm.algebra import Scorer
 
 from ..model import OURS, own_prompt
 from ..prefix import holds
+from ..processor import GuidedLogitsProcessor
 from ..terms import LM
 from .draft_length import DraftLength
 from .target import StandIn, Target, looked_up
@@ -181,6 +182,9 @@ def _check(
     cache = cache_in(model_kwargs)
     if cache is not None and holds(cache):
         length = max(length, cache.get_seq_length() + 1)
+    replaced = [model_kwargs.get("prompt_length")] if model_kwargs.get("guide_input_ids") is not None else []
+    prompts = [one.prompt for one in processors if isinstance(one, GuidedLogitsProcessor) and one.prompt is not None]
+    replaced += [prompt.length for prompt in prompts if prompt.own is not None]
     others = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and name not in PER_ROW]
     wrong = {
         "beams": (config.num_beams or 1) > 1,
@@ -191,6 +195,9 @@ def _check(
             (config.output_scores, config.output_logits, config.output_attentions, config.output_hidden_states)
         ),
         **{f"the input `{name}`": True for name in others},
+        "a prompt of the guides' own for a part of the prompt": any(
+            length not in (None, columns) for length in replaced
+        ),
         "a cache, unless `input_ids` repeat the text that it has read": length > columns,
         "`position_ids`, unless they are those of the mask": _moved(model_kwargs.get("position_ids"), input_ids, mask),
         "`guidance_scale` and other processors with a state": any(isinstance(one, STATEFUL) for one in processors),
