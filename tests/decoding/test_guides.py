@@ -431,7 +431,9 @@ def with_own_prompts(on_base: bool):
     return guided, ids, torch.cat([MASK, torch.ones(3, 7, dtype=torch.long)], 1), cache_in(first)
 
 
-@pytest.mark.parametrize("mode", ["whole text", "new tokens", "chunks", "copy", "rows", "taken back"])
+@pytest.mark.parametrize(
+    "mode", ["whole text", "new tokens", "chunks", "copy", "rows", "taken back", "taken back with the prompt"]
+)
 @pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
 def test_a_text_goes_on_after_a_prompt_of_the_guide_s_own(on_base, mode):
     guided, ids, mask, cache = with_own_prompts(on_base)
@@ -451,8 +453,8 @@ def test_a_text_goes_on_after_a_prompt_of_the_guide_s_own(on_base, mode):
         order = torch.tensor([2, 0, 1])
         cache.batch_select_indices(order)
         given, mask, own = given[order], mask[order], {name: x[order] for name, x in own.items()}
-    elif mode == "taken back":
-        cache.crop(-2)
+    elif mode.startswith("taken back"):
+        cache.crop(-6 if "prompt" in mode else -2)
     found = guided.generate(given, attention_mask=mask, **cache_argument(base, cache), **own, **settings)
     assert torch.equal(found[:, given.shape[1] :], expected[order, ids.shape[1] :])
 
@@ -467,8 +469,6 @@ def test_a_prompt_of_the_guide_s_own_is_given_at_every_call(on_base):
     for given, made in (({}, cache), (others, cache), (own, cache_in(plain))):
         with pytest.raises(ValueError, match="was made with other `guide_input_ids` and"):
             guided.generate(ids, attention_mask=mask, **cache_argument(base, made), **given, max_new_tokens=2)
-    with pytest.raises(ValueError, match="6 tokens are to be taken back, and prompts with them"):
-        cache.crop(-6)
     cache.reset()
     for columns in (slice(5), slice(5, 7), slice(7, 8)):
         output = guided(

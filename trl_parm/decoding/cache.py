@@ -38,6 +38,7 @@ class GuidedCache(Cache):
         self.parts, self.length, self.rows, self.offloading = list(parts), 0, 0, False
         self.own_prompt = own_prompt
         self.own: OwnPrompt | None = None
+        self.replaced = 0
         self.text: torch.Tensor | None = None
         self.memory: dict[Any, Any] = {}
         self.staying: torch.Tensor | None = None
@@ -59,11 +60,12 @@ class GuidedCache(Cache):
                 "Pass the same with the cache at every call, or leave the cache out."
             )
 
-    def note(self, columns: int, rows: int, own: OwnPrompt | None = None) -> None:
-        """Notes that so many columns more were read, of so many rows, after prompts of the guides' own."""
+    def note(self, columns: int, rows: int, own: OwnPrompt | None = None, replaced: int = 0) -> None:
+        """Notes that so many columns more were read, of so many rows, after prompts of the guides' own in the place of
+        the first columns, those that are `replaced`."""
         self.length, self.rows = self.length + columns, rows
         if self.own is None and own is not None:
-            self.own = _of_rows(own, rows)
+            self.own, self.replaced = _of_rows(own, rows), replaced
 
     def write(self, ids: torch.Tensor) -> torch.Tensor:
         """Keeps what is read, `(rows, new)`, and returns all of it, `(rows, length)`."""
@@ -126,15 +128,13 @@ class GuidedCache(Cache):
         self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        own = 0 if self.own is None else self.own[0].shape[1]
         for part in self.parts:
-            if part.mask is not None and part.mask.shape[1] - abs(tokens_to_remove) < own:
-                raise ValueError(
-                    f"{abs(tokens_to_remove)} tokens are to be taken back, and prompts with them in whose place "
-                    "guides have read their own. Take fewer back, or begin anew."
-                )
-        for part in self.parts:
-            part.crop(abs(tokens_to_remove))
+            most = abs(tokens_to_remove)
+            if (
+                self.own is not None and part.mask is not None
+            ):  # what stands for the prompt was not read in parts of it
+                most = min(most, part.mask.shape[1] - self.own[0].shape[1])
+            part.crop(most)
         self.length -= abs(tokens_to_remove)
         if self.text is not None:
             self.text = self.text[:, : self.length]
@@ -156,7 +156,7 @@ class GuidedCache(Cache):
             parts.append(new)
         other = GuidedCache(parts, self.own_prompt)
         other.length, other.rows, other.text = self.length, self.rows, self.text
-        other.staying, other.own = self.staying, self.own
+        other.staying, other.own, other.replaced = self.staying, self.own, self.replaced
         return other
 
 

@@ -63,7 +63,7 @@ class New:
             mask, positions = (None if x is None else x.to(device) for x in (self.mask, self.positions))
             return New(self.ids.to(device), mask, positions, start=self.start)
         ids = self.ids.to(device)
-        if self.own is not None and former is None:
+        if self.own is not None:
             ids = ids[:, max(0, self.prompt - self.start) :]
         seen = torch.ones_like(ids)
         if self.own is None and self.mask is not None:

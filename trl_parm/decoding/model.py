@@ -219,7 +219,8 @@ class Guided(GenerationMixin, nn.Module):
         own = own_prompt(guide_input_ids, guide_attention_mask)
         state = self._state(cache, keeps, own)
         self._check_inputs(state, inputs, own is not None)
-        new = New(text, mask, positions, own, text.shape[1] if prompt_length is None else prompt_length, state.length)
+        prompt = text.shape[1] if prompt_length is None else prompt_length
+        new = New(text, mask, positions, own, prompt if state.own is None else state.replaced, state.length)
         if end_tokens and text.shape[1] == 1 and prompt_length is not None and state.length >= prompt_length:
             state.leave(torch.isin(text[:, 0], text.new_tensor(end_tokens)))
         output, scores, answers = None, None, {}
@@ -230,7 +231,7 @@ class Guided(GenerationMixin, nn.Module):
                 output, scores = found, logits[part.terms[0]]
             answers |= {term: logits[term] for term in part.guides}
         embeds = inputs.get("inputs_embeds")
-        state.note(text.shape[1] if embeds is None else embeds.shape[1], len(text), own)
+        state.note(text.shape[1] if embeds is None else embeds.shape[1], len(text), own, new.prompt)
         step = self._step(scores, answers)
         if output is None:
             output = CausalLMOutputWithPast()
