@@ -155,7 +155,7 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        if getattr(self.base_layer, "_forward_hooks", None):  # who gave or has kept it may want it as it is
+        if self.base_layer._forward_hooks:  # who gave or has kept it may want it as it is
             result = result.clone()
         if plan is not None:
             return self._act_on_rows(x, result, plan)

@@ -174,8 +174,8 @@ class Training:
 
 class AboveReference(Responses):
     """log π − log π_ref of responses, where the reference is the model without adapters. With these the loss of an ARM
-    is DPO's (arXiv 2305.18290, equation 7), in rows that share prompts: TRL's trainer scores every position of a batch
-    by the whole vocabulary on a CPU, and takes three times as long.
+    is DPO's (arXiv 2305.18290, equation 7), in rows that share prompts: on a CPU TRL's trainer scores every position
+    of a batch by the whole vocabulary.
     """
 
     def log_probs(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -27,6 +27,7 @@ class GuidedCache(Cache):
 
     Attributes:
         own (`tuple` or `None`): These prompts, ids and mask with a row for each of R, once any text was read.
+        replaced (`int`): Columns of the text in whose place guides have read these.
         length (`int`): Columns of the text that were read.
         rows (`int`): R.
         text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.
@@ -129,12 +130,10 @@ class GuidedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         for part in self.parts:
-            most = abs(tokens_to_remove)
-            if (
-                self.own is not None and part.mask is not None
-            ):  # what stands for the prompt was not read in parts of it
-                most = min(most, part.mask.shape[1] - self.own[0].shape[1])
-            part.crop(most)
+            tokens = abs(tokens_to_remove)
+            if self.own is not None and part.mask is not None:  # a prompt of its own stands for the whole prompt
+                tokens = min(tokens, part.mask.shape[1] - self.own[0].shape[1])
+            part.crop(tokens)
         self.length -= abs(tokens_to_remove)
         if self.text is not None:
             self.text = self.text[:, : self.length]
