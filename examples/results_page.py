@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from comparison.field import FIELD, beyond_table, read_field
 from comparison.figures import draw
-from comparison.methods import BASE, METHODS, UNTRAINED
+from comparison.methods import BASE, METHODS, UNTRAINED, methods_of
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
 from comparison.settings import BETA, RATE, SCALE, Settings, best
 from comparison.statements import at_policies_kl, edges, interval, others, statements
 from comparison.task import Task
-from comparison.training import FURTHER_KINDS, KINDS
+from comparison.training import FURTHER_KINDS
 
 from peft_pblora.output import output_folder
 from trl_parm.evaluation import Interval, markdown
@@ -47,9 +47,10 @@ SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and 
 - **Versions**: {versions}."""
 
 CHOSEN = """- **`lora_alpha`**, in multiples of the usual one (8 of PARM's PBLoRA, 16 of others), has the least loss
-  on {held_out} held-out pairs after {steps:,} steps with the learning rate {middle:g}, in the mean over training seeds
-  of their own, {seeds}: {scales}. {scale_edges}
-- **Learning rates** have the least loss with that, of the same pairs, steps and seeds: {rates}. {rate_edges}
+  on {held_out} held-out pairs after {scale_steps:,} steps with the learning rate {middle:g}, in the mean over training
+  seeds of their own, {scale_seeds}: {scales}. {scale_edges}
+- **Learning rates** have the least loss with that, of the same pairs, after {steps:,} steps with the seeds {seeds}:
+  {rates}. {rate_edges}
 - **β** is the weakest guidance whose MIP is within a standard error of the best, on {validation} prompts of their
   own, of the same trainings: {betas}. {beta_edges}
 - {policies}"""
@@ -122,7 +123,7 @@ def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) 
 
 
 def read_budgets(results: Path, task: Task, resamples: int) -> list[Budget]:
-    found = [Budget.read(results, steps, seeds, resamples) for steps, seeds in task.budgets.items()]
+    found = [Budget.read(results, steps, seeds, resamples, task.kinds) for steps, seeds in task.budgets.items()]
     return [budget for budget in found if budget]
 
 
@@ -142,7 +143,7 @@ def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
 
 def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) -> list[str]:
     """What was run for a task, and what was found with each budget."""
-    parts = [f"## {task.title}", settings_text(task, budgets)]
+    parts = [f"## {task.title}", settings_text(task, budgets) + lacking(budgets[0])]
     for budget in budgets:
         settings = Settings(task, task.settings_of(budget.steps), results / task.name, Path())
         check_chosen(settings, budget)
@@ -196,6 +197,12 @@ def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
     )
 
 
+def lacking(budget: Budget) -> str:
+    """Which methods are not compared on a task."""
+    found = [method.title for method in METHODS.values() if method.title not in budget.fronts]
+    return f"\n- **Not compared** on this task: {', '.join(found)}." if found else ""
+
+
 def pairs_text(budget: Budget) -> str:
     """How many pairs a training of a budget has, and how many of them say that one objective costs another."""
     facts = budget.facts[0]
@@ -222,12 +229,14 @@ def check_chosen(settings: Settings, budget: Budget) -> None:
 
 def chosen_text(task: Task, settings: Settings) -> str:
     """The settings of a budget, with all that was tried."""
-    scales, rates = ({kind: settings.tried(what, kind) for kind in KINDS} for what in (SCALE, RATE))
-    betas = {m.title: settings.tried(BETA, name) for name, m in METHODS.items() if m.has_beta}
+    scales, rates = ({kind: settings.tried(what, kind) for kind in task.kinds} for what in (SCALE, RATE))
+    betas = {m.title: settings.tried(BETA, name) for name, m in methods_of(task.kinds).items() if m.has_beta}
     return CHOSEN.format(
         held_out=task.validation_pairs,
         steps=settings.steps,
         seeds=", ".join(map(str, settings.seeds)),
+        scale_steps=settings.of_scales.steps,
+        scale_seeds=", ".join(map(str, settings.of_scales.seeds)),
         middle=task.middle_rate,
         scales=_chosen(scales, losses=True),
         scale_edges=edges(scales, SCALE),

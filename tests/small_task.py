@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from comparison.methods import BASE, METHODS, UNTRAINED
+from comparison.methods import BASE, UNTRAINED, methods_of
 from comparison.results import rows_path, write_piece
 from comparison.settings import BETA, RATE, SCALE
-from comparison.training import KINDS
+from comparison.task import KINDS
 from conftest import tiny_llama, tiny_tokenizer
 
 from peft_pblora import name_preference
@@ -62,30 +62,30 @@ def write_task(folder: Path, **changes) -> Path:
     return path
 
 
-def write_results(results: Path, seeds, lead=0.0, steps: int = 4, prompts: int = 12, **facts) -> None:
+def write_results(results: Path, seeds, lead=0.0, steps: int = 4, prompts: int = 12, kinds=KINDS, **facts) -> None:
     """Pieces whose methods follow the preference, GenARM by `lead` more than the others, in both rewards."""
     for seed in seeds:
         rng = np.random.default_rng([seed, steps])
         answers = np.random.default_rng(7).normal(size=(prompts, 2))  # the same of all methods
         rows = []
-        for name in (BASE, UNTRAINED, *(method.title for method in METHODS.values())):
+        for name in (BASE, UNTRAINED, *(method.title for method in methods_of(kinds).values())):
             guided = name not in (BASE, UNTRAINED)
             for α in GRID if guided else [None]:
                 gain = np.array([1 + 0.5 * weight for weight in α]) if guided else np.zeros(2)
                 gain = gain + (lead if name == "GenARM" else 0.0) + (rng.normal(scale=0.02, size=2) if guided else 0)
                 rows += [_row(name, α, i, values + gain) for i, values in enumerate(answers)]
         metrics = {"vertex_correlation": 0.5, "early_gain": 0.1, "short_gain": 0.2}
-        trained = {kind: {"metrics": metrics, "seconds": 60.0} for kind in KINDS}
+        trained = {kind: {"metrics": metrics, "seconds": 60.0} for kind in kinds}
         write_piece(rows_path(results, steps, seed), rows, {**FACTS, "seed": seed, "trained": trained, **facts})
 
 
-def write_settings(results: Path, rates=(1, 2, 3), losses=(2.0, 1.0, 2.0), steps: int = 2) -> None:
+def write_settings(results: Path, rates=(1, 2, 3), losses=(2.0, 1.0, 2.0), steps: int = 2, kinds=KINDS) -> None:
     """What was tried, with the best in the middle."""
     with Records(results / f"settings-{steps}.jsonl", {}) as kept:
-        for kind in KINDS:
+        for kind in kinds:
             kept.append([{"what": SCALE, "of": kind, "at": at, "seed": 7, "value": at} for at in (1, 4)])
             kept.append([{"what": RATE, "of": kind, "at": at, "seed": 7, "value": v} for at, v in zip(rates, losses)])
-        for name in METHODS:
+        for name in methods_of(kinds):
             kept.append(
                 [
                     {"what": BETA, "of": name, "at": at, "seed": 7, "value": -1.0, "error": 0.0, "kl": 1 / at}

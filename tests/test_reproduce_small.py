@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,8 @@ from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budge
 from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
 from comparison.settings import BETA, SCALE, Settings, at_edge, best, next_of
 from comparison.statements import at_policies_kl, edges, statements
-from comparison.task import Task, agreement
-from comparison.training import KINDS, Training, join_loras
+from comparison.task import KINDS, Task, agreement
+from comparison.training import Training, join_loras
 from peft import AutoPeftModelForCausalLM
 from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
 from transformers import AutoTokenizer
@@ -170,10 +171,8 @@ def test_a_kind_that_comes_later_joins_the_table(finished, tmp_path, monkeypatch
     folder, _ = finished
     task, work = Task.read(folder / "tasks" / "tiny.yaml"), folder / "work" / "tiny"
     settings, path = Settings(task, 2, folder / "results" / "tiny", work), rows_path(tmp_path, 4, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(pieces_of, "KINDS", KINDS[:-1])
-        for kind in KINDS[:-1]:
-            pieces_of.compare(task, 4, 0, kind, settings, tmp_path, work)
+    for kind in KINDS[:-1]:
+        pieces_of.compare(replace(task, kinds=KINDS[:-1]), 4, 0, kind, settings, tmp_path, work)
     assert Budget.read(tmp_path, 4, [0]) is None  # not all that is compared
     before, part = facts_path(path).read_bytes(), rows_path(tmp_path, 4, 0, KINDS[-1])
     with monkeypatch.context() as patch:
@@ -384,6 +383,26 @@ def test_each_budget_has_settings_of_its_own_unless_the_task_names_one(tmp_path,
         write_task(tmp_path, budgets=own, **further)
         run(tmp_path, monkeypatch, "--list", "--only", "tiny/settings")
         assert {line.split("/")[2] for line in capsys.readouterr().out.split()} == expected
+
+
+def test_scales_can_be_chosen_with_shorter_trainings(tmp_path, monkeypatch):
+    changes = {"settings_steps": None, "scale_steps": 2, "scales": [1.0, 4.0, 16.0], "rates": [0.01, 0.1, 1.0]}
+    task = Task.read(write_task(tmp_path, **changes))
+
+    def trained(self):
+        value = {4.0: 1.0}.get(self.scale, 2.0) if self.steps == 2 else {0.1: 1.0}.get(self.rate, 2.0)
+        return {"losses": {"early": value}, "seconds": 0.0}
+
+    monkeypatch.setattr(Training, "run", trained)
+    settings = Settings(task, 4, tmp_path / "results", tmp_path)
+    settings.choose_scale("parm")
+    settings.choose_rate("parm")
+    assert (settings.scale("parm"), settings.rate("parm")) == (4.0, 0.1)
+    kept = {path.name: [json.loads(row) for row in path.open()] for path in (tmp_path / "results").glob("*.jsonl")}
+    assert {name: {row["what"] for row in rows} for name, rows in kept.items()} == {
+        "settings-2.jsonl": {"scale"}, "settings-4.jsonl": {"rate"},
+    }  # fmt: skip
+    assert {(row["scale"], row["rate"]) for row in kept["settings-4.jsonl"]} == {(4.0, 0.01), (4.0, 0.1), (4.0, 1.0)}
 
 
 def tried(values: dict[float, float], error: float | None = None) -> list[dict]:
@@ -606,6 +625,28 @@ def test_the_page_of_several_seeds(tmp_path):
         f"results_tiny_{steps}{kind}.png" for steps in (4, 8) for kind in ("", "_kl")
     }
     assert results_page.write_page(tmp_path / "nothing", tmp_path / "none", path.parent) is None
+
+
+def test_a_task_of_fewer_kinds_says_which_methods_it_lacks(tmp_path, monkeypatch, capsys):
+    kinds = ["parm", "genarm"]
+    path, results = write_task(tmp_path, kinds=kinds), tmp_path / "results" / "tiny"
+    write_results(results, [0], kinds=kinds)
+    write_settings(results, kinds=kinds)
+    text = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20).read_text()
+    lacking = next(line for line in text.splitlines() if line.startswith("- **Not compared** on this task"))
+    assert lacking.endswith(": SVD-LoRA, UniARM, Rewarded Soups, MOD, PARM, disjoint start.")
+    assert "| SVD-LoRA |" not in text
+    assert "| GenARM's LoRAs as one |" in text
+    capsys.readouterr()
+    run(tmp_path, monkeypatch, "--list")
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny/")]
+    assert {piece.split("/")[-1] for piece in listed} == {*kinds, "from_loras", "arm_alone"}
+    with pytest.raises(
+        ValueError, match="`kinds` of .*tiny.yaml are parm, other, but they are some of parm, svd_lora"
+    ):
+        Task.read(path, kinds=["parm", "other"])
+    with pytest.raises(ValueError, match="with parm and genarm among them"):
+        Task.read(path, kinds=["parm", "dpo"])
 
 
 def test_tasks_have_what_they_need():

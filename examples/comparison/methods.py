@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Method:
     Attributes:
         title (`str`): Its name in tables.
         decoder (`str`): The method of `trl-parm evaluate`.
-        kind (`str`): What it is trained by, one of [`training.KINDS`].
+        kind (`str`): What it is trained by, one of [`task.KINDS`].
         setting (`str`): The setting of the decoder that names the adapters.
         has_beta (`bool`): Whether its guidance has a strength to choose.
         joined (`bool`): Whether it reads the LoRAs of all objectives as one PBLoRA.
@@ -69,6 +69,11 @@ METHODS = {
     "parm_disjoint": Method(DISJOINT, "parm", "parm_disjoint"),
 }
 """PARM with permuted α is not among them: for two objectives its answers are PARM's at the reversed preference."""
+
+
+def methods_of(kinds: Collection[str]) -> dict[str, Method]:
+    """Those of [`METHODS`] that need what is trained in some kinds."""
+    return {name: method for name, method in METHODS.items() if method.kind in kinds}
 
 
 def decode(

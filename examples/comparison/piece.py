@@ -15,11 +15,11 @@ from trl_parm.identity import short_hash
 from trl_parm.records import versions
 from trl_parm.texts import prompt_key
 
-from .methods import METHODS, UNTRAINED, decode
+from .methods import UNTRAINED, decode, methods_of
 from .results import facts_path, join_pieces, kinds_of, rows_path, write_piece
 from .settings import Settings
 from .task import Task, agreement
-from .training import KINDS, Training
+from .training import Training
 
 
 AT_KL = "{} at PARM's KL"
@@ -54,15 +54,15 @@ def pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
     results, work = results / task.name, work / task.name
     every = {steps: Settings(task, steps, results, work) for steps in map(task.settings_of, task.budgets)}
     for steps, settings in every.items():
-        for kind in KINDS:
+        for kind in task.kinds:
             yield Piece(f"{task.name}/settings/{steps}/scale/{kind}", partial(settings.choose_scale, kind))
             yield Piece(f"{task.name}/settings/{steps}/rate/{kind}", partial(settings.choose_rate, kind))
-        for method in METHODS:
+        for method in methods_of(task.kinds):
             yield Piece(f"{task.name}/settings/{steps}/beta/{method}", partial(settings.choose_beta, method))
     for steps, seeds in task.budgets.items():
         settings = every[task.settings_of(steps)]
         for seed in seeds:
-            for kind in KINDS:
+            for kind in task.kinds:
                 run = partial(compare, task, steps, seed, kind, settings, results, work)
                 yield Piece(f"{task.name}/{steps}/{seed}/{kind}", run)
 
@@ -81,7 +81,7 @@ def compare(task: Task, steps: int, seed: int, kind: str, settings: Settings, re
         rows, facts = _evaluate(task, training, entries, settings, folder)
         write_piece(part, rows, facts)
     known = kinds_of(path)
-    rest = [rows_path(results, steps, seed, kind) for kind in KINDS if kind not in known]
+    rest = [rows_path(results, steps, seed, kind) for kind in task.kinds if kind not in known]
     join_pieces(path, [path, *rest] if known else rest)
 
 
@@ -90,7 +90,7 @@ def _evaluate(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of a piece, and the facts about it."""
     trained, steps, seed = training.run(), training.steps, training.seed
-    names = methods_of(training.kind)
+    names = methods_of([training.kind])
     prompts = task.prompts("test", task.test_prompts)
     grid = preference_grid(task.objectives, steps=task.grid_steps).tolist()
     rows = decode(task, prompts, grid, [entry() for entry in entries], folder / f"answers-{training.kind}.jsonl")
@@ -105,11 +105,6 @@ def _evaluate(
     }  # fmt: skip
 
 
-def methods_of(kind: str) -> list[str]:
-    """The methods that need a kind of training."""
-    return [name for name, method in METHODS.items() if method.kind == kind]
-
-
 def chosen_entries(settings: Settings, training: Training) -> list[Callable[[], Any]]:
     """What is evaluated of a kind: every method at its β, and at the β of PARM's KL, and the controls beside PARM.
     Each is made when adapters are there."""
@@ -118,8 +113,7 @@ def chosen_entries(settings: Settings, training: Training) -> list[Callable[[], 
         arm = training.adapter()
         control = {"method": "untrained_arm", "name": UNTRAINED, "arm": arm, "beta": settings.beta("parm")}
         found += [lambda: "base", lambda: control]
-    for name in methods_of(training.kind):
-        method = METHODS[name]
+    for name, method in methods_of([training.kind]).items():
         for beta, title in ((settings.beta(name), ""), (settings.matched(name), AT_KL.format(method.title))):
             if title and beta is None:
                 continue

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from trl_parm.evaluation.measures import differences, measure
 from .methods import BASE, UNTRAINED, mean_kl
 from .piece import AT_KL
 from .results import kinds_of, read_facts, read_piece, rows_path
-from .training import KINDS
+from .task import KINDS
 
 
 PARM, GENARM, SHUFFLED = "PARM", "GenARM", "PARM, α permuted"
@@ -54,10 +54,17 @@ class Budget:
     resamples: int = 2000
 
     @classmethod
-    def read(cls, results: Path, steps: int, planned: Sequence[int], resamples: int = 2000) -> Budget | None:
-        """From the files of a task; `None` if there is no whole seed. Raises `ValueError` for pieces of different
+    def read(
+        cls,
+        results: Path,
+        steps: int,
+        planned: Sequence[int],
+        resamples: int = 2000,
+        kinds: Collection[str] = KINDS,
+    ) -> Budget | None:
+        """From the files of a task; `None` if no seed has all kinds. Raises `ValueError` for pieces of different
         runs."""
-        paths = {seed: path for seed in planned if {*KINDS} <= kinds_of(path := rows_path(results, steps, seed))}
+        paths = {seed: path for seed in planned if {*kinds} <= kinds_of(path := rows_path(results, steps, seed))}
         if not paths:
             return None
         facts = [read_facts(path) for path in paths.values()]
@@ -147,8 +154,10 @@ class Budget:
         return mean, mean - half, mean + half
 
     def mean_metric(self, kind: str, name: str) -> tuple[float, float, float] | None:
-        """Mean, least and largest over seeds of a metric of training on held-out pairs."""
-        found = [value for one in self.facts if (value := one["trained"][kind]["metrics"].get(name)) is not None]
+        """Mean, least and largest over seeds of a metric of training on held-out pairs; `None` where no such kind was
+        trained, or without that metric."""
+        trained = [one["trained"][kind]["metrics"] for one in self.facts if kind in one["trained"]]
+        found = [value for metrics in trained if (value := metrics.get(name)) is not None]
         return (float(np.mean(found)), min(found), max(found)) if found else None
 
     def compared(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ class Settings:
 
     Args:
         task ([`Task`]): Whose settings.
-        steps (`int`): Of the trainings that they are chosen with.
+        steps (`int`): Of the trainings that they are chosen with; scales with those of `task.scale_steps`, if it has.
         results (`Path`): The task's folder with results.
         work (`Path`): Where adapters and answers go.
     """
@@ -39,10 +40,15 @@ class Settings:
         self.task, self.steps, self.work = task, steps, work / f"settings-{steps}"
         self.seeds = task.seeds_of(steps)
         self.path = results / f"settings-{steps}.jsonl"
+        self.of_scales = self
+        if task.scale_steps not in (None, steps):
+            self.of_scales = Settings(replace(task, scale_steps=None), cast(int, task.scale_steps), results, work)
 
     def choose_scale(self, kind: str) -> None:
         """Tries `lora_alpha`, as multiples of the usual one, at the learning rate in the middle of its grid: the best
         has the smallest sum of the objectives' losses on held-out pairs."""
+        if self.of_scales is not self:
+            return self.of_scales.choose_scale(kind)
         middle = self.task.middle_rate
         self._search(SCALE, kind, self.task.scales, lambda scale, seed: self._loss(kind, scale, middle, seed))
 
@@ -61,6 +67,8 @@ class Settings:
 
     def tried(self, what: str, of: str) -> list[dict[str, Any]]:
         """All that was tried with every seed for a kind or a method, in the order of the grid: means over seeds."""
+        if what == SCALE and self.of_scales is not self:
+            return self.of_scales.tried(what, of)
         places: dict[float, list[dict[str, Any]]] = {}
         for row in self._rows(what, of):
             if row["seed"] in self.seeds:

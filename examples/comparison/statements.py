@@ -12,7 +12,7 @@ import numpy as np
 from trl_parm.evaluation.measures import SPREAD
 from trl_parm.training.diagnosis import ALIKE
 
-from .methods import DISJOINT, METHODS, UNTRAINED
+from .methods import DISJOINT, METHODS, UNTRAINED, methods_of
 from .pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget
 from .settings import BETA, RATE, SCALE, Settings, at_edge
 
@@ -32,7 +32,7 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, GENARM, "GenARM between vertices", [SPREAD.format(name) for name in budget.objectives]),
         # Whose front is the same set of points, so that its hypervolume says nothing.
         against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
-        against(budget, DISJOINT, GENARM, "GenARM"),
+        against(budget, DISJOINT, GENARM, "GenARM") if DISJOINT in budget.fronts else "",
         against(budget, JOINED, GENARM, "GenARM")
         + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
         at_matched_kl(budget),
@@ -84,7 +84,7 @@ def at_policies_kl(settings: Settings) -> str:
     """PARM beside methods whose distance from the base can't be chosen, at theirs: by what was tried for β."""
     rows = sorted(settings.tried(BETA, "parm"), key=lambda row: row["kl"])
     parts = []
-    for name, method in METHODS.items():
+    for name, method in methods_of(settings.task.kinds).items():
         for own in () if method.has_beta else settings.tried(BETA, name):
             parm = float(np.interp(own["kl"], [row["kl"] for row in rows], [-row["value"] for row in rows]))
             nearest = min(max(own["kl"], rows[0]["kl"]), rows[-1]["kl"])
@@ -116,13 +116,15 @@ def diagnosis(budget: Budget) -> str:
     gains = []
     for name in budget.objectives:
         own, apart, other = (budget.mean_metric(kind, f"{name}_gain") for kind in ("parm", "parm_disjoint", "genarm"))
-        if own and apart and other:
-            gains.append(f"{name} {own[0]:+.3f} (disjoint start {apart[0]:+.3f}, GenARM's ARM {other[0]:+.3f})")
-    apart = budget.mean_metric("parm_disjoint", "vertex_correlation") or (math.nan,)
+        if own and other:
+            beside = f"disjoint start {apart[0]:+.3f}, " if apart else ""
+            gains.append(f"{name} {own[0]:+.3f} ({beside}GenARM's ARM {other[0]:+.3f})")
+    apart = budget.mean_metric("parm_disjoint", "vertex_correlation")
     said = (
         f"**On held-out pairs** the changes that training made at PARM's vertices correlate by {found[0]:.2f} "
-        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing), with a disjoint start by {apart[0]:.2f}. "
-        f"The loss at an objective's vertex fell by {', '.join(gains)}."
+        f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing)"
+        + (f", with a disjoint start by {apart[0]:.2f}" if apart else "")
+        + f". The loss at an objective's vertex fell by {', '.join(gains)}."
     )
     behind = [name for name in JUDGED if budget.difference(PARM, GENARM)[name]["high"] < 0]
     if behind:

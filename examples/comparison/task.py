@@ -20,6 +20,11 @@ from trl_parm.texts import PromptText, prompt_key
 
 
 SPLITS = ("train", "validation", "test")
+ONE_EACH = ("genarm", "dpo")
+KINDS = ("parm", "svd_lora", "uniarm", *ONE_EACH, "parm_disjoint")
+"""What is trained: with one adapter for all preferences, or an adapter for each objective."""
+BESIDE = ("parm", "genarm")
+"""The kinds that every task has, which the page's sentences are about."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,13 @@ class Task:
             better (0 or 1; -1 for a tie), with the prompts of a split in no other.
         rewards (`dict[str, str]`): Objective → `module:function` that judges, higher is better.
         budgets (`dict[int, list[int]]`): Steps of `batch` pairs in all → seeds of training.
-        settings_steps (`int`, *optional*): Steps of the trainings that learning rates and β are chosen with. By
-            default each budget has its own settings, chosen after as many steps.
+        kinds (`list[str]`): What is trained, of [`KINDS`], with PARM and GenARM: all by default. The methods of others
+            are not compared.
+        settings_steps (`int`, *optional*): Steps of the trainings that settings are chosen with. By default each
+            budget has its own settings, chosen after as many steps: what is best in a short training can diverge in a
+            longer one.
+        scale_steps (`int`, *optional*): Steps of the trainings that scales are chosen with, if not as many as those of
+            learning rates and β.
         other_judges (`bool`): Whether other scorers judge than those that labelled the pairs.
         field (`list[int]`, *optional*): Steps and seed with which the rest of the field is compared, where there are
             two objectives.
@@ -61,7 +71,9 @@ class Task:
     pairs: str
     rewards: dict[str, str]
     budgets: dict[int, list[int]]
+    kinds: list[str] = dataclasses.field(default_factory=lambda: list(KINDS))
     settings_steps: int | None = None
+    scale_steps: int | None = None
     other_judges: bool = False
     field: list[int] | None = None
     descriptions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -87,11 +99,18 @@ class Task:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Task:
-        """A task from YAML, with some entries replaced. Raises `ValueError` for entries that a task does not have."""
+        """A task from YAML, with some entries replaced. Raises `ValueError` for entries that a task does not have, and
+        for kinds that there are not or without PARM and GenARM."""
         given = {**yaml.safe_load(path.read_text(encoding="utf-8")), **changes}
         known = {one.name for one in fields(cls)}
         if unknown := set(given) - known:
             raise ValueError(f"{path} has {', '.join(sorted(unknown))}; a task has {', '.join(sorted(known))}.")
+        kinds = given.get("kinds", KINDS)
+        if not set(BESIDE) <= set(kinds) <= set(KINDS):
+            raise ValueError(
+                f"`kinds` of {path} are {', '.join(map(str, kinds))}, but they are some of {', '.join(KINDS)}, with "
+                f"{' and '.join(BESIDE)} among them."
+            )
         return cls(**given)
 
     @property

@@ -21,13 +21,10 @@ from trl_parm import PreferenceARMConfig, PreferenceARMTrainer
 from trl_parm.cpu import optimize_loaded
 from trl_parm.training.log_probs import Responses
 
-from .task import Task, as_json
+from .task import ONE_EACH, Task, as_json
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
-ONE_EACH = ("genarm", "dpo")
-KINDS = ("parm", "svd_lora", "uniarm", *ONE_EACH, "parm_disjoint")
-"""What is trained: with one adapter for all preferences, or an adapter for each objective."""
 FURTHER_KINDS = ("uniarm_descriptions", "parm_prompt")
 """What the rest of the field is trained by, with one adapter for all preferences."""
 TEMPLATE = "[{preference}]\n"
@@ -41,7 +38,7 @@ class Training:
 
     Attributes:
         task ([`Task`]): What it is trained on.
-        kind (`str`): One of [`KINDS`] or [`FURTHER_KINDS`].
+        kind (`str`): One of [`task.KINDS`] or [`FURTHER_KINDS`].
         steps (`int`): Of `task.batch` pairs, of which an adapter for one objective gets its share.
         seed (`int`): Of the adapter, the pairs and their order.
         scale (`float`): How many times its usual `lora_alpha` an adapter has.

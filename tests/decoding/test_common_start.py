@@ -128,9 +128,26 @@ def test_rows_that_have_ended_leave_the_batch(name):
     assert len({len(one) for one in expected}) > 1
 
 
+def test_a_cache_whose_rows_have_left_does_not_go_on():
+    guided, inputs = Guided(tiny_llama(0), BASE), padded([START + end for end in ENDS])
+    ends = list(range(4, 40))
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+    found = guided.generate(**inputs, **settings, end_tokens=ends, return_dict_in_generate=True)
+    settings["past_key_values"] = found.past_key_values
+    assert settings["past_key_values"].staying is not None
+    for further in (1, 3):
+        ids = torch.cat([found.sequences, torch.full((len(ENDS), further), 41)], 1)
+        mask = torch.cat(
+            [inputs["attention_mask"], torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1])], 1
+        )
+        for option in ({}, {"end_tokens": ends}):
+            with pytest.raises(ValueError, match="rows of this GuidedCache have left after one of the `end_tokens`"):
+                guided.generate(ids, attention_mask=mask, **settings, **option)
+
+
 def test_rows_that_have_left_can_not_change_places():
     model = tiny_llama(0)
     inputs = padded([START + end for end in ENDS])
-    with pytest.raises(ValueError, match="Leave `end_tokens` out where rows change places"):
+    with pytest.raises(ValueError, match="Leave them out where rows change places"):
         ends = list(range(4, 40))
         Guided(model, BASE).generate(**inputs, num_beams=2, max_new_tokens=6, eos_token_id=1, end_tokens=ends)

@@ -61,6 +61,14 @@ class GuidedCache(Cache):
                 "Pass the same with the cache at every call, or leave the cache out."
             )
 
+    def check_whole(self) -> None:
+        """Raises `ValueError` if rows have left."""
+        if self.staying is not None:
+            raise ValueError(
+                f"{self.rows - len(self.staying)} of the {self.rows} rows of this GuidedCache have left after one of "
+                "the `end_tokens`. Leave them out where rows change places, or where the cache goes on afterwards."
+            )
+
     def note(self, columns: int, rows: int, own: OwnPrompt | None = None, replaced: int = 0) -> None:
         """Notes that so many columns more were read, of so many rows, after prompts of the guides' own in the place of
         the first columns, those that are `replaced`."""
@@ -112,8 +120,7 @@ class GuidedCache(Cache):
             cast(Cache, part.cache).activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        if self.staying is not None:
-            raise ValueError("Rows of this cache have left. Leave `end_tokens` out where rows change places.")
+        self.check_whole()
         for part in self.parts:
             part.reorder(beam_idx, self.rows)
         if self.text is not None:

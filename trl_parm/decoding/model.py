@@ -193,8 +193,8 @@ class Guided(GenerationMixin, nn.Module):
             The base model's output, with logits of shape `(rows, positions, vocab)`, float32.
 
         Raises:
-            ValueError: a cache of another model, inputs that a guide can't see, `labels`, or a guide that can't be
-                read, see the class.
+            ValueError: a cache of another model, or one whose rows have left after `end_tokens`, inputs that a guide
+                can't see, `labels`, or a guide that can't be read, see the class.
         """
         if inputs.get("labels") is not None:
             raise ValueError(
@@ -223,6 +223,8 @@ class Guided(GenerationMixin, nn.Module):
         new = New(text, mask, positions, own, prompt if state.own is None else state.replaced, state.length)
         if end_tokens and text.shape[1] == 1 and prompt_length is not None and state.length >= prompt_length:
             state.leave(torch.isin(text[:, 0], text.new_tensor(end_tokens)))
+        else:
+            state.check_whole()
         output, scores, answers = None, None, {}
         seen = {name: value for name, value in inputs.items() if name in SEEN and own is None}
         for part in state.parts:
