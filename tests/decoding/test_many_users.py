@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_arm, tiny_llama
 from decoding.tables import DOORS, PROMPTS, ROWS, fed_rows, lora_model
 
-from peft_pblora import preference_grid, set_preference
+from peft_pblora import PBLoraConfig, preference_grid, set_preference
 from trl_parm.decoding import PARM, GenARM, GenARMLogitsProcessor, PARMLogitsProcessor
 
 
@@ -144,6 +144,30 @@ def test_preferences_of_rows_that_are_set_in_the_model_are_those_that_are_given(
     else:
         found = base.generate(ids, **settings, logits_processor=[PARMLogitsProcessor(arm, beta=0.5)])
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", WHERE)
+@pytest.mark.parametrize("order", [["default", "second"], ["second", "default"]], ids=" ".join)
+def test_several_adapters_of_one_guide_have_rows_of_their_own_preferences(order, mode):
+    base, arm, three = tiny_llama(2), tiny_arm(tiny_llama(0)), ["helpful", "harmless", "brief"]
+    arm.add_adapter("second", PBLoraConfig(objectives=three, target_modules=["q_proj"], r1=2, r2=3, lora_alpha=6))
+    for name, weight in arm.named_parameters():
+        if name.endswith("B.weight") and "second" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    arm.base_model.set_adapter(order)
+    further = torch.tensor([[0.2, 0.3, 0.5], [0.2, 0.3, 0.5], [0.0, 1.0, 0.0]])
+    settings = {**WHERE[mode], "max_new_tokens": 6, "eos_token_id": -1, "pad_token_id": 0}
+    ids = settings.pop("ids", PROMPTS)
+    expected = []
+    for row, (α, α3) in enumerate(zip(ROWS, further)):
+        set_preference(arm, α, "default")
+        set_preference(arm, α3, "second")
+        one = ids[row : row + 1]
+        expected += PARM(base, arm, beta=0.5).generate(one, attention_mask=(one != 0).long(), **settings).tolist()
+    set_preference(arm, ROWS, "default")
+    set_preference(arm, further, "second")
+    found = PARM(base, arm, beta=0.5).generate(ids, attention_mask=(ids != 0).long(), **settings)
+    assert found.tolist() == expected
 
 
 def test_rows_that_end_leave_others_at_the_preferences_that_are_set_in_the_model():

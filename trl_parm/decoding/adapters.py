@@ -72,14 +72,11 @@ class Adapters:
         """The first layer that has an adapter of this name, or `None`."""
         return next((layer for layer in self.switch.layers if name in _adapters_of(layer)), None)
 
-    def condition(self, term: LM) -> Condition | None:
-        """The preference of a term: its own, or the one that is set in the model for its adapter, if it has any."""
-        if term.condition is not None:
-            return term.condition
-        for layer in self.ours:
-            if term.adapters and term.adapters[0] in layer.adapters:
-                return layer.adapter(term.adapters[0]).condition
-        return None
+    def conditions(self, term: LM) -> dict[str, Condition]:
+        """The preferences of a term, by its adapters that have one: its own, or those that are set in the model."""
+        found = {name: next((x for x in self.ours if name in x.adapters), None) for name in term.adapters}
+        given = term.condition
+        return {n: layer.adapter(n).condition if given is None else given for n, layer in found.items() if layer}
 
     def check(self, term: LM) -> None:
         """Raises `ValueError` where a term can't be read any more: its adapter is gone, or others are merged."""

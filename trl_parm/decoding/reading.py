@@ -69,8 +69,7 @@ class Part:
 
     def rows_of(self, term: LM) -> int:
         """How many rows have a preference of their own, given or set in the model; 1 if all have the same."""
-        condition = self.adapters.condition(term)
-        return 1 if condition is None else condition.rows
+        return max((condition.rows for condition in self.adapters.conditions(term).values()), default=1)
 
     def read(
         self, new: New, inputs: dict[str, Any], last: int, compiled: Any = None
@@ -122,7 +121,8 @@ class Part:
         rows = len(new.ids)
         for term in self.terms:
             self.adapters.check(term)
-            check_rows(self.rows_of(term), rows)
+            for condition in self.adapters.conditions(term).values():
+                check_rows(condition.rows, rows)
         empty = fresh = self.cache is not None and not holds(self.cache)
         if empty:  # a cache may have been emptied, or been made long before
             self._stamp, self._planned = self.adapters.stamp(self.terms), None
@@ -233,24 +233,24 @@ class Part:
             own = None if chosen is None else chosen[first : first + len(same)]
             first += len(same)
             stop = start + (len(same) if own is None else sum(map(len, own)))
-            condition = self._condition(same, rows, own)
-            entries += [(name, slice(start, stop), condition) for name in adapters]
+            entries += [(name, slice(start, stop), self._condition(name, same, rows, own)) for name in adapters]
             start = stop
         if chosen is None:
             self._planned = rows, entries
         return entries
 
-    def _condition(self, terms: list[LM], rows: int, chosen: list[torch.Tensor] | None) -> Condition | None:
-        """α of the rows of some terms of one adapter; `None` for what is set in the model."""
+    def _condition(self, name: str, terms: list[LM], rows: int, chosen: list[torch.Tensor] | None) -> Condition | None:
+        """α of an adapter for the rows of some terms that have it; `None` for what is set in the model."""
         device = self.model.device
         if len(terms) == 1 and (chosen is None or self.rows_of(terms[0]) == 1):
             if terms[0].condition is not None:
                 terms[0].condition.to(device)
             return terms[0].condition
-        found = [self.adapters.condition(term) for term in terms]
-        if found[0] is None:
+        every = [self.adapters.conditions(term) for term in terms]
+        found = [conditions[name] for conditions in every if name in conditions]
+        if not found:
             return None
-        α = [torch.atleast_2d(condition.preference.to(device)) for condition in cast("list[Condition]", found)]
+        α = [torch.atleast_2d(condition.preference.to(device)) for condition in found]
         if chosen is not None:
             α = [expand_rows(one, rows)[own.to(device)] for one, own in zip(α, chosen)]
         elif any(len(one) > 1 for one in α):
@@ -267,7 +267,7 @@ class Part:
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
         text = torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
-        kinds = [_kinds(self.adapters.condition(term)).to(text.device) for term in self.terms]
+        kinds = [_kinds(list(self.adapters.conditions(term).values()), rows).to(text.device) for term in self.terms]
         keys = [text * rows + kind.repeat_interleave(rows // len(kind)) for kind in kinds]
         chosen, places, offset = [], [], 0
         for key in keys:
@@ -385,11 +385,13 @@ def holds_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _kinds(condition: Condition | None) -> torch.Tensor:
-    """A number for each of the rows that a term's preference tells apart, the same for the same preference."""
-    if condition is None or condition.rows == 1:
+def _kinds(conditions: Sequence[Condition], rows: int) -> torch.Tensor:
+    """A number for each row that a term's preferences tell apart, the same for the same preferences; one number if
+    they tell none apart."""
+    α = [condition.preference.cpu() for condition in conditions if condition.rows > 1]
+    if not α:
         return torch.zeros(1, dtype=torch.long)
-    return torch.unique(condition.preference, dim=0, return_inverse=True)[1]
+    return torch.unique(torch.cat([expand_rows(one, rows) for one in α], 1), dim=0, return_inverse=True)[1]
 
 
 def _rows(value: Any, rows: torch.Tensor | None, batch: int) -> Any:
