@@ -617,7 +617,7 @@ def test_the_page_of_several_seeds(tmp_path):
     assert text.index("### Tiny: 4 steps") < text.index("### Tiny: 8 steps")
     chosen = " ".join(text.split())
     assert chosen.count("Each learning rate lies inside") == 2
-    assert chosen.index("steps and seeds: parm **2**") < chosen.index("steps and seeds: parm **3**")
+    assert chosen.index("with the seeds 7: parm **2**") < chosen.index("with the seeds 7: parm **3**")
     assert chosen.count(f"The `lora_alpha` of {', '.join(KINDS)} lies at an edge") == 2
     said = "after 8 steps with the learning rate 0.01, in the mean over training seeds of their own, 7: parm **1** "
     assert said + "(1: 1.000 4: 4.000)" in chosen
