@@ -629,12 +629,15 @@ def test_the_page_of_several_seeds(tmp_path):
 
 def test_a_task_of_fewer_kinds_says_which_methods_it_lacks(tmp_path, monkeypatch, capsys):
     kinds = ["parm", "genarm"]
-    path, results = write_task(tmp_path, kinds=kinds), tmp_path / "results" / "tiny"
+    path, results = write_task(tmp_path, kinds=kinds, scale_steps=8), tmp_path / "results" / "tiny"
     write_results(results, [0], kinds=kinds)
     write_settings(results, kinds=kinds)
+    write_settings(results, kinds=kinds, steps=8)
     text = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20).read_text()
     lacking = next(line for line in text.splitlines() if line.startswith("- **Not compared** on this task"))
     assert lacking.endswith(": SVD-LoRA, UniARM, Rewarded Soups, MOD, PARM, disjoint start.")
+    assert "held-out pairs after 8 steps" in text
+    assert "after 2 steps with the seeds 7" in text
     assert "| SVD-LoRA |" not in text
     assert "| GenARM's LoRAs as one |" in text
     capsys.readouterr()

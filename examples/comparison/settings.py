@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,9 +39,8 @@ class Settings:
         self.task, self.steps, self.work = task, steps, work / f"settings-{steps}"
         self.seeds = task.seeds_of(steps)
         self.path = results / f"settings-{steps}.jsonl"
-        self.of_scales = self
-        if task.scale_steps not in (None, steps):
-            self.of_scales = Settings(replace(task, scale_steps=None), cast(int, task.scale_steps), results, work)
+        other = task.scale_steps or steps
+        self.of_scales = self if other == steps else Settings(task, other, results, work)
 
     def choose_scale(self, kind: str) -> None:
         """Tries `lora_alpha`, as multiples of the usual one, at the learning rate in the middle of its grid: the best

@@ -74,9 +74,12 @@ class Adapters:
 
     def conditions(self, term: LM) -> dict[str, Condition]:
         """The preferences of a term, by its adapters that have one: its own, or those that are set in the model."""
-        found = {name: next((x for x in self.ours if name in x.adapters), None) for name in term.adapters}
-        given = term.condition
-        return {n: layer.adapter(n).condition if given is None else given for n, layer in found.items() if layer}
+        found = {}
+        for name in term.adapters:
+            layer = next((layer for layer in self.ours if name in layer.adapters), None)
+            if layer is not None:
+                found[name] = layer.adapter(name).condition if term.condition is None else term.condition
+        return found
 
     def check(self, term: LM) -> None:
         """Raises `ValueError` where a term can't be read any more: its adapter is gone, or others are merged."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -247,9 +247,9 @@ class Part:
                 terms[0].condition.to(device)
             return terms[0].condition
         every = [self.adapters.conditions(term) for term in terms]
-        found = [conditions[name] for conditions in every if name in conditions]
-        if not found:
+        if name not in every[0]:
             return None
+        found = [conditions[name] for conditions in every]
         α = [torch.atleast_2d(condition.preference.to(device)) for condition in found]
         if chosen is not None:
             α = [expand_rows(one, rows)[own.to(device)] for one, own in zip(α, chosen)]
@@ -267,8 +267,8 @@ class Part:
         parts = [new.ids]
         parts += [x.to(new.ids) for x in (new.mask, new.positions) if x is not None and len(x) == rows]
         text = torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
-        kinds = [_kinds(list(self.adapters.conditions(term).values()), rows).to(text.device) for term in self.terms]
-        keys = [text * rows + kind.repeat_interleave(rows // len(kind)) for kind in kinds]
+        kinds = [_kinds(self.adapters.conditions(term).values(), rows).to(text.device) for term in self.terms]
+        keys = [text * rows + kind for kind in kinds]
         chosen, places, offset = [], [], 0
         for key in keys:
             found, inverse = torch.unique(key, return_inverse=True)
@@ -385,12 +385,11 @@ def holds_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _kinds(conditions: Sequence[Condition], rows: int) -> torch.Tensor:
-    """A number for each row that a term's preferences tell apart, the same for the same preferences; one number if
-    they tell none apart."""
+def _kinds(conditions: Collection[Condition], rows: int) -> torch.Tensor:
+    """A number for each row, `(rows,)`, the same where a term's preferences are the same."""
     α = [condition.preference.cpu() for condition in conditions if condition.rows > 1]
     if not α:
-        return torch.zeros(1, dtype=torch.long)
+        return torch.zeros(rows, dtype=torch.long)
     return torch.unique(torch.cat([expand_rows(one, rows) for one in α], 1), dim=0, return_inverse=True)[1]
 
 
