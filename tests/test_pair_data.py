@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
+from byte_tokenizers import CHATML, chatml, sentences
 from conftest import tiny_llama, tiny_tokenizer
 from datasets import Dataset, IterableDataset
 from pair_data import OBJECTIVES, ROLES, labelled, pairs, prepared
@@ -336,6 +337,23 @@ def test_tokenizers_that_append_an_end_token(tokenizer, lines):
     arm = tiny_llama()
     ours, theirs = (token_rewards(arm, t, "w1 w2", "w3", reference=arm).to_dicts() for t in (appending, tokenizer))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("make", [chatml, sentences])
+@pytest.mark.parametrize("conversational", [False, True])
+def test_token_rewards_are_of_the_tokens_that_training_reads(make, conversational):
+    """A response has no space before it that a tokenizer puts before a text."""
+    tokenizer, row = make(), {"prompt": "How is it?\n", "chosen": "It's fine.", "rejected": "no"}
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", tokenizer.eos_token) if conversational else None
+    row = as_messages(row, *(row if conversational else ()))
+    read = prepared(Dataset.from_list([row]), "helpful", tokenizer)[0]
+    assert read["first_ids"].pop() == tokenizer.eos_token_id
+    arm = tiny_llama(vocab_size=len(tokenizer))
+    for prompt in (row["prompt"], read["prompt_ids"]):
+        for response in (row["chosen"], read["first_ids"]):
+            found = token_rewards(arm, tokenizer, prompt, response, reference=tiny_llama(3, vocab_size=len(tokenizer)))
+            assert [token.token_id for token in found] == read["first_ids"]
+            assert found.total.text == "It's fine."
 
 
 def test_a_prompt_whose_end_changes_before_a_response_is_said(tokenizer, lines):

@@ -51,6 +51,18 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return without_end(tokenizer, text, cast(list[int], tokenizer(text)["input_ids"]))
 
 
+def tokenize_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str) -> list[int]:
+    """Ids of a text that goes on after these, as the tokenizer writes it there: many put a space before the beginning
+    of a text, and nowhere else."""
+    before = tokenizer.decode(prompt_ids[-1:])
+    start, whole, alone = (
+        cast(list[int], tokenizer(part, add_special_tokens=False)["input_ids"])
+        for part in (before, before + text, text)
+    )
+    # Where the two would be merged, the prompt's last token stands already.
+    return whole[len(start) :] if whole[: len(start)] == start else alone
+
+
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
     """The ids of a text, perhaps cut on the left, without an end token that the tokenizer has appended to it."""
     if not ids or ids[-1] != tokenizer.eos_token_id:

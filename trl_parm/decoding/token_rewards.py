@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.preference import Preference
 from trl_parm.shapes import read_response, read_text
-from trl_parm.templates import tokenize_chat, tokenize_text
+from trl_parm.templates import tokenize_chat, tokenize_response, tokenize_text
 from trl_parm.texts import PromptText
 
 from .incoming import New
@@ -105,7 +105,7 @@ def token_rewards(
     arm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptText | list[int],
-    response: PromptText,
+    response: PromptText | list[int],
     preference: Preference | None = None,
     reference: PreTrainedModel | Preference | None = None,
     adapter_name: str | None = None,
@@ -116,7 +116,9 @@ def token_rewards(
         arm (`PreTrainedModel` or `PeftModel`): The reward model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         prompt (`str`, `list[dict]` or `list[int]`): A text, read as it is, messages for the chat template, or ids.
-        response (`str` or `list[dict]`): The text to judge, also as a message.
+        response (`str`, `list[dict]` or `list[int]`):
+            What to judge: a text, also as a message, whose tokens are those that it has after the prompt; or the ids
+            that were decoded.
         preference (`Preference`, *optional*): α of shape `(k,)`; the one set in the ARM if not given.
         reference (`PreTrainedModel` or `Preference`, *optional*):
             What to compare with: another model, or the same one at another preference; without its adapter if not
@@ -137,14 +139,16 @@ def token_rewards(
     print(rewards.to_terminal())
     ```
     """
-    text = read_response(response, "`response`")
-    if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
+    if _are_ids(prompt):
         prompt_ids = cast(list[int], prompt)
     elif isinstance(prompt := read_text(prompt, "`prompt`"), str):
         prompt_ids = tokenize_text(tokenizer, prompt)
     else:
         prompt_ids = tokenize_chat(tokenizer, prompt, "`prompt`", add_generation_prompt=True)
-    response_ids = cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    if _are_ids(response):
+        response_ids = cast(list[int], response)
+    else:
+        response_ids = tokenize_response(tokenizer, prompt_ids, read_response(response, "`response`"))
     if not prompt_ids or not response_ids:
         raise ValueError("`prompt` and `response` must have at least one token each.")
     ids = torch.tensor([[*prompt_ids, *response_ids]])
@@ -161,6 +165,10 @@ def token_rewards(
     rewards, ratios = found[guide].tolist(), (found[guide] - found[other]).tolist()
     pieces = _pieces(tokenizer, response_ids)
     return TokenRewards([TokenReward(*one) for one in zip(pieces, response_ids, rewards, ratios, strict=True)])
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(token, int) for token in value)
 
 
 @torch.no_grad()
