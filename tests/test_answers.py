@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from byte_tokenizers import CHATML, chatml, sentences
 from conftest import OBJECTIVES, response_ids, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from peft_pblora import set_preference
@@ -12,6 +13,8 @@ from trl_parm import BASE, LM, PARM, Guided
 from trl_parm.evaluation import Run, describe_answers, repetition, sweep
 from trl_parm.evaluation.answers import with_all_columns
 from trl_parm.evaluation.decoding import RowSampling, encode_prompts
+from trl_parm.evaluation.engines import Answer as Tokens
+from trl_parm.evaluation.engines import Decoding
 from trl_parm.evaluation.likelihood import ChosenLogProbs, base_log_probs
 
 
@@ -154,3 +157,24 @@ def test_the_log_ratio_of_sampled_tokens_is_an_unbiased_sample_of_the_divergence
     exact = (guided.exp() * (guided - base)).sum()
     assert abs(ratios.mean() - exact) < 4 * ratios.std() / rows**0.5
     assert ratios.std() > 0.1
+
+
+@pytest.mark.parametrize("make", [chatml, sentences])
+@pytest.mark.parametrize("template", [None, "Q: {prompt} A:"])
+def test_an_answer_to_a_text_keeps_the_space_before_it(make, template):
+    """Prompt and response are joined again where a model is trained on them."""
+    tokenizer = make()
+    tokenizer.chat_template = None
+    how = Decoding(tokenizer, [], template, None, False, None, {}, {}, None)
+    (prompt,) = how.ids(["How is it?"])
+    text = (template or "{prompt}").format(prompt="How is it?")
+    for response in (" Fine, I say.", "Fine", "  two", "\nnew", ""):
+        whole = tokenizer(text + response)["input_ids"]
+        assert whole[: len(prompt)] == prompt
+        answer = Tokens([*whole[len(prompt) :], tokenizer.eos_token_id], 0.0, 0.0)
+        assert how.responses(["How is it?"], [answer]) == [response]
+    if template is None:  # a chat template writes the space itself, or none
+        tokenizer.chat_template = CHATML
+        assert how.responses(["How is it?"], [answer]) == [""]
+        fine = Tokens(tokenizer("Fine, I say.")["input_ids"], 0.0, 0.0)
+        assert how.responses(["How is it?"], [fine]) == ["Fine, I say."]

@@ -7,10 +7,12 @@ import queue
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import pytest
 import torch
+from byte_tokenizers import sentences
 from conftest import tiny_arm, tiny_llama
 from demo_folder import OBJECTIVES, save, spaced_tokenizer
 from hypothesis import given, settings
@@ -171,6 +173,28 @@ def test_token_rewards_are_the_arms_at_the_preference(answering):
         ours, theirs = ([log[len(prompt) + i - 1, token].item() for i, token in enumerate(ids)] for log in logits)
         assert [t.reward for t in answer.rewards] == pytest.approx(ours, abs=1e-4)
         assert [t.log_ratio for t in answer.rewards] == pytest.approx([a - b for a, b in zip(ours, theirs)], abs=1e-4)
+
+
+def test_token_rewards_are_of_the_tokens_that_were_written(tmp_path, monkeypatch):
+    """With a space before the answer, too, which its text alone has lost."""
+    tokenizer, size = sentences(), {"vocab_size": len(sentences())}
+    save(tmp_path, tiny_llama(0, **size), tiny_arm(tiny_llama(0, **size), OBJECTIVES))
+    tokenizer.save_pretrained(tmp_path / "base")  # with the chat template that is there
+    answering, written = Answering(load_models(str(tmp_path / "arm"), str(tmp_path / "base"), "float32")), []
+    first = tokenizer.convert_tokens_to_ids(["▁", "a"])
+
+    def generate(question, inputs, shares, watch, most):
+        for length in (1, 2):
+            watch(torch.tensor([[*inputs["input_ids"][0].tolist(), *first[:length]]] * len(shares)), None)
+        return torch.tensor([[*first, tokenizer.eos_token_id], [first[1], first[0], first[1]]])[: len(shares)]
+
+    monkeypatch.setattr(answering, "_generate", generate)
+    *_, reply = answering.ask(replace(QUESTION, prompt="How?"))
+    for answer in (reply.base, reply.guided):
+        written.append([token.token_id for token in answer.rewards])
+    answering.close()
+    assert (reply.base.text, reply.guided.text) == ("a", "a a")
+    assert written == [first, [first[1], *first]]
 
 
 def test_measures_a_known_objective_by_its_reward_and_others_by_the_arm(answering):

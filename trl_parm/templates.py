@@ -15,6 +15,8 @@ from .texts import content_text
 
 
 PROBE = "What a template makes of it"
+BEFORE = 6
+"""Tokens of a prompt with which it is found out whether a space follows."""
 
 
 def tokenize_chat(
@@ -52,15 +54,24 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def tokenize_response(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], text: str) -> list[int]:
-    """Ids of a text that goes on after these, as the tokenizer writes it there: many put a space before the beginning
-    of a text, and nowhere else."""
-    before = tokenizer.decode(prompt_ids[-1:])
+    """Ids of a text that follows these, as the tokenizer writes it there: many put a space before the beginning of a
+    text, and nowhere else."""
+    before = _decode(tokenizer, prompt_ids[-BEFORE:], False)
     start, whole, alone = (
         cast(list[int], tokenizer(part, add_special_tokens=False)["input_ids"])
         for part in (before, before + text, text)
     )
     # Where the two would be merged, the prompt's last token stands already.
-    return whole[len(start) :] if whole[: len(start)] == start else alone
+    follows = whole[: len(start)] == start and start[-1:] == list(prompt_ids[-1:])
+    return whole[len(start) :] if follows else alone
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of ids that follow these, without special tokens, but with a space that stands before it: at the
+    beginning of a text, which ids alone are taken for, many tokenizers leave that out."""
+    before = list(prompt_ids[-BEFORE:])
+    start, whole, alone = (_decode(tokenizer, part, True) for part in (before, [*before, *ids], ids))
+    return whole[len(start) :] if whole.startswith(start) else alone
 
 
 def without_end(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> list[int]:
@@ -86,6 +97,10 @@ def in_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
             content = [{"type": "text", "text": content}]
         found.append({**message, "content": content})
     return found
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,6 +29,7 @@ from trl_parm.evaluation.decoding import GREEDY, RowSampling, encode_prompts, te
 from trl_parm.evaluation.models import positions_of
 from trl_parm.noise import row_seed
 from trl_parm.rewards import score
+from trl_parm.templates import response_text
 
 from .loading import Models
 from .measures import measures_of
@@ -155,7 +156,7 @@ class Answering:
         rows = self._generate(question, inputs, shares, watch, question.max_new_tokens)
         answers = [self._written(row, whole=True) for row in rows]
         if not stop.is_set():
-            answers = [self._judge(question, answer) for answer in answers]
+            answers = [self._judge(question, inputs, *one) for one in zip(answers, rows, strict=True)]
             timed = [self._timed(question, inputs, share, answer) for share, answer in zip(shares, answers)]
             replies.put(Reply(*timed, done=True))
 
@@ -199,16 +200,17 @@ class Answering:
         return replace(answer, seconds=first + steps / max(1, len(watch.times) - 1) * (answer.tokens - 1))
 
     @torch.no_grad()
-    def _judge(self, question: Question, answer: Answer) -> Answer:
+    def _judge(self, question: Question, inputs: BatchEncoding, answer: Answer, tokens: torch.Tensor) -> Answer:
         """The answer with the ARM's token rewards, and measured in each objective."""
-        prompt, text = question.prompt, answer.text
-        if not text.strip():
+        if not answer.text.strip():
             return answer
+        prompt, prompt_ids = question.prompt, cast(torch.Tensor, inputs["input_ids"])[0].tolist()
+        text = response_text(self.models.tokenizer, prompt_ids, tokens[: answer.tokens].tolist())
         rewards = self._token_rewards(prompt, text, self._preference(question))
         measured = []
         for measure, vertex in zip(self.measures, torch.eye(len(self.measures)), strict=True):
             if measure.reward is not None:
-                measured.append(score(measure.objective, measure.reward, [prompt], [text])[0])
+                measured.append(score(measure.objective, measure.reward, [prompt], [answer.text])[0])
             else:
                 judged = self._token_rewards(prompt, text, vertex)
                 measured.append(judged.total.log_ratio / len(judged))

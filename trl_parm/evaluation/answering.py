@@ -83,7 +83,7 @@ class Answering:
         runs, prompts = [run for run, _ in pairs], [prompt for _, prompt in pairs]
         seeds = [row_seed(self.seed, prompt) for prompt in prompts]
         answers, seconds = engine.answers(self.how, runs, prompts, seeds)
-        responses = self.how.tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
+        responses = self.how.responses(prompts, answers)
         scores = {n: score(n, reward, prompts, responses, may_fail=True) for n, reward in self.judges.items()}
         judged = [with_failures(scores, i) for i in range(len(prompts))]
         weights, αs = [run.weights(self.objectives) for run in runs], [run.vector(self.objectives) for run in runs]

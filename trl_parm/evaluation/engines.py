@@ -19,6 +19,7 @@ from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.adapters import Adapters
 from trl_parm.decoding.probes import sees_over_padding
 from trl_parm.decoding.search import TopKReward
+from trl_parm.templates import response_text
 from trl_parm.texts import PromptText
 
 from .decoding import (
@@ -68,6 +69,14 @@ class Decoding:
     def ids(self, prompts: Sequence[PromptText]) -> list[list[int]]:
         """The tokens of each prompt, see [`prompt_ids`]."""
         return prompt_ids(self.tokenizer, prompts, *self._reading)
+
+    def responses(self, prompts: Sequence[PromptText], answers: Sequence[Answer]) -> list[str]:
+        """The texts of answers. One that goes on with a text keeps the space before it; a chat template writes its
+        own."""
+        if self.template is None and self.tokenizer.chat_template is not None:
+            return self.tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
+        read = zip(self.ids(prompts), answers, strict=True)
+        return [response_text(self.tokenizer, ids, answer.tokens) for ids, answer in read]
 
     def inputs(self, prompts: Sequence[PromptText]) -> BatchEncoding:
         """The same of a batch, padded, see [`encode_prompts`]."""

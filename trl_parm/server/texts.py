@@ -12,12 +12,11 @@ import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trl_parm.noise import Sampling, row_seed
+from trl_parm.templates import BEFORE
 
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 """What the characters of byte-level vocabularies stand for."""
-BEFORE = 6
-"""Tokens of a prompt with which it is found out whether a space follows."""
 
 
 @dataclass(frozen=True)
