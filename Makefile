@@ -39,7 +39,7 @@ unpack_pairs = test -e runs/small/$(1).jsonl || { gunzip -c examples/data/$(1)_p
 	&& mv runs/small/$(1).part runs/small/$(1).jsonl; }
 
 # MODEL continues stories, such as karpathy/tinyllamas' stories260K as a folder of transformers.
-reproduce-small: $(VENV)/.scorers  ## Train and compare all methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
+reproduce-small: $(VENV)/.scorers  ## Train and compare methods in pieces, and write runs/small/page (days on one core; see docs/results.md)
 	test -e runs/small/stories.jsonl || $(PY) examples/make_task_pairs.py stories --model $(MODEL)
 	$(call unpack_pairs,smollm2)
 	$(call unpack_pairs,manners)

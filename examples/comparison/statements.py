@@ -37,6 +37,7 @@ def statements(budget: Budget) -> list[str]:
         + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
         at_matched_kl(budget),
         others(budget),
+        repetition(budget),
         diagnosis(budget),
         seeds(budget),
     ]
@@ -106,6 +107,20 @@ def others(budget: Budget) -> str:
             groups.setdefault(verdict(row), []).append(f"{name} {interval(row)}")
         lines.append(f"{measure}: " + "; ".join(f"{key}: {', '.join(names)}" for key, names in groups.items()))
     return "**All methods relative to PARM**: " + ". ".join(lines) + "."
+
+
+def repetition(budget: Budget) -> str:
+    """How much answers repeat themselves, which rewards may not see."""
+    parts = []
+    for name in (PARM, GENARM):
+        of_label: dict[str, list[float]] = {}
+        for row in budget.rows:
+            if budget.names[row["method"]] == name:
+                of_label.setdefault(row["label"], []).append(row["repetition"] or 0.0)
+        most, worst = max((float(np.mean(found)), label) for label, found in of_label.items())
+        every = [value for found in of_label.values() for value in found]
+        parts.append(f"{name} {np.mean(every):.1%}, at {worst} {most:.1%}")
+    return f"**Repeated 4-grams** of answers: {'; '.join(parts)}."
 
 
 def diagnosis(budget: Budget) -> str:
