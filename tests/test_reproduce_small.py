@@ -21,7 +21,7 @@ from comparison.methods import BASE, METHODS, decode
 from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget, permuted
 from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
 from comparison.settings import BETA, SCALE, Settings, at_edge, best, next_of
-from comparison.statements import at_policies_kl, edges, statements
+from comparison.statements import at_policies_kl, edges, repetition, statements
 from comparison.task import KINDS, Task, agreement
 from comparison.training import Training, join_loras
 from peft import AutoPeftModelForCausalLM
@@ -123,6 +123,16 @@ def test_a_field_of_another_comparison_is_refused(finished, tmp_path, change):
     path.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="other pairs, prompts or settings than the seed 0"):
         read_field(results, task, read(results, [0]))
+
+
+def test_how_much_answers_repeat_themselves_is_told_with_the_worst_preference(tmp_path):
+    write_results(tmp_path, [0])
+    budget = read(tmp_path, [0])
+    for row in budget.rows:
+        row["repetition"] = 0.5 if (budget.names[row["method"]], row["label"]) == (PARM, "short") else None
+    said = repetition(budget)
+    assert said.startswith("**Repeated 4-grams** of answers: PARM 16.7%, at short 50.0%; GenARM 0.0%, at ")
+    assert said in statements(budget)
 
 
 def test_how_much_further_apart_rewards_are_beyond_the_simplex():
