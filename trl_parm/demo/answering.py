@@ -156,9 +156,9 @@ class Answering:
         rows = self._generate(question, inputs, shares, watch, question.max_new_tokens)
         answers = [self._written(row, whole=True) for row in rows]
         if not stop.is_set():
-            answers = [self._judge(question, inputs, *one) for one in zip(answers, rows, strict=True)]
-            timed = [self._timed(question, inputs, share, answer) for share, answer in zip(shares, answers)]
-            replies.put(Reply(*timed, done=True))
+            answers = [self._judge(question, inputs, answer, row) for answer, row in zip(answers, rows, strict=True)]
+            base, guided = (self._timed(question, inputs, share, answer) for share, answer in zip(shares, answers))
+            replies.put(Reply(base, guided, done=True))
 
     def _guided(self, question: Question, shares: tuple[float, ...]) -> Guided:
         """The base model with this share of its guidance in each row."""
