@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 from peft import get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -22,6 +23,7 @@ from peft_pblora import PBLoraConfig
 
 
 OBJECTIVES = ["helpful", "harmless"]
+before_5_24 = Version(transformers.__version__) < Version("5.24")
 needs_add_adapter = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"transformers' `add_adapter` wants peft {MIN_PEFT_VERSION}",

@@ -8,7 +8,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_arm, tiny_llama, tiny_tokenizer
+from conftest import before_5_24, tiny_arm, tiny_llama, tiny_tokenizer
 from scipy.stats import chisquare
 
 from trl_parm.decoding import PARM
@@ -117,6 +117,7 @@ def test_texts_do_not_depend_on_batches(tokenizer, batch_size):
     assert len(set(one["response"])) > 5
 
 
+@pytest.mark.skipif(before_5_24, reason="transformers' own penalty of repetition counts padding")
 @pytest.mark.parametrize("seed", [0, 3])
 def test_texts_do_not_depend_on_batches_where_a_penalty_reads_padding(tokenizer, seed):
     tokenizer.chat_template, tokenizer.pad_token = None, "<eos>"

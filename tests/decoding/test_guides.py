@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
+from conftest import before_5_24, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 from decoding.tables import DOORS, MASK, PROMPTS, ROWS, game, log_probs, lora_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tokenizers import pre_tokenizers
@@ -436,6 +436,8 @@ def with_own_prompts(on_base: bool):
 )
 @pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
 def test_a_text_goes_on_after_a_prompt_of_the_guide_s_own(on_base, mode):
+    if mode == "chunks" and before_5_24:
+        pytest.skip("transformers reads a text in chunks from its start, whatever the cache holds")
     guided, ids, mask, cache = with_own_prompts(on_base)
     twin = tiny_arm(tiny_llama(0))
     set_preference(twin, [0.3, 0.7])
