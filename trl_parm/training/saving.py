@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import HfApi
+from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
 
 from peft_pblora.card.files import FILES, LOGS
+from peft_pblora.loading import check_adapter
 from peft_pblora.output import NOTES, output_files
 
 from . import checkpoints
@@ -73,9 +75,14 @@ class SavingTrainer(_BaseTrainer):
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As transformers', which lets all weights of one of several adapters train. Frozen ones stay so."""
+        """As transformers', which lets all weights of one of several adapters train, and in releases such as 5.16.1
+        reads only those that are not called `default`. Frozen ones stay so."""
         trains = [(one, one.requires_grad) for one in cast(Any, model or self.model).parameters()]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        tuned: Any = self.model
+        several = isinstance(tuned, PeftModel) and len(tuned.peft_config) > 1
+        if several and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose files are not PEFT's
+            check_adapter(tuned, Path(resume_from_checkpoint, subfolder_of(self)), str(cast(Any, self).adapter))
         for parameter, required in trains:
             parameter.requires_grad_(required)
 
