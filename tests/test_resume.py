@@ -51,10 +51,11 @@ def weights(run) -> dict[str, torch.Tensor]:
         {"preference_per": "pair", "gradient_accumulation_steps": 2},
         {"data": labelled(7, helpful=lambda i: [0, 1, None][i % 3])},
         {"data": {name: rows.to_iterable_dataset() for name, rows in two_sets(7, 5).items()}},
+        {"data": {name: rows.to_iterable_dataset() for name, rows in two_sets(5, 3).items()}, "save_steps": 4},
         {"model": "dropout"},
         {"data": two_sets(5, 3), "train_sampling_strategy": "group_by_length", "save_steps": 4},
     ],
-    ids=["step", "pair", "labels", "streams", "dropout", "lengths"],
+    ids=["step", "pair", "labels", "streams", "streams in their second pass", "dropout", "lengths"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, tokenizer, changes):
     def make(folder, **more):

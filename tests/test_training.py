@@ -3,6 +3,7 @@
 
 import copy
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -72,10 +73,10 @@ def test_train_on_every_format(tmp_path, tokenizer, form):
     torch.testing.assert_close(trained(tmp_path, tokenizer, data=data), trained(tmp_path, tokenizer, data=plain))
 
 
-def epoch_of(run) -> tuple[list[tuple], list[int]]:
-    """The texts and the numbers of all pairs of an epoch."""
+def batches_of(run, n: int = 3) -> tuple[list[tuple], list[int]]:
+    """The texts and the numbers of the pairs of the first batches."""
     texts, numbers = [], []
-    for batch in run.get_train_dataloader():
+    for batch in islice(run.get_train_dataloader(), n):
         numbers += batch["pair_ids"].tolist()
         texts += [tuple(row) for row in batch["input_ids"][: len(batch["pair_ids"])].tolist()]
     return texts, numbers
@@ -83,7 +84,7 @@ def epoch_of(run) -> tuple[list[tuple], list[int]]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("shards", [(1, 1), (2, 2), (2, 0), (3, 1)])
-def test_streams_give_each_pair_once_an_epoch_whatever_the_workers(tmp_path, tokenizer, caplog, shards, workers):
+def test_streams_give_each_pair_once_in_a_pass_whatever_the_workers(tmp_path, tokenizer, caplog, shards, workers):
     sets = {name: pairs(6, 9 * i) for i, name in enumerate(OBJECTIVES)}
     data = {
         name: rows.to_iterable_dataset(num_shards=n) if n else rows
@@ -97,13 +98,13 @@ def test_streams_give_each_pair_once_an_epoch_whatever_the_workers(tmp_path, tok
     logging.get_logger("trl_parm").removeHandler(caplog.handler)
     assert ("`dataloader_num_workers` is 0 instead of 2" in caplog.text) == (workers > 0)
     for _ in range(2):
-        texts, numbers = epoch_of(run)
+        texts, numbers = batches_of(run)
         assert len(texts) == len(set(numbers)) == 12
 
 
 def test_workers_read_data_sets_that_are_no_streams(tmp_path, tokenizer):
     run = trainer(tmp_path, tokenizer, data=two_sets(6, 6), dataloader_num_workers=2)
-    assert len(set(epoch_of(run)[1])) == 12
+    assert len(set(batches_of(run)[1])) == 12
     assert run.args.dataloader_num_workers == 2
 
 
@@ -112,6 +113,23 @@ def test_train_on_streams_equals_train_on_data_sets(tmp_path, tokenizer):
     ours = trained(tmp_path, tokenizer, data=streams, train_sampling_strategy="sequential")
     theirs = trained(tmp_path, tokenizer, data=two_sets(6, 6), train_sampling_strategy="sequential")
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_stream_goes_on_within_a_step_when_it_has_ended(tmp_path, tokenizer):
+    """One big batch is as several small ones, where the pairs of a step end and begin the stream too."""
+    found = {}
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        run = trainer(
+            tmp_path / str(batch), tokenizer, data={"helpful": pairs(7).to_iterable_dataset()}, peft_config=LORA,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=5,
+        )  # fmt: skip
+        steps = run.get_train_dataloader()
+        numbers = [n for step in islice(steps, 5 * accumulation) for n in step["pair_ids"].tolist()]
+        assert numbers == [i % 7 for i in range(20)]
+        run.train()
+        found[batch] = torch.tensor([[e["loss"], e["grad_norm"]] for e in run.state.log_history if "loss" in e])
+    torch.testing.assert_close(found[2], found[4])
+    torch.testing.assert_close(found[1], found[4])
 
 
 def test_train_on_files(tmp_path, tokenizer):

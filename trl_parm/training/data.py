@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -262,32 +262,24 @@ class SimilarLengths(LengthGroupedSampler):
 class JointPreferenceStream(torch.utils.data.IterableDataset):
     """As [`JointPreferenceDataset`], for data sets of which at least one is a stream.
 
-    An epoch ends when every stream has ended once; those that end earlier start over. What was left out or cut is
-    reported when a stream ends for the first time.
+    It has no end: whatever has ended starts over, shuffled anew if it shuffles, and a batch goes on with the next pair.
+    transformers takes no step for what is left over at the end of data without a length, and when a run resumes it
+    counts batches from the very first one. What was left out or cut is reported at the end of the first pass.
     """
 
     def __init__(self, sources: list[tuple[PairReader, Pairs]]) -> None:
         self.sources = sources
 
-    def set_epoch(self, epoch: int) -> None:
-        """Reshuffles streams that shuffle."""
-        for _, dataset in self.sources:
+    def __iter__(self) -> Iterator[dict[str, list]]:
+        streams = [self._pairs(number) for number in range(len(self.sources))]
+        while True:
+            yield {"pairs": [next(stream) for stream in streams]}
+
+    def _pairs(self, number: int) -> Iterator[dict[str, Any]]:
+        reader, dataset = self.sources[number]
+        for epoch in count():
             if isinstance(dataset, IterableDataset):
                 dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, list]]:
-        ended = [False] * len(self.sources)
-        streams = [self._pairs(number, ended) for number in range(len(self.sources))]
-        while True:
-            # A stream notices its end when it is asked for the pair after its last.
-            pairs = [next(stream) for stream in streams]
-            if all(ended):
-                return
-            yield {"pairs": pairs}
-
-    def _pairs(self, number: int, ended: list[bool]) -> Iterator[dict[str, Any]]:
-        reader, dataset = self.sources[number]
-        while True:
             outcomes: Counter[tuple[str, ...]] = Counter()
             kept, weight = 0, 0.0
             for i, row in enumerate(_readable(reader.name, dataset)):
@@ -297,21 +289,20 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
                 if is_kept(outcome):
                     yield {**pair, "pair_id": pair_id(number, kept)}
                     kept, weight = kept + 1, weight + pair.get(WEIGHT, 1.0)
-            if not ended[number] or not outcomes:
+            if epoch == 0 or not kept:
                 reader.report(outcomes)
                 reader.check_weights(weight)
-            ended[number] = True
 
 
 def read_in_order(args: PreferenceARMConfig) -> None:
-    """Sets the arguments so that the training process reads its streams itself, each pair once in an epoch.
+    """Sets the arguments so that the training process reads its streams itself, each pair once in a pass.
 
     Workers would read shards of their own of each stream, all of what is none, and number the pairs alike.
     """
     cast(Any, args.accelerator_config).dispatch_batches = False
     if args.dataloader_num_workers:
         logger.warning(
-            f"Streams are read without workers, so that each pair comes once in an epoch: `dataloader_num_workers` is "
+            f"Streams are read without workers, so that each pair comes once in a pass: `dataloader_num_workers` is "
             f"0 instead of {args.dataloader_num_workers}."
         )
         args.dataloader_num_workers, args.dataloader_prefetch_factor = 0, None
