@@ -58,7 +58,7 @@ def write_run(folder: Path) -> None:
     """A model, labelled and ranked pairs, and `config.yaml` for the training script."""
     tiny_llama().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
-    labelled(16, helpful=lambda i: [0, None, 1, -1][i % 4]).to_json(folder / "judged.jsonl")
+    labelled(21, helpful=lambda i: [0, None, 1, -1][i % 4]).to_json(folder / "judged.jsonl")
     pairs(12, 9).to_json(folder / "harmless.jsonl")
     config = {
         "model_name_or_path": "base",

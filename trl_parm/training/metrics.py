@@ -39,13 +39,12 @@ class TrainMetrics:
             weights (`torch.Tensor` of shape `(pairs,)`, *optional*): What each pair counts for in the mean of losses.
         """
         first, second = log_probs
-        correct = accuracies(first - second, labels)
+        correct, counted = accuracies(first - second, labels), labels.any(1)
         for i, (name, beta) in enumerate(zip(self.objectives, self.beta, strict=True)):
             label, known = labels[:, i], labels[:, i] != 0
             chosen = torch.where(label > 0, first, second)
             rejected = torch.where(label > 0, second, first)
-            weight = preference[..., i]
-            self._add(f"preference/{name}", weight, torch.ones_like(weight))
+            self._add(f"preference/{name}", preference[..., i].expand(len(labels)), counted)
             self._add(f"loss/{name}", losses[:, i], weighted(known[:, None].float(), weights)[:, 0])
             self._add(f"logps/chosen/{name}", chosen, known)
             self._add(f"logps/rejected/{name}", rejected, known)

@@ -408,6 +408,7 @@ class PreferenceARMTrainer(SavingTrainer):
         """
         if not batch_samples:
             return None
+        self._leave_out_repeated(batch_samples[-1])
         of_batches = [count_labels(batch["pair_labels"], batch.get("pair_weights")) for batch in batch_samples]
         counts = torch.stack(of_batches).sum(0).to(device)
         counts = cast(torch.Tensor, self.accelerator.reduce(counts, "mean"))
@@ -415,6 +416,14 @@ class PreferenceARMTrainer(SavingTrainer):
         if self.args.aggregation == "tchebycheff" and len(batch_samples) > 1:
             self._distances_ahead = torch.stack([self._distances(batch, counts) for batch in batch_samples]).sum(0)
         return counts
+
+    def _leave_out_repeated(self, batch: dict) -> None:
+        """Takes the labels of rows that have come before, with which several processes fill up an epoch's last batch."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return
+        rows = batch["pair_labels"].unflatten(0, (-1, len(cast(Any, self.train_dataset).datasets)))
+        rows[max(state.remainder - self.accelerator.process_index * len(rows), 0) :] = 0
 
     def _distances(self, batch: dict, counts: torch.Tensor) -> torch.Tensor:
         """What a batch adds to l_i − z*_i of the step that begins, without gradients."""
