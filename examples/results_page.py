@@ -253,7 +253,7 @@ def cost(budget: Budget) -> str:
     """How long a piece takes."""
     training = np.mean([sum(kind["seconds"] for kind in one["trained"].values()) for one in budget.facts]) / 60
     decoding = sum(row["seconds"] for row in budget.rows) / len(budget.seeds) / 60
-    return f"a seed of {budget.steps:,} steps {training:.0f} CPU-minutes of training and {decoding:.0f} of decoding"
+    return f"a seed of {budget.steps:,} steps {training:.0f} CPU-minutes of training and {decoding:.0f} minutes of decoding"
 
 
 def measures_table(budget: Budget) -> list[dict[str, Any]]:
@@ -279,13 +279,14 @@ def answers_table(budget: Budget) -> list[dict[str, Any]]:
     for method in dict.fromkeys(budget.names.values()):
         own = [row for row in budget.rows if budget.names[row["method"]] == method]
         tokens = sum(row["tokens"] for row in own)
+        repeated = [row["repetition"] for row in own if row["repetition"] is not None]
         rows.append(
             {
                 "method": method,
                 **{name: f"{np.mean([row[name] for row in own]):.2f}" for name in budget.objectives},
                 "KL to the base": f"{max(0.0, budget.kl(method)):.2f}",
                 "log π_base": f"{sum(row['log_prob_base'] for row in own) / tokens:.2f}",
-                "repeated 4-grams": f"{np.mean([row['repetition'] or 0.0 for row in own]):.1%}",
+                "repeated 4-grams": f"{np.mean(repeated):.1%}" if repeated else None,
                 "at the cap": f"{np.mean([row['capped'] for row in own]):.0%}",
                 "tokens": f"{tokens / len(own):.0f}",
                 "extra parameters": budget.fronts[method].extra_parameters,

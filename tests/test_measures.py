@@ -390,6 +390,21 @@ def test_seeds_that_are_missing_are_named(seeds, fewer):
         pool_seeds(found, names)
 
 
+def test_seeds_are_paired_by_the_files_that_they_were_read_from():
+    """Differences are taken run by run, so that the second seed of one is not set against the third of another."""
+    found, names = of_seeds({"base": 1, "PARM": 3, "GenARM": 3})
+
+    def files(parm: str, genarm: str) -> dict[str, str]:
+        return dict(zip(names, ["one", *(f"seed-{n}" for n in parm + genarm)], strict=True))
+
+    pooled = pool_seeds(found, names)
+    for parm, genarm in (("123", "123"), ("123", "456")):  # of one evaluation for both, or of one for each
+        for ours, theirs in zip(pool_seeds(found, names, files(parm, genarm)), pooled, strict=True):
+            np.testing.assert_array_equal(ours.runs, theirs.runs)
+    with pytest.raises(ValueError, match="seed by seed, but 'PARM' was read from seed-1, .* 'GenARM' from seed-2, seed-3"):
+        pool_seeds(found, names, files("123", "234"))
+
+
 def test_standardised_rewards_have_the_scale_of_the_base_model_s_answers():
     found = arrange(table({"base": [(1.0, 5.0)], "PARM": PARM}, spread=2.0), OBJECTIVES)
     base, scaled = standardized(found, "base", OBJECTIVES)

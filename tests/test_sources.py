@@ -120,6 +120,42 @@ def test_a_name_in_a_key_is_not_taken_for_the_container_that_changes(tmp_path, m
     assert {before["parts"][f"mine:vowels.{name}"] for name in ("COUNTS", "CACHE")} == {STATE}
 
 
+HOLDING = """
+import functools
+from helpers import HALF, WORDS, words
+class Kept: weights = WORDS
+class Judge:
+    half, calls = HALF, {}
+    @functools.cached_property
+    def table(self): return words()
+    @classmethod
+    def of(cls, text): return len(text) * cls.half
+    def __call__(self, prompts, responses):
+        self.calls[len(prompts)] = True
+        return [sum(self.table.get(w, 0.0) for w in r.split()) + self.of(r) * len(Kept.weights) for r in responses]
+judge = Judge()
+"""
+HELD = "HALF, WORDS = 0.5, ['a']\nsize = 1.0\ndef words(): return {'good': size}\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (("0.5", "0.25"), "mine:Judge.half was 0.5, but is 0.25"),
+        (("['a']", "['a', 'b']"), "mine:Kept.weights was list"),
+        (("{'good'", "{'bad'"), "helpers:words was "),
+        (("size = 1.0", "size = 2.0"), "helpers:words.size was 1.0, but is 2.0"),
+    ],
+)
+def test_what_a_class_holds_counts(tmp_path, monkeypatch, change, part):
+    """Values of another module among its attributes, and the functions of its cached properties."""
+    changes = {"name": "mine:judge", "mine": (MINE, HOLDING)}
+    before = describe(tmp_path, monkeypatch, **changes, helpers=(HELPERS, HELD))
+    found = differences(before, describe(tmp_path, monkeypatch, **changes, helpers=(HELPERS, HELD.replace(*change))))
+    assert any(text.startswith(f"parts {part}") for text in found), found
+    assert before["parts"]["mine:Judge.calls"] == STATE
+
+
 def scaled(factor, table=()):
     def reward(prompts, responses):
         return [factor * len(r) + len(table) for r in responses]

@@ -170,6 +170,9 @@ def test_train_at_a_fixed_preference_and_at_a_fixed_set(tmp_path, tokenizer):
     drawn = [tuple(run.preference_sampler.for_step(step).tolist()) for step in range(50)]
     assert set(drawn) == {(1.0, 0.0), (0.0, 1.0)}
     assert 12 < drawn.count((1.0, 0.0)) < 38
+    run = trainer(tmp_path, tokenizer, train_preferences=["[1, 0]", "[0, 1]", "[1, 0]", "[1, 0]"])
+    drawn = [run.preference_sampler.for_step(step)[0].item() for step in range(200)]
+    assert 130 < drawn.count(1.0) < 170
 
 
 def test_one_objective_with_plain_lora_is_genarm(tmp_path, tokenizer):

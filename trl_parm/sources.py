@@ -126,10 +126,14 @@ class _Parts:
             self._references(own, value)
         elif isinstance(value, type):
             self._source(self.name(value), value)
-            for member in vars(value).values():
-                member = getattr(member, "__func__", getattr(member, "fget", member))
-                if isinstance(member, FunctionType):
-                    self._references(self.name(member), member)
+            changing = set[str]().union(*map(_changed, _methods(value)))
+            for key, member in vars(value).items():
+                inner = _function_of(member)
+                if isinstance(inner, FunctionType):
+                    self._references(self.name(inner), inner)
+                elif _is_value(member) and not key.startswith("__"):  # of which the source may say a name only
+                    own = f"{self.name(value)}.{key}"
+                    self._note(own, STATE if key in changing else self.add(own, member))
             for base in value.__bases__:
                 self.add(self.name(base), base)
         elif hasattr(value, "__wrapped__"):  # of functools.cache
@@ -138,7 +142,7 @@ class _Parts:
             self.found[name] = f"not hashed: a {self.name(type(value))}"
         else:
             self.add(self.name(type(value)), type(value))
-            changing = set[str]().union(*(_changed(code) for code in _methods(type(value))))
+            changing = set[str]().union(*map(_changed, _methods(type(value))))
             texts = {k: STATE if k in changing else self.add(f"{name}.{k}", v) for k, v in vars(value).items()}
             self._note(name, [f"{key}={text}" for key, text in texts.items()])
 
@@ -217,6 +221,20 @@ class _Parts:
         while self.found.get(name, text) != text:  # of two functions that one function made
             name += "'"
         self.found[name] = text
+
+
+def _function_of(member: Any) -> Any:
+    """The function of a method, a property or the like, as a class holds it."""
+    for name in ("__func__", "fget", "func", "__wrapped__"):
+        if not isinstance(member, FunctionType):
+            member = getattr(member, name, member)
+    return member
+
+
+def _is_value(member: Any) -> bool:
+    """Whether what a class holds is a value, rather than a slot or what else only describes its instances."""
+    held = PLAIN | Mapping | Sequence | Set | torch.Tensor | np.ndarray
+    return isinstance(member, held) or hasattr(member, "__dict__") and not hasattr(type(member), "__get__")
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -110,17 +110,19 @@ def others(budget: Budget) -> str:
 
 
 def repetition(budget: Budget) -> str:
-    """How much answers repeat themselves, which rewards may not see."""
+    """How much answers of four words or more repeat themselves, which rewards may not see."""
     parts = []
     for name in (PARM, GENARM):
         of_label: dict[str, list[float]] = {}
         for row in budget.rows:
-            if budget.names[row["method"]] == name:
-                of_label.setdefault(row["label"], []).append(row["repetition"] or 0.0)
+            if budget.names[row["method"]] == name and row["repetition"] is not None:
+                of_label.setdefault(row["label"], []).append(row["repetition"])
+        if not of_label:
+            continue
         most, worst = max((float(np.mean(found)), label) for label, found in of_label.items())
         every = [value for found in of_label.values() for value in found]
         parts.append(f"{name} {np.mean(every):.1%}, at {worst} {most:.1%}")
-    return f"**Repeated 4-grams** of answers: {'; '.join(parts)}."
+    return f"**Repeated 4-grams**, their mean share in an answer: {'; '.join(parts)}." if parts else ""
 
 
 def diagnosis(budget: Budget) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl_parm.arguments import option, parse, required
 from trl_parm.extras import require
@@ -23,8 +23,11 @@ ANSWERS = (
     "Answers, with mean tokens, shares at the cap and of repeated 4-grams, and of a token log π_base and, as kl, "
     "log π − log π_base"
 )
-OF_TEXTS = ("base", "sampling", "generation", "template", "chat_template")
-"""What of a configuration the texts of all methods depend on."""
+OF_TEXTS = (
+    "base", "sampling", "generation", "generation_config", "end_tokens", "template", "chat_template",
+    "max_prompt_length", "escape_control_tokens",
+)  # fmt: skip
+"""What of a configuration the texts of all methods depend on, but for noise and the last digits of arithmetic."""
 Rows = list[dict[str, Any]]
 
 
@@ -122,8 +125,15 @@ def main(argv: list[str]) -> None:
     say(f"Tables are in {folder / TABLES[0]}, figures in {', '.join(path.name for path in figures)}.")
 
 
-def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[Rows, list[str], dict[str, str]]:
-    """The rows of several files, the objectives, in whose order preferences are, and each method's name in its file.
+class Origin(NamedTuple):
+    """Where a method comes from: its name in its file, and the file."""
+
+    method: str
+    file: str
+
+
+def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[Rows, list[str], dict[str, Origin]]:
+    """The rows of several files, the objectives, in whose order preferences are, and where each method comes from.
 
     A method that is in more than one of the files is called by the file too, by what its path has of its own, such as
     `PARM (seed-1)`.
@@ -137,7 +147,7 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
     wanted = objectives or read_objectives(files[0])
     methods = [list(dict.fromkeys(row["method"] for row in rows)) for rows in tables]
     count = Counter(name for of_file in methods for name in of_file)
-    names: dict[str, str] = {}
+    names: dict[str, Origin] = {}
     for path, label, rows, of_file in zip(files, _own_parts(files), tables, methods):
         order = read_objectives(path, objectives)
         if objectives is None and set(order) != set(wanted):
@@ -146,7 +156,7 @@ def read_results(results: Sequence[str], objectives: list[str] | None) -> tuple[
         for old, new in shown.items():
             if new in names:
                 raise ValueError(f"Two methods would be called {new!r}, one of them of {path}. Plot the files apart.")
-            names[new] = old
+            names[new] = Origin(old, str(path))
         for row in rows:
             row["method"] = shown[row["method"]]
             if row["preference"] is not None:  # which has no weight for a reward that was no objective
@@ -217,9 +227,14 @@ def _own_parts(files: Sequence[Path]) -> list[str]:
     return ["/".join(own) or str(path) for own, path in zip(parts, files)]
 
 
-def _chosen(rows: Rows, names: Mapping[str, str], methods: list[str] | None) -> Rows:
+def _called(names: Mapping[str, Origin], name: str) -> list[str]:
+    """What methods of this name, here or in their files, are called here."""
+    return [new for new, origin in names.items() if name in (new, origin.method)]
+
+
+def _chosen(rows: Rows, names: Mapping[str, Origin], methods: list[str] | None) -> Rows:
     """The rows of the methods that are asked for, by their names here or in their files, in this order."""
-    found = {name: [new for new, old in names.items() if name in (new, old)] for name in methods or names}
+    found = {name: _called(names, name) for name in methods or names}
     unknown = [name for name, own in found.items() if not own]
     if unknown:
         raise ValueError(f"The results have no method {unknown[0]!r}; they have {', '.join(names)}.")
@@ -252,13 +267,15 @@ def _tables(
     from trl_parm.evaluation.measures import both_scales, correlations, costs, differences, measure
 
     found = arrange(rows, objectives)
-    if arguments.base != PlotArguments.base and arguments.base not in {*names, *names.values()}:
+    if arguments.base != PlotArguments.base and not _called(names, arguments.base):
         raise ValueError(f"`base` is {arguments.base!r}, but the methods are {', '.join(names)}.")
     if arguments.seeds:
-        found, names = pool_seeds(found, names), {name: name for name in names.values()}
+        methods, files = ({new: origin[i] for new, origin in names.items()} for i in range(2))
+        found = pool_seeds(found, methods, files)
+        names = {origin.method: origin for origin in names.values()}
     guided = [front.method for front in found if front.preferences is not None]
     against, base = (
-        next((new for new, old in names.items() if name in (new, old)), name)  # of several files the first one's
+        next(iter(_called(names, name)), name)  # of several files the first one's
         for name in (arguments.against or next(iter(guided), found[0].method), arguments.base)
     )
     scaled, missing = None, []

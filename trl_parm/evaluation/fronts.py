@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from numbers import Real
 from typing import Any
 
@@ -139,18 +140,23 @@ def arrange(table: Iterable[Mapping[str, Any]], objectives: Sequence[str]) -> li
     ]
 
 
-def pool_seeds(found: Sequence[Front], names: Mapping[str, str]) -> list[Front]:
+def pool_seeds(
+    found: Sequence[Front], names: Mapping[str, str], files: Mapping[str, str] | None = None
+) -> list[Front]:
     """Puts fronts of one method, each of a training with another seed, together as one.
 
     Args:
         found (`Sequence[Front]`): From [`arrange`], which compares prompts and preferences.
         names (`Mapping[str, str]`): Name of a front → the method that it is a run of.
+        files (`Mapping[str, str]`, *optional*): Name of a front → where it was read. Methods are compared run by run, in
+            the order of the fronts, so that those which have files in common must have all in common.
 
     Returns:
         `list[Front]`: One for each method, with a run for each of its seeds.
 
     Raises:
-        ValueError: methods of which one has more runs than another; one without a preference may have a single one.
+        ValueError: methods of which one has more runs than another, or runs from other files beside common ones; one
+            without a preference may have a single run.
     """
     groups: dict[str, list[Front]] = {}
     for front in found:
@@ -162,6 +168,14 @@ def pool_seeds(found: Sequence[Front], names: Mapping[str, str]) -> list[Front]:
             f"The methods have different numbers of training seeds: {listed}. Evaluate what is missing, or choose "
             "methods with `methods`; those without a preference may be there once."
         )
+    read = {name: [files[front.method] for front in groups[name]] for name in counts} if files else {}
+    for one, other in combinations(read, 2):
+        if read[one] != read[other] and set(read[one]) & set(read[other]):
+            raise ValueError(
+                f"Methods are compared seed by seed, but {one!r} was read from {', '.join(read[one])} and "
+                f"{other!r} from {', '.join(read[other])}. Evaluate what is missing, or choose files in which "
+                "both are."
+            )
     return [
         replace(
             group[0],

@@ -73,7 +73,8 @@ class PreferenceARMConfig(_BaseConfig):
             A text with `{preference}` in it: α is written into the start of each prompt, for a model *without* a
             preference-conditioned adapter, such as a plain LoRA; see [`PreferenceText`]. A baseline.
         train_preferences (`list`, *optional*):
-            A fixed set to draw from instead, each by name or as a vector; one entry trains at a fixed preference.
+            What to draw from instead, each by name or as a vector, with equal chances: one entry trains at a fixed
+            preference, one that is there twice is drawn twice as often.
         eval_preferences (`list`, *optional*):
             Preferences to evaluate at. The vertices and the uniform vector if not given.
         label_columns (`dict[str, str]`, *optional*):

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer.utils import get_config_model_id
 
-from peft_pblora import PreferenceConfig, get_preference, set_preference, use_preference
+from peft_pblora import PreferenceConfig, as_preference, get_preference, set_preference, use_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
 from peft_pblora.switch import AdapterSwitch, changes_below
@@ -145,7 +145,7 @@ class PreferenceARMTrainer(SavingTrainer):
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
         if args.metric_for_best_model and compute_metrics is None:
             check_metric(args.metric_for_best_model, self.objectives, list(self.eval_preferences))
-        fixed = list(name_preferences(args.train_preferences or [], self.objectives).values())
+        fixed = [as_preference(given, self.objectives) for given in args.train_preferences or []]
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
