@@ -274,6 +274,30 @@ def test_what_fails_while_decoding_is_an_error_of_those_who_asked(folder, twin, 
     assert "w3" not in caplog.text
 
 
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_prompt_that_fails_ends_the_other_texts_of_its_request_alone(folder, twin, monkeypatch, failing):
+    """Where texts are decoded each alone: another reading of the request is ahead, or has a row already."""
+    from trl_parm.server import lanes
+
+    monkeypatch.setattr("trl_parm.server.served.can_join", lambda guided_at: False)
+    with running(arguments(folder, methods=None, optimize_for_cpu=False)) as here:
+        read, calls = lanes.read, []
+
+        def fail(guided, cache, *rest):
+            calls.append(cache.length)
+            if len(calls) == failing:
+                raise RuntimeError("out of memory")
+            return read(guided, cache, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "read", fail)
+            with pytest.raises(openai.InternalServerError, match="Decoding failed"):
+                here.chat("w3 w9", n=2)
+            assert wait_until(lambda: is_empty(here.server))
+        assert calls == [0] * failing  # nothing was read for a text after that
+        assert here.chat("w3 w9").choices[0].message.content == twin.text("w3 w9")
+
+
 def in_a_lane(here, pool, **settings):
     """The answer to a long request that is being decoded."""
     asked = pool.submit(here.chat, "w3 w9", max_tokens=300, **settings)

@@ -201,6 +201,8 @@ class Engine:
         for task, reading in list(self._readings):
             if left <= 0:
                 break
+            if task.over:  # since another of its prompts failed
+                continue
             self._readings.remove((task, reading))
             with self._failing(task):
                 start = time.monotonic()
@@ -217,7 +219,10 @@ class Engine:
 
     def _step(self, key: tuple, joining: list[tuple[Reading, list[Text]]]) -> None:
         """Lets texts leave and join a lane, and writes a token of each."""
+        joining = [(reading, texts) for reading, texts in joining if not texts[0].owner.over]
         if key not in self._lanes:
+            if not joining:
+                return
             guidance = joining[0][0].guidance
             self._lanes[key] = Lane(guidance.served, guidance.own is not None)
         lane, start = self._lanes[key], time.monotonic()
