@@ -809,7 +809,8 @@ def test_numbers_of_other_rewards_are_not_put_together(tmp_path, capfd):
         assert f"from {files[0]} to {files[1]} template was None, but is {{prompt}}" in capfd.readouterr().out
     assert run(*plot, "--seeds", "true") == 2
     assert "With `seeds` all texts must be decoded alike: from" in capfd.readouterr().err
-    for change in ({"generation_config": {"repetition_penalty": 1.3}}, {"end_tokens": [1, 7]}, {"max_prompt_length": 4}):
+    penalty = {"generation_config": {"repetition_penalty": 1.3}}
+    for change in (penalty, {"end_tokens": [1, 7]}, {"max_prompt_length": 4}):
         configure(files[0], None, **dict.fromkeys(change))
         configure(files[1], None, **change)
         assert run(*compare) == 0

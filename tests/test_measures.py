@@ -401,7 +401,7 @@ def test_seeds_are_paired_by_the_files_that_they_were_read_from():
     for parm, genarm in (("123", "123"), ("123", "456")):  # of one evaluation for both, or of one for each
         for ours, theirs in zip(pool_seeds(found, names, files(parm, genarm)), pooled, strict=True):
             np.testing.assert_array_equal(ours.runs, theirs.runs)
-    with pytest.raises(ValueError, match="seed by seed, but 'PARM' was read from seed-1, .* 'GenARM' from seed-2, seed-3"):
+    with pytest.raises(ValueError, match="seed by seed, but 'PARM' was read from seed-1, .* 'GenARM' from seed-2"):
         pool_seeds(found, names, files("123", "234"))
 
 

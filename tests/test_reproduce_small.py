@@ -132,7 +132,9 @@ def test_how_much_answers_repeat_themselves_is_told_with_the_worst_preference(tm
         name, at = budget.names[row["method"]], row["label"]
         row["repetition"] = {"short": 0.5, "early": 0.1}.get(at) if name == PARM else 0.0 if name == GENARM else None
     said = repetition(budget)
-    assert said.startswith("**Repeated 4-grams**, their mean share in an answer: PARM 30.0%, at short 50.0%; GenARM 0.0%, at ")
+    assert said.startswith(
+        "**Repeated 4-grams**, their mean share in an answer: PARM 30.0%, at short 50.0%; GenARM 0.0%, at "
+    )
     assert said in statements(budget)
     cells = {row["method"]: row["repeated 4-grams"] for row in results_page.answers_table(budget)}
     assert (cells[PARM], cells[GENARM], cells[BASE]) == ("30.0%", "0.0%", None)

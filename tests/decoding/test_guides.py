@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import before_5_24, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 from decoding.tables import DOORS, MASK, PROMPTS, ROWS, game, log_probs, lora_model
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from tokenizers import pre_tokenizers
 from transformers import (
     BartConfig,
@@ -25,6 +25,7 @@ from transformers import (
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from peft_pblora.kv_cache import cache_argument, cache_in
+from peft_pblora.switch import AdapterSwitch
 from trl_parm import ARGS, BASE, LM, PARM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt, Vocabulary
 from trl_parm.decoding import cage, genarm, mod, mod_w2s, parm
 
@@ -116,6 +117,65 @@ def test_the_untrained_model_below_adapters_is_a_reference(door):
     assert torch.equal(decode(door, model.get_base_model(), formula, INPUTS), expected)
     control = decode("processor", tiny_llama(0), BASE + LM(tiny_llama(0)), INPUTS)
     assert torch.equal(decode(door, model.get_base_model(), BASE + off, INPUTS), control)
+
+
+@every_door
+@pytest.mark.parametrize("names", [("helpful",), ("helpful", "harmless")], ids=["one", "two"])
+def test_the_model_that_policies_lie_on_is_a_reference_without_them(names, door):
+    """Although it is the object into whose layers they were put."""
+    policies = lora_model(*names)
+    small, apart = policies.get_base_model(), copy.deepcopy(policies)
+    given = dict(zip(names, names)), [1 / len(names)] * len(names)
+    expected = decode("processor", tiny_llama(3), mod_w2s(given[0], tiny_llama(0), given[1], apart), INPUTS)
+    formula = mod_w2s(given[0], small, given[1], policies)
+    assert torch.equal(decode(door, tiny_llama(3), formula, INPUTS), expected)
+
+
+def test_a_model_with_adapters_of_others_in_it_is_named_with_them_or_without():
+    """By itself it acts with them before a processor was made, and without them afterwards."""
+    arm = tiny_arm(tiny_llama(0))
+    base = arm.get_base_model()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"into which the adapters \['default'\] were put, so that it may be meant"):
+            LM(base)
+        assert LM(base, adapter_name="default") == LM(arm)
+        assert LM(base, disable_adapter=True) == LM(arm, disable_adapter=True)
+        PARMLogitsProcessor(arm, [0.3, 0.7])
+
+
+@every_door
+def test_objectives_of_another_order_are_not_taken_for_those_that_were_named(door):
+    """A second active adapter, and one that was put under the name of the first."""
+    arm = tiny_arm(tiny_llama(0))
+    formula = parm(arm, {"helpful": 0.9, "harmless": 0.1})
+    config = {**arm.peft_config["default"].to_dict(), "peft_type": None, "objectives": ["harmless", "helpful"]}
+    arm.add_adapter("other", PBLoraConfig(**config))
+    arm.base_model.set_adapter(["default", "other"])
+    both = parm(arm, {"helpful": 0.9, "harmless": 0.1})
+    with pytest.raises(ValueError, match=r"adapter 'other' has the objectives \['harmless', 'helpful'\]. Name the"):
+        decode(door, tiny_llama(3), both, INPUTS)
+    arm.base_model.set_adapter(["other"])
+    arm.delete_adapter("default")
+    arm.add_adapter("default", PBLoraConfig(**config))
+    with pytest.raises(ValueError, match=r"adapter 'default' has the objectives \['harmless', 'helpful'\]"):
+        decode(door, tiny_llama(3), formula, INPUTS)
+
+
+@every_door
+def test_adapters_of_two_methods_with_one_name_are_told_apart_or_refused(door):
+    def tuned(name):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(tiny_llama(0), config, adapter_name=name).eval()
+
+    model = tuned("default")
+    arm = tiny_arm(model.get_base_model())
+    with pytest.raises(ValueError, match="an adapter 'default' of each of 2 methods, of which one may be the guide"):
+        decode(door, model.get_base_model(), parm(arm, [0.3, 0.7]), INPUTS)
+    named = tuned("tuned")
+    expected = decode("processor", tuned("tuned"), parm(tiny_arm(tiny_llama(0)), [0.3, 0.7]), INPUTS)
+    formula = parm(tiny_arm(named.get_base_model()), [0.3, 0.7])
+    assert torch.equal(decode(door, named.get_base_model(), formula, INPUTS), expected)
 
 
 def test_equal_guides_merge():
@@ -683,9 +743,11 @@ def test_an_adapter_loaded_by_transformers_guides_its_own_model(door, tmp_path):
 
 
 def no_adapter_active():
-    arm = tiny_arm()
-    model = arm.get_base_model()
-    arm.base_model.set_adapter([])
+    model, arm = tiny_llama(), lora_model("one")
+    state = get_peft_model_state_dict(arm, adapter_name="one")
+    model.load_adapter(adapter_state_dict=state, peft_config=arm.peft_config["one"], adapter_name="one")
+    for layer in AdapterSwitch.of(model).layers:
+        layer._active_adapter = []
     return model
 
 
@@ -698,6 +760,7 @@ def no_adapter_active():
         (lambda: LM(tiny_arm(), adapter_name="other"), r"no adapter 'other'. It has \['default'\]"),
         (lambda: LM(tiny_llama(), disable_adapter=True), "needs a model with an adapter"),
         (lambda: LM(lora_model("one"), [0.5, 0.5]), "has no preference-conditioned adapter"),
+        (lambda: LM(tiny_arm().get_base_model()), r"into which the adapters \['default'\] were put"),
         (lambda: LM(no_adapter_active()), "but none is active. Name one with `adapter_name`"),
         (
             lambda: LM(get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))),

@@ -6,11 +6,11 @@ import copy
 import pytest
 import torch
 from conftest import tiny_arm, tiny_gpt2, tiny_llama
-from decoding.tables import BETAS, MASK, MODES, PROMPTS, ROWS, fed_rows, fed_tokens, lora_model, tiny_mistral
+from decoding.tables import BETAS, MASK, MODES, PROMPTS, ROWS, fed_rows, fed_tokens, log_probs, lora_model, tiny_mistral
 from peft import LoraConfig, get_peft_model
 
-from peft_pblora import MoSLoraConfig, SVDLoraConfig
-from trl_parm import BASE, LM, Guided
+from peft_pblora import MoSLoraConfig, SVDLoraConfig, set_preference
+from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, Prompt
 from trl_parm.decoding import genarm, mod, mod_w2s, parm
 
 
@@ -188,3 +188,33 @@ def test_adapters_that_can_not_act_on_rows_run_on_their_own(make, forwards, mode
     apart = generate(Guided(tiny_llama(0), parm(twin)), max_new_tokens=4, **MODES[mode])
     assert torch.equal(ours.sequences, apart.sequences)
     assert len(rows) == forwards * 4
+
+
+SAVING = {
+    "Llama": with_saved_modules,
+    "GPT-2": lambda: tiny_arm(tiny_gpt2(0), target_modules=["c_attn"], modules_to_save=["wpe"]),
+    "SVD-LoRA": lambda: conditioned(SVDLoraConfig, modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("make", SAVING.values(), ids=SAVING)
+@pytest.mark.parametrize("preference", [[1.0, 0.0], [0.0, 1.0], ROWS, None], ids=["first", "second", "rows", "set"])
+def test_a_preference_acts_beside_modules_that_were_saved(make, preference):
+    """Which can't act on rows, so that the guide has a forward of its own."""
+    arm = make()
+    with torch.no_grad():
+        for name, weight in arm.named_parameters():
+            if "modules_to_save" in name:
+                weight.mul_(1.5)
+    set_preference(arm, [0.2, 0.8])
+    twin, base = copy.deepcopy(arm), arm.get_base_model()
+    with twin.disable_adapter():
+        own = log_probs(twin, PROMPTS, mask=MASK)
+    expected = torch.log_softmax(own + log_probs(twin, PROMPTS, preference, MASK), -1)
+    inputs = {"input_ids": PROMPTS, "attention_mask": MASK}
+    for cache in (True, False):
+        found = Guided(base, parm(arm, preference))(**inputs, logits_to_keep=1, use_cache=cache).logits[:, -1]
+        torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+    scores = own.float()
+    found = GuidedLogitsProcessor(parm(arm, preference), Prompt(inputs))(PROMPTS, scores)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)

@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_arm, tiny_llama
 from decoding.tables import DOORS, MASK, PROMPTS, log_probs, lora_model, tiny_judge
 from peft import IA3Config, LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from transformers import LogitsProcessorList
 
@@ -425,10 +426,40 @@ def test_a_guide_that_goes_on_is_told_what_changed_below_it(door):
 def test_a_model_in_training_mode_is_refused_and_stays_in_it(door):
     arm = tiny_arm(tiny_llama(0)).train()
     generate = None
-    with pytest.raises(ValueError, match=r"is in training mode, in which its dropout acts. Call `model.eval\(\)`"):
+    with pytest.raises(ValueError, match=r"is in training mode, in which dropout acts. Call `model.eval\(\)`"):
         generate = guide_of(arm, "PBLoRA", door)
         text(generate)
     assert arm.training
+
+
+@every_door
+@pytest.mark.parametrize("adapter", ["PBLoRA", "LoRA"])
+def test_an_adapter_that_was_added_in_training_mode_is_refused_for_its_dropout(adapter, door):
+    """As all that is added to a model which evaluates."""
+    arm = tiny_arm(tiny_llama(0))
+    config = {"target_modules": ["q_proj"], "lora_dropout": 0.5}
+    own = LoraConfig(**config) if adapter == "LoRA" else PBLoraConfig(objectives=["a", "b"], **config)
+    if adapter == "LoRA":
+        arm = get_peft_model(tiny_llama(0), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    arm.add_adapter("dropping", own)
+    arm.base_model.set_adapter("dropping")
+    assert not arm.training
+    with pytest.raises(ValueError, match=r"or an adapter in it, is in training mode, in which dropout acts. Call"):
+        text(guide_of(arm, adapter, door, BASE + LM(arm, adapter_name="dropping")))
+    arm.eval()
+    text(guide_of(arm, adapter, door, BASE + LM(arm, adapter_name="dropping")))
+
+
+@every_door
+def test_a_lora_that_was_scaled_guides_with_its_new_scale(door):
+    guide = lora_model("one")
+    generate = guide_of(guide, "LoRA", door, BASE + LM(guide))
+    before = text(generate)
+    with rescale_adapter_scale(guide, 8.0):
+        expected = text(guide_of(guide, "LoRA", door, BASE + LM(guide)))
+        assert not torch.equal(expected, before)
+        assert torch.equal(text(generate), expected)
+    assert torch.equal(text(generate), before)
 
 
 @every_door

@@ -65,7 +65,9 @@ class Adapters:
                     found += [adapter, None if term.preference is not None else adapter.condition.version]
                 else:
                     containers = [getattr(layer, container, {}) for container in layer.adapter_layer_names]
-                    found += [container[name] for container in containers if name in container] or [layer]
+                    own = [container[name] for container in containers if name in container] or [layer]
+                    scaling = getattr(layer, "scaling", None)
+                    found += [*own, scaling.get(name) if isinstance(scaling, dict) else None]
         return found
 
     def _first_with(self, name: str) -> Any:
@@ -89,6 +91,15 @@ class Adapters:
                     f"The adapter {name!r} of {term!r} is no longer in the model, which has {self.switch.names}. Make "
                     "the guide anew."
                 )
+            layer = next((layer for layer in self.ours if name in layer.adapters), None)
+            if term.condition is not None and layer is not None:
+                own = layer.adapter(name).condition.objectives
+                if own != term.condition.objectives:
+                    raise ValueError(
+                        f"The preference of {term!r} is of {term.condition.objectives}, but the adapter {name!r} has "
+                        f"the objectives {own}. Name the adapter that is meant with `adapter_name`, or make the guide "
+                        "anew."
+                    )
         if not any(layer.merged_adapters for layer in self._mergeable):
             return
         merged = self.switch.merged
@@ -120,20 +131,37 @@ class Adapters:
 
     @contextmanager
     def acting(
-        self, entries: Sequence[Entry], rows: int, tokens: int, groups: int | None, ahead: torch.Tensor | None
-    ) -> Iterator[RowPlan]:
+        self,
+        entries: Sequence[Entry],
+        rows: int,
+        tokens: int,
+        groups: int | None,
+        ahead: torch.Tensor | None,
+        on_rows: bool = True,
+    ) -> Iterator[RowPlan | None]:
         """For the time of a forward in this thread, these adapters act on these rows, and no others do.
 
         Args:
-            entries (`Sequence[Entry]`): Adapters with their rows, or groups of rows, and α.
+            entries (`Sequence[Entry]`):
+                Adapters with their rows, or groups of rows, and α; all rows for what can't act on some, see
+                [`act_on_rows`].
             rows, tokens (`int`): Rows of the forward's batch, and tokens of each.
             groups (`int`, *optional*): How many groups of rows there are, if entries count those.
             ahead (`torch.Tensor`, *optional*):
                 Something like what layers get, if the forward is compiled: adapters are folded ahead of it.
+            on_rows (`bool`, *optional*, defaults to `True`): Whether these adapters can all act on some rows.
+
+        Returns:
+            The plan; `None` where they are merged, so that there is nothing to plan.
 
         Raises:
             ValueError: in the forward, from a layer in whose input rows can't be told apart.
         """
+        planned = dict.fromkeys(name for name, _, _ in entries)
+        if not on_rows and self.switch.merged:
+            with self.alone(list(planned)):
+                yield None
+            return
         if ahead is not None:
             size = rows // groups if groups else 1
             for layer in self.ours:
@@ -142,11 +170,12 @@ class Adapters:
                         layer.adapter(name).fold_ahead(ahead[: size * (part.stop - part.start)], condition)
         with ExitStack() as stack:
             plan = stack.enter_context(acting(entries, rows, tokens, groups, folded=ahead is not None))
-            planned = {name for name, _, _ in entries}
-            adding = [layer for layer in self.loras if not planned.isdisjoint(layer.lora_A)]
+            adding = [layer for layer in self.loras if on_rows and any(name in layer.lora_A for name in planned)]
             if self.others.layers:  # their switches and hooks are seen by all threads
                 stack.enter_context(_switching)
-                if any(layer.active_adapters and not layer._disable_adapters for layer in self.others.layers):
+                if not on_rows:
+                    stack.enter_context(self.others.only(list(planned)))
+                elif any(layer.active_adapters and not layer._disable_adapters for layer in self.others.layers):
                     stack.enter_context(self.others.only([]))
                 for layer in adding:
                     stack.callback(layer.register_forward_hook(_add_to_rows).remove)
@@ -175,6 +204,7 @@ def step_aside(term: LM) -> nn.Module | None:
     Returns:
         `nn.Module`: A layer that has them, see [`check_aside`]; `None` if there is none.
     """
+    check_told_apart(term)
     layers = [
         layer for layer in AdapterSwitch.of(term.backbone).layers if set(term.adapter_names) & set(_adapters_of(layer))
     ]
@@ -185,6 +215,21 @@ def step_aside(term: LM) -> nn.Module | None:
         elif set(term.adapter_names) & set(layer.active_adapters):
             layer._active_adapter = [name for name in layer.active_adapters if name not in term.adapter_names]
     return layers[0] if layers else None
+
+
+def check_told_apart(term: LM) -> None:
+    """Raises `ValueError` if adapters of two methods have one of a guide's names: what guides can't be told from what
+    the model that generates has of its own."""
+    found: dict[str, set[str]] = {}
+    for layer in AdapterSwitch.of(term.backbone).layers:
+        for name in set(term.adapter_names) & set(_adapters_of(layer)) if isinstance(layer, BaseTunerLayer) else ():
+            found.setdefault(name, set()).add(layer.adapter_layer_names[0])
+    for name, prefixes in found.items():
+        if len(prefixes) > 1:
+            raise ValueError(
+                f"The model has an adapter {name!r} of each of {len(prefixes)} methods, of which one may be the guide "
+                "and another one the base model's own. Load one of them under another name, or merge the base model's."
+            )
 
 
 def check_aside(term: LM, layer: Any) -> None:

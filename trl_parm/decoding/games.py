@@ -17,7 +17,7 @@ from trl_parm.algebra import BASE, Combination, Scorer, Step, Weight, of_rows
 from .methods import Models, objective_weights, scorer_of
 from .model import Guided
 from .processor import MethodLogitsProcessor
-from .terms import LM
+from .terms import LM, untuned
 
 
 MOST = 20.0
@@ -159,7 +159,7 @@ def cage(
     if isinstance(tau, bool) or not (isinstance(tau, int | float) and 0 < tau < float("inf")):
         raise ValueError(f"`tau` is {tau!r}, but it must be a positive, finite number.")
     if reference is not None and not isinstance(reference, Scorer):
-        reference = LM(reference, **{name: value for name, value in guide.items() if name != "adapter_name"})
+        reference = untuned(reference, **{name: value for name, value in guide.items() if name != "adapter_name"})
     if isinstance(arm, Mapping):
         objectives = list(arm)
         paying = [scorer_of("arm", one, adapters_of, guide) for one in arm.values()]

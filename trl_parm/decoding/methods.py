@@ -16,7 +16,7 @@ from peft_pblora.preference import Preference
 from trl_parm.algebra import BASE, PowerMean, Scorer, Weight, sum_of
 
 from .model import Guided
-from .terms import LM
+from .terms import LM, untuned
 from .worst_case import WORST_CASE, WorstCase
 
 
@@ -151,9 +151,9 @@ def mod_w2s(
     Raises:
         ValueError: no policy, or an invalid preference; see also [`LM`].
     """
-    untuned = reference if isinstance(reference, Scorer) else LM(reference, **guide)
+    before = reference if isinstance(reference, Scorer) else untuned(reference, **guide)
     terms = _weighted_scorers("policies", policies, preference, adapters_of, guide)
-    return BASE + sum_of((weight, policy - untuned) for weight, policy in terms)
+    return BASE + sum_of((weight, policy - before) for weight, policy in terms)
 
 
 class PARM(Guided):

@@ -16,7 +16,7 @@ from peft_pblora.kv_cache import NAMES, cache_argument, cache_in
 from peft_pblora.switch import AdapterSwitch, backbone_of, check_below
 from trl_parm.algebra import Scorer, Step, guided_logits
 
-from .adapters import resting
+from .adapters import check_told_apart, resting
 from .cache import GuidedCache
 from .incoming import New
 from .prefix import check_reorders
@@ -367,7 +367,10 @@ class Guided(GenerationMixin, nn.Module):
         that is the same model. Raises `ValueError` as [`check_base`]."""
         guides = language_models(self.formula, silent=True)
         guides += [policy for policy in policies(self.formula) if policy.model is not self.base]
-        guiding = {name for term in guides if term.backbone is self.backbone for name in term.adapter_names}
+        guides = [term for term in guides if term.backbone is self.backbone]
+        for term in guides:
+            check_told_apart(term)
+        guiding = {name for term in guides for name in term.adapter_names}
         own = [name for name in resting(AdapterSwitch.of(self.backbone).layers) if name not in guiding]
         check_base(self.base, own)
         return LM.of_base(self.base, own)

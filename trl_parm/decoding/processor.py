@@ -18,7 +18,7 @@ import torch
 from transformers import LogitsProcessor
 
 from peft_pblora.preference import Preference
-from peft_pblora.switch import backbone_of, check_below
+from peft_pblora.switch import check_below
 from trl_parm.algebra import Scorer, Step, guided_logits
 
 from .adapters import check_aside, step_aside
@@ -26,7 +26,7 @@ from .cache import GuidedCache
 from .incoming import New
 from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
-from .prompt import Prompt
+from .prompt import OwnPrompt, Prompt, end_tokens, told_by_pad_token
 from .reading import parts_of
 from .terms import LM, check_evaluates, check_formula, check_row_counts, language_models, log_probs_of, policies
 
@@ -98,14 +98,14 @@ class GuidedLogitsProcessor(LogitsProcessor):
             )
         terms = language_models(self.formula)
         for term, layer in self._aside:
-            check_evaluates(term.model)
+            check_evaluates(term.model, parts=self._prefix is None)
             check_aside(term, layer)
         with self._lock, torch.no_grad():
             if self._prefix is None or not self._prefix.serves(terms):
                 scorers = list(self.formula.scorers())
                 reads = bool(terms) or any(scorer.reads_text for scorer in scorers)
                 models = [model for scorer in scorers for model in scorer.models()]
-                ends = {end for model in models for end in _end_tokens(model)}
+                ends = {end for scorer in scorers for end in _end_tokens(scorer)}
                 if any(scorer.reads_text and not getattr(scorer, "reads_text_alone", False) for scorer in scorers):
                     ends |= self._ends
                 self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, ends, reads, _Weights(models))
@@ -262,6 +262,7 @@ class _Prefix:
     ) -> None:
         self.terms, self.prompt, self.pad_token_id, self._ends = terms, prompt, pad_token_id, ends
         self._reads, self.weights = reads, weights
+        self._own = None if prompt is None else prompt.own_of(terms)
         self.prompt_length = self._begun = 0
         self.tokens = torch.empty(0, 0, dtype=torch.long)
 
@@ -280,11 +281,10 @@ class _Prefix:
         if length in self.answers:
             return self.answers[length]
         kept = self.state.length
-        own = None if self.prompt is None else self.prompt.own
         mask = None if bool(self.mask.all()) else self.mask
         answers: dict[LM, torch.Tensor] = {}
         for part in self.state.parts:
-            logits, _ = part.read(New(tokens[:, kept:], mask, None, own, self.prompt_length, kept), {}, 1)
+            logits, _ = part.read(New(tokens[:, kept:], mask, None, self._own, self.prompt_length, kept), {}, 1)
             answers |= {term: value[:, -1] for term, value in logits.items()}
         self.state.note(length - kept, len(tokens))
         recent = sorted(self.answers)[-WINDOW:] if len(tokens) == 1 else []
@@ -306,10 +306,9 @@ class _Prefix:
     def _begin(self, tokens: torch.Tensor) -> None:
         """Forgets all but what it is of. Raises `ValueError` where guides would see no prompt, or padding as text."""
         given = self.prompt.mask(tokens) if self.prompt is not None else None
-        own = None if self.prompt is None else self.prompt.own
-        start = tokens.shape[1]
-        if self.prompt is not None and (given is not None or own is not None):
-            start = cast(int, self.prompt.length)
+        own, start = self._own, tokens.shape[1]
+        if self.prompt is not None:
+            start = min(start, cast(int, self.prompt.length))
         mask = torch.ones_like(tokens) if given is None else given
         if given is None and own is None and self._reads:
             mask = self._told_by_pad_token(tokens)
@@ -340,8 +339,7 @@ class _Prefix:
         self.answers = {n: answer for n, answer in self.answers.items() if n <= shared}
         kept = min(shared, length - 1)
         if kept < self.state.length:
-            own = self.prompt is not None and self.prompt.own is not None
-            if kept < (self.prompt_length if own else 1) or not can_take_back(self.state):
+            if kept < (1 if self._own is None else self.prompt_length) or not can_take_back(self.state):
                 return False
             self.state.crop(kept - self.state.length)
             self.tokens = self.tokens[:, :kept]
@@ -351,7 +349,7 @@ class _Prefix:
         """Which rows may go on from which, `(rows, rows)`: those of one padding and of the same preferences, and of
         one prompt where it is the guides' own."""
         alike = (self.prompt_mask[:, None] == self.prompt_mask[None]).all(-1)
-        own = [] if self.prompt is None or self.prompt.own is None else [len(self.prompt.own[0])]
+        own = [] if self._own is None else [len(self._own[0])]
         for different in own + [part.rows_of(term) for part in self.state.parts for term in part.terms]:
             number = torch.arange(rows, device=alike.device) // max(1, rows // different)
             alike &= number[:, None] == number[None]
@@ -359,43 +357,24 @@ class _Prefix:
 
     def _told_by_pad_token(self, tokens: torch.Tensor) -> torch.Tensor:
         """The mask that `generate` finds where none is given. Raises `ValueError` where it may have got another."""
-        pad, ends = self.pad_token_id, self._ends
+        pad = self.pad_token_id
         for term in self.terms:
             config = term.backbone.generation_config
             known = term.vocabulary.base_pad_token_id if term.vocabulary is not None else config.pad_token_id
             pad = known if pad is None else pad
-        if pad is None and (not _begin_alike(tokens) or not ends and len(tokens) > 1):
-            raise ValueError(
-                "No pad token is known, so that rows may begin with padding, which can't be told from text. Pass "
-                "`prompt=Prompt(inputs)`, which has the mask, or `pad_token_id`, such as `tokenizer.pad_token_id`."
-            )
-        if pad is not None and pad not in ends:
-            return (tokens != pad).long()
-        doubtful = {pad} if pad is not None else ends
-        if tokens.shape[1] and any(int(token) in doubtful for token in tokens[:, 0]):
-            raise ValueError(
-                "A row begins with an end token, which may be padding or text. Pass `prompt=Prompt(inputs)`, which "
-                "has the mask, to the processor, or use a guided model such as `PARM(model, arm, ...)`, which "
-                "`generate` tells."
-            )
-        return torch.ones_like(tokens)
+        other = "or use a guided model such as `PARM(model, arm, ...)`, which `generate` tells."
+        if pad is None:
+            other = "or `pad_token_id`, such as `tokenizer.pad_token_id`."
+        return told_by_pad_token(tokens, pad, self._ends, f"Pass `prompt=Prompt(inputs)`, which has the mask, {other}")
 
 
-def _end_tokens(model: Any) -> set[int]:
-    """The end tokens of a model, by its generation configuration where it has one, as a classifier has not."""
-    backbone = backbone_of(model)
-    config = getattr(backbone, "generation_config", None) or getattr(backbone, "config", None)
-    ends = getattr(config, "eos_token_id", None)
-    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
-
-
-def _begin_alike(tokens: torch.Tensor) -> bool:
-    """Whether all rows begin with one token, as often one after the other, such as a BOS: then none of them is padded
-    to the length of another."""
-    if tokens.numel() == 0:
-        return True
-    first = (tokens == tokens[:1, :1]).int().cumprod(1).sum(1)
-    return bool((first == first[0]).all())
+def _end_tokens(scorer: Any) -> set[int]:
+    """The end tokens of a scorer's models, as the base model has them."""
+    found = {end for model in scorer.models() for end in end_tokens(model)}
+    vocabulary = getattr(scorer, "vocabulary", None)
+    if vocabulary is None:
+        return found
+    return {ours for end in found for ours in (vocabulary.guide_ids == end).nonzero()[:, 0].tolist()}
 
 
 def _check_text(term: LM, tokens: torch.Tensor) -> None:

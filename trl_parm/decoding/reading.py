@@ -148,15 +148,12 @@ class Part:
         beside = inputs if self.is_base and _takes_any(type(self.model)) else {}
         arguments = self._arguments({name: _rows(value, stacked, rows) for name, value in given.items()}, beside, last)
         forward = self.model if compiled is None else self.model.get_compiled_call(compiled)
-        if self.on_rows:
-            tokens = inputs.get("inputs_embeds", new.ids).shape[1]
-            ahead = None
-            if compiled is not None:
-                ahead = torch.empty(total, tokens, 1, dtype=self.model.dtype, device=new.ids.device)
-            groups = copies if chosen is None else None
-            acting = self.adapters.acting(self._entries(rows, chosen), total, tokens, groups, ahead)
-        else:
-            acting = self.adapters.alone(self.terms[0].adapters)
+        tokens = inputs.get("inputs_embeds", new.ids).shape[1]
+        ahead = None
+        if compiled is not None:
+            ahead = torch.empty(total, tokens, 1, dtype=self.model.dtype, device=new.ids.device)
+        groups = copies if chosen is None else None
+        acting = self.adapters.acting(self._entries(rows, chosen), total, tokens, groups, ahead, self.on_rows)
         if self.cache is not None and not empty and new.ids.shape[1] > 1:
             self.check_goes_on()
         before = tensors_on_modules(self.model, total) if empty else {}

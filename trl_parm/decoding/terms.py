@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -42,7 +43,7 @@ class LM(Scorer):
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             A causal language model. It may be an adapter on the model that generates: the base model is then read
-            without it.
+            without it. A model that others have put adapters into needs `adapter_name` or `disable_adapter`.
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`, *optional*):
             The preference of the model's adapter; the one set in the model when it is read if not given. A tensor of
             shape `(rows, k)` holds one for each row of the batch; `generate` may repeat rows.
@@ -77,7 +78,8 @@ class LM(Scorer):
 
     def __post_init__(self, shared_forward: bool | None = None) -> None:
         check_guide(self.model, self.backbone)
-        object.__setattr__(self, "adapter_names", _named_adapters(self.model, self.adapter_name))
+        names = _named_adapters(self.model, self.adapter_name, self.disable_adapter)
+        object.__setattr__(self, "adapter_names", names)
         if self.disable_adapter and not self.adapter_names:
             raise ValueError("`disable_adapter=True` needs a model with an adapter, but the guiding model has none.")
         if self.disable_adapter:
@@ -191,11 +193,24 @@ class LM(Scorer):
         return f"LM({', '.join([name, *details])})"
 
 
-def _named_adapters(model: Any, name: str | None) -> tuple[str, ...]:
+def untuned(model: Any, **guide: Any) -> LM:
+    """The model that others were tuned from: without the adapters, where they were put into it."""
+    return LM(model, disable_adapter=bool(_adapters_put_into(model)), **guide)
+
+
+def _named_adapters(model: Any, name: str | None, off: bool) -> tuple[str, ...]:
     """The adapter of this name; without a name, the active ones of a model, or those that a `PeftModel` is set to."""
     switch = AdapterSwitch.of(backbone_of(model))
     if name is not None:
         return tuple(switch.chosen(name))
+    if found := _adapters_put_into(model):
+        if off:
+            return found
+        raise ValueError(
+            f"The guiding model is a {type(model).__name__} into which the adapters {list(found)} were put, so that "
+            "it may be meant with them or without. Pass the `PeftModel`, name one with `adapter_name`, or pass "
+            "`disable_adapter=True` to guide with the model without adapters."
+        )
     known = switch.names
     # A processor makes adapters inactive in the layers; what a `PeftModel` is set to stays.
     active = model.active_adapters if isinstance(model, PeftModel) else switch.active
@@ -206,6 +221,13 @@ def _named_adapters(model: Any, name: str | None) -> tuple[str, ...]:
             "`disable_adapter=True` with any of them to guide with the model without adapters."
         )
     return found
+
+
+def _adapters_put_into(model: Any) -> tuple[str, ...]:
+    """The adapters of a model that knows nothing of them: a `PeftModel` has it, or they were put into its layers."""
+    if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
+        return ()
+    return tuple(AdapterSwitch.of(model).names)
 
 
 def check_guide(model: Any, backbone: PreTrainedModel) -> None:
@@ -278,10 +300,11 @@ def check_row_counts(formula: Scorer, prompts: int, others: Sequence[int] = ()) 
             )
 
 
-def check_evaluates(model: Any) -> None:
-    """Raises `ValueError` for a model in training mode: its dropout would act."""
-    if model.training:
+def check_evaluates(model: Any, parts: bool = True) -> None:
+    """Raises `ValueError` for a model in training mode, in which dropout acts, or one of whose `parts` has a dropout
+    that is, such as an adapter that was added afterwards."""
+    if model.training or parts and any(isinstance(m, _DropoutNd) and m.training and m.p for m in model.modules()):
         raise ValueError(
-            f"A {type(model).__name__} of the formula is in training mode, in which its dropout acts. Call "
-            "`model.eval()` on it before it generates or guides."
+            f"A {type(model).__name__} of the formula, or an adapter in it, is in training mode, in which dropout acts. "
+            "Call `model.eval()` on it before it generates or guides."
         )

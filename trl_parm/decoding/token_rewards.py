@@ -18,7 +18,7 @@ from trl_parm.texts import PromptText
 
 from .incoming import New
 from .reading import parts_of
-from .terms import LM, check_evaluates
+from .terms import LM, check_evaluates, untuned
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def token_rewards(
     ids = torch.tensor([[*prompt_ids, *response_ids]])
     guide = LM(arm, preference, adapter_name)
     if isinstance(reference, torch.nn.Module):
-        other = LM(cast(PreTrainedModel, reference))
+        other = untuned(reference)
     elif reference is not None:
         other = LM(arm, reference, adapter_name)
     elif guide.adapter_names:

@@ -148,8 +148,9 @@ def pool_seeds(
     Args:
         found (`Sequence[Front]`): From [`arrange`], which compares prompts and preferences.
         names (`Mapping[str, str]`): Name of a front → the method that it is a run of.
-        files (`Mapping[str, str]`, *optional*): Name of a front → where it was read. Methods are compared run by run, in
-            the order of the fronts, so that those which have files in common must have all in common.
+        files (`Mapping[str, str]`, *optional*):
+            Name of a front → where it was read. Methods are compared run by run, in the order of the fronts, so that
+            those which have files in common must have all in common.
 
     Returns:
         `list[Front]`: One for each method, with a run for each of its seeds.
