@@ -136,7 +136,7 @@ def test_a_model_with_adapters_of_others_in_it_is_named_with_them_or_without():
     arm = tiny_arm(tiny_llama(0))
     base = arm.get_base_model()
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"into which the adapters \['default'\] were put, so that it may be meant"):
+        with pytest.raises(ValueError, match=r"into which the adapters \['default'\] were put, so that it may be"):
             LM(base)
         assert LM(base, adapter_name="default") == LM(arm)
         assert LM(base, disable_adapter=True) == LM(arm, disable_adapter=True)

@@ -6,7 +6,18 @@ import copy
 import pytest
 import torch
 from conftest import tiny_arm, tiny_gpt2, tiny_llama
-from decoding.tables import BETAS, MASK, MODES, PROMPTS, ROWS, fed_rows, fed_tokens, log_probs, lora_model, tiny_mistral
+from decoding.tables import (
+    BETAS,
+    MASK,
+    MODES,
+    PROMPTS,
+    ROWS,
+    fed_rows,
+    fed_tokens,
+    log_probs,
+    lora_model,
+    tiny_mistral,
+)
 from peft import LoraConfig, get_peft_model
 
 from peft_pblora import MoSLoraConfig, SVDLoraConfig, set_preference

@@ -305,6 +305,6 @@ def check_evaluates(model: Any, parts: bool = True) -> None:
     that is, such as an adapter that was added afterwards."""
     if model.training or parts and any(isinstance(m, _DropoutNd) and m.training and m.p for m in model.modules()):
         raise ValueError(
-            f"A {type(model).__name__} of the formula, or an adapter in it, is in training mode, in which dropout acts. "
-            "Call `model.eval()` on it before it generates or guides."
+            f"A {type(model).__name__} of the formula, or an adapter in it, is in training mode, in which dropout "
+            "acts. Call `model.eval()` on it before it generates or guides."
         )

@@ -263,8 +263,8 @@ class JointPreferenceStream(torch.utils.data.IterableDataset):
     """As [`JointPreferenceDataset`], for data sets of which at least one is a stream.
 
     It has no end: whatever has ended starts over, shuffled anew if it shuffles, and a batch goes on with the next
-    pair. transformers takes no step for what is left over at the end of data without a length, and when a run resumes it
-    counts batches from the very first one. What was left out or cut is reported at the end of the first pass.
+    pair. For transformers takes no step for what is left over at the end of data without a length, and counts batches
+    from the very first one when a run resumes. What was left out or cut is reported at the end of the first pass.
     """
 
     def __init__(self, sources: list[tuple[PairReader, Pairs]]) -> None:

@@ -23,8 +23,8 @@ class PreferenceSampler:
         objectives (`Sequence[str]`): The k objective names.
         concentration (`float`): Parameter p of Dirichlet(p·1_k) (PARM, arXiv 2505.06274).
         choices (`Sequence[torch.Tensor]`, *optional*):
-            What to draw from with equal chances, in the place of the Dirichlet distribution: one entry fixes α, one that
-            is there twice is drawn twice as often.
+            What to draw from with equal chances, in the place of the Dirichlet distribution: one entry fixes α, one
+            that is there twice is drawn twice as often.
     """
 
     def __init__(

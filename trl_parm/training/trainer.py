@@ -418,7 +418,7 @@ class PreferenceARMTrainer(SavingTrainer):
         return counts
 
     def _leave_out_repeated(self, batch: dict) -> None:
-        """Takes the labels of rows that have come before, with which several processes fill up an epoch's last batch."""
+        """Takes the labels of rows that come again, with which several processes fill up an epoch's last batch."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return
