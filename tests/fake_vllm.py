@@ -125,6 +125,9 @@ class SamplingParams:
     extra_args: dict | None = None
     stop_token_ids: list[int] = field(default_factory=list)
     ignore_eos: bool = False
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def clone(self):
         return copy.deepcopy(self)

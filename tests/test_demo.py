@@ -541,9 +541,14 @@ def test_the_page_takes_no_files(answering, monkeypatch, tmp_path):
         mixed = {"Content-Type": "Multipart/Mixed; boundary=x"}
         assert httpx.post(f"{url}gradio_api/upload/", content=b"--x", headers=mixed).status_code == 413
         assert httpx.post(f"{url}gradio_api/upload", content=b"mine").status_code == 413
+        for types in itertools.permutations(["multipart/form-data; boundary=x", "application/json"]):
+            several = [("Content-Type", one) for one in types]
+            assert httpx.post(f"{url}gradio_api/queue/join", content=b"{}", headers=several).status_code == 413
         long = httpx.post(f"{url}gradio_api/queue/join", json={"data": ["x" * 600_000]})
         assert (long.status_code, "at most 500000 bytes" in long.text) == (413, True)
-        assert httpx.post(f"{url}gradio_api/queue/join", content=iter([b"x"])).status_code == 413
+        for headers in ({}, {"Content-Length": "1", "Transfer-Encoding": "chunked"}):
+            chunks = httpx.post(f"{url}gradio_api/queue/join", content=iter([b"x"]), headers=headers)
+            assert chunks.status_code == 413
         assert httpx.get(url).status_code == 200
         assert not [path for path in (tmp_path / "uploads").rglob("*") if path.is_file() and path.suffix == ".txt"]
     finally:

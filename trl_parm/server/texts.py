@@ -87,10 +87,11 @@ class Decoder:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): The base model's.
         before (`Sequence[int]`, *optional*): The end of a text that they go on with: after it a space may come first.
+        skip_special_tokens (`bool`, *optional*, defaults to `True`): Whether special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        self._tokenizer, self._tokens = tokenizer, list(before)
+    def __init__(self, tokenizer: Any, before: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._tokens, self._skips = tokenizer, list(before), skip_special_tokens
         self._start, self._told = 0, len(self._tokens)
 
     def add(self, token: int) -> str:
@@ -108,7 +109,7 @@ class Decoder:
         return self._decoded(len(self._tokens))[len(self._decoded(self._told)) :]
 
     def _decoded(self, stop: int) -> str:
-        return self._tokenizer.decode(self._tokens[self._start : stop], skip_special_tokens=True)
+        return self._tokenizer.decode(self._tokens[self._start : stop], skip_special_tokens=self._skips)
 
 
 @dataclass(eq=False)
@@ -208,8 +209,13 @@ def until_stop(text: str, stops: Sequence[str], last: bool) -> tuple[str, str, b
         return text[: min(found)], "", True
     if last:
         return text, "", False
-    longest = max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
-    return text[: len(text) - longest], text[len(text) - longest :], False
+    certain = len(text) - begun_stop(text, stops)
+    return text[:certain], text[certain:], False
+
+
+def begun_stop(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop."""
+    return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ from typing import Any
 
 from trl_parm.noise import row_seed
 from trl_parm.server.served import Served
-from trl_parm.server.texts import until_stop
+from trl_parm.server.texts import Decoder, begun_stop
 from trl_parm.serving import AsyncGuidance, Guidance
+from trl_parm.templates import BEFORE
 
-from .exports import Exports
+from .exports import Export, Exports
 from .middleware import BETA, PREFERENCE
 
 
@@ -31,6 +32,8 @@ class GuidedClient:
         self._engine, self.exports = engine, exports
         self.guided, self.most_bytes = guided, most_bytes
         self._guidance, self._exporting = AsyncGuidance(engine), asyncio.Lock()
+        self._taking: asyncio.Task[Export] | None = None  # the event loop keeps no tasks by itself
+        self._leaving: list[Export] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -63,48 +66,96 @@ class GuidedClient:
 
     @contextlib.asynccontextmanager
     async def _lora(self, preference: Sequence[float]) -> AsyncIterator[Any]:
-        """A LoRA at a preference; those that go for it leave the engine before their files do."""
+        """A LoRA at a preference, which is given back also where the client went away before it was there."""
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        async with self._exporting:
-            try:
-                export, gone = await asyncio.to_thread(self.exports.take, preference)
-            except RuntimeError as error:
-                raise ValueError(f"{error} Try again later, or start the server with more `max_loras`.") from None
-            for other in gone:
-                await self._engine.remove_lora(other.number)
-                self.exports.remove(other)
+        await self._exporting.acquire()
+        taking = self._taking = asyncio.create_task(self._take(preference))
+        try:
+            export = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(self._unused)
+            raise
         try:
             yield LoRARequest(export.name, export.number, str(export.path))
         finally:
             self.exports.give_back(export)
 
+    async def _take(self, preference: Sequence[float]) -> Export:
+        """What [`Exports.take`] gives. It holds the lock to its end, which its thread comes to in any case.
+
+        Those that go for it leave the engine before their files do. Where one can't, nobody gets a LoRA more, and the
+        next request tries again.
+        """
+        try:
+            try:
+                export, gone = await asyncio.to_thread(self.exports.take, preference)
+            except RuntimeError as error:
+                raise ValueError(f"{error} Try again later, or start the server with more `max_loras`.") from None
+            self._leaving += gone
+            try:
+                while self._leaving:
+                    await self._engine.remove_lora(self._leaving[0].number)
+                    self.exports.remove(self._leaving.pop(0))
+            except BaseException:
+                self.exports.give_back(export)
+                raise
+            return export
+        finally:
+            self._exporting.release()
+
+    def _unused(self, taking: asyncio.Task[Export]) -> None:
+        if not taking.cancelled() and taking.exception() is None:
+            self.exports.give_back(taking.result())
+
     async def _text(self, prompt: Any, params: Any, own: Guidance, index: int) -> AsyncGenerator[Any, None]:
         """The outputs of one text, by what is new in each; a stop string ends it here, in all of its requests."""
         stops, ids = list(params.stop or ()), list(_ids(prompt))
-        delta = params.output_kind.name == "DELTA"
+        delta, least = params.output_kind.name == "DELTA", params.min_tokens
         params.stop = []
         params.output_kind = type(params.output_kind).CUMULATIVE
-        told_text, told_tokens = "", 0
+        told_text, told_tokens, kept = "", 0, 0
         outputs = self._guidance.generate(ids, params, own)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 (one,) = output.outputs
-                text, waiting, stopped = until_stop(one.text, stops, output.finished)
-                if stopped:
-                    one.finish_reason, one.stop_reason = (
-                        "stop",
-                        next(s for s in stops if one.text[len(text) :].startswith(s)),
-                    )
-                    output.finished = True
                 tokens, one.index = list(one.token_ids), index
+                if len(tokens) <= least:
+                    kept = len(one.text)
+                elif stops and told_tokens < least:  # of outputs that were not read in time only the last one is left
+                    kept = self._length(ids, tokens[:least], params.skip_special_tokens)
+                text, stop = _until_stop(one.text, stops, kept, params.include_stop_str_in_output, output.finished)
+                if stop is not None:
+                    one.finish_reason, one.stop_reason, output.finished = "stop", stop, True
                 one.text, one.token_ids = (text[len(told_text) :], tokens[told_tokens:]) if delta else (text, tokens)
                 if delta and one.logprobs is not None:
                     one.logprobs = one.logprobs[told_tokens:]
                 told_text, told_tokens = text, len(tokens)
                 yield output
-                if stopped:
+                if stop is not None:
                     return
+
+    def _length(self, prompt: Sequence[int], tokens: Sequence[int], skip_special_tokens: bool) -> int:
+        """How many characters of a text are certain with these tokens."""
+        decoder = Decoder(self._engine.get_tokenizer(), prompt[-BEFORE:], skip_special_tokens)
+        return sum(len(decoder.add(token)) for token in tokens)
+
+
+def _until_stop(text: str, stops: Sequence[str], kept: int, included: bool, last: bool) -> tuple[str, str | None]:
+    """What of a text can be told, and the stop string that ends it, as in vLLM the first one to be complete.
+
+    Args:
+        text (`str`): All of it so far.
+        stops (`Sequence[str]`): The stop strings.
+        kept (`int`): Characters of its first `min_tokens` tokens: a stop string ends after them.
+        included (`bool`): Whether the stop string is told too.
+        last (`bool`): Whether nothing follows.
+    """
+    places = [(text.find(stop, max(0, kept - len(stop) + 1)), stop) for stop in stops]
+    if found := [(place + len(stop), stop) for place, stop in places if place >= 0]:
+        end, stop = min(found, key=lambda one: one[0])
+        return text[: end if included else end - len(stop)], stop
+    return text if last else text[: len(text) - begun_stop(text, stops)], None
 
 
 def _texts_of(params: Any) -> list[Any]:
@@ -157,7 +208,7 @@ async def _merged(texts: Sequence[AsyncIterator[Any]], request_id: str, whole: b
 
 
 def _ids(prompt: Any) -> list[int]:
-    """Raises `ValueError` for a prompt that is more than tokens."""
-    if not isinstance(prompt, Mapping) or "prompt_token_ids" not in prompt or prompt.get("multi_modal_data"):
+    """Raises `ValueError` for a prompt that is more than tokens: those of images have a type of their own."""
+    if not isinstance(prompt, Mapping) or prompt.get("type", "token") != "token":
         raise ValueError("A guided request must be text: the coupled requests of a family read tokens.")
     return prompt["prompt_token_ids"]

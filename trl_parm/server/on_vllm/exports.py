@@ -75,8 +75,9 @@ class Exports:
             surplus = len(self._kept) + 1 - self._most
             if surplus > len(free):
                 raise RuntimeError(f"All {self._most} LoRAs are in use at other preferences.")
+            export = self._export(list(preference))  # where it fails, none has gone for it
             gone = [self._kept.pop(other) for other in free[: max(0, surplus)]]
-            self._kept[key] = self._export(list(preference))
+            self._kept[key] = export
         self._kept.move_to_end(key)
         self._kept[key].users += 1
         return self._kept[key], gone

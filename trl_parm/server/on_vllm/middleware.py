@@ -17,6 +17,12 @@ PREFERENCE, BETA = "guidance_preference", "guidance_beta"
 ANSWERS = ("/v1/chat/completions", "/v1/completions")
 OTHERS = ("/health", "/metrics", "/ping", "/version", "/load", "/v1/models", "/tokenize", "/detokenize")
 """All that is reachable: what else vLLM serves would answer without guidance, or changes the server."""
+UNGUIDED = {
+    "use_beam_search": "vLLM's server searches with requests of its own, which have no guidance",
+    "cache_salt": "it does not reach the coupled requests that write a guided text",
+    "priority": "it does not reach the coupled requests that write a guided text",
+}
+"""Fields that vLLM knows and that guided requests can't have, and why."""
 
 
 class PreferenceMiddleware:
@@ -86,6 +92,12 @@ def guided_body(
     weights, beta = wanted_guidance(body, served)
     if named != guided.name:
         return found
+    for name, reason in UNGUIDED.items():
+        if body.get(name):
+            message = (
+                f"`{name}` can't be had with guidance: {reason}. Leave it out, or ask for the model {BASE_NAME!r}."
+            )
+            raise wrong(name, message, "unsupported_parameter")
     α = [weights[objective] for objective in guided.objectives]
     headers.append((b"x-preference", json.dumps(weights).encode()))
     headers.append((b"x-beta", json.dumps(beta).encode()))
