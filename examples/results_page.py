@@ -253,7 +253,8 @@ def cost(budget: Budget) -> str:
     """How long a piece takes."""
     training = np.mean([sum(kind["seconds"] for kind in one["trained"].values()) for one in budget.facts]) / 60
     decoding = sum(row["seconds"] for row in budget.rows) / len(budget.seeds) / 60
-    return f"a seed of {budget.steps:,} steps {training:.0f} CPU-minutes of training and {decoding:.0f} minutes of decoding"
+    spent = f"{training:.0f} CPU-minutes of training and {decoding:.0f} minutes of decoding"
+    return f"a seed of {budget.steps:,} steps {spent}"
 
 
 def measures_table(budget: Budget) -> list[dict[str, Any]]:

@@ -86,6 +86,25 @@ def test_a_weight_that_changes_is_packed_anew(change):
     torch.testing.assert_close(layer(x), before + 40)
 
 
+@torch.inference_mode()
+def test_a_weight_that_changes_in_inference_mode_is_seen():
+    """PyTorch counts no changes of what was made there."""
+    layer, x = PackedLinear.of(linear(bias=False), torch.float32), torch.ones(2, 40)
+    before = layer(x)
+    assert torch.equal(before, layer.plain()(x))
+    next(layer.parameters()).add_(1.0)
+    torch.testing.assert_close(layer(x), before + 40)
+
+
+def test_a_weight_from_outside_that_changes_in_inference_mode_is_packed_anew():
+    layer, x = PackedLinear.of(linear(bias=False), torch.float32), torch.ones(2, 40)
+    with torch.inference_mode():
+        before = layer(x)
+        assert layer._packed is not None
+        next(layer.parameters()).add_(1.0)
+        torch.testing.assert_close(layer(x), before + 40)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_what_a_fused_optimizer_changes_is_seen(dtype, training):

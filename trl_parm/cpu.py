@@ -27,8 +27,8 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
     the same parameters, so that adapters, saving, merging and training go on as before, and weights that change are
     packed anew. It costs the memory of one packed copy of the weights. [`undo_optimize_for_cpu`] takes it back.
 
-    Call it before models are wrapped for distribution, and before you keep hold of single layers. Compiled forwards
-    and autocast use PyTorch's own kernels.
+    Call it before models are wrapped for distribution, and before you keep hold of single layers. Compiled forwards,
+    autocast and weights that were made in inference mode use PyTorch's own kernels.
 
     Args:
         model (`nn.Module`): Any model on a CPU, with adapters or without.
@@ -107,7 +107,8 @@ class PackedLinear(nn.Linear):
 
     Its parameters are those of the layer that it replaces. The copy is made anew after the weight was replaced, was
     changed in place, or was asked for as `layer.weight`, since who has it may change its `data` without a trace. A
-    weight that trains has no copy: PyTorch's fused optimizers leave no trace either.
+    weight that trains has no copy: PyTorch's fused optimizers leave no trace either. Nor has one that was made in
+    inference mode, of which PyTorch counts no changes.
 
     Attributes:
         dtype (`torch.dtype` or `None`): Of products; the weight's own if `None`.
@@ -143,6 +144,7 @@ class PackedLinear(nn.Linear):
             or type(input) is not torch.Tensor  # such as a fake one
             or input.dtype not in DTYPES
             or weight.dtype not in DTYPES
+            or weight.is_inference()
             or not (weight.is_cpu and input.is_cpu)
             or torch.is_autocast_enabled("cpu")
             or not input.numel()
@@ -173,7 +175,7 @@ class PackedLinear(nn.Linear):
     def packed(self) -> torch.Tensor:
         """The packed copy of the weight as it is now."""
         weight = cast(torch.Tensor, self._parameters["weight"])
-        now = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        now = weight.data_ptr(), weight._version
         if self._packed is None or self._of != now:
             source = weight.detach().to(self.dtype or weight.dtype)
             self._packed, self._of = torch.ops.mkldnn._reorder_linear_weight(source, 2 * FEWEST_ROWS), now

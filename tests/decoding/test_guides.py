@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import before_5_24, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
-from decoding.tables import DOORS, MASK, PROMPTS, ROWS, game, log_probs, lora_model
+from conftest import before_5_24, character_tokenizer, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
+from decoding.tables import DOORS, MASK, PROMPTS, ROWS, game, log_probs, lora_model, tiny_judge
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -26,8 +26,21 @@ from transformers import (
 from peft_pblora import PBLoraConfig, get_preference, set_preference
 from peft_pblora.kv_cache import cache_argument, cache_in
 from peft_pblora.switch import AdapterSwitch
-from trl_parm import ARGS, BASE, LM, PARM, Guided, GuidedLogitsProcessor, PARMLogitsProcessor, Prompt, Vocabulary
-from trl_parm.decoding import cage, genarm, mod, mod_w2s, parm
+from trl_parm import (
+    ARGS,
+    BASE,
+    LM,
+    PARM,
+    Guided,
+    GuidedLogitsProcessor,
+    PARMLogitsProcessor,
+    PreferenceText,
+    Prompt,
+    SequenceReward,
+    SpeculativeDecoding,
+    Vocabulary,
+)
+from trl_parm.decoding import args, cage, genarm, mod, mod_w2s, parm, transfer_q
 
 
 every_door = pytest.mark.parametrize("door", DOORS)
@@ -40,14 +53,14 @@ MODES = [
 every_mode = pytest.mark.parametrize("mode", MODES, ids=str)
 
 
-def decode(door, base, formula, inputs, prompt=None, **settings):
+def decode(door, base, formula, inputs, prompt=None, pad=None, **settings):
     """What is written by a door, or by a function of ids and scores in the place of a formula."""
     settings = {"max_new_tokens": 8, **settings}
     torch.manual_seed(0)
     if door == "model":
         own = {} if prompt is None else prompt.arguments
         return Guided(base, formula).generate(**inputs, **own, **settings)
-    processor = formula if door == "naive" else GuidedLogitsProcessor(formula, prompt)
+    processor = formula if door == "naive" else GuidedLogitsProcessor(formula, prompt, pad)
     return base.generate(**inputs, **settings, logits_processor=[processor])
 
 
@@ -572,6 +585,53 @@ def test_prompts_that_a_guide_can_not_read(given):
 
 
 @every_door
+def test_a_prompt_of_the_guide_s_own_may_stand_for_a_part_of_the_text(door):
+    """As of a prompt with an answer that was begun: by both doors, and with a mask of the whole text."""
+    base, guide = tiny_llama(0), tiny_llama(1)
+    expected = decode("naive", base, of_own_prompt(guide, 3), INPUTS)
+    for inputs in (None, INPUTS, {"attention_mask": MASK}):
+        text = decode(door, base, BASE + LM(guide), INPUTS, Prompt(inputs, guide=OWN, length=3))
+        assert torch.equal(text, expected)
+    whole = decode("naive", base, of_own_prompt(guide, 5), INPUTS)
+    assert not torch.equal(expected, whole)
+    assert torch.equal(decode(door, base, BASE + LM(guide), INPUTS, Prompt(guide=OWN, length=5)), whole)
+
+
+@every_door
+@pytest.mark.parametrize("names", [{}, {"eos_token_id": 0}, {"pad_token_id": None}], ids=["told", "end", "none"])
+def test_padding_of_prompts_of_the_guide_s_own_is_told_without_a_mask(names, door):
+    """By the guide's pad token, as `generate` does for the base model; or the mask is asked for."""
+    base, guide = tiny_llama(0), tiny_llama(1, **names)
+    prompt = Prompt(INPUTS, guide={"input_ids": OWN["input_ids"]})
+    if names:
+        message = "begins with an end token" if "eos_token_id" in names else "No pad token is known"
+        with pytest.raises(ValueError, match=message + ".* Give the attention mask of `guide"):
+            decode(door, base, BASE + LM(guide), INPUTS, prompt)
+        prompt = Prompt(INPUTS, guide=OWN)
+    expected = decode("naive", base, of_own_prompt(tiny_llama(1), 5), INPUTS)
+    assert torch.equal(decode(door, base, BASE + LM(guide), INPUTS, prompt), expected)
+    if not names:
+        drafts = SpeculativeDecoding("prompt", draft_tokens=2)
+        found = decode(door, base, BASE + LM(guide), INPUTS, prompt, custom_generate=drafts)
+        assert torch.equal(found, expected)
+
+
+def test_padding_of_prompts_that_a_preference_is_written_into_is_told_without_a_mask():
+    text, characters = PreferenceText(["helpful", "harmless"]), character_tokenizer()
+    batch = characters(["abc", "hello"], return_tensors="pt", padding=True, padding_side="left")
+    found, expected = (
+        Prompt.with_preference(inputs, [0.7, 0.3], text, characters).arguments
+        for inputs in ({"input_ids": batch["input_ids"]}, batch)
+    )
+    assert all(map(torch.equal, found.values(), expected.values()))
+    characters.pad_token = characters.eos_token
+    batch = characters(["abc", "hello"], return_tensors="pt", padding=True, padding_side="left")
+    with pytest.raises(ValueError, match="begins with an end token.* Give the attention mask of the prompts"):
+        Prompt.with_preference({"input_ids": batch["input_ids"]}, [0.7, 0.3], text, characters)
+    assert Prompt.with_preference(batch, [0.7, 0.3], text, characters).arguments["guide_attention_mask"][0, 0] == 0
+
+
+@every_door
 @every_mode
 def test_embeddings_as_the_base_model_s_prompt(mode, door):
     """`generate` hands over no prompt tokens; the guide's own prompt stands in their place."""
@@ -613,6 +673,70 @@ def test_an_encoder_decoder_base_model(mode, door):
 def test_a_guide_without_a_prompt_of_its_own_is_blind_beside_an_encoder():
     with pytest.raises(ValueError, match="is given an encoder's input, which LM.* can't see"):
         decode("model", tiny_bart(), BASE + LM(tiny_llama(1)), INPUTS)
+
+
+def letters(prompts, responses):
+    return [float(len(prompt) - len(response)) for prompt, response in zip(prompts, responses)]
+
+
+REWARDS = {
+    "of texts": lambda prompts: args(letters, tokenizer=tiny_tokenizer(), prompts=prompts),
+    "of ids": lambda prompts: args(SequenceReward(lambda ids, mask: (ids * mask).sum(1).float())),
+    "a classifier": lambda prompts: args(tiny_judge()),
+    "a policy": lambda prompts: transfer_q(letters, tiny_llama(1), tokenizer=tiny_tokenizer(), prompts=prompts),
+}
+
+
+@every_door
+@pytest.mark.parametrize("given", ["an encoder's input", "embeddings"])
+@pytest.mark.parametrize("reward", REWARDS)
+def test_a_reward_that_sees_no_prompt_is_refused(reward, given, door):
+    """A prompt of the guides' own is none of a reward. One of texts may have the prompts. A processor knows nothing of
+    an encoder, but that its decoder has no text yet."""
+    base, inputs = tiny_llama(0), {"inputs_embeds": tiny_llama(0).get_input_embeddings()(PROMPTS).detach(), **INPUTS}
+    del inputs["input_ids"]
+    own = Prompt(inputs, guide=OWN)
+    if given == "an encoder's input":
+        base, inputs, own = tiny_bart(), INPUTS, Prompt(guide=OWN, length=1)
+    cases = [(REWARDS[reward](None), None), (REWARDS[reward](None) + LM(tiny_llama(2)), own)]
+    if reward == "a policy":
+        cases.append((REWARDS[reward](["a", "b", "c"]), None))
+    if given == "an encoder's input" and door == "processor" and reward != "of texts":
+        cases = []
+    for formula, prompt in cases:
+        with pytest.raises(ValueError, match=r"(Reward.*, which|TopKReward|RolloutReward).*can't see"):
+            decode(door, base, formula, inputs, prompt, pad=0)
+    if reward == "of texts":
+        seen = []
+        formula = args(
+            lambda prompts, responses: (seen.append(prompts), letters(prompts, responses))[1],
+            tokenizer=tiny_tokenizer(), prompts=["a", "b", "c"], k=2,
+        )  # fmt: skip
+        decode(door, base, formula, inputs, pad=0, max_new_tokens=1)
+        assert seen == [["a", "a", "b", "b", "c", "c"]]
+
+
+@every_door
+def test_a_reward_of_texts_reads_responses_whole_after_embeddings(door):
+    """The mask of padded embeddings is none of what is written after them."""
+    base, embeddings = tiny_llama(0), tiny_llama(0).get_input_embeddings()(PROMPTS).detach()
+
+    def texts_of(inputs):
+        seen = []
+
+        def reward(prompts, responses):
+            seen.append(list(responses))
+            return [-abs(4.0 * len(response) - 30) for response in responses]
+
+        formula = args(reward, k=3, tokenizer=tiny_tokenizer(), prompts=["a", "b", "c"])
+        text = decode(door, base, formula, inputs, pad=0)
+        return text[:, -8:], seen
+
+    expected, asked = texts_of(INPUTS)
+    found, seen = texts_of({"inputs_embeds": embeddings, "attention_mask": MASK})
+    assert torch.equal(found, expected)
+    assert seen == asked
+    assert len(asked[-1][0].split("w")) > 4
 
 
 def tiny_llava():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_arm, tiny_gpt2, tiny_llama
 from decoding.tables import MASK, MODES, PROMPTS, ROWS, Decoder, Models, fed_tokens, generate, log_probs
+from tokenizers.processors import TemplateProcessing
 from transformers import BatchFeature, LlamaForSequenceClassification
 
 from peft_pblora import set_preference
@@ -18,6 +19,7 @@ from trl_parm import (
     PARMLogitsProcessor,
     Prompt,
     TransferQLogitsProcessor,
+    Vocabulary,
 )
 
 
@@ -211,6 +213,45 @@ def test_an_end_token_in_a_prompt_that_pads_elsewhere_is_text(known, tokenizer):
         assert one_step(tiny_llama(0), of_texts, ids.roll(3)).shape == (1, 64)
 
 
+ENDS = {
+    "padding": ([[2, 2, 2, 1, 7, 8], [1, 11, 12, 13, 14, 15]], True),
+    "padding of all rows": ([[2, 2, 1, 7], [2, 2, 1, 8]], True),
+    "behind other padding": ([[0, 2, 7, 8], [1, 7, 8, 9]], True),
+    "a BOS": ([[0, 0, 2, 7], [2, 8, 9, 5]], False),
+    "a BOS of one text": ([[2, 8, 9, 5]], False),
+    "within texts": ([[0, 1, 2, 7], [1, 2, 2, 5]], False),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_end_tokens_before_a_text_may_be_padding_where_a_model_names_another_pad_token(name):
+    """As of a tokenizer that pads with its end token, whatever the generation configuration says."""
+    ids, refused = torch.tensor(ENDS[name][0]), ENDS[name][1]
+    names = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+    base, arm = tiny_llama(0, **names), tiny_arm(tiny_llama(1, **names))
+    first = (ids == 1).int().argmax(1, keepdim=True)
+    mask = (torch.arange(ids.shape[1]) >= first).long() if refused else (ids != 0).long()
+    expected = formula_of(tiny_llama(0), tiny_arm(tiny_llama(1)), ids, mask=mask)
+    prompt = Prompt({"input_ids": ids, "attention_mask": mask})
+    found = one_step(base, PARMLogitsProcessor(arm, [0.3, 0.7], prompt=prompt), ids, attention_mask=mask)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    if refused:
+        with pytest.raises(ValueError, match="A row begins with an end token"):
+            one_step(base, PARMLogitsProcessor(arm, [0.3, 0.7]), ids, attention_mask=mask)
+        return
+    found = one_step(base, PARMLogitsProcessor(arm, [0.3, 0.7]), ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_end_tokens_of_a_guide_are_those_of_its_own_vocabulary(tokenizer):
+    vocabulary = Vocabulary(tokenizer, tokenizer)
+    vocabulary.guide_ids = vocabulary.guide_ids.flip(0)  # as of a tokenizer with its words in another order
+    processor = GuidedLogitsProcessor(BASE + LM(tiny_llama(1, eos_token_id=1), vocabulary=vocabulary))
+    assert one_step(tiny_llama(0), processor, torch.tensor([[0, 1, 7], [9, 8, 7]])).shape == (2, 64)
+    with pytest.raises(ValueError, match="A row begins with an end token"):
+        one_step(tiny_llama(0), processor, torch.tensor([[0, 62, 7], [9, 8, 7]]))
+
+
 def without_pad_token(model, eos: int | None):
     """A model whose pad token is its end token, or that has neither."""
     for config in (model.config, model.generation_config):
@@ -314,6 +355,8 @@ def test_continuous_batching_is_not_passed_off_as_guidance():
     [
         (lambda: Prompt(), "needs `inputs` with `input_ids`"),
         (lambda: Prompt({"input_ids": PROMPTS}, guide=["w1"]), "which need `tokenizer`"),
+        (lambda: Prompt({"input_ids": PROMPTS, "attention_mask": MASK}, length=6), "has 6 columns, but .* 5. Give a"),
+        (lambda: Prompt({"input_ids": PROMPTS, "attention_mask": MASK[:, :4]}), "has 5 columns, but .* 4. Give a"),
         (lambda: Prompt({"attention_mask": MASK}, guide={"input_ids": PROMPTS[:2]}), "has 3 prompts, but `guide` 2"),
         (
             lambda: Prompt({"input_ids": PROMPTS}, guide={"input_ids": PROMPTS[:, :0]}),
@@ -335,3 +378,13 @@ def test_texts_as_the_guides_prompts(tokenizer):
     assert one.arguments["guide_input_ids"].tolist() == [[7, 8]]
     assert Prompt(inputs).arguments == {}
     assert copy.deepcopy(one).length == 5
+
+
+def test_texts_as_the_guides_prompts_go_on(tokenizer):
+    """Without the end token that a tokenizer appends, as in training."""
+    core = tokenizer.backend_tokenizer
+    core.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    assert tokenizer("w1 w2")["input_ids"] == [7, 8, 1]
+    ids, mask = Prompt({"input_ids": PROMPTS[:2]}, guide=["w1 w2", "w5"], tokenizer=tokenizer).arguments.values()
+    assert ids.tolist() == [[7, 8], [0, 11]]
+    assert mask.tolist() == [[1, 1], [0, 1]]

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards of whole texts as guides: functions of texts and of ids, classifiers, rollouts, and their caches."""
 
+import copy
+
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import tiny_arm, tiny_llama
 from decoding.architectures import tiny
-from decoding.tables import DOORS, MASK, PROMPTS, ROWS, Models, fed_tokens, tiny_judge
+from decoding.tables import DOORS, MASK, PROMPTS, ROWS, Models, fed_tokens, lora_model, tiny_judge
 
-from trl_parm import ClassifierReward, Guided, GuidedLogitsProcessor, Prompt, SequenceReward, TextReward
+from peft_pblora.kv_cache import cache_argument, cache_in
+from trl_parm import BASE, LM, ClassifierReward, Guided, GuidedLogitsProcessor, Prompt, SequenceReward, TextReward
 from trl_parm.algebra import Step, guided_logits
-from trl_parm.decoding import ARGSLogitsProcessor, args, transfer_q
+from trl_parm.decoding import ARGS, ARGSLogitsProcessor, Rollout, args, transfer_q
 
 
 every_door = pytest.mark.parametrize("door", DOORS)
@@ -117,6 +120,107 @@ def test_a_policy_of_another_architecture_decodes_on(name, door):
             assert expected[0].tolist() == text
 
 
+POLICIES = {
+    "the base model": lambda arm, base: base,
+    "the ARM's model": lambda arm, base: arm.get_base_model(),
+    "the ARM": lambda arm, base: arm,
+}
+
+
+@every_door
+@pytest.mark.parametrize("on_base", [True, False], ids=["on the base", "apart"])
+@pytest.mark.parametrize("adapter", ["PBLoRA", "LoRA"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_decodes_without_the_adapters_that_guide(name, adapter, on_base, door, tokenizer):
+    """Where it is the model below them, into which PEFT has put them, and not the `PeftModel`: as a twin would."""
+
+    def found(twin):
+        arm = tiny_arm(tiny_llama(0)) if adapter == "PBLoRA" else lora_model("arm")
+        base = arm.get_base_model() if on_base else tiny_llama(3)
+        policy, seen = POLICIES[name](arm, base), []
+        if twin:
+            policy = tiny_llama(3 if name == "the base model" and not on_base else 0)
+            if name == "the ARM":
+                policy = tiny_arm(policy) if adapter == "PBLoRA" else lora_model("arm")
+
+        def reward(prompts, responses):
+            seen.append(list(responses))
+            return [float(sum(map(ord, response)) % 23) for response in responses]
+
+        formula = args(reward, k=3, weight=0.5, tokenizer=tokenizer, rollout=Rollout(policy, 4)) + LM(arm)
+        return decode(door, base, formula, max_new_tokens=4), seen
+
+    (text, seen), (expected, asked) = found(False), found(True)
+    assert seen == asked
+    assert torch.equal(text, expected)
+
+
+def test_an_adapter_of_the_base_model_s_own_acts_in_a_policy_that_is_the_base_model(tokenizer):
+    model = lora_model("tuned", "arm")
+    model.base_model.set_adapter(["tuned", "arm"])
+    merged = lora_model("tuned", "arm")
+    merged.set_adapter("tuned")
+    merged, seen = merged.merge_and_unload(), []
+
+    def reward(prompts, responses):
+        seen.append(list(responses))
+        return [float(len(response)) for response in responses]
+
+    texts = []
+    for policy in (model.get_base_model(), merged):
+        formula = args(reward, k=2, tokenizer=tokenizer, rollout=Rollout(policy, 4)) + LM(model, adapter_name="arm")
+        texts.append(decode("model", model.get_base_model(), formula, max_new_tokens=3))
+    assert seen[:3] == seen[3:]
+    assert torch.equal(*texts)
+
+
+def test_positions_of_a_text_are_judged_as_the_texts_up_to_them_are(tokenizer):
+    """Outside of `generate`: each text is the prompt, and a candidate the response."""
+    seen = []
+
+    def reward(prompts, responses):
+        seen.append((prompts[0], list(responses)))
+        return longest_word(prompts, responses)
+
+    guided = ARGS(tiny_llama(0), reward, weight=0.1, k=3, tokenizer=tokenizer)
+    whole, asked = guided(input_ids=PROMPTS[1:2]).logits, list(seen)
+    seen.clear()
+    for n in range(1, 6):
+        alone = guided(input_ids=PROMPTS[1:2, :n]).logits[:, -1:]
+        assert seen[-1] == asked[n - 1] == (tokenizer.decode(PROMPTS[1, :n], skip_special_tokens=True), seen[-1][1])
+        assert all(seen[-1][1])
+        torch.testing.assert_close(whole[:, n - 1 : n], alone)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["not given", "given"])
+def test_a_text_that_goes_on_by_hand_has_the_prompt_that_it_began_with(given, tokenizer):
+    """As `generate` writes it."""
+    seen, ids = [], PROMPTS[1:2]
+
+    def reward(prompts, responses):
+        seen.append((list(prompts), list(responses)))
+        return longest_word(prompts, responses)
+
+    guided = ARGS(tiny_llama(0), reward, weight=0.1, k=3, tokenizer=tokenizer)
+    expected = guided.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, eos_token_id=-1)
+    asked, cache, text, new = list(seen), None, ids, ids
+    seen.clear()
+    for step in range(4):
+        copied = {} if cache is None else cache_argument(guided.backbone, copy.deepcopy(cache))
+        output = guided(input_ids=new, use_cache=True, **copied, **({"prompt_length": 5} if given else {}))
+        cache, new = cache_in(output), output.logits[:, -1].argmax(-1, keepdim=True)
+        assert seen[-1] == asked[step]
+        text = torch.cat([text, new], 1)
+    assert torch.equal(text, expected)
+
+
+def test_a_cache_of_a_formula_without_rewards_has_no_text_for_one(tokenizer):
+    base, ids = tiny_llama(0), PROMPTS[1:2]
+    cache = cache_in(Guided(base, BASE)(input_ids=ids, use_cache=True))
+    with pytest.raises(ValueError, match="was made without a scorer of texts"):
+        Guided(base, args(tiny_judge(), k=2))(input_ids=ids[:, :1], **cache_argument(base, cache))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -198,8 +302,22 @@ def test_a_processor_knows_where_the_prompt_ends(tokenizer):
     processor = ARGSLogitsProcessor(reward, k=1, tokenizer=tokenizer)
     for ids in ([[7, 8]], [[7, 8, 9]], [[20, 21]]):
         processor(torch.tensor(ids), scores)
-    given = ARGSLogitsProcessor(
-        reward, k=1, tokenizer=tokenizer, prompt=Prompt({"attention_mask": torch.ones(1, 1, dtype=torch.long)})
-    )
-    given(torch.tensor([[7, 8, 9]]), scores)
-    assert seen == [("w1w2", ""), ("w1w2", "w3"), ("w14w15", ""), ("w1", "w2w3")]
+    for prompt in (Prompt({"attention_mask": torch.ones(1, 1, dtype=torch.long)}), Prompt(length=1)):
+        given = ARGSLogitsProcessor(reward, k=1, tokenizer=tokenizer, prompt=prompt)
+        given(torch.tensor([[7, 8, 9]]), scores)
+    assert seen == [("w1w2", ""), ("w1w2", "w3"), ("w14w15", ""), ("w1", "w2w3"), ("w1", "w2w3")]
+
+
+def test_where_the_prompt_ends_is_told_to_a_guided_model_too(tokenizer):
+    seen = []
+
+    def reward(prompts, responses):
+        seen.append((prompts[0], responses[0][:4]))
+        return [0.0] * len(responses)
+
+    guided, ids = ARGS(tiny_llama(0), reward, k=1, tokenizer=tokenizer), torch.tensor([[7, 8, 9]])
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1}
+    guided.generate(ids, **settings, **Prompt(length=1).arguments)
+    guided.generate(ids, **settings, **Prompt({"input_ids": ids}).arguments)
+    assert [prompt for prompt, _ in seen] == ["w1", "w1w2w3"]
+    assert seen[0][1] == "w2w3"

@@ -533,6 +533,19 @@ def test_a_prompt_of_the_guides_own_for_a_part_of_the_prompt_is_refused(door):
         decode(door, base, formula, drafts=SpeculativeDecoding("prompt"), **settings)
 
 
+def test_a_prompt_of_the_guides_own_in_a_cache_is_refused_in_the_next_turn():
+    """There it stands for the first prompt, and not for the answer after it."""
+    base, formula = apart()
+    inputs = {"input_ids": PROMPTS[1:2], "attention_mask": MASK[1:2]}
+    settings = {"prompts": 1, "prompt": Prompt(inputs, {"input_ids": PROMPTS[1:2, 2:]})}
+    first = decode("model", base, formula, return_dict_in_generate=True, **settings)
+    text, drafts = torch.cat([first.sequences, torch.tensor([[9, 11]])], 1), SpeculativeDecoding(draft_tokens=2)
+    cache = cache_argument(base, cache_in(first))
+    with pytest.raises(ValueError, match="own for a part of the prompt"):
+        decode("model", base, formula, drafts=drafts, ids=text, **cache, **settings)
+    decode("model", base, formula, ids=text, **cache, **settings)
+
+
 @every_door
 def test_guides_that_it_can_not_use(door):
     base, formula = on_the_base()

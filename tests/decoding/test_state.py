@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LogitsProcessorList
 
 from peft_pblora import PBLoraConfig, get_preference, set_preference
-from peft_pblora.kv_cache import cache_in
+from peft_pblora.kv_cache import cache_argument, cache_in
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor
 from trl_parm.decoding import Rollout, args, genarm, parm
 from trl_parm.decoding.terms import language_models
@@ -430,6 +430,19 @@ def test_a_model_in_training_mode_is_refused_and_stays_in_it(door):
         generate = guide_of(arm, "PBLoRA", door)
         text(generate)
     assert arm.training
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_that_was_put_into_training_mode_is_refused_in_a_forward_too(cached):
+    arm = tiny_arm(tiny_llama(1), lora_dropout=0.5)
+    guided = Guided(tiny_llama(0), parm(arm, [0.9, 0.1]))
+    output = guided(input_ids=IDS, use_cache=True)
+    given = cache_argument(guided.backbone, cache_in(output)) if cached else {}
+    arm.train()
+    with pytest.raises(ValueError, match="is in training mode, in which dropout acts"):
+        guided(input_ids=IDS, **given)
+    arm.eval()
+    assert torch.equal(guided(input_ids=IDS).logits, output.logits)
 
 
 @every_door

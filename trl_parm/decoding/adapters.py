@@ -222,8 +222,9 @@ def check_told_apart(term: LM) -> None:
     the model that generates has of its own."""
     found: dict[str, set[str]] = {}
     for layer in AdapterSwitch.of(term.backbone).layers:
-        for name in set(term.adapter_names) & set(_adapters_of(layer)) if isinstance(layer, BaseTunerLayer) else ():
-            found.setdefault(name, set()).add(layer.adapter_layer_names[0])
+        for name in set(term.adapter_names) & set(_adapters_of(layer)):
+            if isinstance(layer, BaseTunerLayer):
+                found.setdefault(name, set()).add(layer.adapter_layer_names[0])
     for name, prefixes in found.items():
         if len(prefixes) > 1:
             raise ValueError(

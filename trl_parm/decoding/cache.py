@@ -27,7 +27,7 @@ class GuidedCache(Cache):
 
     Attributes:
         own (`tuple` or `None`): These prompts, ids and mask with a row for each of R, once any text was read.
-        replaced (`int`): Columns of the text in whose place guides have read these.
+        replaced (`int`): Columns of the prompt that the text began with, in whose place guides have read their own.
         length (`int`): Columns of the text that were read.
         rows (`int`): R.
         text (`torch.Tensor` of shape `(rows, length)` or `None`): The tokens that were read, if anybody wants them.

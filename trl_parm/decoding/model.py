@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from peft_pblora.kv_cache import NAMES, cache_argument, cache_in
 from peft_pblora.switch import AdapterSwitch, backbone_of, check_below
 from trl_parm.algebra import Scorer, Step, guided_logits
 
-from .adapters import check_told_apart, resting
+from .adapters import Adapters, check_told_apart, resting
 from .cache import GuidedCache
 from .incoming import New
 from .prefix import check_reorders
@@ -32,6 +33,7 @@ from .terms import (
     log_probs_of,
     policies,
 )
+from .trajectories import reads_prompt
 
 
 OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length", "end_tokens")
@@ -147,6 +149,9 @@ class Guided(GenerationMixin, nn.Module):
         self._check_modes()
         if kwargs.get("cache_implementation") == "paged":
             self.generate_batch()
+        own = own_prompt(kwargs.get("guide_input_ids"), kwargs.get("guide_attention_mask"), self.terms)
+        if own is not None:
+            kwargs["guide_attention_mask"] = own[1]
         return super().generate(inputs, *args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,11 +186,16 @@ class Guided(GenerationMixin, nn.Module):
         Args:
             input_ids, attention_mask, position_ids, use_cache, logits_to_keep: As in the base model's forward.
             guide_input_ids, guide_attention_mask (`torch.Tensor` of shape `(rows, columns)`, *optional*):
-                The prompts that guides read in the place of the base model's, padded on the left.
+                The prompts that guides read in the place of the base model's, padded on the left. Without a mask,
+                padding is told by a guide's pad token, if that is no end token.
             end_tokens (`list[int]`, *optional*):
                 After one of these that `generate` has chosen, a row is not read any further, where caches allow it.
                 Give `generate` the same as `eos_token_id`, for greedy decoding and sampling, without its cache.
-            prompt_length, text_mask, compile_config: What `generate` hands on between its steps.
+            prompt_length (`int`, *optional*):
+                How many leading columns of the text are the prompt, for which the guides' own prompts stand, and
+                which rewards take for it. If not given, those of the first call with a cache; without one, rewards
+                take the text before each position.
+            text_mask, compile_config: What `generate` hands on between its steps.
             **inputs: Further inputs of the base model; the cache, under the name that its forward has for it, is a
                 [`GuidedCache`].
 
@@ -193,8 +203,9 @@ class Guided(GenerationMixin, nn.Module):
             The base model's output, with logits of shape `(rows, positions, vocab)`, float32.
 
         Raises:
-            ValueError: a cache of another model, or one whose rows have left after `end_tokens`, inputs that a guide
-                can't see, `labels`, or a guide that can't be read, see the class.
+            ValueError: a model in training mode, a cache of another model, or one whose rows have left after
+                `end_tokens`, inputs that a guide or a reward can't see, `labels`, or a guide that can't be read, see
+                the class.
         """
         if inputs.get("labels") is not None:
             raise ValueError(
@@ -202,6 +213,7 @@ class Guided(GenerationMixin, nn.Module):
                 "you can take one."
             )
         cache = cache_in(inputs)
+        self._check_modes(parts=cache is None)
         keeps = self.config.get_text_config().use_cache if use_cache is None else use_cache
         inputs = {name: value for name, value in inputs.items() if name not in NAMES and name != "return_dict"}
         text, mask, positions = input_ids, attention_mask if text_mask is None else text_mask, position_ids
@@ -216,11 +228,13 @@ class Guided(GenerationMixin, nn.Module):
         elif positions is not None and positions.ndim != 2:  # of images in the text, which a guide does not have
             positions, inputs["position_ids"] = None, positions
         text = cast(torch.Tensor, text)
-        own = own_prompt(guide_input_ids, guide_attention_mask)
+        own = own_prompt(guide_input_ids, guide_attention_mask, self.terms)
         state = self._state(cache, keeps, own)
         self._check_inputs(state, inputs, own is not None)
         prompt = text.shape[1] if prompt_length is None else prompt_length
-        new = New(text, mask, positions, own, prompt if state.own is None else state.replaced, state.length)
+        if state.length and (prompt_length is None or state.own is not None):
+            prompt = state.replaced
+        new = New(text, mask, positions, own, prompt, state.length)
         if end_tokens and text.shape[1] == 1 and prompt_length is not None and state.length >= prompt_length:
             state.leave(torch.isin(text[:, 0], text.new_tensor(end_tokens)))
         else:
@@ -233,12 +247,15 @@ class Guided(GenerationMixin, nn.Module):
                 output, scores = found, logits[part.terms[0]]
             answers |= {term: logits[term] for term in part.guides}
         embeds = inputs.get("inputs_embeds")
+        if not state.length:
+            state.replaced = prompt
         state.note(text.shape[1] if embeds is None else embeds.shape[1], len(text), own, new.prompt)
         step = self._step(scores, answers)
         if output is None:
             output = CausalLMOutputWithPast()
         if self._reads_text:
-            output.logits = self._at_positions(step, state.write(text), mask, new.prompt, state.memory)
+            with self._policies_apart():
+                output.logits = self._at_positions(step, state.write(text), mask, prompt, state.memory)
         else:
             output.logits = guided_logits(self.formula, step)
         if keeps or cache is not None:
@@ -258,15 +275,29 @@ class Guided(GenerationMixin, nn.Module):
         self, step: Step, text: torch.Tensor, mask: torch.Tensor | None, prompt: int, memory: dict[Any, Any]
     ) -> torch.Tensor:
         """The formula at one position after the other, each with the text up to it."""
-        mask = torch.ones_like(text) if mask is None else mask.to(text)
+        # The mask may cover embeddings before the text.
+        mask = torch.ones_like(text) if mask is None else mask[:, mask.shape[1] - text.shape[1] :].to(text)
         count = step.scores.shape[1]
         found = []
         for i in range(count):
-            length = text.shape[1] - count + 1 + i
+            length = max(0, text.shape[1] - count + 1 + i)
             answers = {term: value[:, i] for term, value in step.answers.items()}
-            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], prompt, memory)
+            start = min(prompt, length)
+            one = Step(step.scores[:, i], answers, text[:, :length], mask[:, :length], start, memory)
             found.append(guided_logits(self.formula, one))
         return torch.stack(found, 1)
+
+    @contextmanager
+    def _policies_apart(self) -> Iterator[None]:
+        """Policies that are no `PeftModel` decode on without the adapters that guide, also where these were put into
+        them."""
+        found = (getattr(scorer, "policy", None) for scorer in self.formula.scorers())
+        with ExitStack() as stack:
+            for backbone in dict.fromkeys(term.backbone for term in found if term is not None and not term.adapters):
+                own, guiding = self._adapters_on(backbone)
+                if guiding:
+                    stack.enter_context(Adapters(backbone).alone(own))
+            yield
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
@@ -317,7 +348,7 @@ class Guided(GenerationMixin, nn.Module):
     ) -> None:
         given = cache_in(model_kwargs)
         if given is not None or generation_config.use_cache is False:
-            own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"))
+            own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"), self.terms)
             self._state(given, False, own)
             self.backbone._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
             return
@@ -365,22 +396,26 @@ class Guided(GenerationMixin, nn.Module):
     def own_term(self) -> LM:
         """The base model as a term: with its active adapters, but without those that guide, or of a policy, unless
         that is the same model. Raises `ValueError` as [`check_base`]."""
-        guides = language_models(self.formula, silent=True)
-        guides += [policy for policy in policies(self.formula) if policy.model is not self.base]
-        guides = [term for term in guides if term.backbone is self.backbone]
-        for term in guides:
-            check_told_apart(term)
-        guiding = {name for term in guides for name in term.adapter_names}
-        own = [name for name in resting(AdapterSwitch.of(self.backbone).layers) if name not in guiding]
+        own, _ = self._adapters_on(self.backbone)
         check_base(self.base, own)
         return LM.of_base(self.base, own)
 
-    def _check_modes(self) -> None:
+    def _adapters_on(self, backbone: Any) -> tuple[list[str], set[str]]:
+        """The adapters that act in a model by itself, without those that guide or are of a policy; and these."""
+        guides = language_models(self.formula, silent=True)
+        guides += [policy for policy in policies(self.formula) if policy.model is not self.base]
+        guides = [term for term in guides if term.backbone is backbone]
+        for term in guides:
+            check_told_apart(term)
+        guiding = {name for term in guides for name in term.adapter_names}
+        return [name for name in resting(AdapterSwitch.of(backbone).layers) if name not in guiding], guiding
+
+    def _check_modes(self, parts: bool = True) -> None:
         for model in (self.base, *(term.model for term in self.terms)):
-            check_evaluates(model)
+            check_evaluates(model, parts)
 
     def _check_inputs(self, state: GuidedCache, inputs: Mapping[str, Any], own_prompt: bool) -> None:
-        """Raises `ValueError` for what the base model sees and a guide does not."""
+        """Raises `ValueError` for what the base model sees, and a guide or a reward does not."""
         others = [name for name, value in inputs.items() if name not in SEEN and holds_tensors(value)]
         if self.config.is_encoder_decoder:
             others = ["an encoder's input"]
@@ -394,6 +429,17 @@ class Guided(GenerationMixin, nn.Module):
             raise ValueError(
                 f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of "
                 "their own with `guide_input_ids`."
+            )
+        judges = list(filter(reads_prompt, self.formula.scorers())) if others else []
+        if judges:
+            raise ValueError(
+                f"The base model is given {others[0]}, which {judges[0]!r} can't see. Give a reward of texts the "
+                "`prompts`; others read the base model's text alone."
+            )
+        if self._reads_text and state.length and state.text is None:
+            raise ValueError(
+                f"This {type(state).__name__} was made without a scorer of texts, such as a reward, and has not kept "
+                "what one would read. Leave it out."
             )
 
 

@@ -26,9 +26,10 @@ from .cache import GuidedCache
 from .incoming import New
 from .methods import Beta, genarm, mod, mod_w2s, parm
 from .prefix import can_take_back, follow, rewindable_cache
-from .prompt import OwnPrompt, Prompt, end_tokens, told_by_pad_token
+from .prompt import Prompt, end_tokens, told_by_pad_token
 from .reading import parts_of
 from .terms import LM, check_evaluates, check_formula, check_row_counts, language_models, log_probs_of, policies
+from .trajectories import TextReward, reads_prompt
 
 
 WINDOW = 32
@@ -49,9 +50,10 @@ class GuidedLogitsProcessor(LogitsProcessor):
     becomes inactive in both.) `arm.set_adapter(name)` takes it back, and the processor then refuses to guide.
 
     Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin
-    with a pad token that is one, pass `prompt=Prompt(inputs)` with the mask. Where no pad token is known pass that,
-    or `pad_token_id`, unless all rows begin with one token, such as a BOS: prompts of one length without a BOS need
-    it too. In continuous batching transformers drops custom processors with a line in its log: use `generate`.
+    with an end token, which tokenizers may pad with, pass `prompt=Prompt(inputs)` with the mask, unless it is a BOS of
+    all rows. Where no pad token is known pass that, or `pad_token_id`, unless all rows begin with one token, such as a
+    BOS: prompts of one length without a BOS need it too. In continuous batching transformers drops custom processors
+    with a line in its log: use `generate`.
 
     Args:
         formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.
@@ -62,8 +64,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
     Raises:
         TypeError: something else than a scorer.
         ValueError: preferences or strengths for another number of rows than `prompt` has; at a call, a model in
-            training mode, padding that can't be told, a guide that sees no prompt, or whose adapter is gone, merged or
-            active.
+            training mode, padding that can't be told, a guide or a reward that sees no prompt, or a guide whose
+            adapter is gone, merged or active.
         NotImplementedError: at a call with the last token of every row alone.
     """
 
@@ -108,7 +110,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 ends = {end for scorer in scorers for end in _end_tokens(scorer)}
                 if any(scorer.reads_text and not getattr(scorer, "reads_text_alone", False) for scorer in scorers):
                     ends |= self._ends
-                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, ends, reads, _Weights(models))
+                judges = list(filter(reads_prompt, scorers))
+                self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, ends, reads, judges, _Weights(models))
             try:
                 answers = self._prefix.read(input_ids)
                 found, prefix = log_probs_of(answers, scores), self._prefix
@@ -258,10 +261,11 @@ class _Prefix:
         pad_token_id: int | None,
         ends: set[int],
         reads: bool,
+        judges: list[Scorer],
         weights: _Weights,
     ) -> None:
         self.terms, self.prompt, self.pad_token_id, self._ends = terms, prompt, pad_token_id, ends
-        self._reads, self.weights = reads, weights
+        self._reads, self._judges, self.weights = reads, judges, weights
         self._own = None if prompt is None else prompt.own_of(terms)
         self.prompt_length = self._begun = 0
         self.tokens = torch.empty(0, 0, dtype=torch.long)
@@ -317,6 +321,8 @@ class _Prefix:
                 "The guides have nothing to read: with `inputs_embeds`, or an encoder-decoder base model, they can't "
                 "see the prompt. Give them one with `prompt=Prompt(inputs, guide=...)`."
             )
+        for judge in self._judges:
+            _check_seen(judge, tokens[:, :start], mask[:, :start])
         for term in self.terms if own is None else ():
             _check_text(term, tokens[:, :start])
         self.prompt_length, self.prompt_mask = start, mask[:, :start]
@@ -375,6 +381,18 @@ def _end_tokens(scorer: Any) -> set[int]:
     if vocabulary is None:
         return found
     return {ours for end in found for ours in (vocabulary.guide_ids == end).nonzero()[:, 0].tolist()}
+
+
+def _check_seen(judge: Any, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+    """Raises `ValueError` where a scorer of texts sees no prompt: nothing at all, or no text in the first token of an
+    encoder-decoder model's answer."""
+    reward = getattr(judge, "reward", None)
+    has_text = not isinstance(reward, TextReward) or bool(reward.prompts) or reward.has_text(tokens, mask)
+    if not (has_text and mask.any()):
+        raise ValueError(
+            f"{judge!r} has nothing to read: with `inputs_embeds`, or an encoder-decoder base model, it can't see the "
+            "prompt. Give a reward of texts the `prompts`; others read the base model's text alone."
+        )
 
 
 def _check_text(term: LM, tokens: torch.Tensor) -> None:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guides read in the place of the base model's prompts."""
+"""What guides read in the place of the base model's prompts, and how padding is told without a mask."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from peft_pblora.preference import Preference
+from peft_pblora.switch import backbone_of
 from trl_parm.preference_text import PreferenceText
+from trl_parm.templates import tokenize_text
+
+from .terms import LM
 
 
 OwnPrompt = tuple[torch.Tensor, torch.Tensor]
@@ -26,17 +31,19 @@ class Prompt:
         guide (`Mapping`, `str` or `list[str]`, *optional*):
             The guide's own prompts, one for each prompt of the batch: encoded (`input_ids`, `attention_mask`, padded
             on the left) or as texts, which need `tokenizer`. Most of all where it was trained with another template.
+            Without a mask, padding is told by the guide's pad token, if that is no end token.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): The guide's tokenizer, for texts.
         length (`int`, *optional*):
-            How many leading columns of `generate`'s `input_ids` the guide's prompts stand for: those of `inputs` if
-            not given, 0 for `inputs_embeds`. It is 1 for an encoder-decoder base model, whose decoder starts with one
-            token.
+            How many leading columns of `generate`'s `input_ids` are the prompt, for which the guide's prompts stand:
+            those of `inputs` if not given, 0 for `inputs_embeds`. It is 1 for an encoder-decoder base model, whose
+            decoder starts with one token.
 
     Attributes:
         rows (`int` or `None`): How many prompts the batch has, if that is known.
 
     Raises:
-        ValueError: nothing to read, texts without tokenizer, or batches that differ.
+        ValueError: nothing to read, texts without tokenizer, a mask of fewer columns than `length`, or batches that
+            differ.
 
     Example:
 
@@ -57,7 +64,7 @@ class Prompt:
         inputs = inputs or {}
         given = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask")]
         self.attention_mask: torch.Tensor | None = given[-1]
-        self.length = length
+        self.length, self._has_length = length, length is not None
         if length is None and inputs.get("input_ids") is not None:
             self.length = inputs["input_ids"].shape[1]
         elif length is None and inputs.get("inputs_embeds") is not None:
@@ -71,6 +78,12 @@ class Prompt:
         self.rows = rows[0] if rows else None
         if len(set(rows)) > 1:
             raise ValueError(f"`inputs` has {rows[0]} prompts, but `guide` {rows[-1]}. Give the guide one for each.")
+        columns = self.length if self.attention_mask is None else self.attention_mask.shape[1]
+        if columns < self.length:
+            raise ValueError(
+                f"The prompt has {self.length} columns, but its `attention_mask` {columns}. Give a mask of all of "
+                "them."
+            )
 
     @classmethod
     def with_preference(
@@ -95,7 +108,8 @@ class Prompt:
             allow_off_simplex (`bool`, *optional*, defaults to `False`): As in [`as_preference`].
 
         Raises:
-            ValueError: no `input_ids`, an invalid preference, or preferences of another number of rows.
+            ValueError: no `input_ids`, no mask where padding can't be told without, an invalid preference, or
+                preferences of another number of rows.
 
         Example:
 
@@ -108,15 +122,26 @@ class Prompt:
         if read.get("input_ids") is None:
             raise ValueError("There are no `input_ids` that a preference could be written into. Give `guide` some.")
         ids, mask = read["input_ids"], read.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
+        if mask is None:
+            pad, end = cast(Any, tokenizer).pad_token_id, cast(Any, tokenizer).eos_token_id
+            remedy = "Give the attention mask of the prompts too."
+            mask = told_by_pad_token(ids, pad, set() if end is None else {end}, remedy)
         prompts = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
         written = text.insert(tokenizer, prompts, preference, allow_off_simplex)
         return cls(inputs, guide=_padded(written, ids.device))
 
     @property
-    def arguments(self) -> dict[str, torch.Tensor]:
-        """The guide's own prompts as arguments of a guided model's `generate`."""
-        return {} if self.own is None else {"guide_input_ids": self.own[0], "guide_attention_mask": self.own[1]}
+    def arguments(self) -> dict[str, Any]:
+        """The guide's own prompts, and a `length` that was given, as arguments of a guided model's `generate`."""
+        ids, mask = (None, None) if self.own is None else self.own
+        length = self.length if self._has_length else None
+        found = {"guide_input_ids": ids, "guide_attention_mask": mask, "prompt_length": length}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def own_of(self, terms: Sequence[LM]) -> OwnPrompt | None:
+        """What these guides read in the place of the base model's prompts, if they do. Raises `ValueError` where
+        padding can't be told."""
+        return None if self.own is None else own_prompt(*self.own, terms, "guide")
 
     def mask(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The mask of all tokens so far, of their shape `(rows, columns)`; `None` if it is not known.
@@ -138,23 +163,26 @@ class Prompt:
         if self.attention_mask is None or not self.length:
             return None
         mask = torch.ones_like(tokens)
-        mask[:, :length] = self.attention_mask.to(mask).repeat_interleave(len(tokens) // rows, dim=0)
+        own = self.attention_mask[:, :length].to(mask)
+        mask[:, :length] = own.repeat_interleave(len(tokens) // rows, dim=0)
         return mask
 
 
-def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> OwnPrompt:
+def _encode(guide: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(guide, str):
         guide = [guide]
     if not isinstance(guide, Mapping):
         if tokenizer is None:
             raise ValueError("`guide` has texts, which need `tokenizer`, the guiding model's tokenizer.")
-        guide = tokenizer(list(guide), return_tensors="pt", padding=len(guide) > 1, padding_side="left")
-    return cast(OwnPrompt, own_prompt(guide["input_ids"], guide.get("attention_mask"), "guide"))
+        guide = _padded([tokenize_text(tokenizer, text) for text in guide], torch.device("cpu"))
+    ids, mask = guide["input_ids"], guide.get("attention_mask")
+    _check(ids, torch.ones_like(ids) if mask is None else mask, "guide")
+    return ids, mask
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
     """Prompts as a batch, padded on the left by tokens that the mask hides."""
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     ids = [[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return {
@@ -164,16 +192,62 @@ def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> dict[str,
 
 
 def own_prompt(
-    ids: torch.Tensor | None, mask: torch.Tensor | None, argument: str = "guide_input_ids"
+    ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    terms: Sequence[LM] = (),
+    argument: str = "guide_input_ids",
 ) -> OwnPrompt | None:
-    """Prompts with their mask, if any are given. Raises `ValueError` unless they have tokens and are padded on the
-    left."""
+    """Prompts with their mask, if any are given; without a mask, padding is told by the pad token of these guides.
+    Raises `ValueError` unless they have tokens and are padded on the left, or where padding can't be told."""
     if ids is None:
         return None
-    mask = torch.ones_like(ids) if mask is None else mask
+    if mask is None:
+        pads = [term.backbone.generation_config.pad_token_id for term in terms]
+        pad = next((pad for pad in pads if pad is not None), None)
+        ends = {end for term in terms for end in end_tokens(term.model)}
+        mask = told_by_pad_token(ids, pad, ends, f"Give the attention mask of `{argument}` too.")
+    _check(ids, mask, argument)
+    return ids, mask
+
+
+def _check(ids: torch.Tensor, mask: torch.Tensor, argument: str) -> None:
     if ids.ndim != 2 or ids.numel() == 0 or mask.shape != ids.shape or not mask[:, -1].all():
         raise ValueError(
             f"`{argument}` has input ids of shape {tuple(ids.shape)}, but it needs (rows, columns), not empty and "
             "padded on the left, and an attention mask of the same shape."
         )
-    return ids, mask
+
+
+def told_by_pad_token(tokens: torch.Tensor, pad: int | None, ends: set[int], remedy: str) -> torch.Tensor:
+    """The mask that `generate` finds where none is given: by a pad token that is no end token.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(rows, columns)`): The prompts.
+        pad (`int` or `None`): The pad token, if one is known.
+        ends (`set[int]`): The end tokens.
+        remedy (`str`): What to do where it is not known.
+
+    Raises:
+        ValueError: rows may begin with padding that can't be told from text.
+    """
+    told = pad is not None and pad not in ends
+    mask = (tokens != pad).long() if told else torch.ones_like(tokens)
+    runs = (next(groupby(row[kept].tolist()), None) for row, kept in zip(tokens, mask.bool()))
+    begun = {(run[0], len(list(run[1]))) for run in runs if run is not None}  # first tokens, and how often they stand
+    if pad is None and (len(begun) > 1 or begun and not ends and len(tokens) > 1):
+        raise ValueError(
+            f"No pad token is known, so that rows may begin with padding, which can't be told from text. {remedy}"
+        )
+    doubtful = {pad} if pad in ends else ends
+    begin_with_bos = told and len(begun) == 1 and max(times for _, times in begun) == 1
+    if not begin_with_bos and any(token in doubtful for token, _ in begun):
+        raise ValueError(f"A row begins with an end token, which may be padding or text. {remedy}")
+    return mask
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The end tokens of a model, by its generation configuration where it has one, as a classifier has not."""
+    backbone = backbone_of(model)
+    config = getattr(backbone, "generation_config", None) or getattr(backbone, "config", None)
+    ends = getattr(config, "eos_token_id", None)
+    return {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}

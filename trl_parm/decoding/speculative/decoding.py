@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from peft_pblora.kv_cache import cache_in
 from trl_parm.algebra import Scorer
 
+from ..cache import GuidedCache
 from ..model import OURS, own_prompt
 from ..prefix import holds
 from ..processor import GuidedLogitsProcessor
@@ -183,6 +184,7 @@ def _check(
     if cache is not None and holds(cache):
         length = max(length, cache.get_seq_length() + 1)
     replaced = [model_kwargs.get("prompt_length")] if model_kwargs.get("guide_input_ids") is not None else []
+    replaced += [cache.replaced] if isinstance(cache, GuidedCache) and cache.own is not None else []
     prompts = [one.prompt for one in processors if isinstance(one, GuidedLogitsProcessor) and one.prompt is not None]
     replaced += [prompt.length for prompt in prompts if prompt.own is not None]
     others = [name for name, value in model_kwargs.items() if isinstance(value, torch.Tensor) and name not in PER_ROW]

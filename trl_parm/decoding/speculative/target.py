@@ -15,7 +15,7 @@ from trl_parm.algebra import BASE, Scorer, Step, guided_logits, sum_of
 from ..model import Guided
 from ..processor import GuidedLogitsProcessor
 from ..prompt import OwnPrompt
-from ..terms import LM
+from ..terms import LM, language_models
 from .sampling import acceptance, verify
 from .texts import Reader, Texts
 
@@ -61,7 +61,8 @@ class Target:
             guides = isinstance(processor, GuidedLogitsProcessor)
             self._steps.append(processor.formula if guides else processor)
             if guides:
-                owns.append(None if processor.prompt is None else processor.prompt.own)
+                terms = language_models(processor.formula)
+                owns.append(None if processor.prompt is None else processor.prompt.own_of(terms))
         read = [own and [part.tolist() for part in own] for own in owns]
         if any(prompts != read[0] for prompts in read):
             raise ValueError(
