@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .base_weights import without_base
 from .card import save_card
 from .config import PBLoraConfig
-from .loading import check_weights, load_adapter, refused
+from .loading import check_loaded, check_weights, refused
 from .loras import Factors, beside_factors, has_lora, is_embedding, lora_factors, lora_layers
 from .output import check_output, output_folder
 from .preference import check_objectives
@@ -168,11 +169,20 @@ def _load_all(configs: Mapping[str, Any], model: Any) -> tuple[PeftModel, dict[s
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(described)
     names = {folder: f"lora_{number}" for number, folder in enumerate(configs)}
-    loaded = skeleton_of(model, on_cpu=True)
+    loaded: Any = skeleton_of(model, on_cpu=True)
     for folder, name in names.items():
-        if any(".lora_embedding_" in key for key in check_weights(folder)):  # PEFT may have saved the embeddings too
+        tensors, config = check_weights(folder), copy.deepcopy(configs[folder])
+        if any(".lora_embedding_" in key for key in tensors):  # PEFT may have saved the embeddings too
             _refuse(folder, EMBEDDINGS)
-        loaded = load_adapter(loaded, folder, name)
+        with refused(folder):
+            own = without_base(model, config, tensors)
+            if isinstance(loaded, PeftModel):
+                loaded.add_adapter(name, config)
+            else:
+                loaded = PeftModel(loaded, config, name)
+        others = [key for key in own if ".lora_" not in key]
+        _refuse(folder, f"weights of its base model ({others[0]})" if others else None)
+        check_loaded(loaded, folder, name, own, {})
     return loaded, names
 
 

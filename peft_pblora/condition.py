@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -123,6 +124,17 @@ class Condition:
                 "the forward. With several preferences in one step, run backward for each before the next forward. "
                 "With reentrant checkpointing, call `model.train()` after a forward that is left without a backward."
             )
+
+
+@contextmanager
+def staying_aside(conditions: Iterable[Condition]) -> Iterator[None]:
+    """Those that are aside are so after the block too: in it PEFT sets active adapters anew, as nobody asked for."""
+    aside = [condition for condition in conditions if condition.aside]
+    try:
+        yield
+    finally:
+        for condition in aside:
+            condition.aside = True
 
 
 def _add_new(known: list[torch.Tensor], preference: torch.Tensor) -> None:

@@ -68,15 +68,17 @@ def use_preference(
     normalize: bool = False,
     allow_off_simplex: bool = False,
 ) -> Iterator[None]:
-    """As [`set_preference`], for the time of a `with` block: the former ones come back after it, also on an error."""
+    """As [`set_preference`], for the time of a `with` block: the former ones come back after it, also on an error. An
+    adapter that the block leaves merged stays at the preference that it was merged at."""
     former = [(one, one.preference.clone(), one.was_set) for _, one in _conditions(model, adapter_name)]
     set_preference(model, preference, adapter_name, normalize, allow_off_simplex)
     try:
         yield
     finally:
         for condition, old, was_set in former:
-            condition.set(old)
-            condition.was_set = was_set
+            if not condition.merged:
+                condition.set(old)
+                condition.was_set = was_set
 
 
 def has_preference(model: nn.Module) -> bool:

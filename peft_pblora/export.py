@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from safetensors.torch import save_file
 from torch import nn
 
@@ -76,8 +76,10 @@ def save_as_lora(
     """
     name, condition = find_adapter(model, adapter_name)
     layers = {
-        key if key.startswith("base_model.model.") else f"base_model.model.{key}": module
-        for key, module in model.named_modules() if isinstance(module, PreferenceLinear) and name in module.adapters
+        _in_file(key): module
+        for key, module in model.named_modules()
+        if isinstance(module, PreferenceLinear) and name in module.adapters
+        and module.adapter(name).condition is condition  # another below may have the name too
     }  # fmt: skip
     preferences = as_preference(preference, condition.objectives, normalize, allow_off_simplex)
     rows, folders = torch.atleast_2d(preferences), [Path(path)]
@@ -90,10 +92,7 @@ def save_as_lora(
             raise ValueError(f"The preference {twice.name} is in the grid twice. Give each preference once.")
     for folder in folders:
         check_output(folder.resolve(), WRITER)  # before any of them is written
-    config, own = model.peft_config[name], next(iter(layers.values())).prefix
-    # What the adapter saves beside its own factors: modules_to_save and trained biases.
-    saved = get_peft_model_state_dict(model, adapter_name=name)
-    beside = {key: value for key, value in saved.items() if f".{own}adapter." not in key}
+    config, beside = model.peft_config[name], _beside(model, name)
     lora = _lora_config(model, config, _lora_weights(layers, name, rows[0], rank))
     for folder, row in zip(folders, rows, strict=True):
         weights = _lora_weights(layers, name, row, rank)
@@ -103,6 +102,22 @@ def save_as_lora(
             lora.save_pretrained(str(staging))
             exported_card(config, row).save(staging / "README.md")
     return folders
+
+
+def _in_file(key: str) -> str:
+    """The name of a tensor or module of a model in an adapter's file."""
+    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
+
+
+def _beside(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """What an adapter saves beside its own factors, or those of others: modules_to_save and trained biases."""
+    layers = [_in_file(key) for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    saved = {_in_file(key): value for key, value in get_peft_model_state_dict(model, adapter_name=name).items()}
+    of_adapters = {
+        key for key in saved for layer in layers
+        if key.startswith(f"{layer}.") and not key.startswith(f"{layer}.base_layer.")
+    }  # fmt: skip
+    return {key: value for key, value in saved.items() if key not in of_adapters}
 
 
 def _lora_weights(

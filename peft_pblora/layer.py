@@ -10,7 +10,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from .adapter import LowRankAdapter, check_rows, check_single, expand_rows
-from .condition import Condition
+from .condition import Condition, staying_aside
 from .config import PreferenceConfig
 from .rows import RowPlan, current_plan, is_through_tuner
 
@@ -79,6 +79,23 @@ class PreferenceLinear(nn.Module, BaseTunerLayer):
         )
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. The adapters act in the model itself again, see [`Condition`]."""
+        super().set_adapter(adapter_names, *args, **kwargs)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.adapters:
+                self.adapter(name).condition.aside = False
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's. Those that stepped aside stay so."""
+        with staying_aside(self.conditions.values()):
+            super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's. Others that stepped aside stay so."""
+        with staying_aside(self.conditions.values()):
+            super().delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter: str, preference: torch.Tensor | None = None) -> torch.Tensor:
         """The dense ΔW(α) in the base layer's orientation, at the adapter's own preference unless one is given."""

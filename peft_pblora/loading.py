@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper, load_peft_weights
 from torch import nn
 
+from .base_weights import keep_weights, weights_below, without_base
 from .config import PreferenceConfig
 from .switch import backbone_of, changes_below
 
@@ -37,7 +38,8 @@ def load_adapter(
     config: PeftConfig | None = None,
     **kwargs: Any,
 ) -> PeftModel:
-    """Loads an adapter of any method, as `PeftModel.from_pretrained` and `load_adapter` do, but whole or not at all.
+    """Loads an adapter of any method, as `PeftModel.from_pretrained` and `load_adapter` do, but whole or not at all,
+    and without its file's weights of the base model, see [`without_base`].
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or `None`): What it is put on; `None` loads the backbone that it names.
@@ -53,8 +55,8 @@ def load_adapter(
     Raises:
         ValueError: a file that can't be read or has no tensors, weights that are NaN or infinite or no floating-point
             numbers, tensors that are missing, have another shape than the configuration (such as its number of
-            objectives) and the model ask for, or have no place; a `config` for a model with adapters. The model is as
-            it was then.
+            objectives) and the model ask for, or have no place; weights of another base model; a `config` for a model
+            with adapters. The model is as it was then.
     """
     folder = str(folder)
     names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
@@ -70,6 +72,9 @@ def load_adapter(
         check_start(found)
     if adapter_name in names:
         raise ValueError(f"The model has an adapter {adapter_name!r} already. Give another `adapter_name`.")
+    with refused(folder):
+        kept = {} if model is None else keep_weights(model, found, tensors)
+        own = tensors if model is None else without_base(model, found, tensors)
     put_back = _remember(model, found)
     try:
         with refused(folder):
@@ -82,7 +87,7 @@ def load_adapter(
                     loaded = cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs))
                 else:
                     loaded = PeftModel.from_pretrained(model, folder, **kwargs)
-        _check_loaded(loaded, folder, adapter_name, tensors, place)
+        check_loaded(loaded, folder, adapter_name, tensors, place)
     except BaseException:
         if isinstance(model, PeftModel):
             if adapter_name in model.peft_config:
@@ -90,7 +95,12 @@ def load_adapter(
         elif model is not None and not names:
             _take_off(model)
         put_back()
+        for one in kept.values():
+            one.put_back()
         raise
+    for key, one in kept.items():
+        if own.get(key) is not tensors[key]:
+            one.put_back(own.get(key))
     return loaded
 
 
@@ -113,10 +123,10 @@ def check_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "def
     Raises:
         ValueError: as of [`load_adapter`].
     """
-    _check_loaded(model, str(folder), adapter_name, check_weights(folder, **place), place)
+    check_loaded(model, str(folder), adapter_name, check_weights(folder, **place), place)
 
 
-def _check_loaded(
+def check_loaded(
     model: PeftModel, folder: str, adapter_name: str, tensors: dict[str, torch.Tensor], place: dict[str, Any]
 ) -> None:
     """As [`check_adapter`], of tensors that were read before; where a model has other names for them, once more."""
@@ -128,7 +138,9 @@ def _check_loaded(
     if config.is_prompt_learning:
         return
     with refused(folder):
-        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        base = weights_below(model, config, tensors)
+        beside = {key: tensor for key, tensor in tensors.items() if key not in base}
+        result = set_peft_model_state_dict(model, beside, adapter_name=adapter_name)
     prefix = cast(Any, PEFT_TYPE_TO_PREFIX_MAPPING).get(config.peft_type, "")
     own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     # Trained biases have neither prefix nor name.

@@ -26,9 +26,11 @@ from peft.utils import (
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .condition import Condition
+from .base_weights import without_base
+from .condition import Condition, staying_aside
 from .config import PeftType, PreferenceConfig
 from .layer import PreferenceLinear, preference_layers
 from .rows import through_tuner
@@ -59,12 +61,10 @@ class PreferenceTuner(BaseTuner):
         if asked != config.target_modules:  # it was "all-linear", which means linear layers alone here
             linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
             config.target_modules -= {
-                name for name, module in linear if not is_linear(module) or _never_acts(model, name) is not None
+                name for name, module in linear if not is_linear(module) or _never_acts(model, name, module)
             }
-        aside = [condition for condition in self.conditions.values() if condition.aside]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)  # which sets active adapters anew
-        for condition in aside:
-            condition.aside = True
+        with staying_aside(self.conditions.values()):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.conditions[adapter_name] = self._new_condition
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,16 +74,8 @@ class PreferenceTuner(BaseTuner):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's. What a processor guides, `reads_apart` being true, is the model without what guides it."""
-        apart = any(getattr(processor, "reads_apart", False) for processor in kwargs.get("logits_processor") or ())
-        with nullcontext() if apart else through_tuner(gradients=False):
+        with nullcontext() if _reads_apart(args, kwargs) else through_tuner(gradients=False):
             return self.model.generate(*args, **kwargs)
-
-    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. The adapters act in the model itself again, see [`Condition`]."""
-        super().set_adapter(adapter_name, *args, **kwargs)
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            if name in self.conditions:
-                self.conditions[name].aside = False
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """As PEFT's. Raises `ValueError` for a layer whose weight is tied: merging would change two layers."""
@@ -109,14 +101,12 @@ class PreferenceTuner(BaseTuner):
                     "change both. Leave the adapter unmerged, or load the model with `tie_word_embeddings=False`."
                 )
 
-    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        if (reason := _never_acts(model, target_name)) is not None:
-            raise ValueError(reason)
-
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, **_: Any) -> None:
         if isinstance(target, self.tuner_layer_cls):
             target.update_layer(adapter_name, config, self._new_condition)
             return
+        if reason := _never_acts(self.model, target_name, target):
+            raise ValueError(reason)
         kwargs = {"condition": self._new_condition, **get_quantization_kwargs(self)}
         layer: Any = self._create_new_module(config, adapter_name, target, **kwargs)
         layer.conditions, layer.families = self.conditions, self.families
@@ -154,6 +144,14 @@ class PreferenceTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """For the time of a call of a `PeftModel`, which without a task calls the model below at once: it is through
+        the tuner all the same."""
+        acting = nullcontext() if _reads_apart(args, kwargs) else through_tuner(torch.is_grad_enabled())
+        with acting, self._handing_on(kwargs):
+            yield
+
+    @contextmanager
+    def _handing_on(self, kwargs: dict[str, Any]) -> Iterator[None]:
         """Hands `adapter_names`, one name for each row of the batch, to every layer for the time of a call."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
@@ -191,19 +189,31 @@ class PreferenceTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        tensors = cast(PreferenceConfig, config).rename_tensors(state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(tensors))
+        tensors = without_base(model, config, cast(PreferenceConfig, config).rename_tensors(state_dict))
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
 
 def _add_adapter_names(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _never_acts(model: nn.Module, name: str) -> str | None:
+def _reads_apart(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a logits processor of a call of `generate`, by its name or position, reads the model without what guides
+    it."""
+    given = [kwargs.get("logits_processor") or (), *(value for value in args if isinstance(value, list | tuple))]
+    return any(getattr(processor, "reads_apart", False) for processors in given for processor in processors)
+
+
+def _never_acts(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why an adapter of a module would not act: the model reads its weight without calling it. Else `None`.
 
     PEFT knows such modules for LoRA, by the model's type and their own last name.
     """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return (
+            f"Module {name!r} is the output of an `nn.MultiheadAttention`, which reads its weight and never calls it, "
+            "so that an adapter would not act. Leave it out of `target_modules`, or by `exclude_modules`."
+        )
     kind, own = getattr(getattr(model, "config", None), "model_type", None), name.rpartition(".")[2]
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, own)

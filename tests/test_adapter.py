@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapter against its equation, written out densely in float64."""
 
+import contextlib
 import copy
 import importlib
 import pickle
@@ -438,3 +439,41 @@ def test_what_a_hook_has_seen_or_given_stays():
         assert torch.equal(first, second)
         assert not constant.any()
         torch.testing.assert_close(seen[0][1], layer.base_layer(seen[0][0]))
+
+
+BASES = {"Llama": (tiny_llama, ["q_proj", "down_proj"]), "GPT-2": (tiny_gpt2, ["c_attn"])}
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("ends", ["well", "with an error"])
+def test_what_a_block_leaves_merged_stays_at_its_preference(name, ends):
+    make, targets = BASES[name]
+    settings = {"target_modules": targets, "fan_in_fan_out": name == "GPT-2"}
+    arm, ids = tiny_arm(make(), **settings), torch.arange(8)[None]
+    arm.add_adapter("second", PBLoraConfig(objectives=OBJECTIVES, init_weights=False, **settings))
+    set_preference(arm, [0.5, 0.5])
+    former = arm(ids).logits
+    with contextlib.suppress(KeyError), use_preference(arm, [1.0, 0.0]):
+        expected = arm(ids).logits
+        arm.merge_adapter()
+        if ends != "well":
+            raise KeyError
+    assert get_preference(arm).tolist() == [1.0, 0.0]
+    assert get_preference(arm, "second").tolist() == [0.5, 0.5]
+    torch.testing.assert_close(arm(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="'default' is merged at one preference"), use_preference(arm, [0.5, 0.5]):
+        pass
+    arm.unmerge_adapter()
+    with use_preference(arm, [0.5, 0.5]):
+        torch.testing.assert_close(arm(ids).logits, former, atol=1e-5, rtol=1e-5)
+        arm.merge_adapter()
+        arm.unmerge_adapter()
+    assert get_preference(arm).tolist() == [1.0, 0.0]
+    torch.testing.assert_close(arm(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_in_a_block_that_merges_is_the_users_own():
+    arm = tiny_arm()
+    with pytest.raises(KeyError), use_preference(arm, [1.0, 0.0]):
+        arm.merge_adapter()
+        raise KeyError

@@ -25,6 +25,8 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     PhimoeConfig,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from peft_pblora import MoSLoraConfig, PBLoraConfig, as_preference, sample_preferences, set_preference
@@ -294,6 +296,46 @@ def test_layers_that_a_model_does_not_call_are_left_out_or_refused(name):
     assert not torch.allclose(expected, model(IDS, use_cache=False).logits, atol=1e-3)
     merged = arm.merge_and_unload()
     torch.testing.assert_close(merged(IDS, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+class Attends(nn.Module):
+    """Attention of PyTorch's own, which reads the weight of its last layer and does not call it."""
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(16, 2, batch_first=True, **sizes), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.last(self.attention(x, x, x)[0])
+
+
+SIGLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP |= {"image_size": 8, "patch_size": 4}
+ATTENDING = {
+    "PyTorch's": (Attends, "attention.out_proj", (2, 3, 16)),
+    "PyTorch's, with other keys": (lambda: Attends(kdim=16, vdim=16), "attention.out_proj", (2, 3, 16)),
+    "SigLIP": (lambda: SiglipVisionModel(SiglipVisionConfig(**SIGLIP)), "head.attention.out_proj", (2, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+@pytest.mark.parametrize("row", [TABLE["pblora"], TABLE["svdlora"], TABLE["moslora"]])
+def test_the_last_layer_of_pytorchs_attention_is_left_out_or_refused(name, row):
+    make, uncalled, shape = ATTENDING[name]
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    (uncalled,) = (key for key, _ in model.named_modules() if key.endswith(uncalled))
+    settings = {"objectives": ["a", "b", "c"], "init_weights": False, **row.settings}
+    for targets in ([uncalled.rpartition(".")[2]], rf".*{uncalled}"):
+        with pytest.raises(ValueError, match="Module 'out_proj' is the output of an `nn.MultiheadAttention`"):
+            get_peft_model(copy.deepcopy(model), row.config(target_modules=targets, **settings))
+    arm = get_peft_model(copy.deepcopy(model), row.config(target_modules="all-linear", **settings)).eval()
+    assert uncalled not in arm.peft_config["default"].target_modules
+    set_preference(arm, [0.2, 0.3, 0.5])
+    expected, plain, merged = arm(x), model(x), arm.merge_and_unload()(x)
+    expected, plain, merged = (getattr(found, "pooler_output", found) for found in (expected, plain, merged))
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
 
 
 class Packed(nn.Linear):

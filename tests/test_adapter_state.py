@@ -12,9 +12,10 @@ from accelerate import Accelerator, cpu_offload, disk_offload
 from accelerate.state import AcceleratorState
 from adapter_table import TABLE, every_adapter, make_model
 from conftest import OBJECTIVES, tiny_arm, tiny_llama
+from decoding.architectures import ARCHITECTURES, tiny
 from distributed_worker import gradients, loss_of
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from peft.functional import delete_adapter
+from peft.functional import delete_adapter, set_adapter
 
 from peft_pblora import (
     MoSLoraConfig,
@@ -27,6 +28,7 @@ from peft_pblora import (
     use_preference,
 )
 from peft_pblora.layer import PreferenceLinear
+from trl_parm import PARM, PARMLogitsProcessor
 
 
 IDS = torch.arange(2, 18).view(2, 8)
@@ -300,3 +302,72 @@ def test_the_default_preference_is_said_once_for_each_adapter():
             model(IDS)
         said.append(len(caught))
     assert said == [1, 1, 0, 0]
+
+
+SEVERAL = ["Llama", "GPT-2", "Mixtral", "LFM2"]
+
+
+def config_for(name, **settings):
+    settings |= {"target_modules": ARCHITECTURES[name].attention, "fan_in_fan_out": name == "GPT-2"}
+    return PBLoraConfig(objectives=OBJECTIVES, lora_alpha=40, init_weights=False, **settings)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_calls_of_a_peft_model_are_the_arm_once_there_is_a_processor(name, task):
+    """Without a task PEFT calls the model below past the tuner."""
+    base = tiny(name)
+    arm = get_peft_model(base, config_for(name, task_type=task)).eval()
+    set_preference(arm, [0.3, 0.7])
+    write = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        expected, plain = arm(input_ids=IDS).logits, tiny(name)(IDS).logits
+        text = arm.generate(input_ids=IDS, **write)
+        processor = PARMLogitsProcessor(arm, [0.3, 0.7])
+        assert torch.equal(arm(input_ids=IDS).logits, expected)
+        assert torch.equal(arm(IDS).logits, expected)
+        assert torch.equal(arm.generate(input_ids=IDS, **write), text)
+        assert torch.equal(base(IDS).logits, plain)
+        guided = PARM(base, arm, [0.3, 0.7]).generate(IDS, **write)
+        assert torch.equal(base.generate(IDS, logits_processor=[processor], **write), guided)
+        for given in ([processor], (processor,)):
+            assert torch.equal(arm.generate(IDS, None, given, **write), guided)
+            assert torch.equal(arm.generate(IDS, logits_processor=given, **write), guided)
+        assert torch.equal(arm.generate(IDS, None, [lambda ids, scores: scores], **write), text)
+    assert not torch.equal(guided, text)
+    assert not torch.equal(guided, base.generate(IDS, **write))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_what_stepped_aside_in_a_model_of_transformers_is_set_active_on_its_layers(name):
+    model, plain = inject_adapter_in_model(config_for(name), tiny(name)).eval(), tiny(name)(IDS).logits
+    set_preference(model, [0.3, 0.7])
+    expected = model(IDS).logits
+    PARMLogitsProcessor(model, [0.3, 0.7], adapter_name="default")
+    assert torch.equal(model(IDS).logits, plain)
+    set_adapter(model, "default")  # as transformers does
+    assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("switch", ["disabled and enabled", "another added", "another deleted"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_what_stepped_aside_stays_aside_unless_it_is_set_active(name, switch):
+    base, plain = tiny(name), tiny(name)(IDS).logits
+    arm = get_peft_model(base, config_for(name, task_type="CAUSAL_LM")).eval()
+    arm.add_adapter("second", config_for(name, task_type="CAUSAL_LM"))
+    set_preference(arm, [0.3, 0.7])
+    expected = arm(IDS).logits
+    PARMLogitsProcessor(arm, [0.3, 0.7])
+    if switch == "disabled and enabled":
+        with arm.disable_adapter():
+            assert torch.equal(arm(IDS).logits, plain)
+    elif switch == "another added":
+        arm.add_adapter("third", config_for(name, task_type="CAUSAL_LM"))
+    else:
+        for layer in arm.modules():
+            if isinstance(layer, PreferenceLinear):
+                layer._active_adapter = ["default", "second"]
+        arm.delete_adapter("second")
+    assert torch.equal(base(IDS).logits, plain)
+    arm.set_adapter("default")
+    assert torch.equal(base(IDS).logits, expected)

@@ -117,6 +117,53 @@ def test_all_that_a_lora_may_have_from_folders_is_exact(kind, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+HEADS = {name: ["lm_head", *TARGETS[name][:1]] for name in BASES}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_loras_of_the_output_layer_from_folders_are_exact(name, tmp_path):
+    """PEFT saves the layer's own weight beside them."""
+    base = tiny(name)
+    model = two_loras(tiny(name), {}, {"r": 3}, HEADS[name])
+    folders = saved(model, tmp_path / "loras")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "loras/a/adapter_model.safetensors")
+    assert set(from_loras(folders, tmp_path / "arm", base).values()) == {0.0}
+    from_loras({"x": "a", "y": "b"}, tmp_path / "again", model)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("arm", "again"))
+    torch.testing.assert_close(one, other, atol=0, rtol=0)
+    for key, parameter in tiny(name).named_parameters():
+        assert torch.equal(base.get_parameter(key), parameter)
+    arm = load_adapter(base, tmp_path / "arm").eval()
+    for weights in random_preferences():
+        set_preference(arm, weights)
+        expected = dense(model, dict(zip("ab", weights)))(IDS).logits
+        torch.testing.assert_close(arm(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_loras_of_the_output_layer_on_the_base_that_they_name(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = two_loras(type(tiny_llama()).from_pretrained(tmp_path / "base"), {}, {}, HEADS["Llama"])
+    assert set(from_loras(saved(model, tmp_path / "loras"), tmp_path / "arm").values()) == {0.0}
+    arm = load_adapter(None, tmp_path / "arm").eval()
+    set_preference(arm, [0.4, 0.6])
+    expected = dense(model, {"a": 0.4, "b": 0.6})(IDS).logits
+    torch.testing.assert_close(arm(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_loras_with_other_weights_of_the_base_model_are_refused(tmp_path):
+    other = tiny_llama()
+    other.lm_head.weight.data *= 1.5
+    folders = saved(two_loras(other, {}, {}, HEADS["Llama"]), tmp_path / "head")
+    with pytest.raises(ValueError, match="`lm_head.weight` of the model that it was trained on, and 64 of 64 rows"):
+        from_loras(folders, tmp_path / "arm", tiny_llama())
+    two_loras(tiny_llama(), {}, {}).save_pretrained(tmp_path / "all", save_embedding_layers=True)
+    folders = {"x": str(tmp_path / "all/a"), "y": str(tmp_path / "all/b")}
+    with pytest.raises(ValueError, match=r"has weights of its base model \(.*lm_head.weight\), but a PBLoRA is"):
+        from_loras(folders, tmp_path / "arm", tiny_llama())
+    assert not (tmp_path / "arm").exists()
+
+
 def test_the_base_is_found_by_the_name_that_the_loras_have(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     model = two_loras(type(tiny_llama()).from_pretrained(tmp_path / "base"), {}, {})

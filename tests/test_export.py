@@ -12,19 +12,22 @@ import torch
 from adapter_table import every_adapter, make_model
 from conftest import OBJECTIVES, needs_add_adapter, tiny_arm, tiny_gpt2, tiny_llama
 from decoding.architectures import ARCHITECTURES, Cell, tiny
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from peft_pblora import (
+    MoSLoraConfig,
     PBLoraConfig,
+    SVDLoraConfig,
     get_preference,
     preference_grid,
     sample_preferences,
     save_as_lora,
     set_preference,
 )
+from peft_pblora.layer import PreferenceLinear
 from peft_pblora.output import NOTES
 
 
@@ -260,6 +263,41 @@ def test_export_from_transformers_add_adapter(tmp_path):
     set_preference(model, [0.5, 0.5])
     loaded = PeftModel.from_pretrained(tiny_llama(1), tmp_path).eval()
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_export_from_a_model_of_transformers_keeps_modules_to_save(name, tmp_path):
+    make, targets = {"Llama": (tiny_llama, ["q_proj"]), "GPT-2": (tiny_gpt2, ["c_attn"])}[name]
+    settings = {"target_modules": targets, "modules_to_save": ["lm_head"], "fan_in_fan_out": name == "GPT-2"}
+    model = inject_adapter_in_model(PBLoraConfig(objectives=OBJECTIVES, **settings), make()).eval()
+    torch.nn.init.normal_(model.lm_head.modules_to_save["default"].weight)
+    save_as_lora(model, tmp_path, [0.3, 0.7])
+    set_preference(model, [0.3, 0.7])
+    loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+NESTED = {"Llama": (tiny_llama, "q_proj", "v_proj"), "GPT-2": (tiny_gpt2, "c_attn", "c_fc")}
+
+
+@pytest.mark.parametrize("below", [PBLoraConfig, MoSLoraConfig])
+@pytest.mark.parametrize("config", [PBLoraConfig, SVDLoraConfig, MoSLoraConfig])
+@pytest.mark.parametrize("name", NESTED)
+def test_another_adapter_of_the_name_below_is_not_exported(name, config, below, tmp_path):
+    make, lower, upper = NESTED[name]
+    settings = {"init_weights": False, "fan_in_fan_out": name == "GPT-2", "task_type": "CAUSAL_LM"}
+    base = inject_adapter_in_model(below(objectives=OBJECTIVES[::-1], target_modules=[lower], **settings), make())
+    arm = get_peft_model(base, config(objectives=OBJECTIVES, target_modules=[upper], **settings)).eval()
+    save_as_lora(arm, tmp_path, {"helpful": 0.9, "harmless": 0.1})
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert {key.rpartition(".lora_")[0].rpartition(".")[2] for key in keys} == {upper}
+    set_preference(arm, {"helpful": 0.9, "harmless": 0.1})
+    with torch.no_grad():
+        for key, layer in arm.named_modules():
+            if isinstance(layer, PreferenceLinear) and key.endswith(lower):
+                layer.adapter("default").B.weight.zero_()
+    loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, arm(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def files(folder) -> dict[str, bytes]:

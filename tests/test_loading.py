@@ -6,15 +6,26 @@ import json
 import peft
 import pytest
 import torch
-from conftest import tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
+from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
+from decoding.architectures import tiny
 from pair_data import pairs
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from test_export import write_official_adapter
 from training_runs import PBLORA, trainer, two_sets
 from training_runs import config as training_config
+from transformers import PhiConfig, PhiForCausalLM
 
-from peft_pblora import MoSLoraConfig, PBLoraConfig, check_adapter, load_adapter, loading
+from peft_pblora import (
+    MoSLoraConfig,
+    PBLoraConfig,
+    SVDLoraConfig,
+    check_adapter,
+    load_adapter,
+    loading,
+    set_preference,
+)
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PreferenceARMTrainer, rewarded_soup
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
@@ -296,6 +307,182 @@ def test_of_a_model_below_an_adapter_only_what_that_changes_is_kept_beside(setti
         loading._remember(model, config)
     names = {name for name, one in model.named_parameters() if any(one is found for found in copied)}
     assert names == {name for name, _ in model.named_parameters() if every or name.endswith(".bias")}
+
+
+HEADS = {
+    "PBLoRA": lambda **settings: PBLoraConfig(objectives=OBJECTIVES, init_weights=False, **settings),
+    "SVD-LoRA": lambda **settings: SVDLoraConfig(objectives=OBJECTIVES, init_weights=False, **settings),
+    "MoSLoRA": lambda **settings: MoSLoraConfig(objectives=OBJECTIVES, init_weights=False, **settings),
+    "LoRA": lambda **settings: LoraConfig(init_lora_weights=False, **settings),
+}
+LAYERS = {"Llama": ["q_proj", "lm_head"], "GPT-2": ["c_proj", "lm_head"], "LFM2": ["q_proj", "lm_head"]}
+every_head = pytest.mark.parametrize("kind", HEADS)
+every_base = pytest.mark.parametrize("name", LAYERS)
+LOADERS = {
+    "load_adapter": load_adapter,
+    "load_adapter, from meta": lambda model, folder: load_adapter(model, folder, low_cpu_mem_usage=True),
+    "PEFT": PeftModel.from_pretrained,
+    "PEFT, from meta": lambda model, folder: PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True),
+}
+every_loader = pytest.mark.parametrize(
+    ("kind", "how"), [(kind, how) for kind in HEADS for how in LOADERS if kind != "LoRA" or "load_adapter" in how]
+)
+
+
+def with_head(model, kind, folder, targets, **settings):
+    """Saves an adapter of the output layer too, and the layer's weight beside it, as PEFT does."""
+    torch.manual_seed(1)
+    fan_in_fan_out = "c_proj" in targets
+    config = HEADS[kind](target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=fan_in_fan_out, **settings)
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(folder)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(folder / "adapter_model.safetensors")
+    return adapted
+
+
+def parameters(model):
+    """The parameters of a model below its adapters, by their names without them, and their values."""
+    found = {name.replace(".base_layer.", "."): one for name, one in model.named_parameters(remove_duplicate=False)}
+    return found, {name: one.detach().clone() for name, one in found.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_loader
+@every_base
+def test_an_adapter_of_the_output_layer_leaves_its_weight_as_it_is(tmp_path, name, kind, how, dtype):
+    """The file has it as it was trained on, perhaps in another dtype."""
+    with_head(tiny(name).to(dtype), kind, tmp_path, LAYERS[name])
+    model = tiny(name)
+    before, values = parameters(model)
+    loaded = LOADERS[how](model, tmp_path).eval()
+    after, _ = parameters(model)
+    for key, one in before.items():
+        assert after[key] is one
+        assert torch.equal(one, values[key])
+    check_adapter(loaded, tmp_path)
+    with loaded.disable_adapter():
+        assert torch.equal(loaded(IDS).logits, tiny(name)(IDS).logits)
+
+
+@every_head
+@every_base
+def test_an_adapter_of_the_output_layer_acts_as_it_did(tmp_path, name, kind):
+    expected = with_head(tiny(name), kind, tmp_path, LAYERS[name])(IDS).logits
+    assert torch.equal(load_adapter(tiny(name), tmp_path).eval()(IDS).logits, expected)
+    second = get_peft_model(tiny(name), HEADS[kind](target_modules=LAYERS[name][1:], task_type="CAUSAL_LM"))
+    load_adapter(second, tmp_path, "second").set_adapter("second")
+    assert torch.equal(second.eval()(IDS).logits, expected)
+
+
+@every_loader
+@every_base
+def test_an_output_layer_of_another_model_is_refused(tmp_path, name, kind, how):
+    other = tiny(name)
+    other.lm_head.weight.data[3] *= 1.5
+    with_head(other, kind, tmp_path, LAYERS[name])
+    model = tiny(name)
+    _, values = parameters(model)
+    with pytest.raises(ValueError, match="`lm_head.weight` of the model that it was trained on, and 1 of 64 rows"):
+        LOADERS[how](model, tmp_path)
+    assert torch.equal(parameters(model)[1]["lm_head.weight"], values["lm_head.weight"])
+    if "load_adapter" in how:
+        assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        assert torch.equal(model(IDS).logits, tiny(name)(IDS).logits)
+
+
+@pytest.mark.parametrize("beside", ["its own layer", "all embeddings"])
+@every_head
+@every_base
+def test_a_damaged_adapter_leaves_the_output_layer(tmp_path, name, kind, beside):
+    """PEFT has written the file's over it when the damage is seen."""
+    targets = LAYERS[name] if beside == "its own layer" else LAYERS[name][:1]
+    other = tiny(name).to(torch.bfloat16) if beside == "its own layer" else tiny(name, 1)
+    adapted = with_head(other, kind, tmp_path, LAYERS[name])
+    if beside != "its own layer":
+        adapted = get_peft_model(adapted.unload(), HEADS[kind](target_modules=targets, task_type="CAUSAL_LM"))
+        adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    change(lambda tensors, _: tensors.pop(next(key for key in tensors if "A.weight" in key)))(tmp_path)
+    for on in (tiny(name), get_peft_model(tiny(name), HEADS[kind](target_modules=targets, task_type="CAUSAL_LM"))):
+        before, values = parameters(on)
+        with pytest.raises(ValueError, match="1 of its tensors are missing"):
+            load_adapter(on, tmp_path, "second")
+        after, found = parameters(on)
+        assert all(after[key] is one for key, one in before.items())
+        torch.testing.assert_close(found, values, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@every_loader
+def test_of_an_output_layer_with_added_tokens_their_rows_are_the_files(tmp_path, kind, how, tied):
+    """As `resize_token_embeddings` draws them anew each time."""
+    model, trained = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+    for seed, one in enumerate((model, trained)):
+        torch.manual_seed(seed)
+        one.resize_token_embeddings(70)
+    adapted = with_head(trained, kind, tmp_path, ["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match=r"the model's is \(64, 32\). If tokens were added, call `resize_token"):
+        LOADERS[how](tiny_llama(tie_word_embeddings=tied), tmp_path)
+    before = model.get_output_embeddings().weight
+    with pytest.warns(UserWarning, match="The last 6 rows of `lm_head.weight` are the adapter's"):
+        loaded = LOADERS[how](model, tmp_path).eval()
+    found = loaded.get_base_model().lm_head.get_base_layer().weight
+    assert torch.equal(found, adapted.get_base_model().lm_head.get_base_layer().weight)
+    if how != "PEFT, from meta":
+        assert found is before
+    if tied and how != "PEFT, from meta":  # which unties them
+        torch.testing.assert_close(loaded(IDS + 58).logits, adapted(IDS + 58).logits)
+
+
+@every_head
+def test_trained_biases_of_an_output_layer_are_loaded(tmp_path, kind):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+
+    def phi():
+        torch.manual_seed(0)
+        return PhiForCausalLM(PhiConfig(**sizes)).eval()
+
+    for bias in ("all", "none"):
+        other = phi()
+        model = with_head(other, kind, tmp_path / bias, ["q_proj", "lm_head"], bias=bias)
+        model.get_base_model().lm_head.get_base_layer().bias.data += 0.5
+        model.save_pretrained(tmp_path / bias)
+    loaded = load_adapter(phi(), tmp_path / "all").eval()
+    torch.testing.assert_close(loaded.get_base_model().lm_head.get_base_layer().bias.detach(), torch.full((64,), 0.5))
+    with pytest.raises(ValueError, match="has the `lm_head.bias` of the model that it was trained on"):
+        load_adapter(phi(), tmp_path / "none")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_output_layer_that_a_start_has_changed_is_loaded(tmp_path, start):
+    """Its weight in the file is the residual, which is no base model's."""
+    settings = {"r": 2, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(tiny_llama(), LoraConfig(init_lora_weights=start, **settings)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.3 * ("lora_B" in name)
+    model.save_pretrained(tmp_path)
+    loaded = load_adapter(tiny_llama(), tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_layer_that_was_merged_and_unmerged_is_the_models(tmp_path, dtype):
+    arm = with_head(tiny_llama().to(dtype), "PBLoRA", tmp_path, ["q_proj", "lm_head"])
+    set_preference(arm, [0.3, 0.7])
+    arm.merge_adapter()
+    arm.unmerge_adapter()
+    arm.save_pretrained(tmp_path)
+    load_adapter(tiny_llama(), tmp_path)
+    other = with_head(tiny_llama(), "PBLoRA", tmp_path / "other", ["q_proj", "lm_head"])
+    set_preference(other, [0.3, 0.7])
+    other.merge_adapter()
+    expected = other(IDS).logits
+    with pytest.raises(ValueError, match=r"`lm_head.weight`, into which adapters .* `unmerge_adapter\(\)` first"):
+        load_adapter(other, tmp_path, "second")
+    assert torch.equal(other(IDS).logits, expected)
+    other.unmerge_adapter()
+    load_adapter(other, tmp_path, "second")
+    torch.testing.assert_close(other(IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_pissa_that_is_drawn_anew_is_refused(base, tmp_path):
