@@ -256,7 +256,7 @@ def _point(given: Any, objectives: list[str]) -> list[float]:
 
 def _tables(
     rows: Rows,
-    names: Mapping[str, str],
+    names: Mapping[str, Origin],
     objectives: list[str],
     references: list[list[float]],
     arguments: PlotArguments,

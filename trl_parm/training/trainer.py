@@ -145,7 +145,7 @@ class PreferenceARMTrainer(SavingTrainer):
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
         if args.metric_for_best_model and compute_metrics is None:
             check_metric(args.metric_for_best_model, self.objectives, list(self.eval_preferences))
-        fixed = [as_preference(given, self.objectives) for given in args.train_preferences or []]
+        fixed = [as_preference(given, self.objectives) for given in cast(Any, args.train_preferences) or []]
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
