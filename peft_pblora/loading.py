@@ -99,7 +99,7 @@ def load_adapter(
             one.put_back()
         raise
     for key, one in kept.items():
-        if own.get(key) is not tensors[key]:
+        if own.get(key) is not tensors[key] or one.place.weight is not one.weight:
             one.put_back(own.get(key))
     return loaded
 

@@ -88,4 +88,4 @@ def test_data_by_columns_and_rows(folder, monkeypatch):
     )
     assert "better" in data.column_names
     assert set(data["harmless"]) == {0}
-    assert len(data) == 8
+    assert len(data) == 10

@@ -115,17 +115,17 @@ def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
     ],
 )
 def test_two_processes_resume_bit_by_bit(folder, engine, order):
-    """In the middle of an epoch: 16 rows, 2 in each of 2 processes, accumulated twice."""
+    """In the middle of an epoch, whose last batch is filled up: 21 rows, 2 in each of 2 processes, accumulated twice."""
     flags = (
-        "--max_steps", "5", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken",
+        "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken",
         "--train_sampling_strategy", order,
     )  # fmt: skip
     shutil.rmtree(folder / "broken", ignore_errors=True)
     launch(folder, engine, *flags)
     whole = [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e]
     weights = load_file(folder / "broken" / "adapter_model.safetensors")
-    shutil.rmtree(folder / "broken" / "checkpoint-5")
-    (folder / "broken" / "checkpoint-4" / "trainer_state.json").unlink()  # as if it was being written
+    shutil.rmtree(folder / "broken" / "checkpoint-6")
+    (folder / "broken" / "checkpoint-5" / "trainer_state.json").unlink()  # as if it was being written
     launch(folder, engine, *flags, "--resume", "True")
     assert [(e["loss"], e["grad_norm"]) for e in history(folder / "broken") if "loss" in e] == whole
     resumed = load_file(folder / "broken" / "adapter_model.safetensors")

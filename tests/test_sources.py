@@ -122,10 +122,11 @@ def test_a_name_in_a_key_is_not_taken_for_the_container_that_changes(tmp_path, m
 
 HOLDING = """
 import functools
-from helpers import HALF, WORDS, words
+from helpers import HALF, WORDS, share, words
 class Kept: weights = WORDS
 class Judge:
     half, calls = HALF, {}
+    share = functools.partial(share, HALF)
     @functools.cached_property
     def table(self): return words()
     @classmethod
@@ -135,7 +136,12 @@ class Judge:
         return [sum(self.table.get(w, 0.0) for w in r.split()) + self.of(r) * len(Kept.weights) for r in responses]
 judge = Judge()
 """
-HELD = "HALF, WORDS = 0.5, ['a']\nsize = 1.0\ndef words(): return {'good': size}\n"
+HELD = """
+HALF, WORDS = 0.5, ['a']
+size = 1.0
+def words(): return {'good': size}
+def share(part, text): return part * len(text)
+"""
 
 
 @pytest.mark.parametrize(
@@ -145,6 +151,7 @@ HELD = "HALF, WORDS = 0.5, ['a']\nsize = 1.0\ndef words(): return {'good': size}
         (("['a']", "['a', 'b']"), "mine:Kept.weights was list"),
         (("{'good'", "{'bad'"), "helpers:words was "),
         (("size = 1.0", "size = 2.0"), "helpers:words.size was 1.0, but is 2.0"),
+        (("part * len", "part + len"), "helpers:share was "),
     ],
 )
 def test_what_a_class_holds_counts(tmp_path, monkeypatch, change, part):

@@ -61,9 +61,11 @@ class Scorer:
 
     Attributes:
         reads_text (`bool`): Whether it needs the tokens of a step, beside the answers of language models.
+        reads_prompt (`bool`): Whether it is refused where these don't show the base model's prompt.
     """
 
     reads_text = False
+    reads_prompt: bool = False
 
     def __call__(self, step: Step) -> torch.Tensor:
         """Scores the next token of every row.

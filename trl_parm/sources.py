@@ -225,6 +225,8 @@ class _Parts:
 
 def _function_of(member: Any) -> Any:
     """The function of a method, a property or the like, as a class holds it."""
+    if isinstance(member, functools.partial):
+        return member
     for name in ("__func__", "fget", "func", "__wrapped__"):
         if not isinstance(member, FunctionType):
             member = getattr(member, name, member)

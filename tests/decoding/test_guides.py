@@ -146,13 +146,15 @@ def test_the_model_that_policies_lie_on_is_a_reference_without_them(names, door)
 
 def test_a_model_with_adapters_of_others_in_it_is_named_with_them_or_without():
     """By itself it acts with them before a processor was made, and without them afterwards."""
-    arm = tiny_arm(tiny_llama(0))
-    base = arm.get_base_model()
+    base = tiny_llama(0)
+    before = LM(base)
+    arm = tiny_arm(base)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"into which the adapters \['default'\] were put, so that it may be"):
             LM(base)
         assert LM(base, adapter_name="default") == LM(arm)
         assert LM(base, disable_adapter=True) == LM(arm, disable_adapter=True)
+        assert copy.deepcopy(before).adapters == before.adapters == ()
         PARMLogitsProcessor(arm, [0.3, 0.7])
 
 
@@ -185,6 +187,8 @@ def test_adapters_of_two_methods_with_one_name_are_told_apart_or_refused(door):
     arm = tiny_arm(model.get_base_model())
     with pytest.raises(ValueError, match="an adapter 'default' of each of 2 methods, of which one may be the guide"):
         decode(door, model.get_base_model(), parm(arm, [0.3, 0.7]), INPUTS)
+    tokens = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM")
+    decode(door, tiny_llama(3), BASE + LM(get_peft_model(tiny_llama(0), tokens).eval()), INPUTS)  # one of two layers
     named = tuned("tuned")
     expected = decode("processor", tuned("tuned"), parm(tiny_arm(tiny_llama(0)), [0.3, 0.7]), INPUTS)
     formula = parm(tiny_arm(named.get_base_model()), [0.3, 0.7])
@@ -704,7 +708,9 @@ def test_a_reward_that_sees_no_prompt_is_refused(reward, given, door):
     if given == "an encoder's input" and door == "processor" and reward != "of texts":
         cases = []
     for formula, prompt in cases:
-        with pytest.raises(ValueError, match=r"(Reward.*, which|TopKReward|RolloutReward).*can't see"):
+        with pytest.raises(
+            ValueError, match=r"(Reward.*, which|TopKReward|RolloutReward).*(can't see|no prompt to read)"
+        ):
             decode(door, base, formula, inputs, prompt, pad=0)
     if reward == "of texts":
         seen = []

@@ -426,7 +426,7 @@ def test_a_guide_that_goes_on_is_told_what_changed_below_it(door):
 def test_a_model_in_training_mode_is_refused_and_stays_in_it(door):
     arm = tiny_arm(tiny_llama(0)).train()
     generate = None
-    with pytest.raises(ValueError, match=r"is in training mode, in which dropout acts. Call `model.eval\(\)`"):
+    with pytest.raises(ValueError, match=r"is in training mode, in which its dropout acts. Call `model.eval\(\)`"):
         generate = guide_of(arm, "PBLoRA", door)
         text(generate)
     assert arm.training
@@ -439,28 +439,51 @@ def test_a_model_that_was_put_into_training_mode_is_refused_in_a_forward_too(cac
     output = guided(input_ids=IDS, use_cache=True)
     given = cache_argument(guided.backbone, cache_in(output)) if cached else {}
     arm.train()
-    with pytest.raises(ValueError, match="is in training mode, in which dropout acts"):
+    with pytest.raises(ValueError, match="is in training mode, in which its dropout acts"):
         guided(input_ids=IDS, **given)
     arm.eval()
     assert torch.equal(guided(input_ids=IDS).logits, output.logits)
 
 
-@every_door
-@pytest.mark.parametrize("adapter", ["PBLoRA", "LoRA"])
-def test_an_adapter_that_was_added_in_training_mode_is_refused_for_its_dropout(adapter, door):
-    """As all that is added to a model which evaluates."""
-    arm = tiny_arm(tiny_llama(0))
+def added(kind):
+    """A model that evaluates, to which an adapter with dropout was added afterwards: it is in training mode itself."""
+    arm = tiny_arm(tiny_llama(0)) if kind == "PBLoRA" else lora_model("one")
     config = {"target_modules": ["q_proj"], "lora_dropout": 0.5}
-    own = LoraConfig(**config) if adapter == "LoRA" else PBLoraConfig(objectives=["a", "b"], **config)
-    if adapter == "LoRA":
-        arm = get_peft_model(tiny_llama(0), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    settings = {"use_dora": kind == "DoRA", "init_lora_weights": False, **config}
+    own = PBLoraConfig(objectives=["a", "b"], **config) if kind == "PBLoRA" else LoraConfig(**settings)
+    torch.manual_seed(2)
     arm.add_adapter("dropping", own)
-    arm.base_model.set_adapter("dropping")
     assert not arm.training
-    with pytest.raises(ValueError, match=r"or an adapter in it, is in training mode, in which dropout acts. Call"):
-        text(guide_of(arm, adapter, door, BASE + LM(arm, adapter_name="dropping")))
-    arm.eval()
-    text(guide_of(arm, adapter, door, BASE + LM(arm, adapter_name="dropping")))
+    return arm
+
+
+@every_door
+@pytest.mark.parametrize("kind", ["PBLoRA", "DoRA"])
+def test_an_adapter_that_was_added_in_training_mode_is_refused_for_its_dropout(kind, door):
+    arm = added(kind)
+    arm.base_model.set_adapter("dropping")
+    with pytest.raises(ValueError, match="adapter 'dropping' of .* is in training mode, in which its dropout acts"):
+        text(guide_of(arm, kind, door, BASE + LM(arm, adapter_name="dropping")))
+    generate = guide_of(arm.eval(), kind, door, BASE + LM(arm, adapter_name="dropping"))
+    text(generate)
+    for module in arm.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    with pytest.raises(ValueError, match="adapter 'dropping' of .* is in training mode"):
+        text(generate, IDS[:, 1:])
+
+
+@every_door
+def test_a_dropout_that_does_not_act_is_nobodys_concern(door):
+    """Of an adapter that is not asked, and of a LoRA beside others in one forward."""
+    arm = added("PBLoRA")
+    arm.base_model.set_adapter("default")
+    expected = text(guide_of(tiny_arm(tiny_llama(0)), "PBLoRA", door))
+    assert torch.equal(text(guide_of(arm, "PBLoRA", door, parm(arm, [0.9, 0.1], adapter_name="default"))), expected)
+    lora = added("LoRA")
+    formula = BASE + LM(lora, adapter_name="dropping")
+    found = text(guide_of(lora, "LoRA", door, formula))
+    assert torch.equal(found, text(guide_of(lora.eval(), "LoRA", door, formula)))
 
 
 @every_door

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from peft_pblora.condition import Condition
 from peft_pblora.layer import PreferenceLinear
@@ -119,6 +121,20 @@ class Adapters:
                         f"guide at {wanted.tolist()}. Call `unmerge_adapter()`."
                     )
 
+    def check_evaluates(self, term: LM, on_rows: bool) -> None:
+        """Raises `ValueError` if a dropout of an adapter of a term would act, as where it was added to a model that
+        evaluates. A LoRA that acts on rows has none."""
+        for layer in self.switch.layers:
+            if on_rows and isinstance(layer, LoraLinear):
+                continue
+            for name in term.adapters:
+                own = [m for path, m in layer.named_modules() if isinstance(m, _DropoutNd) and name in path.split(".")]
+                if any(dropout.training and dropout.p for dropout in own):
+                    raise ValueError(
+                        f"The adapter {name!r} of {term!r} is in training mode, in which its dropout acts. Call "
+                        "`model.eval()` before it generates or guides."
+                    )
+
     def act_on_rows(self, names: Sequence[str]) -> bool:
         """Whether these adapters can act on some rows of a forward, and on others not."""
         for layer in self.switch.layers:
@@ -223,7 +239,7 @@ def check_told_apart(term: LM) -> None:
     found: dict[str, set[str]] = {}
     for layer in AdapterSwitch.of(term.backbone).layers:
         for name in set(term.adapter_names) & set(_adapters_of(layer)):
-            if isinstance(layer, BaseTunerLayer):
+            if isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer):  # a part of a LoRA
                 found.setdefault(name, set()).add(layer.adapter_layer_names[0])
     for name, prefixes in found.items():
         if len(prefixes) > 1:

@@ -33,7 +33,6 @@ from .terms import (
     log_probs_of,
     policies,
 )
-from .trajectories import reads_prompt
 
 
 OURS = ("guide_input_ids", "guide_attention_mask", "prompt_length", "end_tokens")
@@ -213,7 +212,7 @@ class Guided(GenerationMixin, nn.Module):
                 "you can take one."
             )
         cache = cache_in(inputs)
-        self._check_modes(parts=cache is None)
+        self._check_modes()
         keeps = self.config.get_text_config().use_cache if use_cache is None else use_cache
         inputs = {name: value for name, value in inputs.items() if name not in NAMES and name != "return_dict"}
         text, mask, positions = input_ids, attention_mask if text_mask is None else text_mask, position_ids
@@ -348,7 +347,7 @@ class Guided(GenerationMixin, nn.Module):
     ) -> None:
         given = cache_in(model_kwargs)
         if given is not None or generation_config.use_cache is False:
-            own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"), self.terms)
+            own = own_prompt(model_kwargs.get("guide_input_ids"), model_kwargs.get("guide_attention_mask"))
             self._state(given, False, own)
             self.backbone._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
             return
@@ -410,9 +409,9 @@ class Guided(GenerationMixin, nn.Module):
         guiding = {name for term in guides for name in term.adapter_names}
         return [name for name in resting(AdapterSwitch.of(backbone).layers) if name not in guiding], guiding
 
-    def _check_modes(self, parts: bool = True) -> None:
+    def _check_modes(self) -> None:
         for model in (self.base, *(term.model for term in self.terms)):
-            check_evaluates(model, parts)
+            check_evaluates(model)
 
     def _check_inputs(self, state: GuidedCache, inputs: Mapping[str, Any], own_prompt: bool) -> None:
         """Raises `ValueError` for what the base model sees, and a guide or a reward does not."""
@@ -430,7 +429,7 @@ class Guided(GenerationMixin, nn.Module):
                 f"The base model is given {others[0]}, which {blind[0]!r} can't see. Give the guides a prompt of "
                 "their own with `guide_input_ids`."
             )
-        judges = list(filter(reads_prompt, self.formula.scorers())) if others else []
+        judges = [scorer for scorer in self.formula.scorers() if scorer.reads_prompt] if others else []
         if judges:
             raise ValueError(
                 f"The base model is given {others[0]}, which {judges[0]!r} can't see. Give a reward of texts the "

@@ -29,7 +29,7 @@ from .prefix import can_take_back, follow, rewindable_cache
 from .prompt import Prompt, end_tokens, told_by_pad_token
 from .reading import parts_of
 from .terms import LM, check_evaluates, check_formula, check_row_counts, language_models, log_probs_of, policies
-from .trajectories import TextReward, reads_prompt
+from .trajectories import TextReward
 
 
 WINDOW = 32
@@ -100,7 +100,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
             )
         terms = language_models(self.formula)
         for term, layer in self._aside:
-            check_evaluates(term.model, parts=self._prefix is None)
+            check_evaluates(term.model)
             check_aside(term, layer)
         with self._lock, torch.no_grad():
             if self._prefix is None or not self._prefix.serves(terms):
@@ -110,7 +110,7 @@ class GuidedLogitsProcessor(LogitsProcessor):
                 ends = {end for scorer in scorers for end in _end_tokens(scorer)}
                 if any(scorer.reads_text and not getattr(scorer, "reads_text_alone", False) for scorer in scorers):
                     ends |= self._ends
-                judges = list(filter(reads_prompt, scorers))
+                judges = [scorer for scorer in scorers if scorer.reads_prompt]
                 self._prefix = _Prefix(terms, self.prompt, self.pad_token_id, ends, reads, judges, _Weights(models))
             try:
                 answers = self._prefix.read(input_ids)
@@ -384,14 +384,14 @@ def _end_tokens(scorer: Any) -> set[int]:
 
 
 def _check_seen(judge: Any, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-    """Raises `ValueError` where a scorer of texts sees no prompt: nothing at all, or no text in the first token of an
-    encoder-decoder model's answer."""
+    """Raises `ValueError` where a scorer of texts sees no prompt: nothing at all, or no text in the one token that an
+    encoder-decoder model's answer begins with."""
     reward = getattr(judge, "reward", None)
-    has_text = not isinstance(reward, TextReward) or bool(reward.prompts) or reward.has_text(tokens, mask)
-    if not (has_text and mask.any()):
+    seen = not isinstance(reward, TextReward) or tokens.shape[1] > 1 or reward.prompts or reward.has_text(tokens, mask)
+    if not (seen and mask.any()):
         raise ValueError(
-            f"{judge!r} has nothing to read: with `inputs_embeds`, or an encoder-decoder base model, it can't see the "
-            "prompt. Give a reward of texts the `prompts`; others read the base model's text alone."
+            f"{judge!r} has no prompt to read, which `inputs_embeds` and encoder-decoder base models do not show. Give "
+            "a reward of texts the `prompts`, `['']` for an empty one; others read the base model's text alone."
         )
 
 

@@ -205,6 +205,9 @@ def own_prompt(
         pads = [term.backbone.generation_config.pad_token_id for term in terms]
         pad = next((pad for pad in pads if pad is not None), None)
         ends = {end for term in terms for end in end_tokens(term.model)}
+        if not terms or len(ids) == 1 and (pad is None or pad in ends):  # nobody reads it, or it is padded to no other
+            mask = torch.ones_like(ids)
+    if mask is None:
         mask = told_by_pad_token(ids, pad, ends, f"Give the attention mask of `{argument}` too.")
     _check(ids, mask, argument)
     return ids, mask
@@ -239,7 +242,7 @@ def told_by_pad_token(tokens: torch.Tensor, pad: int | None, ends: set[int], rem
             f"No pad token is known, so that rows may begin with padding, which can't be told from text. {remedy}"
         )
     doubtful = {pad} if pad in ends else ends
-    begin_with_bos = told and len(begun) == 1 and max(times for _, times in begun) == 1
+    begin_with_bos = told and len(begun) == 1 and next(iter(begun))[1] == 1
     if not begin_with_bos and any(token in doubtful for token, _ in begun):
         raise ValueError(f"A row begins with an end token, which may be padding or text. {remedy}")
     return mask

@@ -124,6 +124,8 @@ class Part:
             for condition in self.adapters.conditions(term).values():
                 check_rows(condition.rows, rows)
         empty = fresh = self.cache is not None and not holds(self.cache)
+        for term in self.terms if empty or self.cache is None else ():
+            self.adapters.check_evaluates(term, self.on_rows)
         if empty:  # a cache may have been emptied, or been made long before
             self._stamp, self._planned = self.adapters.stamp(self.terms), None
         if empty and compiled is None and (common := self._common_start(new, inputs, last)):

@@ -47,6 +47,11 @@ class TopKReward(Scorer):
         return self.rollout is None and isinstance(self.reward, TextReward)
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether it judges the base model's prompt too, which all do but rewards of texts that have `prompts`."""
+        return not (self.reads_text_alone and cast(TextReward, self.reward).prompts)
+
+    @property
     def pad_token_id(self) -> int | None:
         """The pad token of the reward, if it knows any."""
         return getattr(self.reward, "pad_token_id", None)

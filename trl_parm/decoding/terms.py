@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -61,8 +60,8 @@ class LM(Scorer):
         backbone (`PreTrainedModel`): The transformer, below any `PeftModel`.
 
     Raises:
-        ValueError: a model that is no causal language model with a key-value cache, an unknown adapter, or an invalid
-            preference.
+        ValueError: a model that is no causal language model with a key-value cache, one that others have put adapters
+            into without a word on which is meant, an unknown adapter, or an invalid preference.
     """
 
     model: Any
@@ -160,7 +159,8 @@ class LM(Scorer):
     def __reduce__(self) -> tuple:
         # The adapters that are meant stay the same, whatever is active in the copy's model.
         name = self.adapter_names[0] if len(self.adapter_names) == 1 else self.adapter_name
-        given = self.model, self.preference, name, self.disable_adapter, self.vocabulary
+        off = self.disable_adapter or not self.adapter_names and bool(_adapters_put_into(self.model))
+        given = self.model, self.preference, name, off, self.vocabulary
         return LM, (*given, None, self.allow_off_simplex)
 
     def _objectives(self) -> list[str]:
@@ -300,11 +300,10 @@ def check_row_counts(formula: Scorer, prompts: int, others: Sequence[int] = ()) 
             )
 
 
-def check_evaluates(model: Any, parts: bool = True) -> None:
-    """Raises `ValueError` for a model in training mode, in which dropout acts, or one of whose `parts` has a dropout
-    that is, such as an adapter that was added afterwards."""
-    if model.training or parts and any(isinstance(m, _DropoutNd) and m.training and m.p for m in model.modules()):
+def check_evaluates(model: Any) -> None:
+    """Raises `ValueError` for a model in training mode: its dropout would act."""
+    if model.training:
         raise ValueError(
-            f"A {type(model).__name__} of the formula, or an adapter in it, is in training mode, in which dropout "
-            "acts. Call `model.eval()` on it before it generates or guides."
+            f"A {type(model).__name__} of the formula is in training mode, in which its dropout acts. Call "
+            "`model.eval()` on it before it generates or guides."
         )

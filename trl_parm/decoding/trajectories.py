@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_pblora.switch import AdapterSwitch
-from trl_parm.algebra import Scorer, Step
+from trl_parm.algebra import Step
 from trl_parm.rewards import Reward, score
 from trl_parm.texts import PromptText
 
@@ -166,13 +166,6 @@ class Rollout:
     def _reader(self, step: Step) -> Continuations:
         made = Continuations(self.policy, self.tokens, self.pad_token_id, self.adapters)
         return step.memory.setdefault(("continuations", id(self)), made)
-
-
-def reads_prompt(scorer: Scorer) -> bool:
-    """Whether a scorer reads the base model's prompt: all do that read texts, but rewards of texts with `prompts`."""
-    reward = getattr(scorer, "reward", None)
-    alone = getattr(scorer, "rollout", None) is None and isinstance(reward, TextReward)
-    return scorer.reads_text and not (alone and cast(TextReward, reward).prompts)
 
 
 def _texts(step: Step, candidates: torch.Tensor, candidate_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -419,11 +419,14 @@ class PreferenceARMTrainer(SavingTrainer):
 
     def _leave_out_repeated(self, batch: dict) -> None:
         """Takes the labels of rows that come again, with which several processes fill up an epoch's last batch."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
+        processes, last = self.accelerator.num_processes, self.accelerator.gradient_state.end_of_dataloader
+        filled = self.accelerator.even_batches and not self.args.dataloader_drop_last
+        if processes == 1 or not (filled and last):
             return
-        rows = batch["pair_labels"].unflatten(0, (-1, len(cast(Any, self.train_dataset).datasets)))
-        rows[max(state.remainder - self.accelerator.process_index * len(rows), 0) :] = 0
+        data = cast(JointPreferenceDataset, self.train_dataset)
+        rows = batch["pair_labels"].unflatten(0, (-1, len(data.datasets)))
+        if own := len(data) % (processes * len(rows)):
+            rows[max(own - self.accelerator.process_index * len(rows), 0) :] = 0
 
     def _distances(self, batch: dict, counts: torch.Tensor) -> torch.Tensor:
         """What a batch adds to l_i − z*_i of the step that begins, without gradients."""

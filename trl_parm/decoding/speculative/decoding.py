@@ -20,7 +20,7 @@ from ..cache import GuidedCache
 from ..model import OURS, own_prompt
 from ..prefix import holds
 from ..processor import GuidedLogitsProcessor
-from ..terms import LM
+from ..terms import untuned
 from .draft_length import DraftLength
 from .target import StandIn, Target, looked_up
 from .texts import Texts
@@ -145,7 +145,7 @@ class SpeculativeDecoding:
 
     def _make_draft(self, target: Target) -> StandIn:
         if self.draft != "auto":
-            return StandIn(self.draft if isinstance(self.draft, Scorer) else LM(self.draft), target)
+            return StandIn(self.draft if isinstance(self.draft, Scorer) else untuned(self.draft), target)
         if not target.guides or len(target.apart) < len(target.guides):
             raise ValueError(
                 "There is nothing to draft with: no guide has weights of its own, smaller than the base model's. Pass "
