@@ -115,7 +115,7 @@ def test_two_processes_agree_on_the_maximum_of_their_losses(folder):
     ],
 )
 def test_two_processes_resume_bit_by_bit(folder, engine, order):
-    """In the middle of an epoch, whose last batch is filled up: 21 rows, 2 in each of 2 processes, accumulated twice."""
+    """In the middle of an epoch, whose last batch is filled up: 21 rows, 2 in each of 2 processes, twice a step."""
     flags = (
         "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "1", "--output_dir", "broken",
         "--train_sampling_strategy", order,

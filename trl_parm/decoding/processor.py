@@ -390,8 +390,8 @@ def _check_seen(judge: Any, tokens: torch.Tensor, mask: torch.Tensor) -> None:
     seen = not isinstance(reward, TextReward) or tokens.shape[1] > 1 or reward.prompts or reward.has_text(tokens, mask)
     if not (seen and mask.any()):
         raise ValueError(
-            f"{judge!r} has no prompt to read, which `inputs_embeds` and encoder-decoder base models do not show. Give "
-            "a reward of texts the `prompts`, `['']` for an empty one; others read the base model's text alone."
+            f"{judge!r} has no prompt to read, which `inputs_embeds` and encoder-decoder base models do not show. "
+            "Give a reward of texts the `prompts`, `['']` for an empty one; others read the base model's text alone."
         )
 
 
