@@ -71,14 +71,17 @@ def keep_weights(model: nn.Module, config: PeftConfig, keys: Iterable[str]) -> d
 def weights_below(model: nn.Module, config: PeftConfig, keys: Iterable[str]) -> dict[str, Place]:
     """Of the tensors of an adapter's file those that are the base model's, in layers that it adapts, by their names.
 
-    Trained biases are none, and neither are weights that the adapter's start has changed.
+    Trained biases are none, as a bias is unless it comes with the weight of the output layer, and neither are weights
+    that the adapter's start has changed.
     """
-    changes = changes_below(config, backbone_of(model)) or ""
+    backbone: Any = backbone_of(model)
+    changes = changes_below(config, backbone) or ""
     if changes and not changes.startswith("bias="):
         return {}
-    trained = ".bias" if getattr(config, "bias", "none") != "none" else ()
-    found = {key: _find(model, key) for key in keys if ".base_layer." in key and not key.endswith(trained)}
-    return {key: place for key, place in found.items() if place is not None}
+    head = backbone.get_output_embeddings() if hasattr(backbone, "get_output_embeddings") else None
+    saved = head if getattr(config, "bias", "none") == "none" else None
+    found = {key: _find(model, key) for key in keys if ".base_layer." in key}
+    return {key: place for key, place in found.items() if place and (place.name != "bias" or place.adapted is saved)}
 
 
 def without_base(model: nn.Module, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

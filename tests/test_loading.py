@@ -9,7 +9,7 @@ import torch
 from conftest import OBJECTIVES, tiny_arm, tiny_gpt2, tiny_llama, tiny_tokenizer
 from decoding.architectures import tiny
 from pair_data import pairs
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from test_export import write_official_adapter
@@ -451,6 +451,17 @@ def test_trained_biases_of_an_output_layer_are_loaded(tmp_path, kind):
     torch.testing.assert_close(loaded.get_base_model().lm_head.get_base_layer().bias.detach(), torch.full((64,), 0.5))
     with pytest.raises(ValueError, match="has the `lm_head.bias` of the model that it was trained on"):
         load_adapter(phi(), tmp_path / "none")
+
+
+@pytest.mark.parametrize("bias", ["all", "pblora_only"])
+def test_trained_biases_of_a_state_are_set_whatever_the_configuration_says(bias):
+    settings = {"target_modules": ["c_attn"], "objectives": OBJECTIVES, "fan_in_fan_out": True}
+    trained = get_peft_model(tiny_gpt2(), PBLoraConfig(bias=bias, **settings)).eval()
+    for name, parameter in trained.named_parameters():
+        parameter.data += 0.3 * ("bias" in name and parameter.requires_grad)
+    model = get_peft_model(tiny_gpt2(), PBLoraConfig(**settings)).eval()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(trained))
+    assert torch.equal(model(IDS).logits, trained(IDS).logits)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
