@@ -118,6 +118,7 @@ def test_a_game_that_does_not_settle_says_so():
         ({"preference": [0.5, 0.6]}, "sums to"),
         ({"arm": {"a": tiny_llama()}, "preference": [1.0]}, "has 1 objectives, but a game needs two or more"),
         ({"arm": {"a": tiny_llama(), "b": tiny_llama()}}, "Give `reference`, that model"),
+        ({"allow_off_simplex": True}, "weights on the simplex alone. Leave `allow_off_simplex` out"),
     ],
     ids=str,
 )

@@ -319,11 +319,30 @@ def test_whatever_an_evaluation_reports_can_judge(tmp_path, tokenizer):
     found = {name for name in run.evaluate() if not name.endswith(("runtime", "per_second", "epoch"))}
     assert {"eval_loss", "eval_helpful_gain", "eval_vertex_distance"} < found
     for name in found:
-        check_metric(name, run.objectives, list(run.eval_preferences))
+        check_metric(name, run.objectives, run.eval_preferences, untrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "objectives", "at", "untrained"),
+    [
+        ("vertex_correlation@a,b", ["a", "b"], torch.eye(2), True),
+        ("eval_vertex_correlation", ["a"], torch.eye(1), True),
+        ("a_gain", ["a", "b"], torch.full((1, 2), 0.5), True),
+        ("a_gain", ["a", "b"], torch.eye(2), False),
+        ("a_ratio_accuracy@0", ["a", "b"], torch.eye(2), False),
+    ],
+)
+def test_what_this_evaluation_does_not_report_can_not_judge(name, objectives, at, untrained):
+    preferences = {str(i): preference for i, preference in enumerate(at)}
+    with pytest.raises(ValueError, match="but no evaluation of this run reports that"):
+        check_metric(name, objectives, preferences, untrained)
+    check_metric("eval_a_margin@0", objectives, preferences, untrained)
 
 
 def test_metric_that_no_evaluation_reports(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="'eval_losss', but no evaluation reports that. Take such as loss"):
+    with pytest.raises(
+        ValueError, match="'eval_losss', but no evaluation of this run reports that. Take such as loss"
+    ):
         trainer(tmp_path, tokenizer, metric_for_best_model="eval_losss")
     args = config(tmp_path, metric_for_best_model="mine")
     settings = {"processing_class": tokenizer, "peft_config": copy.deepcopy(PBLORA)}

@@ -103,7 +103,7 @@ def overview() -> str:
         "Preference-conditioned alignment at decoding time, from data to a Pareto front.\n\n"
         f"verbs:\n{verbs}\n\n"
         "Every key of a configuration file is a flag too; flags win. A command that was killed goes on where it was\n"
-        "when it is given again. `trl-parm VERB --help` lists the keys of a verb."
+        "when it is given again, train with --resume true. `trl-parm VERB --help` lists the keys of a verb."
     )
 
 

@@ -158,6 +158,8 @@ def cage(
             raise ValueError(f"`{name}` is {value!r}, but it must be a whole number, {least} or larger.")
     if isinstance(tau, bool) or not (isinstance(tau, int | float) and 0 < tau < float("inf")):
         raise ValueError(f"`tau` is {tau!r}, but it must be a positive, finite number.")
+    if guide.get("allow_off_simplex"):
+        raise ValueError("A game takes weights on the simplex alone. Leave `allow_off_simplex` out.")
     if reference is not None and not isinstance(reference, Scorer):
         reference = untuned(reference, **{name: value for name, value in guide.items() if name != "adapter_name"})
     if isinstance(arm, Mapping):

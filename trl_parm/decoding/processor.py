@@ -52,8 +52,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
     Padding is told as `generate` tells it without a mask: by a pad token that is no end token. Where rows begin
     with an end token, which tokenizers may pad with, pass `prompt=Prompt(inputs)` with the mask, unless it is a BOS of
     all rows. Where no pad token is known pass that, or `pad_token_id`, unless all rows begin with one token, such as a
-    BOS: prompts of one length without a BOS need it too. In continuous batching transformers drops custom processors
-    with a line in its log: use `generate`.
+    BOS: prompts of one length without a BOS need it too. In continuous batching transformers asks no processor, and
+    says nothing: use `generate`.
 
     Args:
         formula ([`Scorer`]): For example `BASE + 0.5 * LM(arm)`.

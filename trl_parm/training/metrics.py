@@ -138,20 +138,28 @@ def is_better_larger(name: str) -> bool:
     return not name.partition("@")[0].endswith(("loss", "vertex_correlation", "gain_error"))
 
 
-def check_metric(name: str, objectives: Sequence[str], preferences: Sequence[str]) -> None:
+def check_metric(
+    name: str, objectives: Sequence[str], preferences: Mapping[str, torch.Tensor], untrained: bool
+) -> None:
     """Raises `ValueError` for a metric that no evaluation reports, before a run is trained that is to be judged by it.
 
     Args:
         name (`str`): As `metric_for_best_model` has it, with or without `eval_` and the name of an evaluation.
-        objectives, preferences (`Sequence[str]`): The names of the objectives, and of the evaluation preferences.
+        objectives (`Sequence[str]`): The k objectives.
+        preferences (`Mapping[str, torch.Tensor]`): Name → evaluation preference of shape `(k,)`.
+        untrained (`bool`): Whether there is an untrained model to compare with, as below an adapter.
     """
-    at_preferences = ("loss", "accuracy", "margin", "ratio_accuracy")
-    known = ["loss", "vertex_correlation", "vertex_distance"]
-    known += [f"vertex_correlation@{one},{other}" for one, other in combinations(objectives, 2)]
-    known += [f"{o}_{kind}" for o in objectives for kind in ("untrained_loss", "gain", "gain_error")]
-    known += [f"{o}_{kind}@{preference}" for o in objectives for kind in at_preferences for preference in preferences]
+    at_preferences = ["loss", "accuracy", "margin", *(["ratio_accuracy"] if untrained else [])]
+    known = ["loss", *(f"{o}_{kind}@{p}" for o in objectives for kind in at_preferences for p in preferences)]
+    at_vertices = all(any(torch.equal(p.cpu(), v) for p in preferences.values()) for v in torch.eye(len(objectives)))
+    if untrained and at_vertices:
+        known += [f"{o}_{kind}" for o in objectives for kind in ("untrained_loss", "gain", "gain_error")]
+        known += ["vertex_correlation", "vertex_distance"] if len(objectives) > 1 else []
+        pairs = combinations(objectives, 2) if len(objectives) > 2 else ()
+        known += [f"vertex_correlation@{one},{other}" for one, other in pairs]
     if not any(name == one or name.endswith(f"_{one}") for one in known):
         like = get_close_matches(name.removeprefix("eval_"), known, n=3) or known
         raise ValueError(
-            f"`metric_for_best_model` is {name!r}, but no evaluation reports that. Take such as {', '.join(like)}."
+            f"`metric_for_best_model` is {name!r}, but no evaluation of this run reports that. Take such as "
+            f"{', '.join(like)}."
         )

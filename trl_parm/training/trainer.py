@@ -143,8 +143,10 @@ class PreferenceARMTrainer(SavingTrainer):
             self.preference_text = PreferenceText(self.objectives, args.preference_template)
         self.arm_loss = args.arm_loss(self.objectives)
         self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
+        own = cast(Any, model)
+        self._has_untrained = bool(is_peft_model(model)) and not changes_below(own.peft_config[self.adapter], own)
         if args.metric_for_best_model and compute_metrics is None:
-            check_metric(args.metric_for_best_model, self.objectives, list(self.eval_preferences))
+            check_metric(args.metric_for_best_model, self.objectives, self.eval_preferences, self._has_untrained)
         fixed = [as_preference(given, self.objectives) for given in cast(Any, args.train_preferences) or []]
         self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
         self.responses = Responses(model, args)
@@ -169,8 +171,6 @@ class PreferenceARMTrainer(SavingTrainer):
             optimizers=optimizers,
         )
         self._signature_columns = ["pairs"]
-        own = cast(Any, model)
-        self._has_untrained = is_peft_model(model) and not changes_below(own.peft_config[self.adapter], own)
         self._distances_ahead: torch.Tensor | None = None
         self._claimed = self._noise_checked = self._rows_checked = False
         self._offloading = get_act_offloading_ctx_manager(model) if args.activation_offloading else nullcontext()
