@@ -43,7 +43,7 @@ READ = {
     "Llama-2-7b-chat": (r"(<s> \[INST\] .*? \[/INST\]( .*? </s>)?)+", " [/INST]"),
     "TinyLlama": (r"(<\|user\|>\n.*?</s> \n<\|assistant\|>\n(.*?</s> \n)?)+", "<|assistant|>\n"),
     "tulu-2": (r"(<\|user\|>\n.*?\n<\|assistant\|>\n(.*?</s> \n)?)+", "<|assistant|>\n"),
-    "gpt2-large": (r"(\n\nHuman: .*?\n\nAssistant: .*?)+|\n\nHuman: .*( please)+.*", ""),  # the response is cut off
+    "gpt2-large": (r"(\n\nHuman: .*?\n\nAssistant: .*?)+|\w*( please)+\n\nAssistant: .*", ""),  # a prompt is cut off
     "humor-no-humor": (r"\[CLS\] (?!.*(human|assistant|about)).*\[SEP\]", ""),
 }
 """Part of a model's name → the template of the papers, in all that it reads, and how a prompt ends that it answers."""
