@@ -35,10 +35,7 @@ class VertexMetrics:
 
     def __init__(self, objectives: Sequence[str], preferences: Sequence[torch.Tensor], arm_loss: ARMLoss) -> None:
         self.objectives, self.arm_loss = objectives, arm_loss
-        vertices = torch.eye(len(objectives))
-        places = [next((j for j, p in enumerate(preferences) if torch.equal(p.cpu(), v)), None) for v in vertices]
-        self.places = [place for place in places if place is not None]
-        self.complete = len(self.places) == len(objectives)
+        self.places = vertices_among(preferences, len(objectives))
         self._changes: list[torch.Tensor] = []
         self._losses: list[torch.Tensor] = []
 
@@ -46,7 +43,7 @@ class VertexMetrics:
         self, labels: torch.Tensor, margins: torch.Tensor, weights: torch.Tensor, untrained: torch.Tensor | None
     ) -> None:
         """Adds a batch of pairs, as [`EvalMetrics.add`] takes them; nothing where a vertex, or Δ_0, is missing."""
-        if untrained is None or not self.complete:
+        if untrained is None or self.places is None:
             return
         known = (labels != 0).any(1)
         own, before = margins[:, self.places], untrained[:, None]
@@ -70,6 +67,13 @@ class VertexMetrics:
                 found[f"{objective}_gain"] = gain.item()
                 found[f"{objective}_gain_error"] = ((weight * (gains - gain)).norm() / total).item()
         return found
+
+
+def vertices_among(preferences: Sequence[torch.Tensor], k: int) -> list[int] | None:
+    """Where the k vertices stand among preferences of shape `(k,)`; `None` unless all of them do."""
+    places = [next((j for j, p in enumerate(preferences) if torch.equal(p.cpu(), v)), None) for v in torch.eye(k)]
+    found = [place for place in places if place is not None]
+    return found if len(found) == k else None
 
 
 def vertex_correlation(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .diagnosis import VertexMetrics
+from .diagnosis import VertexMetrics, vertices_among
 from .losses import ARMLoss, accuracies, count_labels, weighted
 
 
@@ -151,8 +151,7 @@ def check_metric(
     """
     at_preferences = ["loss", "accuracy", "margin", *(["ratio_accuracy"] if untrained else [])]
     known = ["loss", *(f"{o}_{kind}@{p}" for o in objectives for kind in at_preferences for p in preferences)]
-    at_vertices = all(any(torch.equal(p.cpu(), v) for p in preferences.values()) for v in torch.eye(len(objectives)))
-    if untrained and at_vertices:
+    if untrained and vertices_among(list(preferences.values()), len(objectives)) is not None:
         known += [f"{o}_{kind}" for o in objectives for kind in ("untrained_loss", "gain", "gain_error")]
         known += ["vertex_correlation", "vertex_distance"] if len(objectives) > 1 else []
         pairs = combinations(objectives, 2) if len(objectives) > 2 else ()
