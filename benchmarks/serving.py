@@ -43,7 +43,7 @@ def main() -> None:
         first = time.perf_counter()
         rounds = [one_round(args, url, objectives) for _ in range(args.repeats)]
         print(f"{args.repeats} rounds in {time.perf_counter() - first:.0f} s", flush=True)
-    report("serving", table(rounds), notes(args, rounds, seconds), args.results, args.table)
+    report("serving", table(rounds), notes(args, rounds, seconds), args.results, args.table, timed="wall time")
 
 
 def parse_args() -> argparse.Namespace:

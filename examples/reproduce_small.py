@@ -3,12 +3,12 @@
 
     python examples/reproduce_small.py --task stories --model MODEL --pairs PAIRS.jsonl
     python examples/reproduce_small.py --task stories --only stories/200/5     # one piece
-    python examples/reproduce_small.py --page                                  # the page, from what is kept
+    python examples/reproduce_small.py --page                                  # the published page, from its tables
 
 Every method is trained on the same pairs, with as many steps of pairs, and judged on the same prompts. A piece, one
 budget and seed of a task, leaves a table of rewards in `--results`, from which the page is computed; what is complete
 is not done again, and a piece that was stopped goes on. Adapters and answers go to `--work`, which is not needed
-afterwards.
+afterwards. The published tables are in `benchmarks/results/small`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 
 CONFIGS = Path(__file__).parent / "configs" / "small" / "tasks"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "small"
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "small"
+RESULTS = Path("runs/small/results")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,12 +39,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", nargs="*", help="tasks, of configs/small/tasks (default: all)")
     parser.add_argument("--only", nargs="*", default=[], help="pieces by the beginning of their names")
     parser.add_argument("--list", action="store_true", help="name the pieces, and run none")
-    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--page", action="store_true", help="only write the page, of the published tables by default")
     parser.add_argument("--model", help="a task's base model, in the place of the configuration's")
     parser.add_argument("--pairs", help="a task's pairs, in the place of the configuration's")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where tables of rewards are kept")
+    parser.add_argument("--results", type=Path, help=f"where tables of rewards are kept (default: {RESULTS})")
     parser.add_argument("--work", type=Path, default=Path("runs/small"), help="where adapters and answers go")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.results = args.results or (PUBLISHED if args.page else RESULTS)
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

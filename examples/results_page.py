@@ -33,14 +33,17 @@ steer, not how well they would steer a large model towards helpful and harmless 
 
 Rewards are *standardised*: minus the mean, by the standard deviation, of the base's answers. **MIP** is the mean inner
 product of α and standardised rewards, **HV** the hypervolume of mean standardised rewards above −1 or 0 in all
-objectives. Brackets are 95 % intervals over prompts *and* training seeds, where there are several; differences are
-paired, prompt by prompt and seed by seed."""
+objectives. Brackets are 95 % intervals over prompts *and* training seeds, where there are several; the scale, and with
+it the point above which HV counts, is resampled with the prompts. Differences are paired, prompt by prompt and seed by
+seed."""
 
 SETTINGS = """- **Model**: `{model}`, frozen; also the backbone of all ARMs and policies. Adapters have rank 8 and
   lie on the attention's q, k and v.
 - **Pairs** of its own answers, labelled for {objectives}: {pairs}. PARM, SVD-LoRA and UniARM see all of
   them; each ARM of GenARM, and each policy, has a part for itself, {share}, with its own label. Pairs of the
   part that this does not tell apart are left out, and others come again in their place.
+- **Losses**: β is {reward_beta:g} in that of ARMs and {policy_beta:g} in DPO's, and was not searched. It is all that
+  sets the strength of Rewarded Soups and MOD.
 - **Evaluation**: {prompts} prompts that no training has seen, {points} preferences, {tokens} new tokens sampled from
   the {top_k} likeliest with the same noise for each prompt. {judges}
 - **Cost** on one thread: {costs}.
@@ -64,10 +67,11 @@ guides it, which sharpens without any preference; *PARM, α permuted* guides by 
 
 JUDGES = {
     False: "The scorers that judge are those that labelled the pairs.",
-    True: "Other scorers judge than those that labelled the pairs.",
+    True: "Other scorers judge than those that labelled the pairs; β was chosen with these judges.",
 }
-FIGURES = """Crosses in the first figure are intervals over prompts, of means over seeds. Open marks in the second are
-the same methods at the β with which they were to be as far from the base as PARM, the grey line."""
+FIGURES = """Crosses in the first figure are 95 % intervals over prompts and training seeds. Open marks in the second
+are the same methods at the β with which they were to be as far from the base as PARM: the grey line, and its range
+over seeds."""
 
 FIELD_TEXT = """### {title}: the rest of the field, {steps} steps, training seed {seed}
 
@@ -93,8 +97,11 @@ seed, by the beginning of their names:
 LIMITS = """## What this does not show
 
 Small models, and rewards that short happy phrases satisfy; no judge but scorers. Learning rates and β were chosen with
-few seeds of training, and are used for all. Hypervolume of few prompts is biased upwards, and of several noisy points
-more than of a control's one. KL is estimated from the sampled answers. The noise of sampling is the same for all seeds
+few seeds of training, and are used for all. Prompts are a few templates, which training has seen too, with topics that
+it has not; intervals take them for independent, and are too narrow for prompts of another kind. Of many comparisons
+some are told apart by chance: nothing is corrected for their number. Hypervolume of few prompts is biased upwards, and
+of several noisy points more than of a control's one. KL is the mean log-ratio of the tokens that were sampled, from
+the likeliest, so that it is no divergence of the whole distributions. The noise of sampling is the same for all seeds
 of training. Times are those of a shared machine; [decoding](decoding.md) has paired measurements."""
 
 
@@ -136,14 +143,16 @@ def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
             for other, called in ((UNTRAINED, "untrained"), (GENARM, GENARM)):
                 differences = budget.difference(PARM, other)
                 row |= {f"{PARM} − {called}: {name}": interval(differences[name]) for name in (PRODUCT, ABOVE_ZERO)}
-            correlations = zip(budget.objectives, budget.correlations(PARM)[0])
-            rows.append({**row, "rank correlations": ", ".join(f"{name} {value:.2f}" for name, value in correlations)})
+            found_ranks = budget.correlations(PARM)
+            ranks = zip(budget.objectives, found_ranks[0], found_ranks[1:].min(0), found_ranks[1:].max(0))
+            said = ", ".join(f"{name} {value:.2f} ({least:.2f} to {most:.2f})" for name, value, least, most in ranks)
+            rows.append({**row, "rank correlations (single seeds)": said})
     return "## In one table\n\n" + markdown(rows)
 
 
 def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) -> list[str]:
     """What was run for a task, and what was found with each budget."""
-    parts = [f"## {task.title}", settings_text(task, budgets) + lacking(budgets[0])]
+    parts = [f"## {task.title}", settings_text(task, budgets) + lacking(task, budgets[0])]
     for budget in budgets:
         settings = Settings(task, task.settings_of(budget.steps), results / task.name, Path())
         check_chosen(settings, budget)
@@ -151,7 +160,7 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
         draw(budget, images, name)
         parts += [
             f"### {task.title}: {budget.steps:,} steps, training seeds: {len(budget.seeds)}",
-            chosen_text(task, settings),
+            chosen_text(task, budget.kinds, settings),
             "**What holds**\n\n" + "\n".join(f"- {line}" for line in statements(budget)),
             f"![Mean rewards of all methods at every preference](images/{name}.png)",
             f"![Mean inner product over KL to the base](images/{name}_kl.png)",
@@ -183,7 +192,7 @@ def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
     facts, every = budgets[0].facts[0], [one for budget in budgets for one in budget.facts]
     versions = {name: sorted({one["versions"][name] for one in every}) for name in VERSIONS}
     return SETTINGS.format(
-        model=Path(task.model).name,
+        model=facts["model"],
         pairs="; ".join(map(pairs_text, budgets)),
         objectives=" and ".join(facts["objectives"]),
         share=f"one of {len(facts['objectives'])}",
@@ -192,15 +201,21 @@ def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
         points=len(budgets[0].fronts[PARM].labels),
         tokens=facts["max_new_tokens"],
         top_k=facts["top_k"],
+        reward_beta=task.reward_beta,
+        policy_beta=task.policy_beta,
         costs="; ".join(map(cost, budgets)),
         versions=", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()),
     )
 
 
-def lacking(budget: Budget) -> str:
-    """Which methods are not compared on a task."""
+def lacking(task: Task, budget: Budget) -> str:
+    """Which methods are not compared on a task, or not yet."""
+    planned = {method.title for method in methods_of(task.kinds).values()}
     found = [method.title for method in METHODS.values() if method.title not in budget.fronts]
-    return f"\n- **Not compared** on this task: {', '.join(found)}." if found else ""
+    to_come = [title for title in found if title in planned]
+    never = [title for title in found if title not in planned]
+    said = f"\n- **Still to come** on this task: {'; '.join(to_come)}." if to_come else ""
+    return said + (f"\n- **Not compared** on this task: {'; '.join(never)}." if never else "")
 
 
 def pairs_text(budget: Budget) -> str:
@@ -227,10 +242,10 @@ def check_chosen(settings: Settings, budget: Budget) -> None:
             )
 
 
-def chosen_text(task: Task, settings: Settings) -> str:
+def chosen_text(task: Task, kinds: Sequence[str], settings: Settings) -> str:
     """The settings of a budget, with all that was tried."""
-    scales, rates = ({kind: settings.tried(what, kind) for kind in task.kinds} for what in (SCALE, RATE))
-    betas = {m.title: settings.tried(BETA, name) for name, m in methods_of(task.kinds).items() if m.has_beta}
+    scales, rates = ({kind: settings.tried(what, kind) for kind in kinds} for what in (SCALE, RATE))
+    betas = {m.title: settings.tried(BETA, name) for name, m in methods_of(kinds).items() if m.has_beta}
     return CHOSEN.format(
         held_out=task.validation_pairs,
         steps=settings.steps,
@@ -245,7 +260,7 @@ def chosen_text(task: Task, settings: Settings) -> str:
         validation=task.validation_prompts,
         betas=_chosen(betas, losses=False),
         beta_edges=edges(betas, BETA),
-        policies=at_policies_kl(settings),
+        policies=at_policies_kl(settings, kinds),
     )
 
 
@@ -285,7 +300,7 @@ def answers_table(budget: Budget) -> list[dict[str, Any]]:
             {
                 "method": method,
                 **{name: f"{np.mean([row[name] for row in own]):.2f}" for name in budget.objectives},
-                "KL to the base": f"{max(0.0, budget.kl(method)):.2f}",
+                "KL to the base": f"{budget.kl(method):.2f}",
                 "log π_base": f"{sum(row['log_prob_base'] for row in own) / tokens:.2f}",
                 "repeated 4-grams": f"{np.mean(repeated):.1%}" if repeated else None,
                 "at the cap": f"{np.mean([row['capped'] for row in own]):.0%}",

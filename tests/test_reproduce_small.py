@@ -16,7 +16,8 @@ import results_page
 import torch
 import yaml
 from comparison import piece as pieces_of
-from comparison.field import FIELD, beyond_table, read_field
+from comparison.field import FIELD, beyond_table, field_pieces, read_field
+from comparison.figures import means
 from comparison.methods import BASE, METHODS, decode
 from comparison.pooled import ABOVE_ZERO, GENARM, PARM, PRODUCT, SHUFFLED, Budget, permuted
 from comparison.results import OF_KINDS, facts_path, join_pieces, read_facts, read_piece, rows_path, write_piece
@@ -28,7 +29,7 @@ from peft import AutoPeftModelForCausalLM
 from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
 from transformers import AutoTokenizer
 
-from trl_parm.evaluation import arrange
+from trl_parm.evaluation import arrange, bootstrap
 from trl_parm.records import Records
 
 
@@ -188,7 +189,7 @@ def test_a_kind_that_comes_later_joins_the_table(finished, tmp_path, monkeypatch
     settings, path = Settings(task, 2, folder / "results" / "tiny", work), rows_path(tmp_path, 4, 0)
     for kind in KINDS[:-1]:
         pieces_of.compare(replace(task, kinds=KINDS[:-1]), 4, 0, kind, settings, tmp_path, work)
-    assert Budget.read(tmp_path, 4, [0]) is None  # not all that is compared
+    assert Budget.read(tmp_path, 4, [0]).kinds == list(KINDS[:-1])
     before, part = facts_path(path).read_bytes(), rows_path(tmp_path, 4, 0, KINDS[-1])
     with monkeypatch.context() as patch:
         patch.setattr(pieces_of, "join_pieces", lambda *paths: None)
@@ -225,6 +226,33 @@ def test_a_finished_piece_is_not_done_again(finished, monkeypatch):
     monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained again"))
     monkeypatch.setattr(results_page, "write_page", lambda *paths: None)
     run(folder, monkeypatch)
+
+
+def test_tables_of_another_model_or_of_other_pairs_are_refused(finished, monkeypatch):
+    """A run that finds another's tables must not take them for its own."""
+    folder, _ = finished
+    results, work = folder / "results", folder / "work"
+    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained"))
+    other = Task.read(folder / "tasks" / "tiny.yaml", model=str(folder / "another"))
+    every = [*pieces_of.pieces(other, results, work), *field_pieces(other, results, work)]
+    for piece in every:
+        if "/settings/" not in piece.name and "/field/scale" not in piece.name:
+            with pytest.raises(ValueError, match="model .*another"):
+                piece.run()
+    with pytest.raises(ValueError, match="model was model, but is another.*Here `--results` names the output"):
+        every[0].run()
+    pairs = folder / "other.jsonl"
+    pairs.write_text(Path(other.pairs).read_text().replace("w7", "w8"))
+    task = Task.read(folder / "tasks" / "tiny.yaml", pairs=str(pairs))
+    with pytest.raises(ValueError, match="4-seed0.csv.gz has the pairs .* Name another folder with `--results`"):
+        next(piece for piece in pieces_of.pieces(task, results, work) if piece.name == "tiny/4/0/parm").run()
+
+
+def test_a_run_keeps_its_tables_apart_from_the_published_ones():
+    assert command.parse([]).results == command.parse(["--list"]).results == Path("runs/small/results")
+    assert command.parse(["--page"]).results == command.PUBLISHED
+    assert command.parse(["--page", "--results", "mine"]).results == Path("mine")
+    assert (command.PUBLISHED / "stories").is_dir()
 
 
 def test_a_permuted_preference_is_that_of_the_reversed_front(finished, tmp_path):
@@ -448,6 +476,15 @@ def test_a_best_setting_at_an_edge_is_said():
     assert "The β of dpo lies at an edge" in edges({"parm": inside, "dpo": outside}, BETA)
 
 
+def test_a_grid_of_strengths_that_ends_at_its_largest_value_is_said():
+    """Though the β that was chosen, the weakest that is about as good, lies inside."""
+    rows = tried({0.25: -1.02, 0.5: -1.0, 1: -0.5}, error=0.05)
+    said = edges({"parm": rows, "genarm": tried({0.25: -0.9, 0.5: -1.0, 1: -0.5}, error=0.05)}, BETA)
+    assert said.startswith("Each β lies inside the values that were tried.")
+    assert said.endswith("The largest MIP itself is at the strongest guidance that was tried of parm.")
+    assert "strongest" not in edges({"parm": tried({1: 1.0, 2: 2.0, 3: 0.5, 4: 3.0})}, SCALE)
+
+
 def test_the_page_says_which_grid_ends_at_its_best(tmp_path):
     path = write_task(tmp_path)
     write_results(tmp_path / "results" / "tiny", [0])
@@ -467,6 +504,10 @@ def test_matched_kl_lies_between_what_was_tried(tmp_path):
     assert settings.beta("parm") == 4.0
     assert settings.matched("genarm") == pytest.approx(4.0)  # the end of what was tried
     assert settings.matched("parm") is settings.matched("mod") is None
+    settings.tried = lambda what, of: [
+        {"at": at, "value": at, "error": 0.0, "kl": -0.01} for at in (0.5, 1.0, 2.0, 4.0)
+    ]
+    assert settings.matched("genarm") is None  # an estimate so close to the base
 
 
 def test_joined_loras_are_made_of_the_training(finished):
@@ -505,12 +546,89 @@ def test_missing_seeds_are_said(tmp_path):
     assert Budget.read(tmp_path, 4, [7]) is None
 
 
+def test_a_kind_that_some_seeds_lack_does_not_take_the_others_from_the_page(tmp_path):
+    """As while a comparison goes on: what all seeds have is compared, and what is left out is said."""
+    path, results = write_task(tmp_path, budgets={4: [0, 1, 2]}), tmp_path / "results" / "tiny"
+    write_results(results, [0], kinds=["parm", "svd_lora", "genarm"], scale=1)
+    write_results(results, [1, 2], kinds=["parm", "genarm"], scale=1)
+    write_settings(results)
+    budget = read(results)
+    assert (budget.seeds, budget.missing, budget.kinds) == ([0, 1, 2], [], ["parm", "genarm"])
+    assert budget.partial == {"svd_lora": [0]}
+    assert "SVD-LoRA" not in budget.fronts
+    assert all("svd_lora" not in one["trained"] for one in budget.facts)
+    assert statements(budget)[-1] == "**Seeds**: SVD-LoRA with 0 alone so far, and left out."
+    text = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20).read_text()
+    assert "**Still to come** on this task: SVD-LoRA; UniARM; Rewarded Soups; MOD; PARM, disjoint start." in text
+    assert "One seed of training" not in text
+    write_results(results, [7], kinds=["parm"])
+    assert Budget.read(results, 4, [7]) is None
+
+
+def test_seeds_that_were_run_with_other_arithmetic_are_refused(tmp_path):
+    """The base's answers, and losses of untrained ARMs, are the same whatever the seed of training."""
+    write_results(tmp_path, [0, 1])
+    path = rows_path(tmp_path, 4, 1)
+    rows, facts = [{**row, "response": ""} for row in read_piece(path)], read_facts(path)
+    changed = [{**row, "early": row["early"] + 0.1 * (i == 0)} for i, row in enumerate(rows)]
+    assert changed[0]["method"] == BASE
+    write_piece(path, changed, facts)
+    with pytest.raises(ValueError, match="differs between the seeds 0 and 1 of .*, 4 steps: one was run with other"):
+        read(tmp_path)
+    write_piece(path, rows, facts)
+    read(tmp_path)
+    facts["trained"]["genarm"]["metrics"]["early_untrained_loss"] = 0.7
+    write_piece(path, rows, facts)
+    with pytest.raises(ValueError, match="other arithmetic, as on another CPU"):
+        read(tmp_path)
+
+
+def test_joined_tables_keep_the_versions_of_each(tmp_path):
+    parts = [rows_path(tmp_path, 4, 0, kind) for kind in ("parm", "dpo", "genarm")]
+    for part, version in zip(parts, ("2.13", "2.14", "2.13")):
+        facts = {"objectives": OBJECTIVES, "versions": {"python": "3", "torch": version}}
+        write_piece(part, [], {**facts, "trained": {}, "betas": {}, "matched": {}})
+    join_pieces(rows_path(tmp_path, 4, 0), parts)
+    assert read_facts(rows_path(tmp_path, 4, 0))["versions"] == {"python": "3", "torch": "2.13 and 2.14"}
+
+
+def test_crosses_of_the_figure_are_over_prompts_and_seeds(tmp_path):
+    write_results(tmp_path, [0, 1, 2])
+    budget = read(tmp_path)
+    front = budget.fronts[PARM]
+    cell = next(row for row in means(budget, [BASE, PARM]) if row["preference"] == GRID[2])
+    alone = bootstrap(lambda mean: mean[0], front.rewards[:, 2, [0]], budget.resamples)
+    of_seeds = front.runs[:, :, 2, 0].mean(1)
+    assert cell["early"] == pytest.approx(front.points[2, 0]) == pytest.approx(alone.estimate)
+    reach = math.hypot(alone.high - alone.estimate, 4.303 * of_seeds.std(ddof=1) / math.sqrt(3))
+    assert cell["early_high"] - cell["early"] == pytest.approx(reach, rel=1e-3)
+
+
+def test_a_method_whose_own_beta_is_about_at_parms_kl_stands_there_with_it(tmp_path):
+    write_results(tmp_path, [0, 1])
+    for seed in (0, 1):
+        path = rows_path(tmp_path, 4, seed)
+        rows, facts = read_piece(path), read_facts(path)
+        extra = [{**row, "method": "UniARM at PARM's KL", "log_ratio": 1.0 + seed} for row in rows
+                 if row["method"] == "UniARM"]  # fmt: skip
+        write_piece(path, [{**row, "response": ""} for row in rows + extra], facts)
+    budget = read(tmp_path)
+    assert budget.near_kl()["UniARM"] == "UniARM at PARM's KL"
+    assert budget.near_kl()["SVD-LoRA"] == "SVD-LoRA"
+    assert not {PARM, "MOD", "ARM alone", BASE} & {*budget.near_kl()}
+    said = next(line for line in statements(budget) if line.startswith("**Near PARM's KL"))
+    assert said.startswith("**Near PARM's KL to the base**, 0.40 (0.40 to 0.40) a token over seeds")
+    assert "(not told apart; KL 0.30 (0.20 to 0.40), KL 0.40 at its own β)" in said
+    assert "KL 0.40 (0.40 to 0.40), its own β)" in said
+
+
 @pytest.mark.parametrize("key", ["pairs", "top_k", "max_new_tokens", "matched", "products", "scale", "rate"])
 def test_pieces_of_two_comparisons_are_refused(tmp_path, key):
     write_results(tmp_path, [0])
     metrics = {"vertex_correlation": 0.5, "early_gain": 0.1, "short_gain": 0.2}
     trained = {kind: {"metrics": metrics, "seconds": 60.0, key: 9} for kind in KINDS}
-    write_results(tmp_path, [1], **({"trained": trained} if key in ("scale", "rate") else {key: "other"}))
+    other = {key: {"parm": 9.0} if key == "matched" else "other"}
+    write_results(tmp_path, [1], **({"trained": trained} if key in ("scale", "rate") else other))
     with pytest.raises(ValueError, match=f"seeds 0 and 1 .* have different {key}"):
         read(tmp_path)
 
@@ -591,7 +709,7 @@ def test_the_reason_for_a_lead_has_an_interval_over_seeds(tmp_path):
             }
             write_results(tmp_path, [seed], 0.3, trained=trained)
         behind = next(line for line in statements(read(tmp_path)) if line.startswith("**On held-out pairs**"))
-        assert ("it has learned less: its losses fell by" in behind) == shown
+        assert ("; its losses fell by" in behind and "less than GenARM's, over seeds" in behind) == shown
         assert ("held-out pairs do not show why" in behind) != shown
 
 
@@ -603,7 +721,7 @@ def test_parm_beside_methods_without_beta_is_not_read_off_beyond_what_was_tried(
         if of == "parm"
         else [{"at": 1.0, "value": -0.3, "kl": kl[of]}]
     )
-    text = at_policies_kl(settings)
+    text = at_policies_kl(settings, KINDS)
     assert "Rewarded Soups 0.30 at KL 1.50, PARM 0.75;" in text
     assert "MOD 0.30 at KL 9.00, PARM 0.50 at KL 2.00, the nearest that was tried" in text
     assert "ARM alone 0.30 at KL 0.10, PARM 1.00 at KL 1.00, the nearest that was tried" in text
@@ -650,7 +768,8 @@ def test_a_task_of_fewer_kinds_says_which_methods_it_lacks(tmp_path, monkeypatch
     write_settings(results, kinds=kinds, steps=8)
     text = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20).read_text()
     lacking = next(line for line in text.splitlines() if line.startswith("- **Not compared** on this task"))
-    assert lacking.endswith(": SVD-LoRA, UniARM, Rewarded Soups, MOD, PARM, disjoint start.")
+    assert lacking.endswith(": SVD-LoRA; UniARM; Rewarded Soups; MOD; PARM, disjoint start.")
+    assert "Still to come" not in text
     assert "held-out pairs after 8 steps" in text
     assert "after 2 steps with the seeds 7" in text
     assert "| SVD-LoRA |" not in text

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from peft_pblora import preference_grid
-from trl_parm.identity import short_hash
 from trl_parm.records import versions
-from trl_parm.texts import prompt_key
 
 from .methods import BASE, METHODS, Method, decode
-from .piece import Piece
+from .piece import Piece, check_same_run, identity
 from .pooled import GENARM, PARM, Budget
 from .results import facts_path, read_facts, read_piece, rows_path, write_piece
 from .settings import Settings
@@ -63,6 +61,7 @@ def compare_field(task: Task, settings: Settings, results: Path, work: Path) -> 
     assert task.field is not None
     steps, seed = task.field
     path, folder = rows_path(results, steps, seed, NAME), work / f"{steps}-seed{seed}"
+    check_same_run(path, task)
     if facts_path(path).exists():
         return
     trainings = settings.chosen({method.kind for method in FIELD.values()}, steps, seed, folder)
@@ -76,8 +75,7 @@ def compare_field(task: Task, settings: Settings, results: Path, work: Path) -> 
     entries = [method.entry(trainings[method.kind], settings.beta(name)) for name, method in known.items()]
     rows += decode(task, prompts, BEYOND, entries, folder / "beyond.jsonl", allow_off_simplex=True)
     facts = {
-        "task": task.name, "steps": steps, "seed": seed, "batch": task.batch, "objectives": task.objectives,
-        "prompts": short_hash("\n".join(map(prompt_key, prompts)).encode()), "pairs": task.fingerprint(),
+        **identity(task), "steps": steps, "seed": seed, "objectives": task.objectives,
         "trained": trained, "betas": betas, "versions": versions(),
     }  # fmt: skip
     write_piece(path, rows, facts)
@@ -117,7 +115,7 @@ def read_field(results: Path, task: Task, budget: Budget) -> tuple[Budget, list[
 
 def _agree(own: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     """Whether a piece and the field's were run alike."""
-    alike = [(own[key], facts[key]) for key in ("prompts", "pairs", "batch")]
+    alike = [(own.get(key), facts.get(key)) for key in ("model", "prompts", "pairs", "batch")]
     for kind in set(own["trained"]) & set(facts["trained"]):
         alike += [(own["trained"][kind].get(key), facts["trained"][kind].get(key)) for key in ("scale", "rate")]
     alike += [(own["betas"].get(m.beta_of), facts["betas"].get(name)) for name, m in FIELD.items() if m.beta_of]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trl_parm.evaluation import draw_fronts, summarize
+from trl_parm.evaluation import draw_fronts, mean_and_error, seed_bootstrap
 from trl_parm.evaluation.plots import COLOURS, MARKERS
 
 from .methods import BASE, UNTRAINED
@@ -20,34 +20,35 @@ from .pooled import PARM, PRODUCT, Budget
 def draw(budget: Budget, folder: Path, name: str) -> None:
     """Writes `<name>.png`, mean rewards, and `<name>_kl.png` into a folder."""
     shown = [BASE, UNTRAINED, PARM, *budget.compared()]
-    draw_fronts(summarize(mean_rows(budget, shown), budget.objectives), budget.objectives, folder, name=name)
+    draw_fronts(means(budget, shown), budget.objectives, folder, name=name)
     figure = _against_kl(budget)
     figure.savefig(folder / f"{name}_kl.png", dpi=150, bbox_inches="tight", pad_inches=0.08)
 
 
-def mean_rows(budget: Budget, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of some methods with rewards that are means over seeds."""
-    first = {name: f"{name} (seed {budget.seeds[0]})" for name in methods}
-    like = {first[name]: name for name in methods}
+def means(budget: Budget, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean rewards of some methods at each preference, as [`trl_parm.evaluation.summarize`] gives them, with intervals
+    over prompts and training seeds."""
     found = []
-    for name in methods:
-        rows = [row for row in budget.rows if row["method"] == first[name]]
-        own = budget.fronts[name]
-        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-        points = [None] if own.preferences is None else [tuple(point) for point in own.preferences.tolist()]
-        for row in rows:
-            point = None if row["preference"] is None else tuple(row["preference"])
-            values = own.rewards[prompts.index(row["prompt"]), points.index(point)]
-            found.append({**row, "method": like[row["method"]], **dict(zip(budget.objectives, values.tolist()))})
+    for front in (budget.fronts[name] for name in methods):
+        grid = [None] * len(front.labels) if front.preferences is None else front.preferences.tolist()
+        for point, (preference, label) in enumerate(zip(grid, front.labels)):
+            cell = {"method": front.method, "preference": preference, "label": label}
+            for i, name in enumerate(budget.objectives):
+                value, low, high = seed_bootstrap(lambda mean: mean[0], front.runs[:, :, point, [i]], budget.resamples)
+                error = mean_and_error(front.rewards[:, point, i].tolist())[1]
+                cell |= {name: value, f"{name}_error": error, f"{name}_low": low, f"{name}_high": high}
+            found.append(cell)
     return found
 
 
 def _against_kl(budget: Budget) -> Figure:
-    """Mean inner product of standardised rewards over KL to the base; open marks are of another β, at PARM's KL."""
+    """Mean inner product of standardised rewards over KL to the base; open marks are of another β, near PARM's KL,
+    whose range over seeds is grey."""
     rows = {row["method"]: row for row in budget.measures if row["measure"] == PRODUCT}
     matched = budget.matched()
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
+    axes.axvspan(*budget.kl_range(PARM), color="0.94", lw=0, zorder=0)
     axes.axvline(budget.kl(PARM), color="0.8", lw=1, zorder=0)
     styles = zip([PARM, *budget.compared()], COLOURS * 2, MARKERS, strict=False)
     for name, colour, marker in styles:

@@ -16,7 +16,7 @@ from trl_parm.records import versions
 from trl_parm.texts import prompt_key
 
 from .methods import UNTRAINED, decode, methods_of
-from .results import facts_path, join_pieces, kinds_of, rows_path, write_piece
+from .results import facts_path, join_pieces, kinds_of, read_facts, rows_path, write_piece
 from .settings import Settings
 from .task import Task, agreement
 from .training import Training
@@ -69,8 +69,10 @@ def pieces(task: Task, results: Path, work: Path) -> Iterator[Piece]:
 
 def compare(task: Task, steps: int, seed: int, kind: str, settings: Settings, results: Path, work: Path) -> None:
     """Trains a kind with one seed, evaluates the methods that need it, and keeps the rewards; the last kind puts those
-    of all together."""
+    of all together. Raises `ValueError` for tables of another model, other pairs or other prompts."""
     path, part = rows_path(results, steps, seed), rows_path(results, steps, seed, kind)
+    for known in (path, part):
+        check_same_run(known, task)
     if kind in kinds_of(path):
         return
     if not facts_path(part).exists():
@@ -85,6 +87,28 @@ def compare(task: Task, steps: int, seed: int, kind: str, settings: Settings, re
     join_pieces(path, [path, *rest] if known else rest)
 
 
+def identity(task: Task) -> dict[str, Any]:
+    """What tables have in common that can be put together."""
+    prompts = task.prompts("test", task.test_prompts)
+    return {
+        "task": task.name, "model": task.model_name, "batch": task.batch, "pairs": task.fingerprint(),
+        "prompts": short_hash("\n".join(map(prompt_key, prompts)).encode()),
+    }  # fmt: skip
+
+
+def check_same_run(path: Path, task: Task) -> None:
+    """Raises `ValueError` for a table that is there, of another model, other pairs or other prompts than a task's."""
+    if not facts_path(path).exists():
+        return
+    known, expected = read_facts(path), identity(task)
+    for key, value in expected.items():
+        if known.get(key) != value:
+            raise ValueError(
+                f"{path} has the {key} {known.get(key)}, but that of the task is {value}. Name another folder with "
+                "`--results`."
+            )
+
+
 def _evaluate(
     task: Task, training: Training, entries: Sequence[Callable[[], Any]], settings: Settings, folder: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -95,8 +119,7 @@ def _evaluate(
     grid = preference_grid(task.objectives, steps=task.grid_steps).tolist()
     rows = decode(task, prompts, grid, [entry() for entry in entries], folder / f"answers-{training.kind}.jsonl")
     return rows, {
-        "task": task.name, "steps": steps, "seed": seed, "batch": task.batch, "objectives": task.objectives,
-        "prompts": short_hash("\n".join(map(prompt_key, prompts)).encode()), "pairs": task.fingerprint(),
+        **identity(task), "steps": steps, "seed": seed, "objectives": task.objectives,
         "agreement": agreement(task.drawn(steps, seed), task.objectives), "trained": {training.kind: trained},
         "betas": {name: settings.beta(name) for name in names},
         "matched": {name: settings.matched(name) for name in names},

@@ -16,10 +16,10 @@ import scipy.stats
 from trl_parm.evaluation import Front, arrange, mean_and_error, pool_seeds, rank_correlations, standardized
 from trl_parm.evaluation.measures import differences, measure
 
-from .methods import BASE, UNTRAINED, mean_kl
+from .methods import BASE, UNTRAINED, mean_kl, methods_of
 from .piece import AT_KL
-from .results import kinds_of, read_facts, read_piece, rows_path
-from .task import KINDS
+from .results import OF_KINDS, kinds_of, read_facts, read_piece, rows_path
+from .task import BESIDE, KINDS
 
 
 PARM, GENARM, SHUFFLED = "PARM", "GenARM", "PARM, α permuted"
@@ -27,9 +27,11 @@ PRODUCT, ABOVE_MINUS_ONE, ABOVE_ZERO = "MIP", "HV above −1", "HV above 0"
 """Measures of standardised rewards: mean inner product, and hypervolume above −1 and above 0 in all objectives."""
 
 
-SHARED = ("prompts", "pairs", "batch", "betas", "matched", "top_k", "max_new_tokens", "products")
+SHARED = ("model", "prompts", "pairs", "batch", "betas", "matched", "top_k", "max_new_tokens", "products")
 SETTINGS = ("scale", "rate")
 """What all seeds have in common, of pieces and of each training in them."""
+UNTRAINED_LOSS = "_untrained_loss"
+"""Ends the names of metrics that no training changes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Budget:
     Attributes:
         steps (`int`): Steps of training in all.
         seeds, missing (`list[int]`): Seeds of training that are there, and those that were planned beside them.
+        kinds (`list[str]`): What was trained with all of these seeds.
+        partial (`dict[str, list[int]]`): What was trained with some of them, which is left out: kind → these seeds.
         facts (`list[dict]`): Of each seed.
         rows (`list[dict]`): Of all seeds, each method named with its seed.
         names (`dict[str, str]`): Method with seed → method.
@@ -48,6 +52,8 @@ class Budget:
     steps: int
     seeds: list[int]
     missing: list[int]
+    kinds: list[str]
+    partial: dict[str, list[int]]
     facts: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     names: dict[str, str]
@@ -62,31 +68,60 @@ class Budget:
         resamples: int = 2000,
         kinds: Collection[str] = KINDS,
     ) -> Budget | None:
-        """From the files of a task; `None` if no seed has all kinds. Raises `ValueError` for pieces of different
-        runs."""
-        paths = {seed: path for seed in planned if {*kinds} <= kinds_of(path := rows_path(results, steps, seed))}
-        if not paths:
+        """From the files of a task: what was trained with all seeds that have PARM and GenARM; `None` if no seed has
+        both. Raises `ValueError` for pieces of different runs."""
+        every = {seed: rows_path(results, steps, seed) for seed in planned}
+        there = {seed: [kind for kind in kinds if kind in kinds_of(path)] for seed, path in every.items()}
+        there = {seed: found for seed, found in there.items() if {*BESIDE} <= {*found}}
+        if not there:
             return None
-        facts = [read_facts(path) for path in paths.values()]
-        for seed, one in zip(paths, facts):
-            for key in (*SHARED, *SETTINGS):
-                if _said(one, key) != _said(facts[0], key):
-                    raise ValueError(
-                        f"The seeds {min(paths)} and {seed} of {results.name}, {steps} steps, have different {key}. "
-                        "Only pieces of one comparison can be put together: run the others again."
-                    )
+        shared = [kind for kind in kinds if all(kind in found for found in there.values())]
+        partial = {
+            kind: [seed for seed, found in there.items() if kind in found] for kind in kinds if kind not in shared
+        }
+        facts = [_of_kinds(read_facts(every[seed]), shared) for seed in there]
+        for seed, one in zip(there, facts):
+            _check_same(results, steps, min(there), facts[0], seed, one)
         rows, names = [], {}
-        for seed, path in paths.items():
-            for row in read_piece(path):
-                name = f"{row['method']} (seed {seed})"
-                names[name] = row["method"]
-                rows.append({**row, "method": name})
-        found = {seed: {row["method"] for row in rows if row["method"].endswith(f"(seed {seed})")} for seed in paths}
-        for seed, methods in found.items():
-            if len(methods) != len({*names.values()}):
+        methods = _titles(shared)
+        for seed in there:
+            for row in read_piece(every[seed]):
+                if row["method"] in methods:
+                    name = f"{row['method']} (seed {seed})"
+                    names[name] = row["method"]
+                    rows.append({**row, "method": name})
+        for seed in there:
+            if len([name for name in names if name.endswith(f"(seed {seed})")]) != len({*names.values()}):
                 raise ValueError(f"The seed {seed} of {results.name}, {steps} steps, lacks methods that others have.")
-        missing = [seed for seed in planned if seed not in paths]
-        return cls(steps, list(paths), missing, facts, rows, names, resamples)
+        missing = [seed for seed in planned if seed not in there]
+        partial = {kind: found for kind, found in partial.items() if found}
+        budget = cls(steps, list(there), missing, shared, partial, facts, rows, names, resamples)
+        budget.check_arithmetic(results.name)
+        return budget
+
+    def check_arithmetic(self, task: str) -> None:
+        """Raises `ValueError` where what no training changes, the base's answers and losses of untrained ARMs, differs
+        between seeds: the products were rounded otherwise, as on another CPU."""
+        found = []
+        for seed, one in zip(self.seeds, self.facts):
+            answers = [
+                row[n] for row in self.rows if row["method"] == f"{BASE} (seed {seed})" for n in self.objectives
+            ]
+            metrics = {kind: trained["metrics"] for kind, trained in one["trained"].items()}
+            losses = {
+                (kind, name): value
+                for kind, own in metrics.items()
+                for name, value in own.items()
+                if name.endswith(UNTRAINED_LOSS)
+            }
+            found.append((answers, losses))
+        for seed, one in zip(self.seeds, found):
+            if one != found[0]:
+                raise ValueError(
+                    f"What no training changes, such as the base's answers, differs between the seeds {self.seeds[0]} "
+                    f"and {seed} of {task}, {self.steps} steps: one was run with other arithmetic, as on another CPU. "
+                    "Run it again beside the others."
+                )
 
     @property
     def objectives(self) -> list[str]:
@@ -133,10 +168,19 @@ class Budget:
         """Mean KL to the base of a token, over seeds and preferences."""
         return mean_kl([row for row in self.rows if self.names[row["method"]] == method])
 
-    def relative_time(self, method: str, other: str) -> float:
-        """The time of a token of a method by that of another, in batches of one size: the median over seeds."""
+    def kl_range(self, method: str) -> tuple[float, float]:
+        """The least and the largest of it over seeds."""
+        found = [
+            mean_kl([row for row in self.rows if row["method"] == f"{method} (seed {seed})"]) for seed in self.seeds
+        ]
+        return min(found), max(found)
+
+    def relative_time(self, method: str, other: str) -> tuple[float, float, float]:
+        """The time of a token of a method by that of another, in batches of one size: the median over seeds, the least
+        and the largest."""
         both = [[self._seconds(f"{name} (seed {seed})") for name in (method, other)] for seed in self.seeds]
-        return float(np.median([own / others for own, others in both]))
+        found = [own / others for own, others in both]
+        return float(np.median(found)), min(found), max(found)
 
     def gain_difference(self, kind: str, minus: str) -> tuple[float, float, float] | None:
         """How much more the losses at the vertices fell in one kind of training than in another, summed over
@@ -166,8 +210,13 @@ class Budget:
         return [name for name in self.fronts if name not in own and name not in self.matched().values()]
 
     def matched(self) -> dict[str, str]:
-        """Method → its name at PARM's KL, where it was decoded with another β for that."""
+        """Method → its name near PARM's KL, where it was decoded with another β for that."""
         return {name: AT_KL.format(name) for name in self.fronts if AT_KL.format(name) in self.fronts}
+
+    def near_kl(self) -> dict[str, str]:
+        """Method → its name near PARM's KL, of all whose β was searched: its own where its own β is about that."""
+        searched = {method.title for method in methods_of(self.kinds).values() if method.searched} - {PARM}
+        return {name: self.matched().get(name, name) for name in self.fronts if name in searched}
 
     @cached_property
     def _differences(self) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
@@ -189,6 +238,32 @@ def permuted(front: Front) -> Front | None:
     if grid is None or grid.shape[1] != 2 or not np.allclose(grid[::-1], grid[:, ::-1]):
         return None
     return replace(front, method=SHUFFLED, runs=front.runs[:, :, ::-1])
+
+
+def _titles(kinds: Collection[str]) -> set[str]:
+    """The names of methods of some kinds, also at PARM's KL, and of what is decoded beside PARM."""
+    titles = [method.title for method in methods_of(kinds).values()]
+    return {BASE, UNTRAINED, *titles, *map(AT_KL.format, titles)}
+
+
+def _of_kinds(facts: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """The facts of a table as far as they are about some kinds."""
+    known = {"trained": kinds, "betas": methods_of(kinds), "matched": methods_of(kinds), "methods": _titles(kinds)}
+    return {
+        key: {name: of for name, of in value.items() if name in known[key]} if key in OF_KINDS else value
+        for key, value in facts.items()
+    }
+
+
+def _check_same(
+    results: Path, steps: int, first: int, expected: Mapping[str, Any], seed: int, facts: Mapping[str, Any]
+) -> None:
+    for key in (*SHARED, *SETTINGS):
+        if _said(facts, key) != _said(expected, key):
+            raise ValueError(
+                f"The seeds {first} and {seed} of {results.name}, {steps} steps, have different {key}. Only pieces of "
+                "one comparison can be put together: run the others again."
+            )
 
 
 def _said(facts: Mapping[str, Any], key: str) -> Any:

@@ -80,6 +80,8 @@ def join_pieces(path: Path, parts: Sequence[Path]) -> None:
     for table, facts in zip(tables, every):
         # No more than the facts tell of: a stop may have come between the two files of an earlier join.
         text += "".join(line for line in table[1:] if next(csv.reader([line]))[0] in facts["methods"])
+    versions = {name: [facts["versions"].get(name) for facts in every] for name in every[0].get("versions", {})}
+    merged["versions"] = {name: " and ".join(dict.fromkeys(filter(None, found))) for name, found in versions.items()}
     _write(path, text, {**every[0], **merged})
     for part in parts:
         if part != path:

@@ -93,7 +93,9 @@ class Settings:
         if method == "parm" or not METHODS[method].has_beta:
             return None
         aim = next(row["kl"] for row in self.tried(BETA, "parm") if row["at"] == self.beta("parm"))
-        rows = sorted(self.tried(BETA, method), key=lambda row: row["kl"])
+        rows = sorted((row for row in self.tried(BETA, method) if row["kl"] > 0), key=lambda row: row["kl"])
+        if aim <= 0 or not rows:  # estimates may come out so, close to the base
+            return None
         logs = np.log([[row["kl"], row["at"]] for row in rows])
         found = round(float(np.exp(np.interp(math.log(aim), logs[:, 0], logs[:, 1]))), 3)
         return None if 1 / CLOSE < found / (self.beta(method) or 1.0) < CLOSE else found
@@ -142,7 +144,11 @@ class Settings:
     def _search(
         self, what: str, of: str, grid: Sequence[float], value: Callable[[float, int], dict[str, Any]]
     ) -> None:
-        with Records(self.path, self._configuration(), cell_of=cell_of) as kept:
+        try:
+            records = Records(self.path, self._configuration(), cell_of=cell_of)
+        except ValueError as error:
+            raise ValueError(f"{error} Here `--results` names the output, and there is no `restart`.") from error
+        with records as kept:
             while (at := next_of(self.tried(what, of), grid, self.task.limits[what])) is not None:
                 known = {row["seed"] for row in self._rows(what, of) if row["at"] == at}
                 for seed in self.seeds:
@@ -161,7 +167,7 @@ class Settings:
     def _configuration(self) -> dict[str, Any]:
         task = self.task
         return {
-            "task": task.name, "pairs": task.fingerprint(), "steps": self.steps,
+            "task": task.name, "model": task.model_name, "pairs": task.fingerprint(), "steps": self.steps,
             "batch": task.batch, "reward_beta": task.reward_beta, "policy_beta": task.policy_beta,
             "held_out": task.validation_pairs, "prompts": task.validation_prompts, "rewards": task.rewards,
             "max_new_tokens": task.max_new_tokens, "top_k": task.top_k,

@@ -34,7 +34,7 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
         against(budget, DISJOINT, GENARM, "GenARM") if DISJOINT in budget.fronts else "",
         against(budget, JOINED, GENARM, "GenARM")
-        + f" A token takes {budget.relative_time(JOINED, GENARM):.2f} of GenARM's time.",
+        + f" A token takes {_with_range(*budget.relative_time(JOINED, GENARM))} of GenARM's time.",
         at_matched_kl(budget),
         others(budget),
         repetition(budget),
@@ -72,20 +72,24 @@ def steering(budget: Budget) -> str:
 
 
 def at_matched_kl(budget: Budget) -> str:
-    """Other methods at the β with which they are as far from the base as PARM."""
+    """Other methods at the β with which they were to be as far from the base as PARM: those of the trainings that β
+    was chosen with were, those of other seeds are about as far."""
     parts = []
-    for name, matched in budget.matched().items():
-        row, kl = budget.difference(PARM, matched)[PRODUCT], f"KL {budget.kl(matched):.2f}, at its own β"
-        parts.append(f"{name} {interval(row)} ({verdict(row)}; {kl} {budget.kl(name):.2f})")
-    head = f"**At PARM's KL to the base**, {budget.kl(PARM):.2f} a token, PARM's MIP minus that of "
+    for name, near in budget.near_kl().items():
+        row, own = budget.difference(PARM, near)[PRODUCT], "its own β" if near == name else f"KL {budget.kl(name):.2f}"
+        at = "" if near == name else " at its own β"
+        kl = _with_range(budget.kl(near), *budget.kl_range(near))
+        parts.append(f"{name} {interval(row)} ({verdict(row)}; KL {kl}, {own}{at})")
+    kl = _with_range(budget.kl(PARM), *budget.kl_range(PARM))
+    head = f"**Near PARM's KL to the base**, {kl} a token over seeds, PARM's MIP minus that of "
     return head + "; ".join(parts) + "." if parts else ""
 
 
-def at_policies_kl(settings: Settings) -> str:
+def at_policies_kl(settings: Settings, kinds: Sequence[str]) -> str:
     """PARM beside methods whose distance from the base can't be chosen, at theirs: by what was tried for β."""
     rows = sorted(settings.tried(BETA, "parm"), key=lambda row: row["kl"])
     parts = []
-    for name, method in methods_of(settings.task.kinds).items():
+    for name, method in methods_of(kinds).items():
         for own in () if method.has_beta else settings.tried(BETA, name):
             parm = float(np.interp(own["kl"], [row["kl"] for row in rows], [-row["value"] for row in rows]))
             nearest = min(max(own["kl"], rows[0]["kl"]), rows[-1]["kl"])
@@ -138,46 +142,65 @@ def diagnosis(budget: Budget) -> str:
             gains.append(f"{name} {own[0]:+.3f} ({beside}GenARM's ARM {other[0]:+.3f})")
     apart = budget.mean_metric("parm_disjoint", "vertex_correlation")
     said = (
-        f"**On held-out pairs** the changes that training made at PARM's vertices correlate by {found[0]:.2f} "
+        "**On held-out pairs**, some of those that learning rates were chosen with, the changes that training made at "
+        f"PARM's vertices correlate by {found[0]:.2f} "
         f"({found[1]:.2f} to {found[2]:.2f} over seeds; 1: α does nothing)"
         + (f", with a disjoint start by {apart[0]:.2f}" if apart else "")
         + f". The loss at an objective's vertex fell by {', '.join(gains)}."
     )
     behind = [name for name in JUDGED if budget.difference(PARM, GENARM)[name]["high"] < 0]
     if behind:
-        said += f" PARM is behind GenARM in {' and '.join(behind)}: {reason(budget, found[0])}"
+        said += f" PARM is behind GenARM in {' and '.join(behind)}; {reason(budget, found[0])}"
     return said
 
 
 def reason(budget: Budget, correlation: float) -> str:
-    """Why PARM is behind GenARM, of what can be told from held-out pairs."""
+    """What held-out pairs show where PARM is behind GenARM."""
     parts, gain = [], budget.gain_difference("parm", "genarm")
     if gain is not None and gain[2] < 0:
         less = f"{-gain[0]:.2f} [{-gain[2]:.2f}, {-gain[1]:.2f}]"
-        parts.append(f"it has learned less: its losses fell by {less} less than GenARM's")
+        parts.append(f"its losses fell by {less} less than GenARM's, over seeds")
     parts += ["its vertices are alike"] if correlation > ALIKE else []
     return (" and ".join(parts) or "held-out pairs do not show why") + "."
 
 
 def seeds(budget: Budget) -> str:
     """What intervals lack."""
-    if len(budget.seeds) == 1:
+    if len(budget.seeds) == 1 and not budget.partial:
         return "**One seed of training**: the intervals are over prompts and lack what another training would change."
+    parts = []
     if budget.missing:
         listed = ", ".join(map(str, budget.missing))
-        return f"**Seeds**: of {len(budget.seeds) + len(budget.missing)} that were planned, {listed} were not run."
-    return ""
+        parts.append(f"of {len(budget.seeds) + len(budget.missing)} that were planned, {listed} were not run")
+    for kind, there in budget.partial.items():
+        titles = " and ".join(method.title for method in methods_of([kind]).values())
+        parts.append(f"{titles} with {', '.join(map(str, there))} alone so far, and left out")
+    return f"**Seeds**: {'; '.join(parts)}." if parts else ""
 
 
 def edges(tried: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> str:
     """Which grids have their best at an edge, in words."""
     found = [name for name, rows in tried.items() if at_edge(rows)]
     word = {SCALE: "`lora_alpha`", RATE: "learning rate", BETA: "β"}[what]
-    if not found:
-        return f"Each {word} lies inside the values that were tried."
-    return (
-        f"The {word} of {', '.join(found)} lies at an edge of the values that were tried: a better one may lie beyond."
-    )
+    said = f"Each {word} lies inside the values that were tried."
+    if found:
+        said = (
+            f"The {word} of {', '.join(found)} lies at an edge of the values that were tried: a better one may lie "
+            "beyond."
+        )
+    strongest = [name for name, rows in tried.items() if what == BETA and min(rows, key=_value)["at"] == rows[0]["at"]]
+    if more := [name for name in strongest if name not in found]:
+        said += f" The largest MIP itself is at the strongest guidance that was tried of {', '.join(more)}."
+    return said
+
+
+def _value(row: Mapping[str, Any]) -> float:
+    return row["value"]
+
+
+def _with_range(value: float, least: float, most: float) -> str:
+    """A number with the least and the largest of what it is of."""
+    return f"{value:.2f} ({least:.2f} to {most:.2f})"
 
 
 def interval(row: Mapping[str, Any]) -> str:

@@ -117,6 +117,11 @@ class Task:
     def objectives(self) -> list[str]:
         return list(self.rewards)
 
+    @property
+    def model_name(self) -> str:
+        """The base model's, without the folder that it is in."""
+        return Path(self.model).name
+
     @cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """The pairs by split. Raises `ValueError` for a file without them, and for prompts in two splits."""

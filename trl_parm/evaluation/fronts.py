@@ -73,6 +73,9 @@ class Front:
         seconds (`float`): For one token, all time divided by all tokens.
         tokens (`float`): Mean length of a response.
         extra_parameters, extra_bytes (`int`): What the method keeps in memory beside the base model.
+        scale (`np.ndarray` of shape `(prompts, 2, k)` or `None`): Of standardised rewards, the answers to each prompt
+            that they have their scale from, in its units: their mean, and that of their squares. Over all prompts
+            these are 0 and 1.
     """
 
     method: str
@@ -83,6 +86,7 @@ class Front:
     tokens: float
     extra_parameters: int
     extra_bytes: int
+    scale: np.ndarray | None = None
 
     @property
     def rewards(self) -> np.ndarray:
@@ -192,7 +196,8 @@ def pool_seeds(
 def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -> list[Front]:
     """The fronts with each reward minus its mean over the answers of a method, by their standard deviation.
 
-    So objectives of different units count alike in a mean inner product. The scale is taken for exact in intervals.
+    So objectives of different units count alike in a mean inner product. Other prompts would have another scale, which
+    the intervals of [`measure`] and [`differences`] take into account.
 
     Args:
         found (`Sequence[Front]`): From [`arrange`].
@@ -203,12 +208,13 @@ def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -
         ValueError: no such method, a single answer, or a reward that is the same for all of its answers, up to the
             rounding of a model's output.
     """
-    answers = next((front.runs.reshape(-1, front.runs.shape[-1]) for front in found if front.method == base), None)
-    if answers is None:
+    runs = next((front.runs for front in found if front.method == base), None)
+    if runs is None:
         listed = ", ".join(front.method for front in found)
         raise ValueError(
             f"Rewards get the scale that they have for {base!r}, but the methods are {listed}. Evaluate it."
         )
+    answers = runs.reshape(-1, runs.shape[-1])
     deviations = answers.std(0, ddof=1) if len(answers) > 1 else np.zeros(len(objectives))
     least = np.finfo(np.float32).eps * np.abs(answers).max(0)
     for name, deviation, noise in zip(objectives, deviations, least, strict=True):
@@ -217,7 +223,11 @@ def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -
                 f"The reward {name!r} is the same for all answers of {base!r}, or there is one answer only, so that "
                 "it has no scale. Evaluate more prompts, or leave it out of `objectives`."
             )
-    return [replace(front, runs=(front.runs - answers.mean(0)) / deviations) for front in found]
+    mean = answers.mean(0)
+    of_prompts = ((runs - mean) / deviations).swapaxes(0, 1)
+    moments = np.stack([(of_prompts**power).mean((1, 2)) for power in (1, 2)], 1)
+    moments[:, 1] /= moments[:, 1].mean(0)  # the deviation is that of a sample
+    return [replace(front, runs=(front.runs - mean) / deviations, scale=moments) for front in found]
 
 
 def summarize(

@@ -31,6 +31,8 @@ WRITER = "plot"
 """Who writes tables and figures: each replaces those that were written by the other calls, and nothing else."""
 STANDARD_REFERENCES = (-1, 0)
 """Reference points of standardised rewards in all objectives: a standard deviation below the base model, and at it."""
+NO_VARIANCE = 1e-9
+"""Up to which share of the variance of all answers those of a resample are taken for alike."""
 HYPERVOLUME, INNER_PRODUCT, SPREAD = "hypervolume", "mean inner product", "spread of {}"
 
 
@@ -43,7 +45,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Hypervolume at each reference point, mean inner product, and the [`spread`] of each objective, of each method,
     with 95 % bootstrap intervals over prompts, and over training seeds where a method has several
-    ([`seed_bootstrap`]). A control counts as its one point at every preference of the others.
+    ([`seed_bootstrap`]). The scale of [`standardized`] rewards is resampled with the prompts. A control counts as its
+    one point at every preference of the others.
 
     Args:
         found (`Sequence[Front]`): From [`arrange`].
@@ -63,7 +66,8 @@ def measure(
         for front in found:
             if front.preferences is None and name not in (HYPERVOLUME, INNER_PRODUCT):
                 continue  # one point is nowhere else at another preference
-            value, low, high = seed_bootstrap(statistic, front.runs, resamples, seed=seed)
+            of, values = _with_scale(statistic, front.runs, front.scale)
+            value, low, high = seed_bootstrap(of, values, resamples, seed=seed)
             low = max(low, 0.0) if name == HYPERVOLUME else low
             seeds, prompts = front.runs.shape[:2]
             head = {"method": front.method, "points": len(front.labels), "prompts": prompts, "seeds": seeds}
@@ -93,7 +97,7 @@ def differences(
     Raises:
         ValueError: no such method.
     """
-    by_name = {front.method: front.runs for front in found}
+    by_name, scales = ({front.method: getattr(front, name) for front in found} for name in ("runs", "scale"))
     if against not in by_name:
         raise ValueError(f"`against` is {against!r}, but the methods are {', '.join(by_name)}.")
     other = by_name.pop(against)
@@ -102,10 +106,11 @@ def differences(
         for method, rewards in by_name.items():
             n, seeds = rewards.shape[2], max(len(rewards), len(other))
             both = [np.broadcast_to(runs, (seeds, *runs.shape[1:])) for runs in (rewards, other)]
-            value, low, high = seed_bootstrap(
+            of, values = _with_scale(
                 lambda mean, n=n, of=statistic: of(mean[:n]) - of(mean[n:]),
-                np.concatenate(both, axis=2), resamples, seed=seed,
+                np.concatenate(both, axis=2), scales[against],
             )  # fmt: skip
+            value, low, high = seed_bootstrap(of, values, resamples, seed=seed)
             head = {"method": method, "minus": against, "measure": name, "reference": reference}
             differs = None if math.isnan(low) else low > 0 or high < 0
             rows.append({**head, "value": value, "low": low, "high": high, "differs": differs})
@@ -204,6 +209,22 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if _is_nan(value) else value for key, value in row.items()} for row in rows)
+
+
+def _with_scale(
+    statistic: Callable[[np.ndarray], float], runs: np.ndarray, scale: np.ndarray | None
+) -> tuple[Callable[[np.ndarray], float], np.ndarray]:
+    """A measure of mean rewards, and what it is measured on, `(seeds, prompts, ..., k)`. Standardised rewards of other
+    prompts have another scale, which is resampled with them; a resample without any deviation keeps the one it has."""
+    if scale is None:
+        return statistic, runs
+
+    def of_scaled(mean: np.ndarray) -> float:
+        centre, square = mean[-2:]
+        variance = square - centre**2
+        return statistic((mean[:-2] - centre) / np.sqrt(np.where(variance > NO_VARIANCE, variance, 1.0)))
+
+    return of_scaled, np.concatenate([runs, np.broadcast_to(scale, (len(runs), *scale.shape))], axis=2)
 
 
 def _statistics(
