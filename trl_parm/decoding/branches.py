@@ -25,7 +25,7 @@ from peft_pblora.switch import backbone_of
 from trl_parm.algebra import Step
 
 from .adapters import Adapters
-from .prefix import can_take_back, follow, rewindable_cache
+from .prefix import can_take_back, follow, rewindable_cache, turning_length
 from .terms import check_evaluates
 
 
@@ -103,6 +103,9 @@ class Classifier:
         return self._answer
 
     def _read(self, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
+        most = turning_length(self.model)
+        if most is not None and int(seen.sum(1).max() + new_mask.sum(-1).max()) > most:
+            return self._as_whole_texts(text, seen, new, new_mask)
         kept = self.prefix.align(text, seen)
         if self.branches:
             return self._as_branches(self.prefix.cache, text[:, kept:], seen, new, new_mask)[1]
@@ -120,6 +123,20 @@ class Classifier:
         if head is None or torch.equal(chosen, _last(new_mask)):
             return self._apart(self.model, seen, new, new_mask).logits.view(*new.shape[:2], -1)
         return head(self._last_hidden(seen, new, new_mask))
+
+    def _as_whole_texts(
+        self, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The same without anything that was read before, which was not by the factors of such long texts."""
+        rows, k, _ = new.shape
+        ids = torch.cat([text.repeat_interleave(k, 0), new.flatten(0, 1)], 1)
+        mask = torch.cat([seen.repeat_interleave(k, 0), new_mask.flatten(0, 1).to(seen)], 1)
+        head, given = _head(self.model), {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        with torch.no_grad():
+            if head is None:
+                return self.model(input_ids=ids, use_cache=False, **given).logits.view(rows, k, -1)
+            hidden = _backbone(self.model)(input_ids=ids, use_cache=False, **given).last_hidden_state
+            return head(hidden[torch.arange(len(ids), device=ids.device), _last(mask)]).view(rows, k, -1)
 
     def _last_hidden(self, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
         """Hidden states `(rows, k, hidden)` at the last tokens of candidates that are read as texts of their own."""

@@ -69,6 +69,10 @@ class GuidedCache(Cache):
                 "the `end_tokens`. Leave them out where rows change places, or where the cache goes on afterwards."
             )
 
+    def turns(self, length: int) -> bool:
+        """Whether text of so many columns has to be read anew by one of the models, see [`turning_length`]."""
+        return self.length > 0 and any(part.turns(length - self.length) for part in self.parts)
+
     def note(self, columns: int, rows: int, own: OwnPrompt | None = None, replaced: int = 0) -> None:
         """Notes that so many columns more were read, of so many rows, after prompts of the guides' own in the place of
         the first columns, those that are `replaced`."""

@@ -62,7 +62,8 @@ def joined(guided: Guided, held: Sequence[Held], own_prompt: bool = False) -> Gu
         own_prompt (`bool`, *optional*, defaults to `False`): As of [`open_cache`].
 
     Raises:
-        ValueError: layers of a cache whose rows can't be put side by side.
+        ValueError: layers of a cache whose rows can't be put side by side, or texts on both sides of a
+            [`turning_length`].
     """
     new = open_cache(guided, own_prompt)
     for number, part in enumerate(new.parts):
@@ -153,6 +154,12 @@ def _join_part(part: Part, held: Sequence[tuple[Part, Held]]) -> None:
     shifts = [width - columns for columns in widths]
     if held[0][0].mask is not None:
         part.mask = torch.cat([_shifted(mask[..., None], shift)[..., 0] for mask, shift in zip(masks, shifts)])
+    part.longest, part.turned = max(old.longest for old, _ in held), held[0][0].turned
+    if any(old.turned != part.turned for old, _ in held):
+        raise ValueError(
+            f"A {type(part.model).__name__} turns its keys by other factors in texts of more than "
+            f"{part.turning_length} tokens: shorter and longer ones can't be put side by side."
+        )
     kinds = len(part.terms)
     rows = [
         torch.tensor([[kind * old_rows + row for row in one.rows] for kind in range(kinds)])

@@ -300,6 +300,10 @@ class Guided(GenerationMixin, nn.Module):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
+        cache, ids = cache_in(kwargs), args[0] if args else kwargs["input_ids"]
+        if isinstance(cache, GuidedCache) and 0 < cache.length < ids.shape[1] and cache.turns(ids.shape[1]):
+            again = {"next_sequence_length": None} if "next_sequence_length" in kwargs else {}
+            kwargs |= {**dict.fromkeys(kwargs.keys() & {*NAMES}), **again}  # all of the text is read anew
         inputs = self.backbone.prepare_inputs_for_generation(*args, **kwargs)
         if not self.config.is_encoder_decoder and inputs.get("attention_mask") is None:
             ours["text_mask"] = kwargs.get("attention_mask")  # a recurrent model needs it for the prompt alone

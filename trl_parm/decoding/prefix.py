@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,19 @@ def follow(old: torch.Tensor, new: torch.Tensor, alike: torch.Tensor | None = No
 def can_take_back(cache: Cache) -> bool:
     """Whether any number of tokens can be taken back from a cache."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def turning_length(model: Any) -> int | None:
+    """The longest text whose keys a model turns by the factors of short ones, where it has others for longer texts
+    (LongRoPE, arXiv 2402.13753): what it has read of a text that outgrows it must be read anew. `None` for others."""
+    config = model.config.get_text_config(decoder=True)
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given, *(kind for kind in given.values() if isinstance(kind, Mapping))]  # of all layers, or of each type
+    own = getattr(config, "original_max_position_embeddings", None)
+    found = [
+        kind.get("original_max_position_embeddings", own) for kind in kinds if kind.get("rope_type") == "longrope"
+    ]
+    return min((length for length in found if length is not None), default=None)
 
 
 def check_reorders(cache: Cache) -> None:

@@ -89,11 +89,11 @@ def check_order(model: Any, adapters: Adapters) -> None:
 
 def tensors_on_modules(model: Any, rows: int) -> dict[tuple[int, str], torch.Tensor]:
     """Attributes of a model's modules, beside parameters and buffers, that have so many rows; packed copies of weights
-    are none of them."""
+    are none of them, nor are vectors, such as rotary frequencies, of which there may be as many by chance."""
     return {
         (id(module), name): value
         for module in model.modules()
         if not isinstance(module, PackedLinear)
         for name, value in vars(module).items()
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == rows
     }

@@ -284,6 +284,8 @@ class _Prefix:
         self.mask = torch.cat([self.prompt_mask, torch.ones_like(tokens[:, length - new_columns :])], 1)
         if length in self.answers:
             return self.answers[length]
+        if self.state.turns(length):
+            self._open(tokens)
         kept = self.state.length
         mask = None if bool(self.mask.all()) else self.mask
         answers: dict[LM, torch.Tensor] = {}
@@ -327,10 +329,13 @@ class _Prefix:
             _check_text(term, tokens[:, :start])
         self.prompt_length, self.prompt_mask = start, mask[:, :start]
         self._begun = tokens.shape[1]
-        self.state = GuidedCache(
-            parts_of(None, self.terms, own is not None, lambda term, copies: rewindable_cache(term.backbone))
-        )
         self.answers: dict[int, dict[LM, torch.Tensor]] = {}
+        self._open(tokens)
+
+    def _open(self, tokens: torch.Tensor) -> None:
+        """Caches that hold nothing of the text."""
+        own = self._own is not None
+        self.state = GuidedCache(parts_of(None, self.terms, own, lambda term, copies: rewindable_cache(term.backbone)))
         self.tokens = tokens[:, :0]
 
     def _follow(self, tokens: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from peft_pblora.rows import Entry
 
 from .adapters import Adapters, same_stamp
 from .incoming import New
-from .prefix import can_take_back, holds
+from .prefix import can_take_back, holds, turning_length
 from .probes import check_order, goes_on, tensors_on_modules
 from .terms import LM
 
@@ -59,6 +59,8 @@ class Part:
         self.staying: torch.Tensor | None = None
         self._stamp = adapters.stamp(terms)
         self._planned: tuple[int, list[Entry]] | None = None
+        self.turning_length = turning_length(self.model)
+        self.longest, self.turned = 0, False  # of what was read, where there is such a length
         self._goes_on = self._keeps_order = False  # until it was found out
 
     @property
@@ -126,12 +128,14 @@ class Part:
         empty = fresh = self.cache is not None and not holds(self.cache)
         for term in self.terms if empty or self.cache is None else ():
             self.adapters.check_evaluates(term, self.on_rows)
+        longest = 0 if self.turning_length is None else self._turn(new, inputs, last, empty)
         if empty:  # a cache may have been emptied, or been made long before
             self._stamp, self._planned = self.adapters.stamp(self.terms), None
         if empty and compiled is None and (common := self._common_start(new, inputs, last)):
             start, new = new.split(common)
             self.forward(start, inputs, 1)
             empty = False
+        self.longest = longest
         places = self._places(new, inputs, rows) if fresh and type(self.cache) is DynamicCache else None
         chosen = None if places is None else places[0]
         if self.staying is not None:
@@ -187,6 +191,27 @@ class Part:
                     output[name] = tuple(value[own] for value in output[name])
         return dict(zip(self.terms, logits.split(rows))), output
 
+    def turns(self, tokens: int) -> bool:
+        """Whether so many tokens more make what was read one whose keys are turned otherwise."""
+        return self.turning_length is not None and self.turned != (self.longest + tokens > self.turning_length)
+
+    def _turn(self, new: New, inputs: dict[str, Any], last: int, empty: bool) -> int:
+        """The length of the longest text, by which all are turned. Raises `ValueError` where one would be read by two
+        kinds of factors, or answers after shorter texts are asked for beside those after longer ones."""
+        positions = self._positions(new, inputs)
+        columns = inputs.get("inputs_embeds", new.ids).shape[1]
+        longest = new.start + columns if positions is None else int(positions.max()) + 1
+        most = cast(int, self.turning_length)
+        turned = longest > most
+        if self.cache is not None and ((not empty and turned != self.turned) or (turned and longest - last < most)):
+            raise ValueError(
+                f"A {type(self.model).__name__} turns its keys by other factors in texts of more than {most} tokens, "
+                "so that a text can't be read in parts across this length, nor be drafted. Pass all of it at once, "
+                "without a cache, `prefill_chunk_size` or an assistant; `SpeculativeDecoding` drafts up to it."
+            )
+        self.turned = turned
+        return longest
+
     def check_goes_on(self) -> None:
         """Raises `ValueError` for a model that forgets where several tokens follow: a text that is read in two parts
         must be that text."""
@@ -215,6 +240,7 @@ class Part:
     def crop(self, tokens: int) -> None:
         """Takes the last `tokens` back."""
         cast(Cache, self.cache).crop(-tokens)
+        self.longest -= tokens
         if self.mask is not None and tokens:
             self.mask = self.mask[:, :-tokens]
 
@@ -283,7 +309,7 @@ class Part:
         """How many columns all rows begin with, such as a system prompt, if it is worth while to read them by
         themselves: once for each adapter and α, in the place of once a row."""
         outputs = (inputs.get(name) or getattr(self.model.config, name, False) for name in OUTPUTS)
-        if last == 0 or len(new.ids) == 1 or type(self.cache) is not DynamicCache or any(outputs):
+        if last == 0 or len(new.ids) == 1 or type(self.cache) is not DynamicCache or any(outputs) or self.turned:
             return 0
         if any(map(holds_tensors, inputs.values())) or not can_take_back(self.cache):  # as of recurrent layers
             return 0

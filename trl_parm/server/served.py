@@ -17,6 +17,7 @@ from peft_pblora.preference import SUM_TOLERANCE
 from peft_pblora.switch import backbone_of
 from trl_parm.decoding import BASE, Guided
 from trl_parm.decoding.joining import can_join, can_read_on
+from trl_parm.decoding.prefix import turning_length
 from trl_parm.evaluation.decoding import ANY, SAME_OBJECTIVES, Batch, ModelAt
 from trl_parm.evaluation.methods import Entry, rewarded_soups
 from trl_parm.evaluation.models import Models, positions_of
@@ -196,6 +197,8 @@ def _load(models: Models, entry: Entry, objectives: tuple[str, ...], preference:
     served = Served(entry.name, model_at, objectives, weights, beta, entry.method.together)
     one = served.guided([uniform or {}], [beta])  # at a vertex it would lack guides
     joins = can_join(lambda rows: served.guided([uniform or {}] * rows, [beta] * rows))
-    known = [positions_of(backbone_of(model).config) for model in (models.base, *(term.model for term in one.terms))]
+    used = [backbone_of(model) for model in (models.base, *(term.model for term in one.terms))]
+    # Beyond its turning length a model would have to read all texts of a batch anew.
+    known = [count for model in used for count in (positions_of(model.config), turning_length(model))]
     positions = min((count for count in known if count is not None), default=None)
     return replace(served, joins=joins, in_parts=can_read_on(one), positions=positions)

@@ -117,6 +117,8 @@ class SpeculativeDecoding:
             count = max(0, min(length.next(), room - 1))
             # Rows that are done go on from their prompts, so that nothing is read beyond the longest text allowed.
             going_on = Texts(texts.prompt, texts.mask, texts.new, torch.where(unfinished, texts.lengths, 0))
+            rooms = (one.room(going_on) for one in (target, draft) if one is not None)
+            count = min((count, *(room for room in rooms if room is not None)))
             start = time.perf_counter()
             if count == 0:
                 tokens, q = texts.new[:, :0], None

@@ -101,6 +101,11 @@ class Target:
             return torch.softmax(scores, -1)
         return torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
 
+    def room(self, texts: Texts) -> int | None:
+        """As [`Reader.room`](speculative.texts.Reader.room), of all models."""
+        rooms = [reader.room(texts) for reader in (self._with_base, self._others)]
+        return min((room for room in rooms if room is not None), default=None)
+
     def choose(self, distribution: torch.Tensor) -> torch.Tensor:
         """A token of each distribution, `(rows, 1)`."""
         return torch.multinomial(distribution, 1) if self.do_sample else distribution.argmax(-1, keepdim=True)
@@ -221,6 +226,10 @@ class StandIn:
             tokens.append(self.target.choose(distributions[-1]))
             texts = texts.extended(tokens[-1])
         return torch.cat(tokens, 1), torch.stack(distributions, 1)
+
+    def room(self, texts: Texts) -> int | None:
+        """As [`Reader.room`](speculative.texts.Reader.room)."""
+        return self._reader.room(texts)
 
     def ask(self, texts: Texts) -> Answers:
         """What the models that it reads say next, `(rows, vocab)`."""

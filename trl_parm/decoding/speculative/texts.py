@@ -69,6 +69,11 @@ class Reader:
         found = {term: logits for held in self._held for term, logits in held.read(texts, last).items()}
         return {term: logits.to(texts.prompt.device) for term, logits in found.items()}
 
+    def room(self, texts: Texts) -> int | None:
+        """How many tokens may be read together with these texts until a model has to read all of them anew, see
+        [`turning_length`]; `None` for any number."""
+        return min((room for held in self._held if (room := held.room(texts)) is not None), default=None)
+
 
 class _Held:
     """What one set of weights has read, kept as far as the next texts begin with it.
@@ -80,12 +85,23 @@ class _Held:
         self.part, self.own = part, own
         if own is not None:
             part.terms[0].check_ids(own[0])
-        nothing = torch.zeros(1, 0, dtype=torch.long, device=part.model.device)  # of any number of rows
+        self._forget()
+
+    def _forget(self) -> None:
+        nothing = torch.zeros(1, 0, dtype=torch.long, device=self.part.model.device)  # of any number of rows
         self.tokens, self.lengths, self.held = nothing, nothing.sum(1), nothing.bool()
+
+    def room(self, texts: Texts) -> int | None:
+        most = self.part.turning_length
+        longest = 0 if most is None else int(self._left_aligned(texts, 1)[1].max())
+        return None if most is None or longest > most else most - longest
 
     def read(self, texts: Texts, last: int) -> dict[LM, torch.Tensor]:
         self._check(len(texts.prompt))
         tokens, lengths = self._left_aligned(texts, last)
+        most = self.part.turning_length
+        if most is not None and self.part.turned != (int(lengths.max()) > most):
+            self._forget()
         kept = self._keep(tokens, lengths, last)
         width = int((lengths - kept).max())
         positions = lengths[:, None] - width + torch.arange(width, device=tokens.device)
