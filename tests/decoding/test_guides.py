@@ -720,6 +720,16 @@ def test_a_reward_that_sees_no_prompt_is_refused(reward, given, door):
         assert seen == [["a", "a", "b", "b", "c", "c"]]
 
 
+@pytest.mark.parametrize("reward", REWARDS)
+def test_a_reward_beside_prompts_of_the_guides_own_reads_no_padding(reward):
+    """A processor that knows nothing of the base model's mask tells its padding by the pad token all the same."""
+    formula, texts = REWARDS[reward](None) + LM(tiny_llama(2)), []
+    for inputs in (INPUTS, {"input_ids": PROMPTS}):
+        processor = GuidedLogitsProcessor(formula, Prompt(inputs, guide=OWN), pad_token_id=0)
+        texts.append(tiny_llama(0).generate(**INPUTS, logits_processor=[processor], max_new_tokens=6))
+    assert torch.equal(*texts)
+
+
 @every_door
 def test_a_reward_of_texts_reads_responses_whole_after_embeddings(door):
     """The mask of padded embeddings is none of what is written after them."""

@@ -316,7 +316,8 @@ class _Prefix:
         if self.prompt is not None:
             start = min(start, cast(int, self.prompt.length))
         mask = torch.ones_like(tokens) if given is None else given
-        if given is None and own is None and self._reads:
+        reads = self._reads if own is None else self._judges and start > 1  # more than what a decoder begins with
+        if given is None and reads:
             mask = self._told_by_pad_token(tokens)
         if self.terms and own is None and not mask.any():
             raise ValueError(
