@@ -19,7 +19,8 @@ from trl_parm.records import Records
 OBJECTIVES = ["early", "short"]
 GRID = [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
 FACTS = {
-    "task": "tiny", "model": "model", "objectives": OBJECTIVES, "prompts": "p", "pairs": "q", "batch": 4, "steps": 4, "agreement": 0.5,
+    "task": "tiny", "model": "model", "objectives": OBJECTIVES, "prompts": "p", "pairs": "q", "batch": 4, "steps": 4,
+    "agreement": 0.5,
     "betas": {"parm": 1.0}, "max_new_tokens": 6, "top_k": 50,
     "versions": dict.fromkeys(("python", "torch", "transformers", "peft", "trl"), "1"),
 }  # fmt: skip

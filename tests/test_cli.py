@@ -464,6 +464,7 @@ BAD = [
         "A data set: `columns` is ['a'], but it must be a",
     ),
     ("relabel", {"data": "nowhere.jsonl"}, "There is no data at 'nowhere.jsonl'"),
+    ("relabel", {"data": {"path": "a.jsonl", "streaming": True}}, "has `streaming: true`, but all pairs are read"),
     ("relabel", {"data": ["a", "b"]}, "`data` is ['a', 'b'], but it must be a text or a mapping"),
     ("relabel", {"test_size": 30}, "ask for 30 of 24 pairs"),
     ("relabel", {"test_size": -0.5}, "`test_size` is -0.5, but it must be 0 or larger"),

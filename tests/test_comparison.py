@@ -185,6 +185,7 @@ def test_the_command(tmp_path, capsys):
         (["one", "other"], "has the objectives"),
         (["one", "apart"], "so there are no pairs"),
         (["one", "two", "--objectives", "humor"], "The results have no reward 'humor'"),
+        (["bare", "bare"], "has no objectives. Name the columns with rewards as `objectives`"),
         (["one", "two", "--judge", '{"source": "openai"}'], "needs `source: openai`, base_url, model"),
     ],
 )
@@ -193,6 +194,7 @@ def test_bad_comparisons(tmp_path, capsys, words, message):
         "one": save(tmp_path / "one.jsonl", [*rows_of("PARM", 0), *rows_of("A", 2)]),
         "two": save(tmp_path / "two.jsonl", rows_of("PARM", 1)),
         "other": save(tmp_path / "other.jsonl", rows_of("PARM", 1), ["a", "b"]),
+        "bare": save(tmp_path / "bare.jsonl", rows_of("base", 1, grid=(None,)), []),
         "apart": save(tmp_path / "apart.jsonl", rows_of("PARM", 1, prompts=[77])),
     }
     given = [files.get(word, word) for word in words]

@@ -208,8 +208,9 @@ def test_a_failed_judge_leaves_a_row_that_says_so(tmp_path, cache):
         assert table["helpful"][1] is None
         assert "out of order" in table["unjudged"][1]
         asked = len(server.requests)
-        assert run(path, judge(server, cache), runs=("one", "two"))["helpful"][1] is None  # nothing is asked again
-        assert len(server.requests) == asked
+        assert run(path, judge(server, cache, retries=0), runs=("one", "two"))["helpful"][1] is None
+        assert len(server.requests) == asked + 1  # asked again, both methods gave one answer
+        assert read_rows(path) == rows
         left, lost = judged(table, ["helpful", "short"])
         assert ([row["prompt"] for row in left], lost) == (["w1 w2", "w4 w5"] * 2, 1)
         assert len(judged(table, ["short"])[0]) == 6
@@ -222,10 +223,20 @@ def test_a_failed_judge_leaves_a_row_that_says_so(tmp_path, cache):
         assert None not in again["helpful"]
         assert "unjudged" not in again.column_names
         assert len(server.requests) == asked + 1  # all others are in the cache, and both methods gave one answer
+        assert run(path, judge(server, cache), runs=("one", "two"))["helpful"] == again["helpful"]
+        judged_now = read_rows(path)
+        assert [row["response"] for row in judged_now] == [row["response"] for row in rows]
+        assert [row["seconds"] for row in judged_now] == [row["seconds"] for row in rows]  # nothing is decoded again
+        assert not any("unjudged" in row for row in judged_now)
+        assert len(server.requests) == asked + 1
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     failed = tmp_path / "failed.jsonl"
     with JudgeServer(failing_on("w1 w2 |")) as server:
         rescore(path, {"short": judge(server, cache, retries=0)}, failed)
-    assert [sorted(row.get("unjudged", {})) for row in read_rows(failed)[:3]] == [["short"], ["helpful"], []]
+        assert [sorted(row.get("unjudged", {})) for row in read_rows(failed)[:3]] == [["short"], ["helpful"], []]
+        server.answer = words_of
+        rescore(path, {"short": judge(server, cache)}, failed)
+    assert [sorted(row.get("unjudged", {})) for row in read_rows(failed)[:3]] == [[], ["helpful"], []]
 
 
 def test_a_row_without_a_number_needs_a_reason(tmp_path, cache):
@@ -259,7 +270,24 @@ def test_pairs_on_which_a_judge_failed_have_no_label(tmp_path, cache):
     assert (told["ties"], told["unjudged"]) == (0, 1)
     assert (rows["helpful_score_0"][2], rows["helpful_score_1"][2]) == (2, None)
     scores = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert ["unjudged" in row for row in scores] == [False, False, True, False]
+    assert [row["row"] for row in scores if "unjudged" in row] == [2]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_relabelling_asks_again_after_an_outage(tmp_path, cache, restart):
+    pairs = [{"prompt": f"w{i}", "response_0": "w1 w2", "response_1": f"w{i}"} for i in range(4)]
+    with JudgeServer(failing_on("w")) as server:
+        rewards = {"helpful": judge(server, cache, retries=0), "short": brevity}
+        rows = relabel(Dataset.from_list(pairs), rewards, tmp_path / "out", test_size=0)["train"]
+        assert rows["helpful"] == [-1] * 4
+        asked, server.answer = len(server.requests), words_of
+        again = relabel(Dataset.from_list(pairs), rewards, tmp_path / "out", test_size=0, restart=restart)["train"]
+        assert len(server.requests) == asked + 8
+    with JudgeServer(words_of) as server:
+        rewards = {"helpful": judge(server, cache), "short": brevity}
+        expected = relabel(Dataset.from_list(pairs), rewards, tmp_path / "expected", test_size=0)["train"]
+    assert again.to_list() == expected.to_list()
+    assert again["helpful"] == [0] * 4
 
 
 def test_from_yaml_to_measures(tmp_path, capsys, monkeypatch):

@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 from conftest import tiny_tokenizer
+from judge_server import JudgeServer
 from test_cli import _no_progress_bars, folder, run  # noqa: F401 - the fixtures
 from tokenizers import decoders
 
 from trl_parm.cli.make_pairs import ANSWERS, as_conversation, choose_pairs, is_cut
+from trl_parm.evaluation.answering import Answering
 from trl_parm.records import read_rows
 
 
@@ -158,6 +160,40 @@ def test_bad_input_is_one_line(words, tmp_path, capsys, change, message):
     error = capsys.readouterr().err
     assert message in error.strip().splitlines()[-1]
     assert not (tmp_path / "made/train.jsonl").exists()
+
+
+def test_a_judge_is_asked_again_without_decoding(words, tmp_path, capsys, monkeypatch):
+    with JudgeServer(lambda question: (503, "out of order")) as server:
+        judge = {"source": "openai", "base_url": server.url, "model": "stub", "template": "Rate: {response}"}
+        rewards = json.dumps(
+            {"ones": {**judge, "retries": 0, "cache": str(tmp_path / "cache")}, "twos": "digits:twos"}
+        )
+        words = (*words, "--keep_unfinished", "--rewards", rewards)
+        assert run(*words) == 2
+        assert "A judge failed on 32 of 32 answers: the same command asks again." in capsys.readouterr().err
+        paths = [tmp_path / f"made/{ANSWERS}/{number}.jsonl" for number in range(4)]
+        before = [row for path in paths for row in read_rows(path)]
+        server.answer = lambda question: str(len(question))
+        monkeypatch.setattr(Answering, "rows", None)  # what decodes
+        assert run(*words) == 0
+    for row in before:
+        row["ones"] = len(f"Rate: {row['response']}")
+        del row["unjudged"]
+    assert [row for path in paths for row in read_rows(path)] == before
+    assert "pairs of answers to 8 prompts" in capsys.readouterr().out
+
+
+def test_prompts_may_have_messages_of_several_shapes(words, tmp_path):
+    (tmp_path / "base/chat_template.jinja").write_text(
+        "{% for m in messages %}user {{ m.content if m.content is string else m.content[0].text }} <eos> {% endfor %}"
+    )
+    prompts = [[{"role": "user", "content": content}] for content in ("w1", [{"type": "text", "text": "w2"}])]
+    given = tmp_path / "prompts.jsonl"
+    given.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    assert run(*words, "--keep_unfinished", "--prompts_data", given, "--test_size", 0) == 0
+    assert {json.dumps(row["prompt"]) for row in rows_of(tmp_path / "made/train.jsonl")} == set(
+        map(json.dumps, prompts)
+    )
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,17 @@ def test_damaged_files_are_refused(tmp_path, name, text, message, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_only_an_empty_cell_of_a_table_is_missing(tmp_path, streaming):
+    path = tmp_path / "pairs.csv"
+    path.write_text('prompt,response_0,response_1,x,y\nw1,NA,null,1,0\nw2,None,N/A,,1\nw3,nan,"",-1,""\n')
+    rows = list(PairData(str(path), streaming=streaming).load())
+    assert [row["response_0"] for row in rows] == ["NA", "None", "nan"]
+    assert [row["response_1"] for row in rows] == ["null", "N/A", None]
+    assert [row["x"] for row in rows] == [1, None, -1]
+    assert [row["y"] for row in rows] == [0, 1, None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_column_takes_the_place_of_one_that_is_there(tmp_path, streaming):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "w1", "question": "w2", "chosen": "w3", "rejected": "w4"}\n')

@@ -17,13 +17,16 @@ import torch
 import yaml
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from datasets import Dataset
+from judge_server import JudgeServer
 from together import results, together
 from transformers import AutoModelForCausalLM
 
 from trl_parm.cli.main import main
 from trl_parm.decoding import PARM
+from trl_parm.endpoint import Endpoint
 from trl_parm.evaluation import Run, rescore, sweep
 from trl_parm.evaluation.decoding import ANY
+from trl_parm.judges import Judge
 from trl_parm.parts import find_parts, part_path
 from trl_parm.processes import Processes, Stopped
 from trl_parm.records import Records, read_rows
@@ -52,9 +55,10 @@ def run_sweep(path, processes=None, **options):
         *(Run("PARM", α, guided, together=ANY) for α in grid),
         *(Run("apart", α, guided) for α in grid[:2]),
     ]
-    options = {"prompts": PROMPTS, "batch_size": 4, "do_sample": True, "max_new_tokens": 5, "runs": runs, **options}
+    given = {"prompts": PROMPTS, "batch_size": 4, "do_sample": True, "max_new_tokens": 5, "runs": runs}
+    options = {**given, "rewards": REWARDS, **options}
     options |= {} if processes is None else {"processes": processes}
-    return sweep(base, tokenizer, rewards=REWARDS, path=path, **options)
+    return sweep(base, tokenizer, path=path, **options)
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +259,27 @@ def test_several_label_pairs_as_one(tmp_path):
     names = ("scores.jsonl", "train.jsonl", "test.jsonl", "ranked/helpful.jsonl", "ranked/harmless.jsonl")
     for name in names:
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_several_ask_again_where_a_judge_failed(tmp_path):
+    pairs = Dataset.from_list([{"prompt": f"w{i}", "response_0": "w1", "response_1": "w2 w3"} for i in range(9)])
+    path = tmp_path / "results.jsonl"
+    with JudgeServer(lambda question: (503, "out of order")) as server:
+        judge = Judge(Endpoint(server.url, "stub", retries=0, cache=""), "Rate: {response}")
+        rewards = {"helpful": judge, "harmless": conciseness}
+
+        def work(processes):
+            table = run_sweep(path, processes, rewards=rewards)
+            return table, relabel(pairs, rewards, tmp_path, batch_size=2, test_size=0, processes=processes)["train"]
+
+        before = results(together(2, work))
+        server.answer = lambda question: str(len(question))
+        after = results(together(3, work))
+    assert all(set(table["helpful"]) == {None} and set(rows["helpful"]) == {-1} for table, rows in before)
+    for table, rows in after:
+        assert table["helpful"] == [len(f"Rate: {text}") for text in table["response"]]
+        assert table["seconds"] == before[0][0]["seconds"]  # nothing is decoded again
+        assert rows["helpful"] == [1] * 9
 
 
 def test_only_some_verbs_share_work(monkeypatch, capfd):

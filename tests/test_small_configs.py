@@ -17,7 +17,9 @@ from trl_parm.records import read_rows
 
 SMALL = Path(__file__).parents[1] / "examples/configs/small"
 TRAINED = ("parm", "parm_prompt", "svd_lora", "uniarm", "uniarm_descriptions", "genarm_positive", "genarm_concise")
-EVALUATED = ("evaluate", "evaluate_field", "evaluate_beyond", "evaluate_cage", "evaluate_transfer_q")
+EVALUATED = (
+    "evaluate", "evaluate_validation", "evaluate_field", "evaluate_beyond", "evaluate_cage", "evaluate_transfer_q",
+)  # fmt: skip
 ELSEWHERE = {"mod_w2s", "arm_alone", "parm_shuffled"}
 """Methods without a configuration here: one needs a small and a large model, two are controls."""
 
@@ -28,7 +30,8 @@ def folder(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp("small"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(["relabel", "--config", str(SMALL / "relabel.yaml"), "--test_size", "2"]) == 0
+        sizes = ["--validation_size", "4", "--test_size", "2"]
+        assert main(["relabel", "--config", str(SMALL / "relabel.yaml"), *sizes]) == 0
         for name in TRAINED:
             assert main(["train", "--config", str(SMALL / f"{name}.yaml"), "--max_steps", "2"]) == 0
         for seed, objective in enumerate(OBJECTIVES):

@@ -7,10 +7,13 @@ import dataclasses
 import difflib
 import json
 import math
-from argparse import ArgumentParser
+import os
+import re
+from argparse import Action, ArgumentParser
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, field
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, cast, get_args, get_origin, get_type_hints
@@ -55,6 +58,21 @@ JSON: dict[str, Any] = {
 """The types of arguments of training, which have a text among them for transformers' own parser."""
 
 
+NOTHING = ("null", "~", "none")
+"""Words of a flag, in any case, that mean `None`."""
+NONE_IS_A_VALUE = ("report_to",)
+"""Keys for which they are words like others."""
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's, which reads numbers such as 1e-2 and 2.5E3 as YAML 1.2 does, not as texts."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
 def option(default: Any, help: str) -> Any:
     """A field of a dataclass of arguments."""
     return field(default=default, metadata={"help": help})
@@ -86,6 +104,27 @@ class Parser(TrlParser):
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         self._refuse_unknown([str(key) for key in config if key not in self.fields])
         return super().set_defaults_with_config(**config)
+
+    def parse_args_and_config(self, args: Any = None, **options: Any) -> Any:
+        """As TRL's, but for how it reads the file."""
+        words: list[str] = list(args or ())
+        if "--config" in words:
+            place = words.index("--config")
+            config = _read_file(Path(words[place + 1]))
+            variables = config.pop("env", None) or {}
+            if not isinstance(variables, dict):
+                raise ValueError(f"`env` is {variables!r}, but it must be a mapping of variables of the environment.")
+            os.environ.update({str(name): str(value) for name, value in variables.items()})
+            self.set_defaults_with_config(**config)
+            del words[place : place + 2]
+        return super().parse_args_and_config(words, **options)
+
+    def _get_values(self, action: Action, arg_strings: list[str]) -> Any:
+        """The value of a flag from its words."""
+        allowed = NoneType in _kinds(self.hints.get(action.dest)) and action.dest not in NONE_IS_A_VALUE
+        if allowed and len(arg_strings) == 1 and arg_strings[0].lower() in NOTHING:
+            return None
+        return super()._get_values(action, arg_strings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, rest = super().parse_known_args(args, namespace)
@@ -123,8 +162,6 @@ def parse(verb: str, classes: Any, argv: Sequence[str], description: str | None 
     if words.count("--config") > 1:
         raise ValueError("--config stands there twice. Put all keys into one file, or give them as flags.")
     try:
-        if "--config" in words:
-            _check_keys(Path(words[words.index("--config") + 1]))
         found = parser.parse_args_and_config(words)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The configuration file is no YAML: {error}") from None
@@ -135,12 +172,16 @@ def read(name: str, value: Any, hint: Any) -> Any:
     """The value of an argument, as it stands in YAML or on a command line, as its type wants it.
 
     A text in JSON is what it stands for, where the type has lists or mappings. A single entry, or one vector of
-    numbers, may stand for a list of one. A whole number may stand for any; nothing else is converted.
+    numbers, may stand for a list of one. A whole number may stand for any, and `False` for the word `no` of an
+    enumeration; nothing else is converted.
 
     Raises:
         ValueError: it has another type, or is out of its range.
     """
     kinds = _kinds(hint)
+    words = [word for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for word in kind]
+    if value is False and "no" in words:
+        return "no"  # which is false in YAML 1.1
     if not all(kind in KINDS or dataclasses.is_dataclass(kind) for kind in (*kinds, *kinds.get(list, ()))):
         return value  # an enumeration, a path: not for us to judge
     if list in kinds and not (str in kinds and isinstance(value, str)):
@@ -178,20 +219,39 @@ def required(arguments: Any, *names: str) -> None:
         raise ValueError(f"{', '.join(missing)} must be given, in the configuration or as a flag.")
 
 
-def _check_keys(path: Path) -> None:
-    """Raises `ValueError` for keys that are no texts, or are there twice, of which YAML would take the last."""
+def _read_file(path: Path) -> dict[str, Any]:
+    """The keys of a configuration file. Raises `ValueError` for a file that can't be read or is no mapping, a key that
+    is no text, and one that is twice in a mapping, of which YAML would take the last."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"The configuration file {path} can't be read: {error.strerror}.") from None
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
-    keys = [key for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    for key in keys:
+    root = yaml.compose(text, Loader=Loader)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path} must contain a YAML mapping, of keys to values.")
+    for key, _ in root.value:
         if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
             raise ValueError(f"{path} has the key {key.value!r}, but a key must be a text.")
-    for key, count in Counter(key.value for key in keys).items():
-        if count > 1:
-            raise ValueError(f"{path} has the key `{key}` {count} times. Give it once.")
+    for mapping in _mappings(root):
+        keys = [(key.tag, key.value) for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)]
+        for (_, key), count in Counter(keys).items():
+            if count > 1:
+                where = "" if mapping is root else f" in the mapping that begins in line {mapping.start_mark.line + 1}"
+                raise ValueError(f"{path} has the key `{key}` {count} times{where}. Give it once.")
+    return yaml.load(text, Loader=Loader)
+
+
+def _mappings(root: yaml.Node) -> Iterator[yaml.MappingNode]:
+    """All mappings in a document, each once, whatever aliases there are to it."""
+    nodes, seen = [root], set()
+    while nodes:
+        node = nodes.pop(0)
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield node
+        nodes += [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
 
 
 def _as_list(name: str, value: Any, entries: Kinds) -> list[Any] | None:

@@ -68,6 +68,8 @@ class Records:
             Remove rows of another configuration, instead of refusing them: those of the entries that differ, or all.
         cell_of (`Callable`, *optional*): What a row is of, such as its method and prompt. No two are of the same.
         processes ([`Processes`], *optional*): Who writes together, on one disk; this process alone if not given.
+        renew (`Callable`, *optional*): What becomes of the rows that stay when the file is opened, such as those on
+            which a judge failed: other rows in their places, or none, which are missing then.
 
     Raises:
         ValueError: rows of another configuration, or without one; rows that are not such rows, or twice there;
@@ -83,13 +85,14 @@ class Records:
         restart: bool = False,
         cell_of: Callable[[Mapping[str, Any]], Any] | None = None,
         processes: Processes = ALONE,
+        renew: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._file: Any = None
         self._part: Part | None = None
         self._merged = False
         self._turns = itertools.count()
-        self._cell_of, self.processes = cell_of, processes
+        self._cell_of, self.processes, self._renew = cell_of, processes, renew
         if path is None:
             if processes.count > 1:
                 raise ValueError(f"{processes.count} processes share work by a file of rows. Name one as `path`.")
@@ -170,6 +173,7 @@ class Records:
             for part in parts:
                 part.unlink()
         self._write_configuration()
+        self._replace(kept, self._renew(kept))  # once nothing can be lost that is there
         if self.processes.count > 1:
             make_parts(self.path, self.processes.count, self._mark())
 

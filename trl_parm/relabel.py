@@ -57,9 +57,9 @@ def relabel(
     The label of an objective is 0 or 1, the response with the higher reward, or −1 where the rewards are equal or
     differ by no more than the margin, or where a judge failed on one of them, whose score then is `None`. Reward
     models are loaded one after the other. The folder gets `scores.jsonl`, from which a run that was killed goes on,
-    and in the end `train.jsonl`, `validation.jsonl` and `test.jsonl`, as far as they are not empty. Pairs of one
-    prompt come into one split. Splits and ranked pairs of an earlier run that are not replaced are removed: their
-    pairs may be in other splits now.
+    and which asks again where a judge failed, and in the end `train.jsonl`, `validation.jsonl` and `test.jsonl`, as
+    far as they are not empty. Pairs of one prompt come into one split. Splits and ranked pairs of an earlier run that
+    are not replaced are removed: their pairs may be in other splits now.
 
     Args:
         pairs (`Dataset`): `prompt`, `response_0` and `response_1`, as in PKU-SafeRLHF, or `prompt`, `chosen` and
@@ -117,7 +117,7 @@ def relabel(
     processes.agree({"batch_size": batch_size})
     cells = {objective: [(objective, number) for number in range(len(rows))] for objective in rewards}
     growing = {"rewards": "objective"}
-    with Records(folder / SCORES, configuration, growing, restart, _scored_cell, processes) as records:
+    with Records(folder / SCORES, configuration, growing, restart, _scored_cell, processes, _judged) as records:
         for objective, source in rewards.items():
             on_start(objective)
             # A copy, whose model is gone when the next one is loaded; it is not loaded if nothing is missing.
@@ -221,6 +221,11 @@ def _scored_cell(row: Mapping[str, Any]) -> tuple[str, int]:
     if not all((failed and one is None) or math.isfinite(one) for one in (first, second)):
         raise TypeError("a score is not finite")
     return _cell(row)
+
+
+def _judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of scores without those on which a judge failed."""
+    return [row for row in rows if UNJUDGED not in row]
 
 
 def _scored(objective: str, reward: Reward, rows: list[dict[str, Any]], numbers: list[int]) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 UNJUDGED_PROMPTS = (
-    "{} prompts have an answer on which a judge failed, and are left out of all methods. `trl-parm rescore` asks "
-    "again; what was answered comes from the cache."
+    "{} prompts have an answer on which a judge failed, and are left out of all methods. `trl-parm evaluate`, given "
+    "again, and `trl-parm rescore` ask again; what was answered comes from the cache."
 )
 OFF_SIMPLEX = "Take preferences with negative weights, or that do not sum to 1, which extrapolate."
 """The help of an argument."""

@@ -121,6 +121,11 @@ def _sides(arguments: CompareArguments) -> tuple[list[Rows], list[str]]:
                 weights = dict(zip(order, row["preference"], strict=True))
                 row["preference"] = [weights[name] for name in orders[0]]
     wanted = arguments.objectives or orders[0]
+    if not wanted:
+        raise ValueError(
+            f"{files[0]} has no objectives. Name the columns with rewards as `objectives`, or let `trl-parm rescore` "
+            "write some."
+        )
     missing = [name for name in wanted if not all(name in rows[0] for rows in tables)]
     if missing:
         raise ValueError(f"The results have no reward {missing[0]!r}.")

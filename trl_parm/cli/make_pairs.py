@@ -61,19 +61,23 @@ def main(argv: list[str]) -> None:
     say(f"{arguments.num_answers} answers to each of {len(prompts)} prompts go to {folder / ANSWERS}")
     rows, chat = _answers(arguments, folder, prompts, sources)
     judged = [row for row in rows if all(row[name] is not None for name in objectives)]
+    unjudged = ""
     if len(judged) < len(rows):
-        say(f"On {len(rows) - len(judged)} answers a judge failed. They are left out.")
+        unjudged = f"A judge failed on {len(rows) - len(judged)} of {len(rows)} answers: the same command asks again. "
+        say(f"{unjudged}Here they are left out.")
     kept = [row for row in judged if arguments.keep_unfinished or not is_cut(row, arguments.max_new_tokens)]
     pairs = choose_pairs(kept, objectives, arguments.tie_margin)
     left_out = f"{len(judged) - len(kept)} of {len(rows)} answers were left out, having no end"
     if not pairs:
         raise ValueError(
-            f"There are no pairs: no prompt has two answers that differ in a reward, and {left_out}. Sample more with "
-            "`num_answers`, longer ones with `max_new_tokens`, or keep those without an end with `keep_unfinished`."
+            f"There are no pairs: no prompt has two answers that differ in a reward, and {left_out}. {unjudged}Sample "
+            "more with `num_answers`, longer ones with `max_new_tokens`, or keep those without an end with "
+            "`keep_unfinished`."
         )
     say(f"{len(pairs)} pairs of answers to {len({str(pair['prompt']) for pair in pairs})} prompts; {left_out}.")
     template = arguments.template
-    data = Dataset.from_list([as_conversation(pair) for pair in pairs] if chat else pairs)
+    given = [as_conversation(pair) for pair in pairs] if chat else pairs
+    data = Dataset.from_list(given, on_mixed_types="use_json")  # prompts may have messages of several shapes
     options = {"template": None if chat else template, "restart": True}  # scores of other pairs are no use any more
     written = label(data, sources, folder, arguments, "make_pairs", **options)
     tell_costs(sources)

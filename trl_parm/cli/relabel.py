@@ -37,6 +37,10 @@ class RelabelArguments:
     def __post_init__(self) -> None:
         required(self, "data", "rewards", "output_dir")
         check_sizes(self)
+        if isinstance(self.data, Mapping) and self.data.get("streaming"):
+            raise ValueError(
+                "`data` has `streaming: true`, but all pairs are read before the first is scored. Leave it out."
+            )
 
 
 def check_sizes(arguments: Any) -> None:

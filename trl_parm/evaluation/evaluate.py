@@ -57,8 +57,8 @@ def sweep(
         batch_size (`int`, *optional*, defaults to 16): Texts decoded at once: of as many prompts, or of fewer at
             several preferences each, see [`Run`].
         seed (`int`, *optional*, defaults to 0): Of the noise of all prompts.
-        path (`str` or `Path`, *optional*): A JSONL file for the rows, from which a run that was killed goes on. Runs,
-            preferences and prompts may be added to it later.
+        path (`str` or `Path`, *optional*): A JSONL file for the rows, from which a run that was killed goes on, and
+            which asks again where a judge failed. Runs, preferences and prompts may be added to it later.
         configuration (`Mapping`, *optional*): What the rows depend on beside these arguments, such as the methods'
             settings. A file of another configuration is refused; only entries of its key `methods`, by method, may be
             added.

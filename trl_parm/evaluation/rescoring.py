@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from peft_pblora.preference import check_columns, check_objectives
 from trl_parm.identity import short_hash
 from trl_parm.records import Records, check_cells, read_configuration, read_rows
 from trl_parm.reward_models import reward_configuration
-from trl_parm.rewards import UNJUDGED, Reward, score, with_failures
+from trl_parm.rewards import UNJUDGED, Reward, is_unjudged, score, with_failures
 
 from .answers import with_all_columns
 from .fronts import MEASURED, OF_OBJECTIVE, SUMMARY, row_cell
@@ -26,6 +28,8 @@ DECODED = ("tokens", "seconds", "seed", "extra_parameters", "extra_bytes")
 """The columns after them."""
 COLUMNS = (*BEFORE, *DECODED, *MEASURED, UNJUDGED)
 """Columns of a table of results beside the rewards."""
+
+logger = logging.getLogger(__name__)
 
 
 def rescore(
@@ -47,7 +51,8 @@ def rescore(
         results (`str` or `Path`): What `sweep`, `evaluate` or `trl-parm generate --output` has written. It is only
             read.
         rewards (`Mapping[str, Reward]`): Name → reward, higher is better; objectives of the file, or others.
-        output (`str` or `Path`): A JSONL file for the rows, from which a run that was killed goes on.
+        output (`str` or `Path`): A JSONL file for the rows, from which a run that was killed goes on, and which asks
+            again where a judge failed.
         batch_size (`int`, *optional*, defaults to 16): Responses that are scored and written at once.
         restart (`bool`, *optional*, defaults to `False`): Remove the rows of another configuration from `output`,
             instead of refusing to go on.
@@ -77,13 +82,26 @@ def rescore(
         "rewards": {**(known.get("rewards") or {}), **{name: reward_configuration(r) for name, r in rewards.items()}},
         "rescored": {"rewards": list(rewards), "rows": short_hash(json.dumps(answers).encode())},
     }
-    with Records(output, configuration, {}, restart, row_cell) as records:
+    renew = partial(ask_again, names=names, rewards=rewards)
+    with Records(output, configuration, {}, restart, row_cell, renew=renew) as records:
         for size, todo in records.missing(cells, row_cell, batch_size):
             if todo:
                 records.append(_scored([rows[i] for i in todo], names, rewards))
             on_batch(size)
         done = {row_cell(row): row for row in records.rows}
     return Dataset.from_list(with_all_columns(done[cell] for cell in cells))
+
+
+def ask_again(rows: list[dict[str, Any]], names: list[str], rewards: Mapping[str, Reward]) -> list[dict[str, Any]]:
+    """The rows, with new numbers of the rewards that failed on them. `names` are all columns of rewards, in order."""
+    rows = list(rows)
+    for name, reward in rewards.items():
+        failed = [number for number, row in enumerate(rows) if is_unjudged(row, name)]
+        if failed:
+            logger.warning("The judge of %r failed on %d responses. It is asked again.", name, len(failed))
+            for number, row in zip(failed, _scored([rows[i] for i in failed], names, {name: reward}), strict=True):
+                rows[number] = row
+    return rows
 
 
 def _scored(rows: list[dict[str, Any]], names: list[str], rewards: Mapping[str, Reward]) -> list[dict[str, Any]]:

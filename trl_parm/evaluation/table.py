@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from datasets import Dataset
@@ -21,7 +22,7 @@ from .answers import with_all_columns
 from .decoding import SAME_OBJECTIVES, Run
 from .engines import Engine
 from .fronts import OF_OBJECTIVE, SUMMARY, check_scores, row_cell
-from .rescoring import COLUMNS, DECODED
+from .rescoring import COLUMNS, DECODED, ask_again
 
 
 class Table:
@@ -60,11 +61,13 @@ class Table:
         self._check_names()
 
     def open(self, path: Any, configuration: Mapping[str, Any], restart: bool, processes: Processes) -> Records:
-        """What is there of the table, and takes what is new, see [`Records`]; processes must have one table."""
+        """What is there of the table, with judges asked again where they failed, and takes what is new, see
+        [`Records`]; processes must have one table."""
         runs = [(run.method, run.weights(self.objectives), run.together) for run in self.runs]
         processes.agree({"prompts": self.keys, "methods or preferences": runs, "batch_size": self.batch_size})
         whole = {**self.answering.configuration, **configuration}
-        return Records(path, whole, {"methods": "method"}, restart, self._stored, processes)
+        renew = partial(ask_again, names=self.objectives, rewards=self.answering.judges)
+        return Records(path, whole, {"methods": "method"}, restart, self._stored, processes, renew)
 
     def fill(self, records: Records, runs: Sequence[Run], load: Callable[[], tuple[Engine, Sequence[Run]]]) -> None:
         """Decodes what the records lack of some runs, and only then loads an engine and their method."""

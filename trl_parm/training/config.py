@@ -240,7 +240,7 @@ class PairData:
     """One data set of preference pairs.
 
     Args:
-        path (`str`): A JSON, CSV or Parquet file, a folder, or an id on the Hub.
+        path (`str`): A JSON, CSV or Parquet file, a folder, or an id on the Hub. In CSV only an empty cell is missing.
         objective (`str`, *optional*): Its objective; not given for a data set with labels for several.
         name (`str`, *optional*): Configuration of a data set on the Hub.
         split (`str`, *optional*):
@@ -271,6 +271,8 @@ class PairData:
             raise ValueError(f"There is no data at {self.path!r}. Give an existing file, or an id on the Hub.")
         source: dict[str, Any] = {"path": kind, "data_files": self.path} if kind else {"path": self.path}
         source |= {"name": self.name, "split": self.split or ("train" if kind else split)}
+        if kind == "csv":  # texts such as NA and None stay texts
+            source |= {"keep_default_na": False, "na_values": [""]}
         try:
             data: Any = load_dataset(**source, streaming=cast(Any, self.streaming))
             if kind and self.streaming and next(iter(data), None) is None:
