@@ -148,6 +148,7 @@ def test_bootstrap_equals_its_definition():
     reach = np.quantile([abs(value - estimate) for value in drawn], 0.9)
     assert found == pytest.approx((estimate, estimate - reach, estimate + reach))
     assert str(Interval(1.234, 1, 2)) == "1.23 [1.00, 2.00]"
+    assert str(Interval(-0.001, -0.004, 0.0)) == "0.00 [0.00, 0.00]"
 
 
 def test_the_interval_of_a_mean_is_the_usual_one():

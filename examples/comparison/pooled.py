@@ -95,33 +95,25 @@ class Budget:
                 raise ValueError(f"The seed {seed} of {results.name}, {steps} steps, lacks methods that others have.")
         missing = [seed for seed in planned if seed not in there]
         partial = {kind: found for kind, found in partial.items() if found}
-        budget = cls(steps, list(there), missing, shared, partial, facts, rows, names, resamples)
-        budget.check_arithmetic(results.name)
-        return budget
+        return cls(steps, list(there), missing, shared, partial, facts, rows, names, resamples)
 
-    def check_arithmetic(self, task: str) -> None:
-        """Raises `ValueError` where what no training changes, the base's answers and losses of untrained ARMs, differs
-        between seeds: the products were rounded otherwise, as on another CPU."""
-        found = []
+    @cached_property
+    def alike(self) -> list[list[int]]:
+        """The seeds for which what no training changes, the base's answers and losses of untrained ARMs, is the same:
+        of several groups each was run with other arithmetic, such as products in bfloat16 on another CPU."""
+        groups: list[tuple[Any, list[int]]] = []
         for seed, one in zip(self.seeds, self.facts):
-            answers = [
-                row[n] for row in self.rows if row["method"] == f"{BASE} (seed {seed})" for n in self.objectives
-            ]
-            metrics = {kind: trained["metrics"] for kind, trained in one["trained"].items()}
-            losses = {
-                (kind, name): value
-                for kind, own in metrics.items()
-                for name, value in own.items()
-                if name.endswith(UNTRAINED_LOSS)
-            }
-            found.append((answers, losses))
-        for seed, one in zip(self.seeds, found):
-            if one != found[0]:
-                raise ValueError(
-                    f"What no training changes, such as the base's answers, differs between the seeds {self.seeds[0]} "
-                    f"and {seed} of {task}, {self.steps} steps: one was run with other arithmetic, as on another CPU. "
-                    "Run it again beside the others."
-                )
+            own = [row for row in self.rows if row["method"] == f"{BASE} (seed {seed})"]
+            answers = [[row[name] for name in self.objectives] for row in own]
+            metrics = [(kind, *item) for kind, of in one["trained"].items() for item in of["metrics"].items()]
+            found = answers, [metric for metric in metrics if metric[1].endswith(UNTRAINED_LOSS)]
+            for known, seeds in groups:
+                if known == found:
+                    seeds.append(seed)
+                    break
+            else:
+                groups.append((found, [seed]))
+        return [seeds for _, seeds in groups]
 
     @property
     def objectives(self) -> list[str]:

@@ -39,6 +39,7 @@ def statements(budget: Budget) -> list[str]:
         others(budget),
         repetition(budget),
         diagnosis(budget),
+        arithmetic(budget),
         seeds(budget),
     ]
     return [line for line in found if line]
@@ -162,6 +163,18 @@ def reason(budget: Budget, correlation: float) -> str:
         parts.append(f"its losses fell by {less} less than GenARM's, over seeds")
     parts += ["its vertices are alike"] if correlation > ALIKE else []
     return (" and ".join(parts) or "held-out pairs do not show why") + "."
+
+
+def arithmetic(budget: Budget) -> str:
+    """Which seeds were run with other arithmetic."""
+    if len(budget.alike) == 1:
+        return ""
+    groups = " and ".join(f"{', '.join(map(str, group))}" for group in budget.alike)
+    return (
+        "**Arithmetic**: what no training changes, such as the base's answers, is not the same with the seeds "
+        f"{groups}: products in bfloat16 are rounded otherwise on another CPU. So answers share less noise, which "
+        "makes intervals wider."
+    )
 
 
 def seeds(budget: Budget) -> str:

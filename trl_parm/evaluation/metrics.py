@@ -125,9 +125,10 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        if math.isnan(self.low):
-            return f"{self.estimate:.2f} (one prompt: no interval)"
-        return f"{self.estimate:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        estimate, low, high = (round(value, 2) + 0.0 for value in self)  # without the sign of −0
+        if math.isnan(low):
+            return f"{estimate:.2f} (one prompt: no interval)"
+        return f"{estimate:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def bootstrap(
