@@ -12,6 +12,7 @@ from comparison.field import FIELD, beyond_table, read_field
 from comparison.figures import draw
 from comparison.methods import BASE, METHODS, UNTRAINED, methods_of
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
+from comparison.results import joined_versions
 from comparison.settings import BETA, RATE, SCALE, Settings, best
 from comparison.statements import at_policies_kl, edges, interval, others, statements
 from comparison.task import Task
@@ -190,7 +191,7 @@ def field_section(task: Task, field: Budget, beyond: Sequence[Mapping[str, Any]]
 def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
     """What was run, from what the pieces say of themselves."""
     facts, every = budgets[0].facts[0], [one for budget in budgets for one in budget.facts]
-    versions = {name: sorted({one["versions"][name] for one in every}) for name in VERSIONS}
+    versions = joined_versions([{name: one["versions"][name] for name in VERSIONS} for one in every])
     return SETTINGS.format(
         model=facts["model"],
         pairs="; ".join(map(pairs_text, budgets)),
@@ -204,7 +205,7 @@ def settings_text(task: Task, budgets: Sequence[Budget]) -> str:
         reward_beta=task.reward_beta,
         policy_beta=task.policy_beta,
         costs="; ".join(map(cost, budgets)),
-        versions=", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items()),
+        versions=", ".join(f"{name} {found}" for name, found in versions.items()),
     )
 
 

@@ -576,7 +576,7 @@ def test_seeds_that_were_run_with_other_arithmetic_are_said(tmp_path):
     assert changed[0]["method"] == BASE
     write_piece(path, changed, facts)
     said = next(line for line in statements(read(tmp_path)) if line.startswith("**Arithmetic**"))
-    assert "is not the same with the seeds 0, 2 and 1, since" in said
+    assert "is not the same with the seeds 0, 2 and 1: something rounds otherwise" in said
     write_piece(path, rows, facts)
     assert read(tmp_path).alike == [[0, 1, 2]]
     facts["trained"]["genarm"]["metrics"]["early_untrained_loss"] = 0.7
@@ -589,8 +589,14 @@ def test_joined_tables_keep_the_versions_of_each(tmp_path):
     for part, version in zip(parts, ("2.13", "2.14", "2.13")):
         facts = {"objectives": OBJECTIVES, "versions": {"python": "3", "torch": version}}
         write_piece(part, [], {**facts, "trained": {}, "betas": {}, "matched": {}})
-    join_pieces(rows_path(tmp_path, 4, 0), parts)
-    assert read_facts(rows_path(tmp_path, 4, 0))["versions"] == {"python": "3", "torch": "2.13 and 2.14"}
+    path = rows_path(tmp_path, 4, 0)
+    join_pieces(path, parts)
+    assert read_facts(path)["versions"] == {"python": "3", "torch": "2.13 and 2.14"}
+    later = rows_path(tmp_path, 4, 0, "uniarm")
+    facts = {"objectives": OBJECTIVES, "versions": {"python": "3", "torch": "2.13"}}
+    write_piece(later, [], {**facts, "trained": {}, "betas": {}, "matched": {}})
+    join_pieces(path, [path, later])
+    assert read_facts(path)["versions"] == {"python": "3", "torch": "2.13 and 2.14"}
 
 
 def test_crosses_of_the_figure_are_over_prompts_and_seeds(tmp_path):

@@ -149,3 +149,22 @@ def test_a_damaged_configuration_is_refused_by_all_that_read_it(tmp_path, tokeni
     assert "no configuration of results" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not the configuration of any rows|belongs to another configuration"):
         evaluated(tokenizer, old)
+
+
+def test_prompts_may_have_messages_of_several_shapes(tmp_path):
+    """Of one the content is a text, of the other a list of parts."""
+    contents = ["w1", [{"type": "text", "text": "w2"}]]
+    old = tmp_path / "old.jsonl"
+    rows = [{**row, "prompt": [{"role": "user", "content": content}]} for row, content in zip(answered(), contents)]
+    old.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old.with_suffix(".config.json").write_text('{"objectives": [], "rewards": {}}')
+    table = rescore(old, {"short": brevity}, tmp_path / "new.jsonl")
+    assert [row["prompt"][0]["content"] for row in table] == contents
+    assert [row["short"] for row in table] == brevity(["", ""], [row["response"] for row in rows])
+
+
+def answered():
+    """Two rows of an evaluation."""
+    common = {"method": "Base", "preference": None, "label": "-", "tokens": 1, "seconds": 0.1, "seed": 0}
+    costs = {"extra_parameters": 0, "extra_bytes": 0, "capped": False, "log_prob_base": -1.0, "log_ratio": 0.0}
+    return [{**common, "prompt": "", "response": response, **costs} for response in (" w3", " w4 w5")]

@@ -189,7 +189,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
     elif {dict, list} & set(kinds):
         value = _decoded(name, value, kinds)
     if not _is(value, kinds):
-        raise ValueError(f"`{name}` is {value!r}, but it must be {_named(kinds)}.")
+        quoted = " Put a text that looks like something else into quotes." if str in kinds else ""
+        raise ValueError(f"`{name}` is {value!r}, but it must be {_named(kinds)}.{quoted}")
     if name in CHOICES and value is not None and value not in CHOICES[name]:
         raise ValueError(f"`{name}` is {value!r}, but it must be one of {', '.join(CHOICES[name])}.")
     least, most = RANGES.get(name, (-math.inf, math.inf))

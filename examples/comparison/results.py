@@ -20,6 +20,7 @@ WRITER = "reproduce_small.py"
 HEAD = ("method", "preference", "prompt")
 MEASURED = ("tokens", "capped", "repetition", "log_prob_base", "log_ratio", "seconds")
 COSTS = ("extra_parameters", "extra_bytes")
+AND = " and "
 OF_KINDS = ("trained", "betas", "matched", "methods")
 """The facts of a table that are said of each kind, or of its methods."""
 
@@ -80,13 +81,21 @@ def join_pieces(path: Path, parts: Sequence[Path]) -> None:
     for table, facts in zip(tables, every):
         # No more than the facts tell of: a stop may have come between the two files of an earlier join.
         text += "".join(line for line in table[1:] if next(csv.reader([line]))[0] in facts["methods"])
-    versions = {name: [facts["versions"].get(name) for facts in every] for name in every[0].get("versions", {})}
-    merged["versions"] = {name: " and ".join(dict.fromkeys(filter(None, found))) for name, found in versions.items()}
+    merged["versions"] = joined_versions([facts["versions"] for facts in every])
     _write(path, text, {**every[0], **merged})
     for part in parts:
         if part != path:
             facts_path(part).unlink()
             part.unlink()
+
+
+def joined_versions(every: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The versions of several tables, of which some may be of several already: each once."""
+    found: dict[str, dict[str, None]] = {}
+    for versions in every:
+        for name, known in versions.items():
+            found.setdefault(name, {}).update(dict.fromkeys(known.split(AND)))
+    return {name: AND.join(sorted(known)) for name, known in found.items()}
 
 
 def _write(path: Path, text: str, facts: Mapping[str, Any]) -> None:

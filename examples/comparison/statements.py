@@ -172,8 +172,8 @@ def arithmetic(budget: Budget) -> str:
     groups = " and ".join(f"{', '.join(map(str, group))}" for group in budget.alike)
     return (
         "**Arithmetic**: what no training changes, such as the base's answers, is not the same with the seeds "
-        f"{groups}: products in bfloat16 are rounded otherwise on another CPU. So answers share less noise, which "
-        "makes intervals wider."
+        f"{groups}: something rounds otherwise, such as products in bfloat16 on another CPU. So answers share less "
+        "noise, which makes intervals wider."
     )
 
 

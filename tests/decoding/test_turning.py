@@ -9,7 +9,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Phi3ForSequenceClassification
 
 from peft_pblora import PBLoraConfig, set_preference
-from trl_parm import ARGS, BASE, LM, PARM, Guided, PARMLogitsProcessor, Prompt, SpeculativeDecoding
+from trl_parm import (
+    ARGS,
+    BASE,
+    LM,
+    PARM,
+    Guided,
+    PARMLogitsProcessor,
+    Prompt,
+    SequenceReward,
+    SpeculativeDecoding,
+    TransferQ,
+)
 from trl_parm.decoding.joining import Held, joined, open_cache, read
 from trl_parm.decoding.prefix import turning_length
 from trl_parm.evaluation.models import Models
@@ -96,17 +107,57 @@ def test_texts_across_the_length_are_those_of_the_formula(make, lengths):
         "one forward": written(PARM(base, arm, α), given),
         "two models": written(PARM(make(), arm, α), given),
         "a processor": written(make(), given, use_cache=False, logits_processor=[PARMLogitsProcessor(arm, α)]),
-        "drafts of the prompt": written(
-            PARM(base, arm, α), given, custom_generate=SpeculativeDecoding("prompt", draft_tokens=3)
-        ),
-        "drafts of a model": written(
-            PARM(make(), arm, α), given, custom_generate=SpeculativeDecoding("auto", draft_tokens=3)
-        ),
-        "drafts of another model": written(
-            PARM(base, arm, α), given, custom_generate=SpeculativeDecoding(llama(9), draft_tokens=2)
-        ),
     }
+    drafted = (
+        {}
+        if len(lengths) > 1 and max(lengths) <= MOST
+        else {
+            "drafts of the prompt": written(
+                PARM(base, arm, α), given, custom_generate=SpeculativeDecoding("prompt", draft_tokens=3)
+            ),
+            "drafts of a model": written(
+                PARM(make(), arm, α), given, custom_generate=SpeculativeDecoding("auto", draft_tokens=3)
+            ),
+            "drafts of another model": written(
+                PARM(base, arm, α), given, custom_generate=SpeculativeDecoding(llama(9), draft_tokens=2)
+            ),
+        }
+    )
+    doors |= drafted
     assert doors == dict.fromkeys(doors, expected)
+
+
+@pytest.mark.parametrize("make", [phi, llama])
+@pytest.mark.parametrize("lengths", [(18, 5), (20, 8), (14, 5)], ids=str)
+def test_a_row_that_has_ended_turns_the_others_all_the_same(make, lengths):
+    given, arm, ended = texts(*lengths), arm_on(make()), 0
+    guided = PARM(arm.get_base_model(), arm, α)
+    plain = written(guided, given, max_new_tokens=12)
+    for end in {*plain[0][1:8]} - {*plain[1][:8]}:
+        settings = {"max_new_tokens": 12, "eos_token_id": end, "pad_token_id": 0}
+        expected = written(guided, given, use_cache=False, **settings)
+        assert written(guided, given, end_tokens=[end], **settings) == expected == written(guided, given, **settings)
+        ended += 1
+    assert ended
+
+
+@pytest.mark.parametrize("make", [phi, llama])
+def test_rollouts_of_a_policy_across_the_length(make):
+    policy, seen = make(4), []
+
+    def reward(ids, mask):
+        seen.append(ids)
+        return torch.zeros(len(ids))
+
+    given = texts(10)
+    written(TransferQ(make(), SequenceReward(reward), policy, k=3, rollout_tokens=4), given)
+    assert [len(ids[0]) for ids in seen] == list(range(15, 15 + NEW))
+    for ids in seen:
+        start = ids[:, :-4]
+        expected = policy.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=4, do_sample=False, use_cache=False
+        )
+        assert torch.equal(ids, expected)
 
 
 def test_keys_of_both_kinds_write_another_text():
@@ -183,6 +234,23 @@ def test_what_would_be_read_by_two_kinds_of_factors_is_refused():
     with pytest.raises(ValueError, match=message):
         written(guided, texts(12), assistant_model=phi(2))
     assert written(guided, texts(5), prefill_chunk_size=2) == naive(phi, *texts(5).values())
+    rows = texts(14, 11)
+    with pytest.raises(
+        ValueError, match="2 tokens after these prompts, in all rows at once.*Decode the 2 rows one at a"
+    ):
+        written(guided, rows, custom_generate=SpeculativeDecoding("prompt"))
+    short = written(guided, rows, max_new_tokens=2)
+    assert written(guided, rows, max_new_tokens=2, custom_generate=SpeculativeDecoding("prompt")) == short
+    embed = guided.get_input_embeddings()
+    for length, new, refused in ((12, 8, True), (12, 4, False), (20, 8, False)):
+        given = texts(length)
+        embeds = {"inputs_embeds": embed(given["input_ids"]).detach(), "attention_mask": given["attention_mask"]}
+        settings = {"max_new_tokens": new, "do_sample": False}
+        if refused:
+            with pytest.raises(ValueError, match="of more than 16 tokens, .* which `inputs_embeds` don't allow"):
+                guided.generate(**embeds, **settings)
+        else:
+            assert guided.generate(**embeds, **settings).tolist() == naive(phi, *given.values(), new=new)
     cache, ids = open_cache(guided), texts(20)["input_ids"]
     guided(input_ids=ids[:, :15], past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match=message):

@@ -197,18 +197,22 @@ class Continuations:
         check_evaluates(self.policy)
         rows, k = candidates.shape
         text, seen = (x.to(self.policy.device) for x in step.text)
-        kept = self.prefix.align(text, seen)
+        most = turning_length(backbone_of(self.policy))
+        whole = most is not None and int(seen.sum(1).max()) + 1 + self.tokens > most
         ids = torch.cat([text.repeat_interleave(k, 0), candidates.flatten()[:, None].to(text)], 1)
         mask = torch.cat([seen.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
         with Adapters(backbone_of(self.policy)).alone(self.adapters) if self.adapters else nullcontext():
-            read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
+            known: dict[str, Any] = {}
+            if not whole:  # or its keys would be turned by the factors of shorter texts
+                kept = self.prefix.align(text, seen)
+                read(self.policy, text[:, kept:], seen, self.prefix.cache, logits_to_keep=1)
+                known = cache_argument(self.policy, self.prefix.repeated(rows, k))
             texts = cast(Any, self.policy).generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=self.tokens, do_sample=False, num_beams=1,
-                pad_token_id=self.pad_token_id, use_cache=True, return_dict_in_generate=False,
-                **cache_argument(self.policy, self.prefix.repeated(rows, k)),
+                pad_token_id=self.pad_token_id, use_cache=not whole, return_dict_in_generate=False, **known,
             )[:, text.shape[1] :]  # fmt: skip
-        whole = nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[1]), value=self.pad_token_id)
-        return whole.view(rows, k, -1).to(candidates.device)
+        padded = nn.functional.pad(texts, (0, 1 + self.tokens - texts.shape[1]), value=self.pad_token_id)
+        return padded.view(rows, k, -1).to(candidates.device)
 
 
 def may_branch(model: PreTrainedModel) -> bool:

@@ -87,11 +87,11 @@ class GuidedCache(Cache):
 
     def leave(self, ended: torch.Tensor) -> None:
         """Rows whose texts have ended, `(rows,)`, are not read any further. What models say of them means nothing from
-        now on, and rows can't change places any more."""
+        now on, and rows can't change places any more. None leaves where the longest text turns the keys of all."""
         held = torch.arange(self.rows, device=ended.device) if self.staying is None else self.staying
         stays = ~ended[held]
-        dynamic = all(type(part.cache) is DynamicCache for part in self.parts)
-        if dynamic and bool(stays.any()) and not bool(stays.all()):
+        free = all(type(part.cache) is DynamicCache and part.turning_length is None for part in self.parts)
+        if free and bool(stays.any()) and not bool(stays.all()):
             self.staying = held[stays]
             for part in self.parts:
                 part.leave(stays, self.staying)

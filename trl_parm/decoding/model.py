@@ -355,7 +355,7 @@ class Guided(GenerationMixin, nn.Module):
             self._state(given, False, own)
             self.backbone._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_length)
             return
-        own = model_kwargs.get("guide_input_ids")
+        own, embeds = model_kwargs.get("guide_input_ids"), model_kwargs.get("inputs_embeds")
 
         def new_cache(term: LM, copies: int) -> Cache:
             of_model = {name: value for name, value in model_kwargs.items() if name not in NAMES}
@@ -368,9 +368,26 @@ class Guided(GenerationMixin, nn.Module):
             return cache_in(of_model)
 
         state = self.new_cache(new_cache, own is not None)
+        if embeds is not None:
+            self._check_embedded(state, embeds, model_kwargs.get("attention_mask"), max_length)
         for part in state.parts if generation_config.num_beams > 1 else ():
             check_reorders(cast(Cache, part.cache))
         model_kwargs.update(cache_argument(self.backbone, state))
+
+    def _check_embedded(
+        self, state: GuidedCache, embeds: torch.Tensor, mask: torch.Tensor | None, max_length: int
+    ) -> None:
+        """Raises `ValueError` for a prompt of embeddings that may outgrow a [`turning_length`], where it would have to
+        be read anew."""
+        longest = embeds.shape[1] if mask is None else int((mask != 0).sum(1).max())
+        for part in state.parts:
+            most = part.turning_length
+            if most is not None and longest <= most < max_length:
+                raise ValueError(
+                    f"A {type(part.model).__name__} turns its keys by other factors in texts of more than {most} "
+                    "tokens, and has to read a text anew there, which `inputs_embeds` don't allow. Give `input_ids`, "
+                    f"or fewer `max_new_tokens`: in all it may be {max_length} tokens."
+                )
 
     def new_cache(self, make: Callable[[LM, int], Any], own_prompt: bool = False) -> GuidedCache:
         """An empty cache for this model.

@@ -89,7 +89,7 @@ def rescore(
                 records.append(_scored([rows[i] for i in todo], names, rewards))
             on_batch(size)
         done = {row_cell(row): row for row in records.rows}
-    return Dataset.from_list(with_all_columns(done[cell] for cell in cells))
+    return Dataset.from_list(with_all_columns(done[cell] for cell in cells), on_mixed_types="use_json")
 
 
 def ask_again(rows: list[dict[str, Any]], names: list[str], rewards: Mapping[str, Reward]) -> list[dict[str, Any]]:

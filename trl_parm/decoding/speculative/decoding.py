@@ -111,6 +111,17 @@ class SpeculativeDecoding:
             self.streamer.put(input_ids.cpu())
         mask = model_kwargs.get("attention_mask")
         texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        room = target.room(texts)
+        if (
+            len(input_ids) > 1
+            and room is not None
+            and room < int(generation_config.max_length or 0) - input_ids.shape[1]
+        ):
+            raise ValueError(
+                f"A model turns its keys by other factors {room} tokens after these prompts, in all rows at once, "
+                f"which can't grow at their own pace then. Decode the {len(input_ids)} rows one at a time, give a "
+                "`max_new_tokens` up to that, or leave `custom_generate` out."
+            )
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while unfinished.any():
             room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].max())
