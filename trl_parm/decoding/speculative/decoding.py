@@ -59,7 +59,8 @@ class SpeculativeDecoding:
         ValueError: numbers below 1, another `draft`; when called, settings that it can't follow (beams, an
             encoder-decoder model, `use_cache=False`, scores as output, classifier-free guidance), inputs beside ids
             and mask, a cache of text that the ids don't repeat, a guide that is no language model, different prompts
-            of the guides' own, or `"auto"` where every guide has the base model's own weights.
+            of the guides' own, several rows across the length beyond which LongRoPE turns all keys otherwise, or
+            `"auto"` where every guide has the base model's own weights.
 
     Example:
 
@@ -106,26 +107,16 @@ class SpeculativeDecoding:
         target = Target(model, logits_processor, bool(generation_config.do_sample), own, ends)
         draft = None if self.draft == "prompt" else self._make_draft(target)
         length = DraftLength(self.max_draft_tokens, self.draft_tokens)
+        mask = model_kwargs.get("attention_mask")
+        texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
+        most = int(generation_config.max_length or 0) - input_ids.shape[1]
+        _check_rows(target.room(texts), len(input_ids), most)
         self.rounds = self.drafted = self.accepted = 0
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        mask = model_kwargs.get("attention_mask")
-        texts = Texts(input_ids, torch.ones_like(input_ids) if mask is None else mask)
-        room = target.room(texts)
-        if (
-            len(input_ids) > 1
-            and room is not None
-            and room < int(generation_config.max_length or 0) - input_ids.shape[1]
-        ):
-            raise ValueError(
-                f"A model turns its keys by other factors {room} tokens after these prompts, in all rows at once, "
-                f"which can't grow at their own pace then. Decode the {len(input_ids)} rows one at a time, give a "
-                "`max_new_tokens` up to that, or leave `custom_generate` out."
-            )
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         while unfinished.any():
-            room = int(generation_config.max_length or 0) - input_ids.shape[1] - int(texts.lengths[unfinished].max())
-            count = max(0, min(length.next(), room - 1))
+            count = max(0, min(length.next(), most - int(texts.lengths[unfinished].max()) - 1))
             # Rows that are done go on from their prompts, so that nothing is read beyond the longest text allowed.
             going_on = Texts(texts.prompt, texts.mask, texts.new, torch.where(unfinished, texts.lengths, 0))
             rooms = (one.room(going_on) for one in (target, draft) if one is not None)
@@ -166,6 +157,17 @@ class SpeculativeDecoding:
             )
         guide = target.guides[0]
         return StandIn(replace(guide, preference=None, disable_adapter=True) if guide.adapters else guide, target)
+
+
+def _check_rows(room: int | None, rows: int, most: int) -> None:
+    """Raises `ValueError` for several rows that may write up to `most` tokens, where all have to be read anew after so
+    many, see [`Reader.room`](speculative.texts.Reader.room): at their own pace they would not be at once."""
+    if rows > 1 and room is not None and room < most:
+        raise ValueError(
+            f"A model turns its keys by other factors {room} tokens after these prompts, in all rows at once, which "
+            f"can't grow at their own pace then. Decode the {rows} rows one at a time, give a `max_new_tokens` up to "
+            "that, or leave `custom_generate` out."
+        )
 
 
 def _until_stop(
