@@ -29,6 +29,7 @@ from peft import AutoPeftModelForCausalLM
 from small_task import FACTS, GRID, OBJECTIVES, write_results, write_settings, write_task
 from transformers import AutoTokenizer
 
+from peft_pblora.output import NOTES
 from trl_parm.evaluation import arrange, bootstrap
 from trl_parm.records import Records
 
@@ -595,7 +596,9 @@ def test_joined_tables_keep_the_versions_of_each(tmp_path):
     later = rows_path(tmp_path, 4, 0, "uniarm")
     facts = {"objectives": OBJECTIVES, "versions": {"python": "3", "torch": "2.13"}}
     write_piece(later, [], {**facts, "trained": {}, "betas": {}, "matched": {}})
+    (tmp_path / NOTES).unlink()  # as in a clone of the repository
     join_pieces(path, [path, later])
+    assert not facts_path(later).exists()
     assert read_facts(path)["versions"] == {"python": "3", "torch": "2.13 and 2.14"}
 
 

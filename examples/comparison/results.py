@@ -82,7 +82,8 @@ def join_pieces(path: Path, parts: Sequence[Path]) -> None:
         # No more than the facts tell of: a stop may have come between the two files of an earlier join.
         text += "".join(line for line in table[1:] if next(csv.reader([line]))[0] in facts["methods"])
     merged["versions"] = joined_versions([facts["versions"] for facts in every])
-    _write(path, text, {**every[0], **merged})
+    # A table among the parts was looked at, whoever has written it, as the published ones of a clone.
+    _write(path, text, {**every[0], **merged}, None if path in parts else WRITER)
     for part in parts:
         if part != path:
             facts_path(part).unlink()
@@ -98,10 +99,10 @@ def joined_versions(every: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {name: AND.join(sorted(known)) for name, known in found.items()}
 
 
-def _write(path: Path, text: str, facts: Mapping[str, Any]) -> None:
-    with output_file(path, WRITER, binary=True) as file:
+def _write(path: Path, text: str, facts: Mapping[str, Any], writer: str | None = WRITER) -> None:
+    with output_file(path, writer, binary=True) as file:
         file.write(gzip.compress(text.encode(), mtime=0))
-    with output_file(facts_path(path), WRITER) as file:
+    with output_file(facts_path(path), writer) as file:
         json.dump(facts, file, indent=1, ensure_ascii=False)
         file.write("\n")
 
