@@ -14,7 +14,7 @@ from comparison.methods import BASE, METHODS, UNTRAINED, methods_of
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
 from comparison.results import joined_versions
 from comparison.settings import BETA, RATE, SCALE, Settings, best
-from comparison.statements import at_policies_kl, edges, interval, others, statements
+from comparison.statements import at_policies_kl, edges, interval, others, statements, with_range
 from comparison.task import Task
 from comparison.training import FURTHER_KINDS
 
@@ -146,7 +146,7 @@ def summary(found: Mapping[str, tuple[Task, Sequence[Budget]]]) -> str:
                 row |= {f"{PARM} − {called}: {name}": interval(differences[name]) for name in (PRODUCT, ABOVE_ZERO)}
             found_ranks = budget.correlations(PARM)
             ranks = zip(budget.objectives, found_ranks[0], found_ranks[1:].min(0), found_ranks[1:].max(0))
-            said = ", ".join(f"{name} {value:.2f} ({least:.2f} to {most:.2f})" for name, value, least, most in ranks)
+            said = ", ".join(f"{name} {with_range(*values)}" for name, *values in ranks)
             rows.append({**row, "rank correlations (single seeds)": said})
     return "## In one table\n\n" + markdown(rows)
 

@@ -77,7 +77,9 @@ class Budget:
             return None
         shared = [kind for kind in kinds if all(kind in found for found in there.values())]
         partial = {
-            kind: [seed for seed, found in there.items() if kind in found] for kind in kinds if kind not in shared
+            kind: own
+            for kind in kinds
+            if kind not in shared and (own := [seed for seed, found in there.items() if kind in found])
         }
         facts = [_of_kinds(read_facts(every[seed]), shared) for seed in there]
         for seed, one in zip(there, facts):
@@ -94,7 +96,6 @@ class Budget:
             if len([name for name in names if name.endswith(f"(seed {seed})")]) != len({*names.values()}):
                 raise ValueError(f"The seed {seed} of {results.name}, {steps} steps, lacks methods that others have.")
         missing = [seed for seed in planned if seed not in there]
-        partial = {kind: found for kind, found in partial.items() if found}
         return cls(steps, list(there), missing, shared, partial, facts, rows, names, resamples)
 
     @cached_property

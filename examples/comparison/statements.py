@@ -34,7 +34,7 @@ def statements(budget: Budget) -> list[str]:
         against(budget, PARM, SHUFFLED, "PARM with a permuted α", (PRODUCT,)) if SHUFFLED in budget.fronts else "",
         against(budget, DISJOINT, GENARM, "GenARM") if DISJOINT in budget.fronts else "",
         against(budget, JOINED, GENARM, "GenARM")
-        + f" A token takes {_with_range(*budget.relative_time(JOINED, GENARM))} of GenARM's time.",
+        + f" A token takes {with_range(*budget.relative_time(JOINED, GENARM))} of GenARM's time.",
         at_matched_kl(budget),
         others(budget),
         repetition(budget),
@@ -79,9 +79,9 @@ def at_matched_kl(budget: Budget) -> str:
     for name, near in budget.near_kl().items():
         row, own = budget.difference(PARM, near)[PRODUCT], "its own β" if near == name else f"KL {budget.kl(name):.2f}"
         at = "" if near == name else " at its own β"
-        kl = _with_range(budget.kl(near), *budget.kl_range(near))
+        kl = with_range(budget.kl(near), *budget.kl_range(near))
         parts.append(f"{name} {interval(row)} ({verdict(row)}; KL {kl}, {own}{at})")
-    kl = _with_range(budget.kl(PARM), *budget.kl_range(PARM))
+    kl = with_range(budget.kl(PARM), *budget.kl_range(PARM))
     head = f"**Near PARM's KL to the base**, {kl} a token over seeds, PARM's MIP minus that of "
     return head + "; ".join(parts) + "." if parts else ""
 
@@ -211,7 +211,7 @@ def _value(row: Mapping[str, Any]) -> float:
     return row["value"]
 
 
-def _with_range(value: float, least: float, most: float) -> str:
+def with_range(value: float, least: float, most: float) -> str:
     """A number with the least and the largest of what it is of."""
     return f"{value:.2f} ({least:.2f} to {most:.2f})"
 

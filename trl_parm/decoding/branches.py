@@ -46,6 +46,7 @@ class Prefix:
         self.model = model
         self.tokens = torch.empty(0, 0, dtype=torch.long)
         self.cache = rewindable_cache(model)
+        self.turning_length = turning_length(backbone_of(model))
 
     def align(self, tokens: torch.Tensor, mask: torch.Tensor) -> int:
         """Makes the cache hold a prefix of what is not masked of `tokens`, and returns its length: one token at least
@@ -63,6 +64,11 @@ class Prefix:
                 self.cache.crop(-surplus)
         self.tokens = text
         return kept
+
+    def turns(self, mask: torch.Tensor, further: int) -> bool:
+        """Whether texts of this mask with so many tokens more are to be read whole, see [`turning_length`]."""
+        most = self.turning_length
+        return most is not None and int(mask.sum(1).max()) + further > most
 
     def repeated(self, rows: int, times: int) -> Cache:
         """A copy of the cache in which each of its rows stands so many times."""
@@ -103,8 +109,7 @@ class Classifier:
         return self._answer
 
     def _read(self, text: torch.Tensor, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
-        most = turning_length(self.model)
-        if most is not None and int(seen.sum(1).max() + new_mask.sum(-1).max()) > most:
+        if self.prefix.turns(seen, new.shape[2]):
             return self._as_whole_texts(text, seen, new, new_mask)
         kept = self.prefix.align(text, seen)
         if self.branches:
@@ -131,12 +136,12 @@ class Classifier:
         rows, k, _ = new.shape
         ids = torch.cat([text.repeat_interleave(k, 0), new.flatten(0, 1)], 1)
         mask = torch.cat([seen.repeat_interleave(k, 0), new_mask.flatten(0, 1).to(seen)], 1)
-        head, given = _head(self.model), {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-        with torch.no_grad():
-            if head is None:
-                return self.model(input_ids=ids, use_cache=False, **given).logits.view(rows, k, -1)
-            hidden = _backbone(self.model)(input_ids=ids, use_cache=False, **given).last_hidden_state
-            return head(hidden[torch.arange(len(ids), device=ids.device), _last(mask)]).view(rows, k, -1)
+        head = _head(self.model)
+        found = read(self.model if head is None else _backbone(self.model), ids, mask, rewindable_cache(self.model))
+        if head is None:
+            return found.logits.view(rows, k, -1)
+        last = found.last_hidden_state[torch.arange(len(ids), device=ids.device), _last(mask)]
+        return head(last).view(rows, k, -1)
 
     def _last_hidden(self, seen: torch.Tensor, new: torch.Tensor, new_mask: torch.Tensor) -> torch.Tensor:
         """Hidden states `(rows, k, hidden)` at the last tokens of candidates that are read as texts of their own."""
@@ -197,8 +202,7 @@ class Continuations:
         check_evaluates(self.policy)
         rows, k = candidates.shape
         text, seen = (x.to(self.policy.device) for x in step.text)
-        most = turning_length(backbone_of(self.policy))
-        whole = most is not None and int(seen.sum(1).max()) + 1 + self.tokens > most
+        whole = self.prefix.turns(seen, 1 + self.tokens)
         ids = torch.cat([text.repeat_interleave(k, 0), candidates.flatten()[:, None].to(text)], 1)
         mask = torch.cat([seen.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
         with Adapters(backbone_of(self.policy)).alone(self.adapters) if self.adapters else nullcontext():

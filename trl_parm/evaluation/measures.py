@@ -97,7 +97,7 @@ def differences(
     Raises:
         ValueError: no such method.
     """
-    by_name, scales = ({front.method: getattr(front, name) for front in found} for name in ("runs", "scale"))
+    by_name = {front.method: front.runs for front in found}
     if against not in by_name:
         raise ValueError(f"`against` is {against!r}, but the methods are {', '.join(by_name)}.")
     other = by_name.pop(against)
@@ -108,7 +108,7 @@ def differences(
             both = [np.broadcast_to(runs, (seeds, *runs.shape[1:])) for runs in (rewards, other)]
             of, values = _with_scale(
                 lambda mean, n=n, of=statistic: of(mean[:n]) - of(mean[n:]),
-                np.concatenate(both, axis=2), scales[against],
+                np.concatenate(both, axis=2), found[0].scale,  # which all have in common
             )  # fmt: skip
             value, low, high = seed_bootstrap(of, values, resamples, seed=seed)
             head = {"method": method, "minus": against, "measure": name, "reference": reference}
