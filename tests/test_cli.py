@@ -279,6 +279,20 @@ def test_train_with_descriptions_and_with_preferences_in_prompts(folder, tmp_pat
     assert "| PARM, α in the prompt | 0.50, 0.50 |" in capsys.readouterr().out
 
 
+def test_a_plain_lora_of_one_unnamed_file_learns_a_reward(folder, tmp_path, capsys):
+    pairs = tmp_path / "ranked.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "w{i}", "chosen": " w1", "rejected": " w2"}}\n' for i in range(8)))
+    config = {
+        "model_name_or_path": str(folder / "base"), "adapter": "lora", "train_data": [str(pairs)],
+        "eval_data": [str(pairs)],
+        "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "output_dir": str(tmp_path / "lora"),
+    }  # fmt: skip
+    assert run("train", "--config", write(tmp_path / "lora.yaml", config)) == 0
+    capsys.readouterr()
+    assert "pairs_0" not in (tmp_path / "lora/README.md").read_text()
+    assert "eval_reward_gain" in json.loads((tmp_path / "lora/eval_results.json").read_text())
+
+
 def test_an_evaluation_goes_on_and_refuses_another_configuration(folder, capsys):
     config = write(folder / "again.yaml", evaluation(folder, "again"))
     assert run("evaluate", "--config", config) == 0

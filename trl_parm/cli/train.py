@@ -142,6 +142,7 @@ def find_labels(data: Mapping[str, Any], in_use: Collection[str | None] = ()) ->
     Raises:
         ValueError: a labelled data set without such a column.
     """
+    from trl_parm.training.config import called
     from trl_parm.training.tokenization import LABELLED
 
     found: dict[str, str] = {}
@@ -154,7 +155,7 @@ def find_labels(data: Mapping[str, Any], in_use: Collection[str | None] = ()) ->
         own = [column for column in labels if not any(response in column for response in LABELLED)]
         if not own:
             raise ValueError(
-                f"The labelled data set {name!r} has no column of labels, which are 0, 1 or -1; it has "
+                f"The labelled {called(name)} has no column of labels, which are 0, 1 or -1; it has "
                 f"{', '.join(values)}. Name them with `label_columns`, such as {{helpful: better_response_id}}."
             )
         found |= {column: column for column in own}

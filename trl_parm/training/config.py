@@ -31,6 +31,8 @@ from .losses import ARMLoss
 from .metrics import is_better_larger
 
 
+ALONE = ""
+"""The name of a data set that was given without one."""
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 ADAPTERS = {"pblora": PBLoraConfig, "svdlora": SVDLoraConfig, "moslora": MoSLoraConfig, "lora": LoraConfig}
 CHOICES = {
@@ -334,8 +336,9 @@ class ARMArguments:
             raise ValueError(f"`adapter` is {self.adapter!r}, but it must be one of {', '.join(ADAPTERS)}.")
 
     def load(self, data: list[PairData], split: str = "train") -> dict[str, Dataset | IterableDataset] | None:
-        """The data sets by objective, those with labels under a name of their own; `None` if there is none."""
-        loaded = {entry.objective or f"pairs_{i}": entry.load(split) for i, entry in enumerate(data)}
+        """The data sets by objective, those without one under names of their own; `None` if there is none."""
+        unnamed = [ALONE] if len(data) == 1 else [f"pairs_{i}" for i in range(len(data))]
+        loaded = {entry.objective or name: entry.load(split) for entry, name in zip(data, unnamed)}
         if len(loaded) < len(data):
             raise ValueError("Two data sets have the same objective. Join them into one file or data set first.")
         return loaded or None
@@ -357,6 +360,11 @@ class ARMArguments:
         return get_quantization_config(
             ModelConfig(load_in_4bit=self.load_in_4bit, use_bnb_nested_quant=True, dtype="bfloat16")
         )
+
+
+def called(name: str) -> str:
+    """How an error calls a data set."""
+    return "data set" if name == ALONE else f"data set {name!r}"
 
 
 def _damage(path: Path, kind: str, error: BaseException) -> str:

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 from trl.trainer.utils import pad
 
-from .config import FILE_KINDS, PairData, PreferenceARMConfig
+from .config import ALONE, FILE_KINDS, PairData, PreferenceARMConfig, called
 from .model import Limits
 from .preferences import mix
 from .tokenization import COLUMNS, OUTCOMES, WEIGHT, PairReader, is_kept, is_labelled
@@ -30,8 +30,6 @@ Pairs = Dataset | IterableDataset
 """One data set of pairs."""
 PairSources = Mapping[str, Pairs | str] | Pairs | str
 """What a user gives: data sets by objective, or a single one, each also as a file or by its id on the Hub."""
-ALONE = ""
-"""The name of a data set that was given without one."""
 FIRST_ROWS = 100
 """The rows of a stream that say which columns it has, where it does not say so itself."""
 PROMPT, FIRST, SECOND, PADDING = 0, 1, 2, -1
@@ -201,7 +199,7 @@ def columns_of(name: str, data: Pairs) -> list[str]:
     first = () if data.column_names else islice(_readable(name, data), FIRST_ROWS)
     found = data.column_names or list(dict.fromkeys(column for row in first for column in row))
     if not found:
-        raise ValueError(f"The data set {name!r} is empty. Give it at least one pair.")
+        raise ValueError(f"The {called(name)} is empty. Give it at least one pair.")
     return found
 
 
@@ -314,7 +312,7 @@ def _readable(name: str, rows: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from rows
     except (ArrowInvalid, UnicodeDecodeError) as error:
-        raise ValueError(f"The data set {name!r} can't be read to its end: {error}. Mend that row.") from error
+        raise ValueError(f"The {called(name)} can't be read to its end: {error}. Mend that row.") from error
 
 
 def pair_id(dataset: int, index: int) -> int:
