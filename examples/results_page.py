@@ -99,11 +99,13 @@ LIMITS = """## What this does not show
 
 Small models, and rewards that short happy phrases satisfy; no judge but scorers. Learning rates and β were chosen with
 few seeds of training, and are used for all. Prompts are a few templates, which training has seen too, with topics that
-it has not; intervals take them for independent, and are too narrow for prompts of another kind. Of many comparisons
-some are told apart by chance: nothing is corrected for their number. Hypervolume of few prompts is biased upwards, and
-of several noisy points more than of a control's one. KL is the mean log-ratio of the tokens that were sampled, from
-the likeliest, so that it is no divergence of the whole distributions. The noise of sampling is the same for all seeds
-of training. Times are those of a shared machine; [decoding](decoding.md) has paired measurements."""
+it has not; intervals take them for independent. That is about right for other topics, and too narrow for prompts of
+another kind: counted by templates, some standard errors are more than twice as large
+(`benchmarks/results/prompt_groups.md`). Of many comparisons some are told apart by chance: nothing is corrected for
+their number. Hypervolume of few prompts is biased upwards, and of several noisy points more than of a control's one. KL
+is the mean log-ratio of the tokens that were sampled, from the likeliest, so that it is no divergence of the whole
+distributions. The noise of sampling is the same for all seeds of training. Times are those of a shared machine;
+[decoding](decoding.md) has paired measurements."""
 
 
 def write_page(results: Path, page: Path, configs: Path, resamples: int = 2000) -> Path | None:
