@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # PEFT: two OFT adapters are merged in the other order than they run.
 #
-# Expected: several adapters of a model may be active, and merging them makes one weight of what the forward pass does. Of
-#   adapters that rotate the order matters; HRA keeps it.
+# Expected: several adapters of a model may be active, and merging them makes one weight of what the forward pass
+#   does. Of adapters that rotate the order matters; HRA keeps it.
 # What happens: OFT's forward pass turns the input by the first adapter's rotation and then by the second's. Merging
-#   multiplies the weight by them one after the other, so that the second one comes first: the merged model is that whose
-#   adapters were set the other way round. No warning.
+#   multiplies the weight by them one after the other, so that the second one comes first: the merged model is that
+#   whose adapters were set the other way round. No warning.
 # Versions: peft 0.21.2, transformers 5.24.0, torch 2.13.0.
-# Output seen: merging two adapters of a layer moves its output by 1.1, by 3e-16 if they are merged in the other order; of
-#   HRA by 4e-16.
+# Output seen: merging two adapters of a layer moves its output by 1.1, by 3e-16 if they are merged in the other
+#   order; of HRA by 4e-16.
 set -euo pipefail
 
 folder=$(mktemp -d)
