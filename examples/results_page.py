@@ -102,8 +102,8 @@ few seeds of training, and are used for all. Prompts are a few templates, which 
 it has not; intervals take them for independent. That is about right for other topics, and too narrow for prompts of
 another kind: counted by templates, some standard errors are more than twice as large
 (`benchmarks/results/prompt_groups.md`). Of many comparisons some are told apart by chance: nothing is corrected for
-their number. Hypervolume of few prompts is biased upwards, and of several noisy points more than of a control's one. KL
-is the mean log-ratio of the tokens that were sampled, from the likeliest, so that it is no divergence of the whole
+their number. Hypervolume of few prompts is biased upwards, and of several noisy points more than of a control's one.
+KL is the mean log-ratio of the tokens that were sampled, from the likeliest, so that it is no divergence of the whole
 distributions. The noise of sampling is the same for all seeds of training. Times are those of a shared machine;
 [decoding](decoding.md) has paired measurements."""
 

@@ -82,9 +82,10 @@ def decode(
     preferences: Sequence[Sequence[float]],
     entries: Sequence[Any],
     path: Path,
-    allow_off_simplex: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """The rows of [`trl_parm.evaluation.evaluate`], from which a run that was killed goes on."""
+    """The rows of [`trl_parm.evaluation.evaluate`], with `options` of its own or of `generate`, from which a run that
+    was killed goes on."""
     models = Models(task.model, task.dtype, optimize=True)
     rewards = {name: RewardSource.of(source).load() for name, source in task.rewards.items()}
     table = evaluate(
@@ -96,11 +97,7 @@ def decode(
         path,
         on_start=lambda name: print(f"  {name}", flush=True),
         batch_size=task.batch_texts,
-        allow_off_simplex=allow_off_simplex,
-        seed=0,
-        do_sample=True,
-        top_k=task.top_k,
-        max_new_tokens=task.max_new_tokens,
+        **{"seed": 0, "do_sample": True, "top_k": task.top_k, "max_new_tokens": task.max_new_tokens, **options},
     )
     return table.to_list()
 
