@@ -385,7 +385,7 @@ METHODS = {
     "untrained_arm": Method("Base × untrained ARM", untrained_arm, control=True),
     "parm": Method("PARM", parm, together=ANY),
     "parm_shuffled": Method("PARM, α permuted", parm_shuffled),
-    "arm_alone": Method("ARM alone", arm_alone),
+    "arm_alone": Method("ARM alone", arm_alone, together=ANY),
     "parm_prompt": Method("PARM, α in the prompt", parm_prompt, together=ANY, engines=HERE),
     "svd_lora": Method("SVD-LoRA", parm, together=ANY),
     "uniarm": Method("UniARM", parm, together=ANY),
