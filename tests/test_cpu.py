@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_pblora import PBLoraConfig, set_preference
-from trl_parm import PARM, cpu, optimize_for_cpu, undo_optimize_for_cpu
+from trl_parm import PARM, PreferenceARMConfig, cpu, optimize_for_cpu, undo_optimize_for_cpu
 from trl_parm.cpu import PackedLinear
 from trl_parm.decoding import BASE, Guided
+from trl_parm.training import model as training_model
 
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 1, 2, 4, 4]])
@@ -284,3 +285,14 @@ def test_a_single_layer_is_packed_too():
     packed = optimize_for_cpu(layer, torch.float32)
     assert isinstance(packed, PackedLinear)
     assert type(undo_optimize_for_cpu(packed)) is nn.Linear
+
+
+@pytest.mark.parametrize("sharding", [None, "FSDP", "ZeRO 3"])
+def test_a_model_whose_weights_will_be_sharded_is_not_packed_for_training(tmp_path, monkeypatch, sharding):
+    tiny_llama().save_pretrained(tmp_path)
+    if sharding == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(training_model, "is_deepspeed_zero3_enabled", lambda: sharding == "ZeRO 3")
+    args = PreferenceARMConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none")
+    packed = packed_layers(training_model.load_model(str(tmp_path), args, None))
+    assert bool(packed) == (sharding is None)

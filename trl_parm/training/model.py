@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
@@ -81,11 +82,15 @@ def load_model(model: Any, args: PreferenceARMConfig, quantization_config: Any) 
     if cast(PartialState, args.distributed_state).distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         kwargs["device_map"] = None
     model = load_whole(create_model_from_path, model, **kwargs)
-    # Sharded weights come and go.
-    whole = cast(PartialState, args.distributed_state).distributed_type in ("NO", "MULTI_CPU")
-    if args.optimize_for_cpu and whole and args.device.type == "cpu":
+    if args.optimize_for_cpu and not is_sharded(args) and args.device.type == "cpu":
         optimize_loaded(model, str(kwargs.get("dtype", "auto")).removeprefix("torch."))
     return model
+
+
+def is_sharded(args: PreferenceARMConfig) -> bool:
+    """Whether weights are spread over processes, and come and go: with FSDP, and with DeepSpeed's ZeRO 3. The
+    `distributed_type` does not say so before there is an accelerator."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP") or is_deepspeed_zero3_enabled()
 
 
 def load_tokenizer(model, tokenizer, args: PreferenceARMConfig) -> PreTrainedTokenizerBase:
