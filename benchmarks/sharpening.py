@@ -56,8 +56,8 @@ def main() -> None:
     beta = settings.beta("parm")
     notes = [
         f"{task.title}, {steps} steps, training seed {args.seed}, β {beta:g} unless another is named; "
-        f"{task.test_prompts} prompts, standardised by the base's answers. Rank is the least rank correlation of α "
-        "with its reward. Intervals are standard errors over prompts."
+        f"{task.test_prompts} prompts, sampled from the {task.top_k} likeliest tokens, standardised by the base's "
+        "answers. Rank is the least rank correlation of α with its reward. Intervals are standard errors over prompts."
     ]
     report("sharpening", measure(task, training, beta), notes, args.results, args.table)
 
