@@ -108,7 +108,8 @@ class PreferenceARMConfig(_BaseConfig):
         optimize_for_cpu (`bool`, *optional*, defaults to `True`):
             Where the trainer gets a model id and computes on a CPU, pack the model's weights: products are in bfloat16
             on a CPU with units for it, unless `model_init_kwargs` has `dtype: float32`; adapter and optimizer stay in
-            float32. For a model that is loaded already call [`trl_parm.optimize_for_cpu`].
+            float32. One that FSDP or ZeRO 3 will shard stays as it is. For a model that is loaded already call
+            [`trl_parm.optimize_for_cpu`].
         trust_remote_code (`bool`, *optional*, defaults to `False`): Passed on to `from_pretrained`.
         card_prompt (`str`, *optional*):
             A prompt that the base model answers at several preferences when the model is saved, for the model card;
