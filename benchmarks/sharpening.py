@@ -7,8 +7,7 @@
 π_base^(1 + 1/β). Sampling at the temperature 1 + 1/β undoes that, and what is sampled is a weighted geometric mean of
 the two. PARM is trained once, with a task's pairs and settings of `benchmarks/results/small`, and answers the prompts
 of the comparison at temperatures from 1 to that one, and with larger β at temperature 1; the untrained control beside
-it.
-The model and the pairs are those of `make reproduce-small`.
+it. The model and the pairs are those of `make reproduce-small`.
 """
 
 from __future__ import annotations
@@ -21,21 +20,21 @@ from typing import Any
 
 import torch
 from common import argument_parser, report
+from prompt_groups import products
 
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from comparison.methods import BASE, UNTRAINED, decode  # noqa: E402
-from comparison.settings import Settings  # noqa: E402
-from comparison.task import Task  # noqa: E402
-from reproduce_small import CONFIGS, PUBLISHED  # noqa: E402
+from comparison.methods import BASE, UNTRAINED, decode
+from comparison.pooled import PARM
+from comparison.settings import Settings
+from comparison.task import Task
+from reproduce_small import CONFIGS, PUBLISHED
 
-from peft_pblora import preference_grid  # noqa: E402
-from trl_parm.evaluation import arrange, describe_answers, mean_and_error, rank_correlations, standardized  # noqa: E402
+from peft_pblora import preference_grid
+from trl_parm.evaluation import arrange, describe_answers, mean_and_error, rank_correlations, standardized
 
 
-PARM = "PARM"
 WEAKER = (2, 4)
 """How many times its β PARM has at temperature 1, for comparison."""
 
@@ -80,19 +79,18 @@ def measure(task: Task, training: Any, beta: float) -> Iterator[dict[str, object
     rows = answers(["base", *own, *(entry("parm", f"{PARM}, β {n * beta:g}", n * beta) for n in WEAKER)], 1.0)
     for temperature in (math.sqrt(whole), whole):
         rows += answers(own, temperature)
-    said = {(row["method"], row["preference"]): row for row in describe_answers(rows)}
+    said = describe_answers(rows)
     for front in standardized(arrange(rows, task.objectives), f"{BASE}, temperature 1", task.objectives):
-        own = [row for (method, _), row in said.items() if method == front.method]
-        k = len(task.objectives)
-        α = torch.full((1, k), 1 / k).numpy() if front.preferences is None else front.preferences
-        mean, error = mean_and_error((front.rewards * α).sum(-1).mean(-1).tolist())
+        like = [row for row in said if row["method"] == front.method]
+        mean, error = mean_and_error(products(front).tolist())
+        α = front.preferences
         yield {
             "method": front.method,
             "MIP": f"{mean:.2f} ± {error:.2f}",
-            "rank": "-" if front.preferences is None else f"{rank_correlations(α, front.points).min():.2f}",
-            "repeated 4-grams": f"{100 * sum(row['repetition'] for row in own) / len(own):.1f}%",
-            "at the worst α": f"{100 * max(row['repetition'] for row in own):.1f}%",
-            "log π_base of a token": f"{sum(row['log_prob_base'] for row in own) / len(own):.2f}",
+            "rank": "-" if α is None else f"{rank_correlations(α, front.points).min():.2f}",
+            "repeated 4-grams": f"{100 * sum(row['repetition'] for row in like) / len(like):.1f}%",
+            "at the worst α": f"{100 * max(row['repetition'] for row in like):.1f}%",
+            "log π_base of a token": f"{sum(row['log_prob_base'] for row in like) / len(like):.2f}",
         }
 
 
