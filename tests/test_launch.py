@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from children import communicate
 from conftest import tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file
 from training_runs import write_run
@@ -33,11 +36,18 @@ def folder(tmp_path_factory):
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {
+        **os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHONFAULTHANDLER": "1",
+    }  # fmt: skip
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
+def run(folder: Path, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out, err = communicate(process, timeout)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def launch(folder: Path, engine: str, *flags: str, error: str | None = None) -> None:
@@ -70,6 +80,18 @@ def one_unpacked(folder):
     """As sharded models are, whose products are not in bfloat16 on a CPU with units for it."""
     alone(folder, "--optimize_for_cpu", "False", "--output_dir", "one_unpacked")
     return folder / "one_unpacked"
+
+
+def test_what_does_not_end_says_where_it_stands(tmp_path):
+    """As a launcher whose second process waits for ever, in a session of its own; none of them is left."""
+    waiting = "import time\ndef waits_for_ever():\n    time.sleep(1000)\nwaits_for_ever()"
+    launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {waiting!r}], start_new_session=True)"
+    with pytest.raises(AssertionError, match="did not end within 3 s") as error:
+        run(tmp_path, sys.executable, "-c", launcher, timeout=3)
+    assert "in waits_for_ever" in str(error.value)
+    pids = [int(line.split()[0]) for line in str(error.value).splitlines() if re.match(r"\d+ \(", line)]
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_the_script_trains_from_yaml(one):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from children import communicate
 from conftest import tiny_arm, tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from judge_server import JudgeServer
@@ -317,7 +318,8 @@ def job(tmp_path_factory):
 
 def start(folder, output, count, **options) -> subprocess.Popen:
     environment = {
-        **os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"
+        **os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     # With `--cpu` accelerate starts one process, however many were asked for.
     launch = (
@@ -332,7 +334,7 @@ def start(folder, output, count, **options) -> subprocess.Popen:
 
 
 def finish(process) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = communicate(process)
     assert process.returncode == 0, err
     return out
 
@@ -357,7 +359,7 @@ def kill_one(job, output, count, wanted, chance) -> int:
             chance.choice(workers).kill()
         else:
             launcher.kill()
-    launcher.communicate(timeout=120)
+    communicate(launcher, 120)
     rows = read_rows(path) if _written(path) else []
     assert len({(row["method"], str(row["preference"]), row["prompt"]) for row in rows}) == len(rows)
     return len(rows)
@@ -404,7 +406,7 @@ def test_the_second_job_of_a_launcher_says_so(job, undisturbed):
     for worker in workers:
         worker.suspend()  # a job this small would be done before the second one has begun
     second = start(job, "shared", 2)
-    _, err = second.communicate(timeout=120)
+    _, err = communicate(second, 120)
     for worker in workers:
         worker.resume()
     assert second.returncode
