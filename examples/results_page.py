@@ -14,7 +14,7 @@ from comparison.methods import BASE, METHODS, UNTRAINED, methods_of
 from comparison.pooled import ABOVE_MINUS_ONE, ABOVE_ZERO, GENARM, PARM, PRODUCT, Budget
 from comparison.results import joined_versions
 from comparison.settings import BETA, RATE, SCALE, Settings, best
-from comparison.statements import at_policies_kl, edges, interval, others, statements, with_range
+from comparison.statements import at_policies_kl, edges, interval, other_products, others, statements, with_range
 from comparison.task import Task
 from comparison.training import FURTHER_KINDS
 
@@ -163,7 +163,7 @@ def section(task: Task, budgets: Sequence[Budget], results: Path, images: Path) 
         draw(budget, images, name)
         parts += [
             f"### {task.title}: {budget.steps:,} steps, training seeds: {len(budget.seeds)}",
-            chosen_text(task, budget.kinds, settings),
+            chosen_text(task, budget, settings),
             "**What holds**\n\n" + "\n".join(f"- {line}" for line in statements(budget)),
             f"![Mean rewards of all methods at every preference](images/{name}.png)",
             f"![Mean inner product over KL to the base](images/{name}_kl.png)",
@@ -245,8 +245,9 @@ def check_chosen(settings: Settings, budget: Budget) -> None:
             )
 
 
-def chosen_text(task: Task, kinds: Sequence[str], settings: Settings) -> str:
+def chosen_text(task: Task, budget: Budget, settings: Settings) -> str:
     """The settings of a budget, with all that was tried."""
+    kinds, products = budget.kinds, budget.facts[0].get("products")
     scales, rates = ({kind: settings.tried(what, kind) for kind in kinds} for what in (SCALE, RATE))
     betas = {m.title: settings.tried(BETA, name) for name, m in methods_of(kinds).items() if m.has_beta}
     return CHOSEN.format(
@@ -257,12 +258,12 @@ def chosen_text(task: Task, kinds: Sequence[str], settings: Settings) -> str:
         scale_seeds=", ".join(map(str, settings.of_scales.seeds)),
         middle=task.middle_rate,
         scales=_chosen(scales, losses=True),
-        scale_edges=edges(scales, SCALE),
+        scale_edges=edges(scales, SCALE) + other_products(scales, products),
         rates=_chosen(rates, losses=True),
-        rate_edges=edges(rates, RATE),
+        rate_edges=edges(rates, RATE) + other_products(rates, products),
         validation=task.validation_prompts,
         betas=_chosen(betas, losses=False),
-        beta_edges=edges(betas, BETA),
+        beta_edges=edges(betas, BETA) + other_products(betas, products),
         policies=at_policies_kl(settings, kinds),
     )
 

@@ -585,6 +585,19 @@ def test_seeds_that_were_run_with_other_arithmetic_are_said(tmp_path):
     assert read(tmp_path).alike == [[0, 2], [1]]
 
 
+def test_settings_that_were_tried_with_other_arithmetic_are_said(tmp_path):
+    path = write_task(tmp_path, settings_steps=None, settings_seeds={4: [7]})
+    results = tmp_path / "results" / "tiny"
+    write_results(results, [0, 1], products="bfloat16")
+    write_settings(results, steps=4)
+    with Records(results / "settings-4.jsonl", {}) as kept:
+        row = {"what": SCALE, "of": "genarm", "seed": 7, "value": 9.0}
+        kept.append([{**row, "at": 16, "products": "float32"}, {**row, "at": 64, "products": "bfloat16"}])
+    text = results_page.write_page(tmp_path / "results", tmp_path / "page", path.parent, resamples=20).read_text()
+    assert text.count("On another CPU") == 1
+    assert "On another CPU, whose products are not in bfloat16, were tried: genarm at 16.\n- **Learning" in text
+
+
 def test_joined_tables_keep_the_versions_of_each(tmp_path):
     parts = [rows_path(tmp_path, 4, 0, kind) for kind in ("parm", "dpo", "genarm")]
     for part, version in zip(parts, ("2.13", "2.14", "2.13")):

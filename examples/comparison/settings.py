@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from peft_pblora import preference_grid
+from trl_parm.cpu import products_of
 from trl_parm.evaluation import arrange, mean_and_error, mean_inner_product, standardized
 from trl_parm.records import Records, read_rows
 
@@ -123,10 +124,11 @@ class Settings:
         made = {"scale": scale, "rate": rate}
         for row in (*self._rows(SCALE, kind), *self._rows(RATE, kind)):
             if row["seed"] == seed and {name: row[name] for name in made} == made:
-                return {name: row[name] for name in (*made, "value", "losses", "seconds")}
+                return {name: row[name] for name in (*made, "value", "losses", "seconds", "products") if name in row}
         found = self.training(kind, scale, rate, seed).run()
         value = sum(found["losses"].values())
-        return {**made, "value": value, "losses": found["losses"], "seconds": found["seconds"]}
+        products = products_of(self.task.dtype)
+        return {**made, "value": value, "losses": found["losses"], "seconds": found["seconds"], "products": products}
 
     def _front(self, method: Method, beta: float, seed: int) -> dict[str, Any]:
         training = self.training(method.kind, self.scale(method.kind), self.rate(method.kind), seed)
@@ -139,7 +141,8 @@ class Settings:
         front = standardized(arrange(rows, self.task.objectives), "Base", self.task.objectives)[1]
         products = [mean_inner_product(cast(Any, front.preferences), rewards) for rewards in front.rewards]
         value, error = mean_and_error([-product for product in products])
-        return {"value": value, "error": error, "kl": mean_kl([row for row in rows if row["preference"] is not None])}
+        kl = mean_kl([row for row in rows if row["preference"] is not None])
+        return {"value": value, "error": error, "kl": kl, "products": products_of(self.task.dtype)}
 
     def _search(
         self, what: str, of: str, grid: Sequence[float], value: Callable[[float, int], dict[str, Any]]
@@ -182,6 +185,8 @@ def _mean(at: float, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         error = float(np.mean([row["error"] for row in rows]))
         found["error"] = error if len(rows) == 1 else math.hypot(error, over_seeds)
         found["kl"] = float(np.mean([row["kl"] for row in rows]))
+    if products := {row["products"] for row in rows if "products" in row}:  # rows of earlier runs do not say
+        found["products"] = sorted(map(str, products))
     return found
 
 

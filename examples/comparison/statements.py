@@ -207,6 +207,16 @@ def edges(tried: Mapping[str, Sequence[Mapping[str, Any]]], what: str) -> str:
     return said
 
 
+def other_products(tried: Mapping[str, Sequence[Mapping[str, Any]]], products: str | None) -> str:
+    """What is known to have been tried with another arithmetic than the pieces have."""
+    others = {
+        name: [f"{row['at']:g}" for row in rows if row.get("products", [products]) != [products]]
+        for name, rows in tried.items()
+    }
+    listed = ", ".join(f"{name} at {', '.join(found)}" for name, found in others.items() if found)
+    return f" On another CPU, whose products are not in {products}, were tried: {listed}." if listed else ""
+
+
 def _value(row: Mapping[str, Any]) -> float:
     return row["value"]
 
