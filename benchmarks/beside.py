@@ -56,7 +56,7 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", other, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     kernels = "with packed weights"
     if args.as_users_call:
-        kernels = f"by default kernels there and `optimize_for_cpu` with products in {args.products} here"
+        kernels = f"after `optimize_for_cpu` with products in {args.products}, where a checkout has it"
     sys.argv = ["OTHER" if argument == args.other else argument for argument in sys.argv]  # as the table names it
     report(
         "beside",
@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="cases whose name has this text")
     parser.add_argument(
-        "--as-users-call", action="store_true", help="models as they are loaded, here after `optimize_for_cpu`"
+        "--as-users-call", action="store_true", help="models after `optimize_for_cpu`, where a checkout has it"
     )
     parser.add_argument("--products", default="bfloat16", help="their dtype, for --as-users-call")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -22,7 +22,9 @@ from trl_parm.training import model as training_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 3], [9, 1, 2, 4, 4]])
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+HAS_BFLOAT16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="oneDNN has no bfloat16 on this CPU")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=HAS_BFLOAT16)]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def packed_layers(model: nn.Module) -> list[PackedLinear]:
@@ -34,12 +36,18 @@ def linear(inputs: int = 40, outputs: int = 24, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
 
 
+@pytest.fixture(params=[True, False], ids=["AVX512", "no AVX512"])
+def avx512(request, monkeypatch):
+    monkeypatch.setattr(cpu, "has_avx512", lambda: request.param)
+    return request.param
+
+
 @every_dtype
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "shape", [(40,), (1, 40), (2, 40), (3, 1, 40), (5, 40), (2, 9, 40), (300, 40), (0, 40)], ids=str
 )
-def test_products_equal_those_in_float64(dtype, bias, shape):
+def test_products_equal_those_in_float64(avx512, dtype, bias, shape):
     layer = linear(bias=bias)
     packed = PackedLinear.of(layer, dtype)
     x = torch.randn(shape)
@@ -51,14 +59,48 @@ def test_products_equal_those_in_float64(dtype, bias, shape):
 
 
 @every_dtype
-def test_gradients_of_inputs_equal_those_in_float64(dtype):
-    layer, x = linear(), torch.randn(7, 40)
-    weights = torch.randn(7, 24, dtype=torch.float64)
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_gradients_of_inputs_equal_those_in_float64(avx512, dtype, rows):
+    layer, x = linear(), torch.randn(rows, 40)
+    weights = torch.randn(rows, 24, dtype=torch.float64)
     found = []
     for module, given in ((PackedLinear.of(layer, dtype), x.clone()), (copy.deepcopy(layer).double(), x.double())):
         (module(given.requires_grad_()).double() * weights).sum().backward()
         found.append(given.grad.double())
     torch.testing.assert_close(*found, atol=5 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_product_goes_to_the_faster_kernel(avx512, gradients):
+    """Without AVX512 those in float32 with one row, or many, are PyTorch's own, to the last bit; no copy is made."""
+    for rows, packed in ((1, avx512), (2, True), (127, True), (128, avx512), (300, avx512)):
+        layer, x = linear(), torch.randn(rows, 40, requires_grad=gradients)
+        for dtype in (None, torch.float32):
+            ours = PackedLinear.of(layer, dtype)
+            with torch.set_grad_enabled(gradients):
+                found = ours(x)
+            assert (ours._packed is not None) == packed
+            assert packed or torch.equal(found, layer(x))
+
+
+@HAS_BFLOAT16
+def test_products_in_bfloat16_are_always_packed(avx512):
+    for layer, dtype in ((linear(), torch.bfloat16), (linear().bfloat16(), None)):
+        for rows in (1, 2, 128):
+            ours = PackedLinear.of(layer, dtype)
+            ours(torch.ones(rows, 40, dtype=layer.weight.dtype))
+            assert ours._packed is not None
+
+
+def test_a_cpu_without_products_in_bfloat16(monkeypatch):
+    """It says so before anything is changed; a model that was loaded in bfloat16 stays as it is."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="no products in bfloat16 on this CPU.*Leave `dtype` out"):
+        optimize_for_cpu(model, torch.bfloat16)
+    assert not packed_layers(cpu.optimize_loaded(model.bfloat16(), "bfloat16"))
+    assert cpu.products_of("bfloat16") is None
+    assert packed_layers(cpu.optimize_loaded(tiny_llama(), "float32"))
 
 
 def test_weights_that_train_get_their_gradients():
@@ -107,7 +149,7 @@ def test_a_weight_from_outside_that_changes_in_inference_mode_is_packed_anew():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@every_dtype
 def test_what_a_fused_optimizer_changes_is_seen(dtype, training):
     """It leaves versions as they are; a forward without gradients may come between backward and step too."""
     layer, x = PackedLinear.of(linear(bias=False), dtype).train(training), torch.ones(2, 40)
@@ -153,7 +195,12 @@ def test_what_cannot_be_multiplied_packed_is_multiplied_as_ever():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, torch.float32) for name in ARCHITECTURES), ("Llama", torch.bfloat16)], ids=str
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ARCHITECTURES),
+        pytest.param("Llama", torch.bfloat16, marks=HAS_BFLOAT16),
+    ],
+    ids=str,
 )
 def test_models_answer_as_before_and_come_back(name, dtype):
     model = tiny(name).eval()
@@ -248,8 +295,9 @@ def test_as_many_rows_as_a_layer_has_features_are_no_state(rows):
 def test_the_dtype_is_that_of_the_units(monkeypatch):
     for units, expected in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(cpu, "has_bfloat16_units", lambda units=units: units)
+        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
         layers = packed_layers(optimize_for_cpu(tiny_llama()))
-        assert {layer.packed().dtype for layer in layers} == {expected}
+        assert {layer.dtype for layer in layers} == {expected}
         assert {layer.weight.dtype for layer in layers} == {torch.float32}
     with pytest.warns(UserWarning, match="no units for bfloat16"):
         optimize_for_cpu(tiny_llama(), torch.bfloat16)

@@ -16,16 +16,20 @@ from torch import nn
 Model = TypeVar("Model", bound=nn.Module)
 DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_ROWS = 4
-"""Products with fewer rows take as long, and on some CPUs longer: they are filled up."""
+"""With AVX512 products with fewer rows take as long, and on some CPUs longer: they are filled up."""
+FEW = range(2, 128)
+"""The rows with which products in float32 are faster from packed weights on a CPU without AVX512. A single row, and
+more rows, are PyTorch's own kernels' there, as `benchmarks/linear_layers.py` measures."""
 
 
 def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Makes the linear layers of a model on a CPU multiply by oneDNN with packed weights, in training too.
 
-    A product with one or a few rows, as in decoding, then costs one reading of the weights; PyTorch's default kernels
-    take longer. Each plain `nn.Linear` is replaced, in place, by a [`PackedLinear`] with
-    the same parameters, so that adapters, saving, merging and training go on as before, and weights that change are
-    packed anew. It costs the memory of one packed copy of the weights. [`undo_optimize_for_cpu`] takes it back.
+    A product with a few rows, as in decoding, then costs one reading of the weights; PyTorch's default kernels take
+    longer. Without AVX512 products in float32 are made so where that is faster, with 2 to 127 rows. Each plain
+    `nn.Linear` is replaced, in place, by a [`PackedLinear`] with the same parameters, so that adapters, saving,
+    merging and training go on as before, and weights that change are packed anew. It costs the memory of one packed
+    copy of the weights. [`undo_optimize_for_cpu`] takes it back.
 
     Call it before models are wrapped for distribution, and before you keep hold of single layers. Compiled forwards,
     autocast and weights that were made in inference mode use PyTorch's own kernels.
@@ -42,12 +46,17 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Raises:
         ValueError: no linear layer that could be packed (quantized or on another device), weights on `meta`, a model
-            that is packed already, another dtype, or a PyTorch without oneDNN.
+            that is packed already, another dtype, bfloat16 on a CPU on which oneDNN has no products in it (without
+            AVX512), or a PyTorch without oneDNN.
     """
     if not torch.backends.mkldnn.is_available():
         raise ValueError("This PyTorch has no oneDNN, by which linear layers are packed. Use the model as it is.")
     if dtype not in (None, *DTYPES):
         raise ValueError(f"`dtype` is {dtype}, but products can be made in float32 or bfloat16.")
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+        raise ValueError(
+            "oneDNN makes no products in bfloat16 on this CPU, which has no AVX512. Leave `dtype` out, for float32."
+        )
     if dtype == torch.bfloat16 and not has_bfloat16_units():
         warnings.warn(
             "This CPU has no units for bfloat16, so that its products are slower than in float32. Leave `dtype` out.",
@@ -71,7 +80,8 @@ def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
 
 def optimize_loaded(model: Model, dtype: str = "auto") -> Model:
     """As [`optimize_for_cpu`], of a model that was just loaded with a `dtype`, by its name: one that can't be packed,
-    or is on another device, stays as it is. Products are in bfloat16 on a CPU with units, unless it is `float32`.
+    or is on another device, stays as it is. Products are in bfloat16 on a CPU with units, unless it is `float32`; with
+    `bfloat16` on a CPU on which oneDNN has none the model stays as it is too.
     """
     products = products_of(dtype)
     if products is None:
@@ -86,7 +96,7 @@ def products_of(dtype: str = "auto") -> str | None:
     """The dtype of products of a model loaded with a `dtype`, by its name; `None` if it is not packed."""
     if dtype == "auto":
         return "bfloat16" if has_bfloat16_units() else "float32"
-    return dtype if dtype in ("float32", "bfloat16") else None
+    return dtype if dtype == "float32" or dtype == "bfloat16" and multiplies_bfloat16() else None
 
 
 def undo_optimize_for_cpu(model: Model) -> Model:
@@ -102,6 +112,16 @@ def has_bfloat16_units() -> bool:
     return any(capabilities.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has products in bfloat16 on this CPU, fast or slow."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def has_avx512() -> bool:
+    """Whether PyTorch uses this CPU's AVX512."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 class PackedLinear(nn.Linear):
     """A linear layer that multiplies by a packed copy of its weight, made when it is first needed.
 
@@ -112,9 +132,11 @@ class PackedLinear(nn.Linear):
 
     Attributes:
         dtype (`torch.dtype` or `None`): Of products; the weight's own if `None`.
+        few (`bool`): Whether products in float32 are made so with [`FEW`] rows alone.
     """
 
     dtype: torch.dtype | None
+    few: bool
     _trains = False  # whether the weight has had a forward with gradients in this mode
     _packed: torch.Tensor | None
     _of: tuple[int, int]
@@ -122,7 +144,8 @@ class PackedLinear(nn.Linear):
     @classmethod
     def of(cls, linear: nn.Linear, dtype: torch.dtype | None = None) -> PackedLinear:
         """One with the parameters and all else of a layer."""
-        return cast(PackedLinear, _like(linear, cls, dtype=dtype, _packed=None, _of=(0, 0)))
+        few = dtype in (None, torch.float32) and not has_avx512()
+        return cast(PackedLinear, _like(linear, cls, dtype=dtype, few=few, _packed=None, _of=(0, 0)))
 
     def plain(self) -> nn.Linear:
         """A plain layer with the same parameters."""
@@ -148,6 +171,7 @@ class PackedLinear(nn.Linear):
             or not (weight.is_cpu and input.is_cpu)
             or torch.is_autocast_enabled("cpu")
             or not input.numel()
+            or self._is_for_pytorch(input, weight)
         ):
             return F.linear(input, weight, bias)
         gradients = torch.is_grad_enabled()
@@ -160,15 +184,20 @@ class PackedLinear(nn.Linear):
             return F.linear(input, weight, bias)
         return cast(torch.Tensor, _Product.apply(input, self))
 
+    def _is_for_pytorch(self, input: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether PyTorch's own kernels are faster."""
+        in_float32 = self.few and input.dtype == weight.dtype == torch.float32
+        return in_float32 and input.numel() // input.shape[-1] not in FEW
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         packed, bias = self.packed(), self._parameters["bias"]
         rows = x.numel() // x.shape[-1]
-        given = x.to(packed.dtype)
-        if rows < FEWEST_ROWS:
+        given, filled = x.to(packed.dtype), rows < FEWEST_ROWS and not self.few
+        if filled:
             given = F.pad(given.reshape(rows, -1), (0, 0, 0, FEWEST_ROWS - rows))
         bias = None if bias is None else bias.to(packed.dtype)
         found = torch.ops.mkldnn._linear_pointwise(given, packed, bias, "none", [], "")
-        if rows < FEWEST_ROWS:
+        if filled:
             found = found[:rows].view(*x.shape[:-1], -1)
         return found.to(x.dtype)
 
@@ -230,7 +259,7 @@ def _of_adapters(model: nn.Module) -> set[nn.Module]:
 def _like(linear: nn.Linear, kind: type[nn.Linear], **attributes: Any) -> nn.Linear:
     """A layer of another class that shares all that a layer has, hooks with their handles too."""
     new = kind.__new__(kind)
-    own = ("dtype", "_packed", "_of", "_trains")
+    own = ("dtype", "few", "_packed", "_of", "_trains")
     new.__dict__.update({name: value for name, value in linear.__dict__.items() if name not in own})
     new.__dict__.update(attributes)
     return new
