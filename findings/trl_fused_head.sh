@@ -3,7 +3,8 @@
 #   than the model's own.
 #
 # Expected: a loss and log probabilities that a trainer reports and trains on are those of the model that is saved and
-#   generates, as for Llama and Gemma 2; or the trainer refuses the model.
+#   generates, as for Llama and Gemma 2; or the trainer refuses the model. The code says so: at a temperature of 1 its
+#   loss "is the loss the model's own forward computes" (FusedCausalLMOutput).
 # What happens: SFT, DPO, KTO, GRPO and RLOO don't call the model's head. They take the last hidden states and multiply
 #   them by the weight of get_output_embeddings(). Of what else a model does there they know a few settings by name (the
 #   soft cap of Gemma 2, the scales of Cohere, Granite, Falcon-H1). Others are left out without a warning:

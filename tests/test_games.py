@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_arm, tiny_llama
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 
 from trl_parm import BASE, LM, PARM, Step, cage, genarm, parm
 from trl_parm.decoding import worst_case
@@ -168,6 +168,37 @@ def test_a_worst_case_is_the_method_at_the_weights_of_each_token():
         genarm({}, "worst_case")
     with pytest.raises(TypeError):
         parm(arm, "worst case")
+
+
+@pytest.mark.parametrize("beta", [1.0, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+def test_a_worst_case_is_as_strong_as_asked(beta):
+    """Down to the smallest β: two guides that say the same are one of them, and two that do not are what SciPy finds,
+    also where one of them excludes a token."""
+    arm = tiny_arm().eval()
+    formula = parm(arm, "worst_case", beta=beta)
+    _, *vertices = formula.scorers()
+    for seed in range(8):
+        draw = torch.Generator().manual_seed(seed)
+        base, first, second = (torch.randn(1, 64, generator=draw).log_softmax(-1) for _ in range(3))
+        if seed % 2:
+            first[:, :3] = -torch.inf
+            first = first.log_softmax(-1)
+        alone = (base.double() + first.double() / beta).softmax(-1)
+        found = formula(Step(base, dict.fromkeys(vertices, first))).softmax(-1)
+        assert (found - alone).abs().sum() < 2e-3
+        found = formula(Step(base, dict(zip(vertices, (first, second))))).softmax(-1)
+        kept = first > -torch.inf
+        scores, one, other = base[kept].double(), first[kept].double() / beta, second[kept].double() / beta
+
+        def at(w, scores=scores, one=one, other=other):
+            return scores + w * one + (1 - w) * other
+
+        best = minimize_scalar(lambda w, at=at: torch.logsumexp(at(w), -1).item(), bounds=(0, 1), method="bounded")
+        ours = found[kept].double()
+        if 0.01 < best.x < 0.99:  # then both expect as much
+            assert abs((ours * (one - other)).sum().item()) < max(1e-2, 1e-6 / beta)
+        else:
+            assert (ours - at(round(best.x)).softmax(-1)).abs().sum() < 2e-3
 
 
 def test_worst_weights_that_are_not_found_say_so(monkeypatch):

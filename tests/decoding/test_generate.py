@@ -2,6 +2,7 @@
 """A guided model is a model: what takes a model takes it, and its cache goes on, is copied and is told from others."""
 
 import copy
+import itertools
 import threading
 
 import pytest
@@ -190,6 +191,47 @@ def two_turns(guided, more=2, **settings):
     ids = torch.cat([first.sequences, torch.full((3, more), 9)], 1)
     mask = torch.cat([MASK, torch.ones(3, ids.shape[1] - 5, dtype=torch.long)], 1)
     return ids, mask, first
+
+
+@every_place
+@pytest.mark.parametrize("first", [{}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "drafted"])
+@pytest.mark.parametrize("drafts", ["lookup", "small", "guided"])
+def test_drafts_go_on_from_a_cache_that_was_returned(drafts, first, on_base):
+    """With new tokens after the text and without; the text is that of a call without a cache."""
+    guided = parm_model(on_base)
+    small = PARM(tiny_llama(4), tiny_arm(tiny_llama(5)), [0.3, 0.7])
+    more = {
+        "lookup": {"prompt_lookup_num_tokens": 3}, "small": {"assistant_model": tiny_llama(4)},
+        "guided": {"assistant_model": small},
+    }[drafts]  # fmt: skip
+    settings = {"max_new_tokens": 8, "eos_token_id": -1, "return_dict_in_generate": True}
+    for i, new in itertools.product(range(2), (0, 2)):
+        start = torch.randint(2, 60, (1, 5), generator=torch.Generator().manual_seed(i))
+        turn = guided.generate(start, attention_mask=torch.ones_like(start), **settings, **first)
+        ids = torch.cat([turn.sequences, torch.full((1, new), 9)], 1)
+        mask = torch.ones_like(ids)
+        expected = guided.generate(ids, attention_mask=mask, use_cache=False, **settings).sequences
+        cache = turn.past_key_values
+        found = guided.generate(ids, attention_mask=mask, past_key_values=cache, **settings, **more)
+        assert torch.equal(found.sequences, expected)
+        ids = torch.cat([expected, expected[:, :2]], 1)  # and once more
+        mask = torch.ones_like(ids)
+        again = guided.generate(
+            ids, attention_mask=mask, past_key_values=found.past_key_values, **settings, **more
+        ).sequences
+        assert torch.equal(again, guided.generate(ids, attention_mask=mask, use_cache=False, **settings).sequences)
+
+
+def test_drafts_after_a_part_of_the_text_are_refused():
+    guided = parm_model(True)
+    turn = guided.generate(IDS, max_new_tokens=4, eos_token_id=-1, return_dict_in_generate=True)
+    text, cache = turn.sequences, turn.past_key_values
+    assert cache.length == text.shape[1] - 1
+    for ids, columns in ((text[:, -1:], 9), (text[:, :8], 9), (text[:, :8], 8)):
+        with pytest.raises(ValueError, match=f"The cache holds 8 tokens and {ids.shape[1]} were given.*needs all of"):
+            guided.generate(
+                ids, attention_mask=torch.ones(1, columns), past_key_values=cache, prompt_lookup_num_tokens=3
+            )
 
 
 @every_place

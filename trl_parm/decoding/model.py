@@ -301,13 +301,37 @@ class Guided(GenerationMixin, nn.Module):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
         cache, ids = cache_in(kwargs), args[0] if args else kwargs["input_ids"]
-        if isinstance(cache, GuidedCache) and 0 < cache.length < ids.shape[1] and cache.turns(ids.shape[1]):
-            again = {"next_sequence_length": None} if "next_sequence_length" in kwargs else {}
-            kwargs |= {**dict.fromkeys(kwargs.keys() & {*NAMES}), **again}  # all of the text is read anew
+        if isinstance(cache, GuidedCache) and 0 < cache.length < ids.shape[1]:
+            if cache.turns(ids.shape[1]):
+                again = {"next_sequence_length": None} if "next_sequence_length" in kwargs else {}
+                kwargs |= {**dict.fromkeys(kwargs.keys() & {*NAMES}), **again}  # all of the text is read anew
+            elif self._drafts_on_a_cache(kwargs, ids):
+                kwargs["next_sequence_length"] = ids.shape[1] - cache.length
         inputs = self.backbone.prepare_inputs_for_generation(*args, **kwargs)
         if not self.config.is_encoder_decoder and inputs.get("attention_mask") is None:
             ours["text_mask"] = kwargs.get("attention_mask")  # a recurrent model needs it for the prompt alone
         return {**inputs, **ours}
+
+    def _drafts_on_a_cache(self, kwargs: Mapping[str, Any], ids: torch.Tensor) -> bool:
+        """Whether `generate` drafts for the first time in a call that goes on from a cache: transformers, in releases
+        such as 5.24.0, then reads the whole text again, after the one in the cache."""
+        if not kwargs.get("is_first_iteration") or kwargs.get("next_sequence_length", 0) is not None:
+            return False
+        mask = None if self.config.is_encoder_decoder else kwargs.get("attention_mask")
+        return mask is None or mask.shape[1] == ids.shape[1]  # a longer one is of a call with new tokens alone
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Drafts need all of a text that goes on from a cache. Raises `ValueError` for a part of it."""
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        if isinstance(cache, GuidedCache) and cache.length:
+            partly = not self.config.is_encoder_decoder and mask is not None and mask.shape[1] > input_ids.shape[1]
+            if partly or input_ids.shape[1] <= cache.length:
+                raise ValueError(
+                    f"The cache holds {cache.length} tokens and {input_ids.shape[1]} were given, but an assistant or "
+                    "prompt lookup needs all of the text, with at least one token that is not in the cache. Pass the "
+                    "sequences that `generate` has returned, with what is new after them."
+                )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, **kwargs: Any

@@ -12,13 +12,15 @@ from trl_parm.algebra import BASE, Combination, Scorer, Step, of_rows
 
 
 WORST_CASE = "worst_case"
-HALVINGS = 40
+HALVINGS = {torch.float32: 40, torch.float64: 60}
 ROUNDS = 100
 TOLERANCE = 1e-4
 MOST_GAP = 1e-2
 """By how much expected values may differ after the last round before a warning says so, in nats."""
-MOST = 1e4
-"""Largest value of a token, either way, in nats: of one that a guide excludes it would be infinite."""
+BELOW = 1e4
+"""How far below all others the value of a token lies that a guide excludes, in nats: it would be minus infinity."""
+LARGE = 1e3
+"""Values from which on weights in float32 are too coarse, in nats, as with a small β."""
 
 
 def worst_weights(
@@ -55,7 +57,7 @@ def worst_weights(
         if gap < tolerance or not left:
             break
         low, high = torch.zeros_like(weights[:1]), weights.gather(0, best)
-        for _ in range(HALVINGS):
+        for _ in range(HALVINGS.get(weights.dtype, 40)):
             moved = (low + high) / 2
             found = expected(weights.scatter_add(0, best, -moved).scatter_add(0, worst, moved))
             more = found.gather(0, worst) < found.gather(0, best)
@@ -80,8 +82,10 @@ class WorstCase(Combination):
         base, values = BASE(step), []
         for weight, scorer in self._terms:
             own = scorer(step)
-            values.append((of_rows(weight, own) * own).clamp(-MOST, MOST))
-        stacked = torch.stack(values)
+            values.append(of_rows(weight, own) * own)
+        stacked, largest = _without_infinities(torch.stack(values))
+        if large := largest > LARGE and stacked.device.type != "mps":  # which has no float64
+            base, stacked = base.double(), stacked.double()
         weights, gap = worst_weights(base, stacked)
         if gap > MOST_GAP:
             warnings.warn(  # without what differs from token to token, so that it is shown once
@@ -89,7 +93,17 @@ class WorstCase(Combination):
                 "nats, so that the last weights are not quite the worst ones.",
                 stacklevel=2,
             )
-        return base + (weights[..., None] * stacked).sum(0)
+        found = base + (weights[..., None] * stacked).sum(0)
+        return torch.log_softmax(found, -1).float() if large else found
 
     def __repr__(self) -> str:
         return f"WorstCase({', '.join(repr(scorer) for _, scorer in self._terms)})"
+
+
+def _without_infinities(values: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The values, with one far beyond all others of a row for an infinite one, and how large the largest other is."""
+    finite = ~values.isinf()
+    known = values.where(finite, 0.0)
+    lowest, highest = known.amin(-1, keepdim=True), known.amax(-1, keepdim=True)
+    bounded = torch.where(values < 0, lowest - BELOW, highest + BELOW)
+    return torch.where(finite, values, bounded), known.abs().max().item()
