@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -69,8 +70,8 @@ def from_loras(
         nothing was cut off.
 
     Raises:
-        ValueError: no LoRA, one that is not there, damaged, of another method or base model, or merged; one whose
-            change is no sum of products in linear layers (DoRA and other variants, biases, `modules_to_save`,
+        ValueError: no mapping, no LoRA, one that is not there, damaged, of another method or base model, or merged;
+            one whose change is no sum of products in linear layers (DoRA and other variants, biases, `modules_to_save`,
             embeddings, a start that changed the base model's weights); a rank out of its range; a folder that holds
             anything else.
 
@@ -82,6 +83,10 @@ def from_loras(
     set_preference(arm, {"helpful": 0.7, "harmless": 0.3})
     ```
     """
+    if not isinstance(loras, Mapping):
+        raise ValueError(f"`loras` is {loras!r}, but it must be a mapping from each objective to its LoRA.")
+    if rank is not None and (not isinstance(rank, Integral) or isinstance(rank, bool)):
+        raise ValueError(f"`rank` is {rank!r}, but it must be a whole number, or None for all of the LoRAs' ranks.")
     objectives = check_objectives(list(loras))
     path = Path(path)
     check_output(path.resolve(), WRITER)

@@ -294,6 +294,9 @@ def test_loras_that_do_not_belong_together_are_refused(tmp_path):
         ({}, {}, "it must be a list of one or more non-empty names"),
         ({"x": "a", "y": "b"}, {"rank": 9}, "`rank` is 9, but it must lie between 1 and 8"),
         ({"x": "a", "y": "b"}, {"rank": 0}, "`rank` is 0"),
+        ({"x": "a", "y": "b"}, {"rank": 2.0}, "`rank` is 2.0, but it must be a whole number"),
+        ({"x": "a", "y": "b"}, {"rank": True}, "`rank` is True, but it must be a whole number"),
+        (["a", "b"], {}, "`loras` is \\['a', 'b'\\], but it must be a mapping from each objective"),
     ],
 )
 def test_other_bad_input_is_refused(loras, options, message, tmp_path):

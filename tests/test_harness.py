@@ -124,6 +124,20 @@ def test_log_likelihoods_are_those_of_the_formula(folder, batch_size):
         assert math.isfinite(value)
 
 
+def test_what_has_no_finite_log_likelihood_says_so(folder):
+    """CAGE chooses among k tokens; among all of them it has one, and it writes texts with any."""
+    given = {"base": str(folder / "base"), "method": "cage", "arm": str(folder / "arm"), "preference": PREFERENCE}
+    requests = [Instance("loglikelihood", {}, ("w1 w2", " w3 w4"), 0)]
+    model = GuidedLM(**given, k=4)
+    for ask in (model.loglikelihood, model.loglikelihood_rolling):
+        with pytest.raises(ValueError, match="CAGE with `k` 4 chooses among.*Give `k=64`"):
+            ask(requests)
+    writing = Instance("generate_until", {}, ("w1 w2", {"until": ["."], "max_gen_toks": 3}), 0)
+    assert len(model.generate_until([writing])) == 1
+    ((value, _),) = GuidedLM(**given, k=64).loglikelihood(requests)
+    assert math.isfinite(value)
+
+
 def test_its_command_knows_the_model(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     words = [

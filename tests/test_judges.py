@@ -138,6 +138,21 @@ def test_what_fails_fails_alone(cache, failure, asked, reason):
         assert reward(["w", "w"], ["bad", "a"]) == [5, 4]
 
 
+@pytest.mark.parametrize("text", ["The answer loses 1 point for", "4"])
+def test_an_answer_that_was_cut_off_is_no_judgment(cache, text):
+    """Whatever number stands in what there is of it; nothing is kept, and the endpoint counts as one that answers."""
+    cut = (200, {"choices": [{"message": {"content": text}, "finish_reason": "length"}], "usage": {}})
+    with JudgeServer(lambda question: cut) as server:
+        reward = judge(server, cache)
+        reward.endpoint.check()
+        (found,) = reward(["w"], ["a"])
+        assert isinstance(found, Failure)
+        assert "cut off, for which `request` can have more `max_tokens`" in found.reason
+        assert "1 could not be read (first: an answer that was cut off" in reward.endpoint.cost()
+        server.answer = lambda question: "5"
+        assert reward(["w"], ["a"]) == [5]
+
+
 @pytest.mark.parametrize("usage", ["x", [1], {"prompt_tokens": "many"}, None])
 def test_usage_that_is_none_is_not_counted(cache, usage):
     with JudgeServer(lambda question: (200, {"choices": [{"message": {"content": "4"}}], "usage": usage})) as server:

@@ -141,6 +141,25 @@ def test_a_classifier_reads_a_text_in_a_batch_as_alone_whatever_its_pad_token(tm
             assert value == pytest.approx(model(ids).logits[0, 0].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("pad", [None, 0, 1])
+def test_a_text_without_any_token_has_the_score_of_the_token_that_ends_texts(tmp_path, pad):
+    """Alone, beside longer ones and beside others like it; padding alone would have that of the pad token."""
+    save_classifier(tmp_path)
+    source = {"source": str(tmp_path), "template": "{response}"}
+    reward = RewardSource.of(source).load()
+    if pad is not None:
+        reward._config.pad_token_id, reward._own_pad = pad, True
+    end = reward.tokenizer.eos_token_id
+    reward.model.double()
+    expected = reward.model(torch.tensor([[end]])).logits[0, 0].item()
+    for responses in ([""], ["", ""], ["w5 w6 w7 w8", "", "w9"]):
+        found = reward(["w1"] * len(responses), responses)[responses.index("")]
+        assert found == pytest.approx(expected, abs=1e-6)
+    reward.tokenizer.eos_token = reward.tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="without any token, such as an empty response.*Give a `template` with words"):
+        reward(["w1", "w1"], ["w2", ""])
+
+
 def test_a_classifier_with_a_chat_template_reads_whole_conversations(tmp_path):
     folder = save_classifier(tmp_path / "classifier")
     reward = RewardSource(folder).load()

@@ -136,8 +136,8 @@ class Endpoint:
         found = self._post(body, self.retries)
         if isinstance(found, Failure):
             return found, {"requests": 1, "failed": 1}
-        answer, usage = found
-        value = read(answer)
+        answer, usage, cut = found
+        value = read(answer) if not cut else _cut_off(answer)
         if place is not None and not isinstance(value, Failure):
             _keep(place, {"base_url": self.base_url, "request": body, "answer": answer, "usage": usage})
         return value, {"requests": 1, **usage}
@@ -156,8 +156,8 @@ class Endpoint:
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         return folder / digest[:2] / f"{digest}.json"
 
-    def _post(self, body: dict[str, Any], retries: int) -> tuple[str, dict[str, int]] | Failure:
-        """The answer and the tokens that it took."""
+    def _post(self, body: dict[str, Any], retries: int) -> tuple[str, dict[str, int], bool] | Failure:
+        """The answer, the tokens that it took, and whether it was cut off."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.api_key_env, "").strip():  # a mounted secret ends in a line
             headers["Authorization"] = f"Bearer {key}"
@@ -198,8 +198,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
-def _read(data: bytes) -> tuple[str, dict[str, int]] | Failure:
-    """An answer, and what is told of its tokens, which many endpoints leave out."""
+def _read(data: bytes) -> tuple[str, dict[str, int], bool] | Failure:
+    """An answer, what is told of its tokens, which many endpoints leave out, and whether it was cut off."""
     try:
         found = json.loads(data)
         choice = found["choices"][0]
@@ -210,7 +210,13 @@ def _read(data: bytes) -> tuple[str, dict[str, int]] | Failure:
         return Failure(f"an answer without a text (it ended by {choice.get('finish_reason')!r})")
     usage = found.get("usage")
     counts = {n: usage.get(n) if isinstance(usage, dict) else 0 for n in ("prompt_tokens", "completion_tokens")}
-    return answer, {name: count if isinstance(count, int) else 0 for name, count in counts.items()}
+    usage = {name: count if isinstance(count, int) else 0 for name, count in counts.items()}
+    return answer, usage, choice.get("finish_reason") == "length"
+
+
+def _cut_off(answer: str) -> Failure:
+    end = " ".join(answer.split())[-120:]
+    return Failure(f"an answer that was cut off, for which `request` can have more `max_tokens`: {end!r}")
 
 
 def _told(error: urllib.error.HTTPError) -> str:

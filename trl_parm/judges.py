@@ -15,7 +15,7 @@ from .texts import PromptText, as_text, fill
 
 SOURCE = "openai"
 """What stands as `source` of a reward that is a judge."""
-NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:\.\d+)?(?![\w]|\.\d)")
+NUMBER = re.compile(r"(?<![\w.])(?<!\d[eE][-+])[-+−]?\d+(?:\.\d+)?(?![\w]|\.\d)")
 VERDICT = r"\[\[(A|B|C)\]\]"
 """Where an answer says A, B, or C for a tie, as in MT-Bench (Zheng et al. 2023, arXiv 2306.05685)."""
 PAIR_TEMPLATE = (

@@ -155,7 +155,8 @@ class RewardSource:
 
 
 class ModelReward:
-    """A model that reads prompt and response as one text: its output at the label."""
+    """A model that reads prompt and response as one text: its output at the label. For a text without tokens it reads
+    the one that begins or ends texts."""
 
     reads_messages = is_model = True
 
@@ -226,12 +227,26 @@ class ModelReward:
                 in_form(self.tokenizer, as_messages(p, "user") + as_messages(r, "assistant"))
                 for p, r in zip(prompts, responses)
             ]
-            return cast(Any, self.tokenizer.apply_chat_template(chats, return_dict=True, **options))["input_ids"]
+            found = self.tokenizer.apply_chat_template(chats, return_dict=True, **options)
+            return self._with_a_token(cast(Any, found)["input_ids"])
         if "{prompt}" in template:
             texts = [fill(template, prompt=p, response=r) for p, r in zip(prompts, responses)]
         else:
             texts = [fill(template, response=r) for r in responses]
-        return cast(Any, self.tokenizer(texts, **options))["input_ids"]
+        return self._with_a_token(cast(Any, self.tokenizer(texts, **options))["input_ids"])
+
+    def _with_a_token(self, texts: list[list[int]]) -> list[list[int]]:
+        """As padding alone a text would have the score of whatever token pads it. Raises `ValueError` for a tokenizer
+        without a token that begins or ends texts."""
+        tokenizer = self.tokenizer
+        ends = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id)
+        alone = [[cast(int, end)] for end in ends if end is not None][:1]
+        if not all(texts) and not alone:
+            raise ValueError(
+                f"The reward model {self.source.source!r} got a text without any token, such as an empty response, "
+                "and its tokenizer has none that begins or ends texts. Give a `template` with words beside {response}."
+            )
+        return [text or alone[0] for text in texts]
 
 
 class ScoreModel(PreTrainedModel):

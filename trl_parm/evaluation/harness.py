@@ -18,6 +18,7 @@ from transformers import BatchEncoding
 
 from peft_pblora import as_preference
 from trl_parm.decoding import BASE, Guided
+from trl_parm.decoding.games import CommonAgency
 from trl_parm.processes import Processes
 
 from .decoding import Batch
@@ -114,6 +115,26 @@ class GuidedLM(HFLM):
 
             self.accelerator = Accelerator()
             self._rank, self._world_size = processes.number, processes.count
+
+    def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        """As [`HFLM`]'s. Raises `ValueError` for CAGE among fewer tokens than all: most texts would have −inf."""
+        self._check_candidates()
+        return super().loglikelihood(requests, *args, **kwargs)
+
+    def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        """As [`loglikelihood`]."""
+        self._check_candidates()
+        return super().loglikelihood_rolling(requests, *args, **kwargs)
+
+    def _check_candidates(self) -> None:
+        guided = cast(Any, self.model)
+        tokens = guided.config.get_text_config().vocab_size
+        if isinstance(guided.formula, CommonAgency) and guided.formula.k < tokens:
+            raise ValueError(
+                f"CAGE with `k` {guided.formula.k} chooses among so many tokens, and gives all others the "
+                f"log-likelihood −inf, by which a task can't compare. Give `k={tokens}`, all of them, or take tasks "
+                "that generate."
+            )
 
     def get_model_info(self) -> dict[str, Any]:
         """As [`HFLM`]'s, with the method, its settings and hashes of its models."""
