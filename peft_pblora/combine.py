@@ -71,9 +71,9 @@ def from_loras(
 
     Raises:
         ValueError: no mapping, no LoRA, one that is not there, damaged, of another method or base model, or merged;
-            one whose change is no sum of products in linear layers (DoRA and other variants, biases, `modules_to_save`,
-            embeddings, a start that changed the base model's weights); a rank out of its range; a folder that holds
-            anything else.
+            one whose change is no sum of products in linear layers (DoRA and other variants, biases,
+            `modules_to_save`, embeddings, a start that changed the base model's weights); a rank out of its range; a
+            folder that holds anything else.
 
     Example:
 

@@ -3,7 +3,7 @@
 
 Python blocks of a page share their names, commands of `sh` blocks run where they stand between them, and a `yaml`
 block that begins with a line such as `# pairs.yaml` is that file. What can't run in a test has `<!-- not run: reason
--->` before its fence, and what only prepares the folder stands in an HTML comment: a reader sees neither.
+-->` before its fence. No block is hidden from a reader, who would lack what it makes.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def blocks_of(page: Path) -> list[Block]:
     found = list(FENCE.finditer(text))
     fences = re.findall(r"^\s*```\w", text, re.MULTILINE)
     assert len(fences) == len(found), f"{name} has a block that is indented or not closed, and would not be run"
+    shown = FENCE.findall(re.sub(r"<!--(?! not run).*?-->", "", text, flags=re.DOTALL))
+    assert len(shown) == len(found), f"{name} has a block in an HTML comment, whose work its readers would lack"
     return [
         Block(name, text.count("\n", 0, found.start("code")) + 1, found["language"], found["code"], found["reason"])
         for found in found

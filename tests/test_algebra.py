@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The algebra of scorers, on tensors alone."""
 
+from decimal import Decimal, localcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,62 @@ def test_power_means():
     torch.testing.assert_close(rows[1].double(), values[1][1], atol=1e-5, rtol=1e-5)
 
 
+class Given(Scorer):
+    """Values that a test gives."""
+
+    def __init__(self, values) -> None:
+        self.values = torch.tensor(values, dtype=torch.float32)
+
+    def __call__(self, step):
+        return self.values
+
+
+EXTREMES = [
+    [[-0.1, -3.0, -80.0, -1e4, 0.0, -1e-3, -torch.inf, -2.0, -1.5, -torch.inf]],
+    [[-2.5, -3.0, -0.3, -7.0, -1e4, -1.1e-3, -2.0, -torch.inf, -1.5000002, -torch.inf]],
+    [[-9.0, -3.0, -700.0, -12.5, -3e3, -2e-3, -1.0, -4.0, -1.4999999, -torch.inf]],
+]
+
+
+def power_mean(values: list[float], weights: list[float], order: float) -> float:
+    """The definition with 400 digits."""
+    with localcontext() as context:
+        context.prec = 400
+        if -torch.inf in (value for value, weight in zip(values, weights) if weight):
+            return -torch.inf
+        a, total = Decimal(order), sum(map(Decimal, weights))
+        terms = (Decimal(w) / total * (-a * Decimal(v)).exp() for v, w in zip(values, weights) if w)
+        return float(-sum(terms).ln() / a)
+
+
+@pytest.mark.parametrize("order", [1e-300, 1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1, 2, 10, 1e300])
+@pytest.mark.parametrize(
+    "weights", [[0.3, 0.7, 0.0], [0.25, 0.25, 0.5], [1e-12, 1 - 1e-12, 0.0], [1e-20, 1e-6, 0.7], [3.0, 5.0, 4.0]]
+)
+def test_power_means_of_any_order_are_those_of_many_digits(weights, order):
+    """Near the geometric mean and near the minimum, where a float32 holds nothing of π^−a but 1, 0 or infinity."""
+    found = PowerMean([(w, Given(v)) for w, v in zip(weights, EXTREMES, strict=True)], order)(Step(torch.zeros(1, 10)))
+    for i, answer in enumerate(found[0].tolist()):
+        values = [scorer[0][i] for scorer in (Given(v).values.tolist() for v in EXTREMES)]
+        expected = power_mean(values, weights, min(order, 50))  # at 50 it is the minimum, but for −log(w)/50
+        if order > 50:
+            expected = min(value for value, weight in zip(values, weights) if weight)
+        largest = max(abs(v) for v, w in zip(values, weights) if w and v > -torch.inf) if expected > -torch.inf else 0
+        assert answer == pytest.approx(expected, rel=0, abs=1e-6 * largest + 1e-9)
+        if order < 1e-10 and expected > -torch.inf:
+            mean = sum(v * w for v, w in zip(values, weights) if w) / sum(weights)
+            assert answer == pytest.approx(mean, rel=0, abs=1e-6 * largest + 1e-9)
+
+
+def test_power_means_of_rows_count_shares_of_each_row():
+    values = [Given([v[0], v[0]]) for v in EXTREMES]
+    rows = torch.tensor([[0.3, 0.7, 0.0], [0.0, 2.0, 6.0]])
+    found = PowerMean(list(zip(rows.unbind(1), values)), 1e-6)(Step(torch.zeros(2, 10)))
+    for row, weights in zip(found, rows.tolist()):
+        alone = PowerMean(list(zip(weights, values)), 1e-6)(Step(torch.zeros(2, 10)))
+        torch.testing.assert_close(row, alone[0], atol=0, rtol=1e-6)
+
+
 def test_silent_guides_are_kept_in_mind():
     """Weights that cancel, or are 0, leave no term, but whoever would guide is known."""
     for formula in (
@@ -129,6 +187,13 @@ def test_a_weight_of_rows_multiplies_the_rows_that_generate_makes_of_one():
         (lambda: BASE * torch.ones(2, 2), ValueError, "must be a number or"),
         (lambda: PowerMean([(-0.5, BASE)]), ValueError, "none may be negative"),
         (lambda: PowerMean([(1.0, BASE)], order=0.0), ValueError, "`order` is 0.0"),
+        (lambda: PowerMean([(0.0, BASE), (0.0, FIXED[0])]), ValueError, "a mean needs one above 0"),
+        (lambda: PowerMean([(torch.tensor([1.0, 0.0]), BASE)]), ValueError, "a mean needs one above 0, in every row"),
+        (
+            lambda: PowerMean([(torch.ones(2), BASE), (torch.ones(3), FIXED[0])]),
+            ValueError,
+            "weights for 2 and for 3 rows",
+        ),
         (lambda: Union(BASE), ValueError, "Union was given \\[BASE\\], but it needs two scorers or more"),
         (lambda: Intersection(BASE, 2.0), ValueError, "Intersection was given"),
     ],

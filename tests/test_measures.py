@@ -452,12 +452,41 @@ def test_intervals_of_standardised_measures_hold_what_other_prompts_would_give()
     assert max(coverage[name, "m", False] for name in names) < 2 / 3
 
 
+@pytest.mark.parametrize(("prompts", "seeds"), [(3, 1), (4, 1), (6, 2), (16, 1)])
+def test_the_scale_of_a_resample_is_the_deviation_of_its_answers(prompts, seeds):
+    """Prompts drawn with replacement one by one, and each draw standardised by its own mean and standard deviation."""
+    rng, grid = np.random.default_rng(prompts), np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    base = rng.normal([0, 10], [1, 5], (seeds, prompts, 1, 2))
+    own = rng.normal([1, 12], [1, 5], (seeds, prompts, 3, 2))
+    fronts = [Front("base", None, ["-"], base, 1.0, 1.0, 0, 0), Front("PARM", grid, list("123"), own, 1.0, 1.0, 0, 0)]
+    mean, deviation = base.mean((0, 1, 2)), base.std((0, 1, 2), ddof=1)
+    drawn = []
+    for counts in np.random.default_rng(4).multinomial(prompts, np.full(prompts, 1 / prompts), size=400):
+        chosen = np.repeat(np.arange(prompts), counts)
+        answers = base[:, chosen].reshape(-1, 2)
+        alike = seeds == 1 and len(set(chosen)) == 1
+        own_scale = deviation if alike else answers.std(0, ddof=1)
+        drawn.append([(grid * (run[chosen].mean(0) - answers.mean(0)) / own_scale).sum(-1).mean() for run in own])
+    found = standardized(fronts, "base", OBJECTIVES)
+    values = [(grid * (run.mean(0) - mean) / deviation).sum(-1).mean() for run in own]
+    reach = np.quantile(np.abs(np.mean(drawn, 1) - np.mean(values)), 0.95)
+    if seeds > 1:
+        reach = np.hypot(reach, stats.t.ppf(0.975, seeds - 1) * np.std(values, ddof=1) / np.sqrt(seeds))
+    expected = np.mean(values) + np.array([0, -reach, reach])
+    tables = [measure(found, OBJECTIVES, [], 400, seed=4)]
+    if seeds == 1:  # the base's own is 0 in every resample
+        tables.append(differences(found, OBJECTIVES, [], "base", 400, seed=4))
+    for rows in tables:
+        (row,) = (row for row in rows if row["method"] == "PARM" and row["measure"] == "mean inner product")
+        np.testing.assert_allclose([row["value"], row["low"], row["high"]], expected, rtol=1e-9)
+
+
 def test_a_resample_of_answers_that_are_alike_keeps_the_scale():
     """Two prompts: half of the resamples hold one of them twice."""
     found = standardized(
         arrange(table({"base": [(1.0, 5.0)], "PARM": PARM}, prompts=2), OBJECTIVES), "base", OBJECTIVES
     )
-    np.testing.assert_allclose(found[1].scale.mean(0), [[0, 0], [1, 1]], atol=1e-12)
+    np.testing.assert_allclose(found[1].scale.mean(0), [[0, 0], [0.5, 0.5]], atol=1e-12)
     for row in measure(found, OBJECTIVES, [[0, 0]], 50):
         assert np.isfinite([row["low"], row["high"]]).all()
 

@@ -271,6 +271,31 @@ def test_every_method_decodes_as_its_processor_does(folder, tmp_path, name):
         assert row["log_prob_base"] == pytest.approx(scores.gather(-1, response[:, None]).sum().item(), abs=1e-3)
 
 
+def test_weights_that_are_all_0_leave_what_the_formulas_say(folder, tmp_path):
+    """The base model where it is a term, or below LoRAs, beside other preferences; of a product of policies alone, and
+    of an average of whole models, nothing."""
+    of_base = {name: TWINS[name] for name in ("genarm", "mod_w2s", "rewarded_soups")}
+    of_none = {name: TWINS[name] for name in ("mod", "rewarded_soups, whole models")}
+    methods = [
+        {"method": name.split(",")[0], "name": name, **settings} for name, (settings, _) in (of_base | of_none).items()
+    ]
+    models, grid = Models(str(folder / "large")), [[0.0, 0.0], [1.5, -0.5], [0.0, 0.0001]]
+    table = evaluate(
+        models, [in_folder(folder, method) for method in ("base", *methods)], grid, PROMPTS, REWARDS,
+        tmp_path / "results.jsonl", batch_size=4, max_new_tokens=4, allow_off_simplex=True,
+    )  # fmt: skip
+    texts = {
+        name: [row["response"] for row in table if row["method"] == name and row["preference"] in (None, [0.0, 0.0])]
+        for name in table["method"]
+    }
+    first = tiny_tokenizer().decode([0] * 4, skip_special_tokens=True)  # of tokens that are all alike
+    assert texts == {
+        "Base": texts["Base"],
+        **dict.fromkeys(of_base, texts["Base"]),
+        **dict.fromkeys(of_none, [first] * 2),
+    }
+
+
 def test_every_row_of_the_table_has_a_twin():
     assert {name.split(",")[0] for name in TWINS} == set(METHODS)
 
@@ -628,6 +653,10 @@ OF_OTHERS = "has models for helpful, harmless, but the objectives are helpful, f
         ({"method": "parm", "arm": "small_arm"}, OF_OTHERS),
         ({"method": "cage", "arm": "small_arm"}, OF_OTHERS),
         ({"method": "genarm", "arms": LORAS}, OF_OTHERS),
+        (
+            {"method": "mod", "policies": LORAS, "divergence": "alpha", "order": 0.0},
+            "`order` is 0.0, but it must be a positive",
+        ),
         ({"method": "worst_case"}, "`worst_case` needs either `arm`, a preference-aware one, or `arms`"),
         ({"method": "mod_w2s", "policies": {"helpful": "one", "funny": "two"}, "reference": "no_such"}, "no_such"),
         ({"method": "args", "rewards": {**TEXTS, "helpful": "no_such_judge"}}, "no reward model to read at 'no_such_"),

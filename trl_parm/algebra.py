@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from numbers import Real
 from typing import Any
 
@@ -23,6 +24,8 @@ import torch
 
 Weight = float | torch.Tensor
 """A number, or a tensor of shape `(rows,)` with one for each prompt of a batch."""
+LEAST_ORDER, MOST_ORDER = 1e-20, 1e20
+"""Between these float32 can tell the orders of power means from 0 and from infinity."""
 
 
 @dataclass(frozen=True)
@@ -228,38 +231,60 @@ class PowerMean(Combination):
     """log of the weighted power mean of probabilities, (Σ_i w_i π_i^−a)^(−1/a), up to normalisation.
 
     a = 1 is the harmonic mean, MOD's combination for the forward KL divergence, and other a those for α-divergences
-    (arXiv 2406.18853); a → 0 is the geometric mean, which sums of scorers are.
+    (arXiv 2406.18853); a → 0 is the geometric mean, which sums of scorers are, and a → ∞ the [`Intersection`].
 
     Args:
         terms (`list[tuple[Weight, Scorer]]`):
-            Weights, numbers or tensors of shape `(rows,)`, not negative, and scorers of log-probabilities.
+            Weights, numbers or tensors of shape `(rows,)`, not negative and not all 0, of which their shares of the
+            sum count, and scorers of log-probabilities.
         order (`float`, *optional*, defaults to 1.0): a > 0.
 
     Raises:
-        ValueError: an order that is not positive, or a weight that is negative or not finite.
+        ValueError: an order that is not positive, or a weight that is negative or not finite, or weights all 0.
     """
 
     def __init__(self, terms: list[tuple[Weight, Scorer]], order: float = 1.0) -> None:
-        if not (math.isfinite(order) and order > 0):
-            raise ValueError(f"`order` is {order}, but it must be positive. A sum of scorers is the limit for 0.")
+        check_order(order)
         weights = [torch.as_tensor(weight, dtype=torch.float64) for weight, _ in terms]
         if any(not (weight.isfinite().all() and (weight >= 0).all()) for weight in weights):
             raise ValueError(f"The weights are {[weight for weight, _ in terms]}, but none may be negative.")
-        super().__init__(terms)
+        counts: list[Weight] = [weight if weight.ndim else float(weight) for weight in weights]
+        for one, other in combinations(counts, 2):
+            _check_same_rows(one, other)
+        total = sum(counts)
+        if not torch.as_tensor(total).all():
+            raise ValueError(
+                f"The weights are {[weight for weight, _ in terms]}, but a mean needs one above 0, in every row."
+            )
+        super().__init__([(weight / total, scorer) for weight, (_, scorer) in zip(counts, terms, strict=True)])
         self.order = order
 
     def __call__(self, step: Step) -> torch.Tensor:
-        found = []
-        for weight, scorer in self._terms:
-            values = scorer(step)
-            log_weight = torch.log(of_rows(weight, values))
-            # −inf weights come first: 0 · ∞ of a token without probability would be NaN.
-            found.append(torch.where(log_weight == -torch.inf, log_weight, log_weight - self.order * values))
-        return -torch.logsumexp(torch.stack(found), dim=0) / self.order
+        found = [(weight, scorer(step)) for weight, scorer in self._terms]
+        shares = [of_rows(weight, values) for weight, values in found]
+        least = torch.stack([values.masked_fill(w == 0, torch.inf) for w, (_, values) in zip(shares, found)]).amin(0)
+        # With d_i = log π_i − min_j log π_j it is min + −1/a log Σ w_i e^(−a d_i). That sum is 1 + Σ w_i (e^(−a d_i) −
+        # 1): small orders need the second part alone, which a sum near 1 would lose; one near 0 needs the first.
+        order = min(max(self.order, LEAST_ORDER), MOST_ORDER)
+        below, total = torch.zeros_like(least), torch.zeros_like(least)
+        for share, (_, values) in zip(shares, found):
+            exponent = torch.where(share == 0, 0.0, -order * (values - least))
+            below += share * torch.expm1(exponent)
+            total += share * torch.exp(exponent)
+        log = torch.where(below > -0.5, torch.log1p(below), torch.log(total))
+        return torch.where(least == -torch.inf, least, least - log / order)
 
     def __repr__(self) -> str:
         terms = ", ".join(f"{_name(weight)} * {scorer!r}" for weight, scorer in self._terms)
         return f"PowerMean({terms}; order={self.order:g})"
+
+
+def check_order(order: float) -> None:
+    """Raises `ValueError` for an order that a [`PowerMean`] has not."""
+    if not (isinstance(order, Real) and math.isfinite(order) and order > 0):
+        raise ValueError(
+            f"`order` is {order!r}, but it must be a positive, finite number. A sum of scorers is the limit for 0."
+        )
 
 
 class _Extreme(Scorer):

@@ -217,6 +217,15 @@ def test_named_models_are_their_formulas(name):
         (lambda m: genarm({"a": "one", "b": "two"}, [0.5, 0.5]), "Pass `adapters_of=peft_model`"),
         (lambda m: mod({"a": BASE}, [1.0], "jensen"), "must be one of reverse_kl, forward_kl, alpha"),
         (lambda m: MODLogitsProcessor({"a": BASE}, [1.0], "alpha", order=0.0), "`order` is 0.0"),
+        (lambda m: mod({"a": BASE}, [1.0], "alpha", order=-1.0), "`order` is -1.0, but it must be a positive"),
+        (lambda m: mod({"a": BASE}, [1.0], "alpha", order="2"), "`order` is '2', but it must be a positive"),
+        *(
+            (
+                lambda m, α=α: mod({"a": BASE, "b": m.first}, α, "forward_kl", allow_off_simplex=True),
+                "`divergence` is 'forward_kl', whose mean has no meaning at the weights .*, off the simplex",
+            )
+            for α in ([0.0, 0.0], [1.5, 0.5], [1.5, -0.5], torch.tensor([[0.5, 0.5], [0.0, 0.0]]))
+        ),
         (lambda m: mod({"a": BASE}, [1.0], order=7.0), "`divergence` is 'reverse_kl', which has none"),
         (lambda m: mod({"a": BASE}, [1.0], "forward_kl", order=7.0), "`divergence` is 'forward_kl', which has none"),
         (lambda m: genarm({"a": m.first, "b": m.second}, torch.eye(2), BETAS), "weights for 3 and for 2 rows"),

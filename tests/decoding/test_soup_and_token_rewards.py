@@ -100,6 +100,24 @@ def dense_soup(model, weights: dict[str, float]):
     return model.unload()
 
 
+@pytest.mark.parametrize("kind", ["plain", "biases", "layers of one", "embeddings"])
+def test_a_soup_of_loras_with_weights_all_0_is_the_model_below_them(kind):
+    model = two_loras(*SUMS[kind])
+    expected = dense_soup(model, {})(IDS).logits
+    alone = copy.deepcopy(model).unload()(IDS).logits
+    soup = rewarded_soup({"x": "a", "y": "b"}, [0, 0], adapters_of=model, allow_off_simplex=True)
+    assert torch.equal(soup(IDS).logits, alone)
+    torch.testing.assert_close(soup(IDS).logits.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_soup_of_models_with_weights_all_0_has_no_other():
+    one = tiny_llama(1)
+    soup = rewarded_soup({"x": one, "y": tiny_llama(2)}, [0, 0], allow_off_simplex=True)
+    assert not any(parameter.any() for parameter in soup.parameters())
+    assert torch.equal(soup(IDS).logits, torch.zeros(2, 5, 64))
+    assert any(parameter.any() for parameter in one.parameters())
+
+
 @pytest.mark.parametrize("weights", [{"a": 0.3, "b": 0.7}, {"a": 0.0, "b": 1.0}])
 @pytest.mark.parametrize("kind", SUMS)
 def test_a_soup_is_exact_for_all_that_a_lora_may_have(kind, weights, tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from peft_pblora import as_preference, get_objectives
 from peft_pblora.preference import Preference
-from trl_parm.algebra import BASE, PowerMean, Scorer, Weight, sum_of
+from trl_parm.algebra import BASE, PowerMean, Scorer, Weight, check_order, sum_of
 
 from .model import Guided
 from .terms import LM, untuned
@@ -110,7 +110,7 @@ def mod(
         policies (`Mapping[str, PreTrainedModel]`): Objective → policy, or [`BASE`].
         preference (`Mapping[str, float]`, `Sequence[float]` or `torch.Tensor`): α, in the order of `policies`.
         divergence (`str`, *optional*, defaults to `"reverse_kl"`): `"reverse_kl"`, `"forward_kl"` or `"alpha"`.
-        order (`float`, *optional*, defaults to 1.0): a of `"alpha"`; others have none.
+        order (`float`, *optional*, defaults to 1.0): a > 0 of `"alpha"`; others have none.
         adapters_of (`PeftModel`, *optional*): The model whose adapters `policies` names.
         **guide: Further arguments of [`LM`]: `vocabulary`, `allow_off_simplex`.
 
@@ -118,11 +118,22 @@ def mod(
         [`Scorer`]: The formula.
 
     Raises:
-        ValueError: no policy, an unknown divergence or one without `order`, or an invalid preference; see also [`LM`].
+        ValueError: no policy, an unknown divergence, one without `order` or an order that is not positive, or an
+            invalid preference, for a mean one off the simplex too; see also [`LM`].
     """
     check_divergence(divergence, order)
     terms = _weighted_scorers("policies", policies, preference, adapters_of, guide)
-    return sum_of(terms) if divergence == "reverse_kl" else PowerMean(terms, order)
+    if divergence == "reverse_kl":
+        return sum_of(terms)
+    try:
+        as_preference(preference, list(policies))
+    except ValueError:
+        weights = as_preference(preference, list(policies), allow_off_simplex=True).tolist()
+        raise ValueError(
+            f"`divergence` is {divergence!r}, whose mean has no meaning at the weights {weights}, off the simplex. "
+            "Give weights on it, or leave `divergence` out."
+        ) from None
+    return PowerMean(terms, order)
 
 
 def mod_w2s(
@@ -228,6 +239,7 @@ def check_divergence(divergence: str, order: float) -> None:
             f'`order` is {order}, but `divergence` is {divergence!r}, which has none. Pass `divergence="alpha"` too, '
             "or leave `order` out."
         )
+    check_order(order)
 
 
 def objective_weights(

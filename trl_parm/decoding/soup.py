@@ -32,7 +32,8 @@ def rewarded_soup(
 
     LoRAs are averaged exactly: Σ_i α_i s_i B_i A_i is a LoRA of rank Σ_i r_i, with factors put side by side, in every
     layer that a policy has, at the policy's own scale s_i there, biases included. Averaging A and B on their own would
-    add products of one policy's A with another's B.
+    add products of one policy's A with another's B. Weights that are all 0 leave the model below the LoRAs as it is,
+    and make of whole models one whose weights are all 0, which knows nothing.
 
     Args:
         policies (`Mapping[str, PreTrainedModel]`):
@@ -61,7 +62,8 @@ def rewarded_soup(
     weights = objective_weights("policies", list(policies), preference, allow_off_simplex)
     if any(isinstance(weight, torch.Tensor) for weight in weights):
         raise ValueError("A soup has one preference of shape (k,). Make one soup for each preference.")
-    chosen = [(float(w), policy) for w, policy in zip(weights, policies.values(), strict=True) if w]
+    every = [(float(w), policy) for w, policy in zip(weights, policies.values(), strict=True)]
+    chosen = [(w, policy) for w, policy in every if w] or every[:1]
     if adapters_of is not None:
         return _soup_of_adapters(adapters_of, chosen, adapter_name)
     return _soup_of_models(chosen)

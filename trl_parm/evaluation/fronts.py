@@ -75,7 +75,7 @@ class Front:
         extra_parameters, extra_bytes (`int`): What the method keeps in memory beside the base model.
         scale (`np.ndarray` of shape `(prompts, 2, k)` or `None`): Of standardised rewards, the answers to each prompt
             that they have their scale from, in its units: their mean, and that of their squares. Over all prompts
-            these are 0 and 1.
+            these are 0 and, for n answers, (n − 1)/n, whose difference is what other prompts' is compared with.
     """
 
     method: str
@@ -226,7 +226,6 @@ def standardized(found: Sequence[Front], base: str, objectives: Sequence[str]) -
     mean = answers.mean(0)
     of_prompts = ((runs - mean) / deviations).swapaxes(0, 1)
     moments = np.stack([(of_prompts**power).mean((1, 2)) for power in (1, 2)], 1)
-    moments[:, 1] /= moments[:, 1].mean(0)  # the deviation is that of a sample
     return [replace(front, runs=(front.runs - mean) / deviations, scale=moments) for front in found]
 
 

@@ -215,16 +215,23 @@ def _with_scale(
     statistic: Callable[[np.ndarray], float], runs: np.ndarray, scale: np.ndarray | None
 ) -> tuple[Callable[[np.ndarray], float], np.ndarray]:
     """A measure of mean rewards, and what it is measured on, `(seeds, prompts, ..., k)`. Standardised rewards of other
-    prompts have another scale, which is resampled with them; a resample without any deviation keeps the one it has."""
+    prompts have another scale, which is resampled with them; a resample without any deviation keeps the one it has.
+
+    Of as many answers, the variance of a resample is to that of all what E z² − (E z)² is to its value over all."""
     if scale is None:
         return statistic, runs
+    whole = _variance(*scale.mean(0))
 
     def of_scaled(mean: np.ndarray) -> float:
         centre, square = mean[-2:]
-        variance = square - centre**2
+        variance = _variance(centre, square) / whole
         return statistic((mean[:-2] - centre) / np.sqrt(np.where(variance > NO_VARIANCE, variance, 1.0)))
 
     return of_scaled, np.concatenate([runs, np.broadcast_to(scale, (len(runs), *scale.shape))], axis=2)
+
+
+def _variance(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
+    return square - mean**2
 
 
 def _statistics(
