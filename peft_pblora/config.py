@@ -4,7 +4,8 @@
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, cast
 
 import torch
@@ -55,8 +56,8 @@ class PreferenceConfig(PeftConfig):
         lora_dropout (*optional*): As of [`peft.LoraConfig`].
 
     Raises:
-        ValueError: values that contradict each other or are out of range, or `trainable_token_indices`, which TRL
-            reads and these adapters do not support.
+        ValueError: values that contradict each other, are out of range or no numbers where these are needed, or
+            `trainable_token_indices`, which TRL reads and these adapters do not support.
         RuntimeError: PEFT, or another package, has a method of this name.
     """
 
@@ -95,6 +96,7 @@ class PreferenceConfig(PeftConfig):
                 setattr(self, name, set(modules))
         if self.trainable_token_indices is not None:
             raise ValueError("`trainable_token_indices` is not supported by preference-conditioned adapters.")
+        self._check_numbers()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` is {self.lora_dropout}, but it must lie in [0, 1).")
         for name in ("layers_to_transform", "layers_pattern"):
@@ -108,6 +110,15 @@ class PreferenceConfig(PeftConfig):
             raise ValueError(
                 f"The scaling is {self.scaling}, with which the adapter does nothing. Change `lora_alpha`."
             )
+
+    def _check_numbers(self) -> None:
+        """Raises `ValueError` for a rank or size that is no whole number, or another number that is none."""
+        kinds: dict[Any, tuple[Any, str]] = {int: (Integral, "a whole number"), float: (Real, "a number")}
+        for one in fields(self):
+            kind, called = kinds.get(one.type, (object, ""))
+            value = getattr(self, one.name)
+            if called and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise ValueError(f"`{one.name}` is {value!r}, but it must be {called}.")
 
     @property
     def initial_preference(self) -> list[float]:
@@ -164,6 +175,8 @@ class PBLoraConfig(PreferenceConfig):
 
     def __post_init__(self, obj_num: int | None = None, pref_vec_init: list[float] | None = None) -> None:
         if obj_num is not None:
+            if not isinstance(obj_num, Integral):
+                raise ValueError(f"`obj_num` is {obj_num!r}, but it must be a whole number, of the objectives.")
             if self.objectives == _numbered(2):  # none were given
                 self.objectives = _numbered(obj_num)
             if len(self.objectives) != obj_num:

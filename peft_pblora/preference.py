@@ -4,6 +4,7 @@
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,12 +104,18 @@ def sample_preferences(
         `torch.Tensor` of shape `(n, k)`, float32, rows on the simplex.
 
     Raises:
-        ValueError: `n` below 1, or a concentration that is not positive or has the wrong length.
+        ValueError: `n` that is no whole number or below 1, or a concentration that is not positive or has the wrong
+            length.
     """
     k = len(objectives)
-    if n < 1:
-        raise ValueError(f"`n` is {n}, but at least one preference must be drawn.")
-    shape = torch.as_tensor(concentration, dtype=torch.float64)
+    if not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"`n` is {n}, but at least one preference must be drawn, a whole number of them.")
+    try:
+        shape = torch.as_tensor(concentration, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"`concentration` is {concentration!r}, but it must be a positive number, or a sequence of {k}."
+        ) from None
     if shape.ndim > 1 or (shape.ndim == 1 and len(shape) != k):
         raise ValueError(f"`concentration` has shape {tuple(shape.shape)}, but there are {k} objectives.")
     if not (torch.isfinite(shape) & (shape > 0)).all():
@@ -133,9 +140,12 @@ def preference_grid(objectives: Sequence[str], steps: int) -> torch.Tensor:
 
     Returns:
         `torch.Tensor` of shape `(points, k)`, float32.
+
+    Raises:
+        ValueError: `steps` that are no whole number, or below 1.
     """
-    if steps < 1:
-        raise ValueError(f"`steps` is {steps}, but the grid needs at least one interval.")
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"`steps` is {steps}, but the grid needs at least one interval, a whole number of them.")
     # A point is `steps` stars with bars between its parts.
     bars = itertools.combinations(range(steps + len(objectives) - 1), len(objectives) - 1)
     ends = torch.tensor([(-1, *places, steps + len(objectives) - 1) for places in bars])
@@ -146,6 +156,8 @@ def check_objectives(objectives: Iterable[str]) -> list[str]:
     """Returns the names as a list; raises `ValueError` unless they are distinct, non-empty strings of one line."""
     if isinstance(objectives, str):
         raise ValueError(f"`objectives` is the string {objectives!r}. Give a list of names, such as [{objectives!r}].")
+    if not isinstance(objectives, Iterable):
+        raise ValueError(f"`objectives` is {objectives!r}. Give a list of names, such as ['helpful', 'harmless'].")
     names = list(objectives)
     if not names or not all(isinstance(name, str) and name.strip() and name.isprintable() for name in names):
         raise ValueError(

@@ -69,6 +69,8 @@ def test_shipped_configurations_of_accelerate_are_read(path):
     [
         ({"train_data": [{"objective": "helpful"}]}, "but it needs `path`, and may have objective, name"),
         ({"train_data": [{"path": "x.jsonl", "spilt": "train"}]}, "but it needs `path`"),
+        ({"adapter_kwargs": "r1=4"}, "`adapter_kwargs` is 'r1=4', but it must be a mapping, or that in JSON"),
+        ({"adapter_kwargs": "[4]"}, r"`adapter_kwargs` is \[4\], but it must be a mapping"),
         ({"adapter": "dora"}, "must be one of pblora, svdlora, moslora, lora"),
         ({"train_data": [{"path": "missing.jsonl"}]}, "There is no data at 'missing.jsonl'"),
         ({"train_data": [{"path": "judged.jsonl", "where": {"nosuch": 1}}]}, r"lacks the columns \['nosuch'\]"),

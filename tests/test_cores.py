@@ -223,6 +223,9 @@ def test_hooks_of_a_mixed_batch_are_gone_after_an_error():
     ("config", "settings", "message"),
     [
         (SVDLoraConfig, {"r": -1}, "`r` is -1, but it must be 0 or larger"),
+        (SVDLoraConfig, {"r": 8.0}, "`r` is 8.0, but it must be a whole number"),
+        (MoSLoraConfig, {"r": "8"}, "`r` is '8', but it must be a whole number"),
+        (MoSLoraConfig, {"embedding_size": None}, "`embedding_size` is None, but it must be a whole number"),
         (MoSLoraConfig, {"r": 0}, "r must be positive"),
         (MoSLoraConfig, {"embedding_size": -1}, "`embedding_size` 0 or larger"),
         (PBLoraConfig, {"trainable_token_indices": [1]}, "`trainable_token_indices` is not supported"),

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trl_parm.training.losses import accuracies, global_loss, objective_losses, pair_losses, tchebycheff
+from trl_parm.training.losses import (
+    accuracies,
+    count_labels,
+    global_loss,
+    objective_losses,
+    pair_losses,
+    tchebycheff,
+    weighted,
+)
 
 
 MARGINS = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
@@ -62,6 +70,26 @@ def test_parts_of_a_step_add_up_to_the_whole():
     losses, counts = pair_losses(MARGINS, LABELS, BETA), (LABELS != 0).sum(0)
     parts = objective_losses(losses[:1], counts) + objective_losses(losses[1:], counts)
     torch.testing.assert_close(parts, objective_losses(losses, counts))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-10, 1e-20, 1e-35])
+def test_only_ratios_of_weights_matter(scale):
+    """Also where the weights of a step add up to next to nothing; a step without any adds 0, and no NaN."""
+    losses = pair_losses(MARGINS, LABELS, BETA).float()
+    weights, alpha = torch.tensor([3.0, 0.0, 0.5]), torch.tensor([0.3, 0.7])
+
+    def both(weights: torch.Tensor) -> torch.Tensor:
+        margins, beta = MARGINS.float().requires_grad_(), BETA.float()
+        counts = count_labels(LABELS.float(), weights)
+        means = objective_losses(weighted(losses, weights), counts[:-1])
+        whole = global_loss(margins, LABELS.float(), beta, alpha, counts[-1], weights)
+        whole.backward()
+        return torch.cat([means, whole[None], margins.grad]).detach()
+
+    naive = [sum(w * loss for w, loss in zip([3.0, 0.0, 0.5], column)) / 3.5 for column in losses[:, :1].T.tolist()]
+    torch.testing.assert_close(both(weights * scale), both(weights), rtol=1e-4, atol=1e-6)
+    assert both(weights)[0].item() == pytest.approx(naive[0])
+    assert both(weights * 0).tolist() == [0.0] * 6
 
 
 def test_tchebycheff_is_the_largest_weighted_distance_to_the_ideal():

@@ -141,7 +141,10 @@ def test_samples_repeat_with_their_generator_and_leave_the_global_one_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("n", "concentration"), [(0, 1.0), (1, 0.0), (1, -1.0), (1, [1.0, 1.0]), (1, float("nan"))])
+@pytest.mark.parametrize(
+    ("n", "concentration"),
+    [(0, 1.0), (1, 0.0), (1, -1.0), (1, [1.0, 1.0]), (1, float("nan")), (2.0, 1.0), (1, "much")],
+)
 def test_bad_samples(n, concentration):
     with pytest.raises(ValueError, match="`n`|`concentration`"):
         sample_preferences(n, OBJECTIVES, concentration)
@@ -164,3 +167,5 @@ def test_a_grid_of_many_objectives_takes_no_longer_than_its_points():
 def test_bad_grid():
     with pytest.raises(ValueError, match="at least one interval"):
         preference_grid(OBJECTIVES, 0)
+    with pytest.raises(ValueError, match="`steps` is 2.0, but the grid needs at least one interval, a whole number"):
+        preference_grid(OBJECTIVES, 2.0)

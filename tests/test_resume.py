@@ -10,19 +10,20 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_tokenizer
+from conftest import before_5_24, tiny_llama, tiny_tokenizer
 from datasets import Dataset
 from pair_data import labelled, pairs
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from training_runs import OBJECTIVES, PBLORA, trainer, two_sets, without_ranks, write_run
-from transformers import TrainerCallback
+from transformers import TrainerCallback, trainer_utils
 
 from peft_pblora import PBLoraConfig
 from peft_pblora.card import add_results
 from trl_parm.cli import train
 from trl_parm.training import checkpoints
 from trl_parm.training.checkpoints import last_complete_checkpoint
+from trl_parm.training.saving import SUMS
 
 
 class Stop(TrainerCallback):
@@ -82,6 +83,114 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, tokenizer, changes
     for name, p in weights(resumed).items():
         assert torch.equal(p, weights(whole)[name]), name
     assert curve(resumed)[0][0] == 1
+
+
+def logged(run) -> list[dict]:
+    return [entry for entry in run.state.log_history if "loss" in entry]
+
+
+def broken_and_resumed(folder, tokenizer, callbacks, **options):
+    """The whole run, and the same one broken off and resumed."""
+    runs = [trainer(folder / name, tokenizer, **options) for name in ("whole", "broken")]
+    runs[0].train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(folder / "broken", tokenizer, callbacks=callbacks, **options).train()
+    runs[1].train(resume_from_checkpoint=True)
+    return runs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logging_steps": 4},
+        {"logging_steps": 0.8},
+        {"logging_strategy": "epoch"},
+        {"logging_steps": 5, "preference_per": "pair", "gradient_accumulation_steps": 2},
+        {"logging_steps": 4, "data": labelled(7, helpful=lambda i: [0, 1, None][i % 3])},
+    ],
+    ids=["steps", "a share of the steps", "epochs", "pairs", "labels"],
+)
+def test_a_log_after_resuming_is_of_all_steps_since_the_last_one(tmp_path, tokenizer, changes):
+    """With every metric: the checkpoint lies between two logs, and what was added up before it counts too."""
+    options = {"data": two_sets(7, 5), "max_steps": 8, "save_strategy": "steps", "save_steps": 3, **changes}
+    whole, resumed = broken_and_resumed(tmp_path, tokenizer, [Stop(4)], **options)
+    assert logged(resumed) == logged(whole)
+    assert 3 not in [entry["step"] for entry in logged(whole)]
+
+
+@pytest.mark.skipif(before_5_24, reason="transformers divides it by the steps of earlier calls too")
+def test_the_loss_of_a_training_is_that_of_the_steps_it_has_taken(tmp_path, tokenizer):
+    options = {"data": two_sets(7, 5), "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+    whole, resumed = broken_and_resumed(tmp_path, tokenizer, [Stop(4)], logging_steps=4, **options)
+    alone = trainer(tmp_path / "alone", tokenizer, **options)
+    alone.train()
+    losses = [entry["loss"] for entry in logged(alone)]
+    assert whole.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses) / 8)
+    assert resumed.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses[3:]) / 5)
+
+
+def test_a_checkpoint_of_an_epochs_last_step_leaves_the_log_of_the_next_epoch_alone(tmp_path, tokenizer):
+    options = {"data": two_sets(7, 5), "max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    whole, resumed = broken_and_resumed(tmp_path, tokenizer, [Stop(5)], logging_strategy="epoch", **options)
+    assert [entry["step"] for entry in logged(whole)] == [4, 8]
+    assert logged(resumed) == logged(whole)[1:]
+
+
+def test_sums_since_the_last_log_go_on_in_another_number_of_processes(tmp_path, tokenizer):
+    options = {"data": two_sets(7, 5), "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 4}
+    whole = trainer(tmp_path / "whole", tokenizer, **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "broken", tokenizer, callbacks=[Stop(4)], **options).train()
+    file = tmp_path / "broken/checkpoint-3" / SUMS
+    (own,) = json.loads(file.read_text())
+    halves = [
+        {
+            **own,
+            "loss": factor * own["loss"],
+            "metrics": {k: [factor / 2 * x for x in v] for k, v in own["metrics"].items()},
+        }
+        for factor in (0.5, 1.5)
+    ]
+    file.write_text(json.dumps(halves))
+    resumed = trainer(tmp_path / "broken", tokenizer, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for entry, expected in zip(logged(resumed), logged(whole), strict=True):
+        assert entry == pytest.approx(expected)
+    file.unlink()  # as in a checkpoint of an earlier version
+    shutil.rmtree(tmp_path / "broken/checkpoint-6")
+    older = trainer(tmp_path / "broken", tokenizer, **options)
+    older.train(resume_from_checkpoint=str(tmp_path / "broken/checkpoint-3"))
+    assert logged(older)[0]["loss"] != pytest.approx(logged(whole)[0]["loss"])
+    assert logged(older)[1] == logged(whole)[1]
+
+
+def test_a_second_training_counts_nothing_of_the_first(tmp_path, tokenizer):
+    run = trainer(tmp_path, tokenizer, max_steps=3, logging_steps=2)
+    run.train()
+    first = logged(run)[0]
+    run.train()
+    for objective in OBJECTIVES:  # which are the same in the same steps
+        assert logged(run)[0][f"preference/{objective}"] == first[f"preference/{objective}"]
+
+
+def test_a_resumed_run_logs_evaluates_and_saves_as_often_as_it_says(tmp_path, tokenizer, monkeypatch):
+    """Not as often as the checkpoint says, and a share of the steps is one of all steps that there are now."""
+    said: list[str] = []
+    monkeypatch.setattr(trainer_utils.logger, "warning_once", said.append)
+    options = {"data": two_sets(7, 5), "evaluation": two_sets(2, 2), "save_strategy": "steps"}
+    trainer(tmp_path, tokenizer, max_steps=2, save_steps=1, **options).train()
+    resumed = trainer(
+        tmp_path, tokenizer, max_steps=8, save_steps=3, logging_steps=0.25, eval_strategy="steps", eval_steps=0.5,
+        **options,
+    )  # fmt: skip
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in logged(resumed)] == [1, 2, 4, 6, 8]
+    assert [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry] == [4, 8]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (1, 2, 3, 6, 8)}
+    args = resumed.args
+    assert (args.save_steps, args.logging_steps, args.eval_steps) == (3, 0.25, 0.5)
+    assert said == []
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path, tokenizer):

@@ -78,6 +78,36 @@ def test_weights_of_pairs_make_a_weighted_mean(tmp_path, tokenizer, changes, acc
         assert [entry[f"loss/{name}"] for name in OBJECTIVES] == pytest.approx([m / a for m, a in zip(means, α)])
 
 
+@pytest.mark.parametrize("aggregation", ["sum", "tchebycheff"])
+def test_a_training_is_the_same_at_any_scale_of_the_weights(tmp_path, tokenizer, aggregation):
+    """Sums of weights far below 1e-9 are no reason for a smaller loss or gradient."""
+    found = []
+    for scale in (1.0, 2.0**-40, 2.0**-100, 2.0**90):
+        weights = {name: [scale * w for w in WEIGHTS[name]] for name in OBJECTIVES}
+        data = {name: pairs(4, 9 * i).add_column("w", weights[name]) for i, name in enumerate(OBJECTIVES)}
+        run = trainer(
+            tmp_path / str(scale), tokenizer, tiny_arm(), data, data, None, weight_column="w", beta=0.3, max_steps=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, global_weight=0.5, aggregation=aggregation,
+        )  # fmt: skip
+        run.train()
+        entry = run.state.log_history[0]
+        found.append([entry[name] for name in ("loss", "grad_norm", "loss/helpful")] + [run.evaluate()["eval_loss"]])
+    for scaled in found[1:]:
+        assert scaled == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_step_whose_pairs_all_have_weight_0_adds_nothing(tmp_path, tokenizer):
+    data = {name: pairs(2, 9 * i).add_column("w", [0.0, 1.0]) for i, name in enumerate(OBJECTIVES)}
+    run = trainer(
+        tmp_path, tokenizer, tiny_arm(), data, None, None, weight_column="w", max_steps=2, global_weight=0.5,
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    run.train()
+    losses = sorted((entry["loss"], entry["grad_norm"]) for entry in run.state.log_history[:2])
+    assert losses[0] == (0.0, 0.0)
+    assert losses[1][0] > 0
+
+
 def test_evaluation_weighs_its_losses(tmp_path, tokenizer):
     weights = [2.0, 0.0, 1.0]
     data = {name: pairs(3).add_column("w", weights) for name in OBJECTIVES}

@@ -174,7 +174,16 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
             ValueError,
             r"lacks the columns \['chosen'\]",
         ),
-        ({"evaluation": {"helpful": pairs(3)}}, ValueError, r"`eval_dataset` has the objectives \['helpful'\]"),
+        (
+            {"evaluation": {"helpful": pairs(3)}},
+            ValueError,
+            r"`eval_dataset` has the objectives \['helpful'\], but .*. Give pairs for harmless too, or name data sets",
+        ),
+        (
+            {"evaluation": {**two_sets(), "other": pairs(3)}},
+            ValueError,
+            "`eval_dataset` has the objectives .*'other'.*. Leave the others out, or name data sets and label columns",
+        ),
         ({"evaluation": {"one": two_sets(), "two": None}}, ValueError, "`eval_dataset` is required"),
         ({"data": {"helpful": pairs(3), "harmless": identical(3)}}, ValueError, "since both responses are the same"),
         ({"data": labelled(3, harmless=lambda i: 2)}, ValueError, "is 2, but it must be 0 or 1"),
@@ -187,7 +196,22 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
         ({"data": ids_beyond(64)}, ValueError, "token id 64 in row 2 of the data set 'helpful'"),
         ({"activation_offloading": True}, ValueError, "where this run computes already"),
         ({"beta": {"helpful": 0.1}}, ValueError, "`beta` names the objectives"),
+        ({"beta": "helpful"}, ValueError, "`beta` is 'helpful', but it must be a positive number, or a mapping from"),
+        ({"beta": [0.1, 0.2]}, ValueError, "every β must be positive"),
         ({"learning_rate": 0.0}, ValueError, "it must be positive"),
+        ({"learning_rate": "5e-4"}, ValueError, "`learning_rate` is '5e-4', but it must be one finite number"),
+        ({"concentration": [1, 2]}, ValueError, r"`concentration` is \[1, 2\], but it must be one finite number"),
+        ({"target_margin": float("nan")}, ValueError, "`target_margin` is nan, but it must be one finite number"),
+        ({"max_length": 8.5}, ValueError, "`max_length` is 8.5, but it must be a whole number, 1 or larger, or None"),
+        ({"pad_to_multiple_of": 0}, ValueError, "`pad_to_multiple_of` is 0, but it must be a whole number"),
+        ({"label_columns": "helpful"}, ValueError, "`label_columns` is 'helpful', but it must be a mapping, or that"),
+        ({"label_columns": "[0]"}, ValueError, r"`label_columns` is '\[0\]', but it must be a mapping"),
+        ({"model_init_kwargs": "{dtype}"}, ValueError, "`model_init_kwargs` is '{dtype}', but it must be a mapping"),
+        (
+            {"ideal_losses": {"helpful": "x"}, "aggregation": "tchebycheff"},
+            ValueError,
+            "`ideal_losses` is {'helpful': 'x'}, but each of them must be a finite number",
+        ),
         ({"label_smoothing_factor": 0.1}, ValueError, "the loss of pairs has `label_smoothing`"),
         ({"neftune_noise_alpha": 5}, ValueError, "such noise needs `disable_dropout=False`"),
         ({"beta": 0.0}, ValueError, "every β must be positive"),
@@ -211,6 +235,14 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
         ({"peft_config": {"r": 8}}, TypeError, "must be a `PeftConfig`"),
         ({"eval_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
         ({"train_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
+        (
+            {"eval_preferences": ["helpful"]},
+            ValueError,
+            "An entry of `eval_preferences` is 'helpful', but it must be a vector such as .*, or a mapping such as",
+        ),
+        ({"train_preferences": ["uniform"]}, ValueError, "An entry of `train_preferences` is 'uniform', but it must"),
+        ({"eval_preferences": "helpful"}, ValueError, "`eval_preferences` is 'helpful', but it must be a list of"),
+        ({"eval_preferences": [True]}, ValueError, "An entry of `eval_preferences` is True, but it must be a vector"),
         ({"eval_preferences": []}, ValueError, "but it must name one. Leave it out for the vertices"),
         (
             {
@@ -226,6 +258,22 @@ def test_bad_input_is_refused_before_the_first_step(tmp_path, tokenizer, changes
     with pytest.raises(error, match=message):
         trainer(tmp_path / "out", tokenizer, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_preference_stands_for_a_list_of_one(tmp_path):
+    """As on the command line, and from wherever numbers come."""
+    by_name = {"helpful": 0.5, "harmless": 0.5}
+    for given in (
+        [0.5, 0.5],
+        "[0.5, 0.5]",
+        [[0.5, 0.5]],
+        ["[0.5, 0.5]"],
+        torch.tensor([0.5, 0.5]),
+        [torch.ones(2) / 2],
+    ):
+        assert config(tmp_path, eval_preferences=given, train_preferences=given).eval_preferences == [[0.5, 0.5]]
+    for given in (by_name, [by_name], json.dumps(by_name)):
+        assert config(tmp_path, train_preferences=given).train_preferences == [by_name]
 
 
 def test_train_dataset_is_required(tmp_path, tokenizer):

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
@@ -41,6 +42,8 @@ CHOICES = {
     "preference_per": ("step", "pair"),
     "truncation_mode": ("filter", "cut_prompt"),
 }
+A_BETA = "a positive number, or a mapping from each objective to one"
+A_PREFERENCE = "a vector such as [1, 0], or a mapping such as {'helpful': 1, 'harmless': 0} with a weight by objective"
 
 
 @dataclass
@@ -67,7 +70,8 @@ class PreferenceARMConfig(_BaseConfig):
         global_weight (`float`, *optional*, defaults to 0.0):
             λ of UniARM's global term, in our reading of arXiv 2602.09538; see [`losses.global_loss`].
         concentration (`float`, *optional*, defaults to 0.5):
-            Dirichlet parameter of the preferences in training (PARM's safety task: 0.5).
+            Dirichlet parameter of the preferences in training, positive, one for all objectives (PARM's safety task:
+            0.5).
         preference_per (`str`, *optional*, defaults to `"step"`):
             One preference for a whole optimisation step, as the papers do, or one for each `"pair"`: the same expected
             gradient at the same cost.
@@ -75,10 +79,11 @@ class PreferenceARMConfig(_BaseConfig):
             A text with `{preference}` in it: α is written into the start of each prompt, for a model *without* a
             preference-conditioned adapter, such as a plain LoRA; see [`PreferenceText`]. A baseline.
         train_preferences (`list`, *optional*):
-            What to draw from instead, each by name or as a vector, with equal chances: one entry trains at a fixed
-            preference, one that is there twice is drawn twice as often.
+            What to draw from instead with equal chances, each a vector of shape `(k,)` or a mapping with a weight for
+            each objective, also as JSON: one entry trains at a fixed preference, one that is there twice is drawn
+            twice as often.
         eval_preferences (`list`, *optional*):
-            Preferences to evaluate at. The vertices and the uniform vector if not given.
+            Preferences to evaluate at, given likewise. The vertices and the uniform vector if not given.
         label_columns (`dict[str, str]`, *optional*):
             Objective → column of a labelled data set (`response_0`, `response_1`) that says which response is better.
             A column named like the objective if not given.
@@ -92,8 +97,8 @@ class PreferenceARMConfig(_BaseConfig):
             Append the end token to responses that have none, as those of some chat templates. It is always appended to
             plain texts.
         weight_column (`str`, *optional*):
-            The column with a number, 0 or larger, that each pair counts for: l_i is the weighted mean over pairs.
-            Every data set needs it then.
+            The column with a number from 0 to 1e30 that each pair counts for: l_i is the weighted mean over pairs, so
+            that only ratios matter. Every data set needs it then.
         share_prompt (`bool`, *optional*, defaults to `False`):
             Feed prompt, first and second response as one row, for models with `sdpa` or `eager` attention. With one
             preference for a step, rows hold several pairs without padding, and the start that all prompts have in
@@ -120,6 +125,9 @@ class PreferenceARMConfig(_BaseConfig):
             Of `metric_for_best_model`. If not given, losses, errors and the correlation of vertices are better when
             smaller, all else when larger.
         learning_rate (`float`, *optional*, defaults to 5e-4): As in PARM and GenARM.
+
+    Raises:
+        ValueError: a value of another type, out of its range, or that contradicts another.
     """
 
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs", "label_columns", "ideal_losses"]
@@ -161,30 +169,24 @@ class PreferenceARMConfig(_BaseConfig):
             self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = is_better_larger(self.metric_for_best_model)
+        mappings = ("label_columns", "ideal_losses", "model_init_kwargs")
+        for name in mappings:  # which transformers reads, unless they are no JSON
+            _from_json(f"`{name}`", getattr(self, name), "a mapping")
         super().__post_init__()
-        self.beta = _from_json(self.beta)
+        self.beta = _from_json("`beta`", self.beta, A_BETA)
         for name in ("train_preferences", "eval_preferences"):
-            values = getattr(self, name)
-            setattr(self, name, values and [_from_json(value) for value in values])
+            setattr(self, name, _preferences(name, getattr(self, name)))
+        self._check_types(mappings)
         betas = self.beta.values() if isinstance(self.beta, dict) else [self.beta]
         conditions = [
             (name, getattr(self, name) in allowed, f"it must be one of {', '.join(allowed)}")
             for name, allowed in CHOICES.items()
         ]
         conditions += [
-            (name, isinstance(getattr(self, name), bool), "it must be True or False")
-            for name in PreferenceARMConfig.__annotations__
-            if isinstance(getattr(PreferenceARMConfig, name, None), bool)
-        ]
-        conditions += [
-            (
-                "beta",
-                all(isinstance(b, int | float) and not isinstance(b, bool) and 0 < b < math.inf for b in betas),
-                "every β must be positive",
-            ),
+            ("beta", all(_is_number(b) and b > 0 for b in betas), "every β must be positive"),
             ("label_smoothing", 0 <= self.label_smoothing < 0.5, "it must lie in [0, 0.5)"),
-            ("global_weight", 0 <= self.global_weight < math.inf, "it must be 0 or larger"),
-            ("concentration", 0 < self.concentration < math.inf, "it must be positive"),
+            ("global_weight", self.global_weight >= 0, "it must be 0 or larger"),
+            ("concentration", self.concentration > 0, "it must be positive"),
             ("learning_rate", self.learning_rate > 0, "it must be positive"),
             ("label_smoothing_factor", not self.label_smoothing_factor, "the loss of pairs has `label_smoothing`"),
             (
@@ -201,9 +203,7 @@ class PreferenceARMConfig(_BaseConfig):
             ("max_steps", self.max_steps == -1 or self.max_steps > 0, "it must be positive, or -1 for whole epochs"),
             ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "it must be positive"),
         ]
-        for name, holds, demand in conditions:
-            if not holds:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {demand}.")
+        self._check(conditions)
         if self.preference_template is not None:
             check_template(self.preference_template)
         if self.aggregation == "tchebycheff" and self.preference_per == "pair":
@@ -211,6 +211,35 @@ class PreferenceARMConfig(_BaseConfig):
                 "`aggregation='tchebycheff'` takes the largest of the objectives' weighted losses, which needs one "
                 "preference for all pairs of a step. Use `preference_per='step'`."
             )
+
+    def _check_types(self, mappings: Sequence[str]) -> None:
+        """Raises `ValueError` for arguments of another type than is annotated."""
+        demands: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "bool": (lambda value: isinstance(value, bool), "it must be True or False"),
+            "float": (_is_number, "it must be one finite number"),
+            "int | None": (
+                lambda value: value is None or (_is_number(value) and isinstance(value, Integral) and value > 0),
+                "it must be a whole number, 1 or larger, or None",
+            ),
+        }
+        conditions = [
+            (name, demands[kind][0](getattr(self, name)), demands[kind][1])
+            for name, kind in PreferenceARMConfig.__annotations__.items()
+            if kind in demands
+        ]
+        values = [(name, getattr(self, name)) for name in mappings]
+        conditions += [
+            (name, value is None or isinstance(value, Mapping), "it must be a mapping") for name, value in values
+        ]
+        self._check(conditions)
+        ideals = cast(dict, self.ideal_losses or {}).values()
+        self._check([("ideal_losses", all(map(_is_number, ideals)), "each of them must be a finite number")])
+
+    def _check(self, conditions: Iterable[tuple[str, bool, str]]) -> None:
+        """Raises `ValueError` for the first argument whose condition does not hold, with what is demanded."""
+        for name, holds, demand in conditions:
+            if not holds:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but {demand}.")
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which takes whatever is called `..._token` for a secret."""
@@ -330,7 +359,9 @@ class ARMArguments:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        self.adapter_kwargs = _from_json(self.adapter_kwargs)
+        self.adapter_kwargs = _from_json("`adapter_kwargs`", self.adapter_kwargs, "a mapping")
+        if not isinstance(self.adapter_kwargs, Mapping | None):
+            raise ValueError(f"`adapter_kwargs` is {self.adapter_kwargs!r}, but it must be a mapping.")
         self.train_data = [as_pair_data(entry) for entry in self.train_data]
         self.eval_data = [as_pair_data(entry) for entry in self.eval_data]
         if self.adapter not in ADAPTERS:
@@ -416,8 +447,34 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _from_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+def _from_json(what: str, value: Any, allowed: str) -> Any:
+    """What a text in JSON stands for; other values stay. Raises `ValueError` for a text that is none."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        raise ValueError(f"{what} is {value!r}, but it must be {allowed}, or that in JSON.") from None
+
+
+def _preferences(name: str, given: Any) -> list[Any] | None:
+    """The entries of a list of preferences; a single one stands for a list of one. Raises `ValueError` for others."""
+    if given is None:
+        return None
+    given = _plain(f"`{name}`", given, "a list of preferences")
+    alone = not isinstance(given, list | tuple) or (given and all(map(_is_number, given)))
+    entries = [_plain(f"An entry of `{name}`", entry, A_PREFERENCE) for entry in ([given] if alone else given)]
+    for entry in entries:
+        if not isinstance(entry, Mapping | list | tuple):
+            raise ValueError(f"An entry of `{name}` is {entry!r}, but it must be {A_PREFERENCE}.")
+    return entries
+
+
+def _plain(what: str, value: Any, allowed: str) -> Any:
+    """As [`_from_json`], of a tensor or an array its numbers."""
+    return value.tolist() if hasattr(value, "tolist") else _from_json(what, value, allowed)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_pair_data(entry: PairData | Mapping[str, Any] | str) -> PairData:

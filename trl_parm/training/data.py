@@ -129,9 +129,16 @@ def join_sources(
     ]  # fmt: skip
     found = {objective for reader in readers for objective in reader.own_objectives}
     if found != set(objectives):
+        missing = ", ".join(name for name in objectives if name not in found)
+        remedies = [
+            f"Give pairs for {missing} too" if missing else "Leave the others out",
+            "name data sets and label columns as the adapter's objectives"
+            if once
+            else "give `PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns",
+        ]
         raise ValueError(
-            f"`{argument}` has the objectives {sorted(found)}, but the adapter was made for {objectives}. Give "
-            "`PBLoraConfig(objectives=...)` the names of the data sets, or of the label columns."
+            f"`{argument}` has the objectives {sorted(found)}, but the adapter was made for {objectives}. "
+            f"{', or '.join(remedies)}."
         )
     labelled = [reader for reader in readers if reader.labelled]
     unread = set(label_columns).difference(*(reader.own_objectives for reader in labelled))

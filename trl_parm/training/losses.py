@@ -19,9 +19,6 @@ import torch
 import torch.nn.functional as F
 
 
-_TINY = 1e-9
-
-
 def pair_losses(
     margins: torch.Tensor,
     labels: torch.Tensor,
@@ -66,7 +63,7 @@ def objective_losses(
         `torch.Tensor` of shape `(k,)`.
     """
     weighted = losses if preference is None else preference * losses
-    return weighted.sum(0) / counts.clamp(min=_TINY)
+    return _mean(weighted.sum(0), counts)
 
 
 def tchebycheff(distances: torch.Tensor, preference: torch.Tensor, whole: torch.Tensor | None = None) -> torch.Tensor:
@@ -110,13 +107,19 @@ def global_loss(
     weight = (preference * labels).sum(-1)
     strength = (preference * beta).sum(-1)
     losses = weight.abs() * -F.logsigmoid(strength * weight.sign() * margins)
-    return (losses if weights is None else weights * losses).sum() / count.clamp(min=_TINY)
+    return _mean((losses if weights is None else weights * losses).sum(), count)
 
 
 def accuracies(margins: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Whether each labelled pair is ranked as labelled: 1, 0, or NaN where there is no label, shape `(pairs, k)`."""
     correct = (margins[:, None] * labels > 0).float()
     return torch.where(labels == 0, torch.full_like(correct, torch.nan), correct)
+
+
+def _mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """A sum by its number of pairs, or their weights, however small they are; 0 without any, as the sum is."""
+    count = count.to(total)
+    return total / torch.where(count < torch.finfo(count.dtype).tiny, 1.0, count)
 
 
 def _penalty(u: torch.Tensor, hinge: bool) -> torch.Tensor:

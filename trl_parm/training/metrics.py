@@ -65,8 +65,20 @@ class TrainMetrics:
             return {}
         sums = accelerator.reduce(torch.stack([value.float() for value in self._sums.values()]), "sum").tolist()
         means = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True) if count}
-        self._sums.clear()
+        self.clear()
         return means
+
+    def clear(self) -> None:
+        """Forgets what was added since the last log."""
+        self._sums.clear()
+
+    def state(self) -> dict[str, list[float]]:
+        """Name → sum and count of this process since the last log, as JSON holds them."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def load_state(self, state: Mapping[str, Sequence[float]], device: torch.device) -> None:
+        """Goes on from what [`state`] gave."""
+        self._sums = {name: torch.tensor(pair, device=device) for name, pair in state.items()}
 
 
 class EvalMetrics:

@@ -4,25 +4,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
 from transformers.utils.hub import PushInProgress
 from trl.trainer.base_trainer import _BaseTrainer
 
 from peft_pblora.card.files import FILES, LOGS
 from peft_pblora.loading import check_adapter
-from peft_pblora.output import NOTES, output_files
+from peft_pblora.output import NOTES, output_file, output_files
 
 from . import checkpoints
 from .card import subfolder_of
+from .metrics import TrainMetrics
+
+
+SUMS = "sums_since_log.json"
+"""In a checkpoint, of each process: the step of the last log, and the sums of loss and [`TrainMetrics`] since then."""
 
 
 class SavingTrainer(_BaseTrainer):
@@ -32,6 +38,7 @@ class SavingTrainer(_BaseTrainer):
     """The step of the best model, once it was loaded, and how many entries the log had then."""
     training_id: str | None = None
     """Of the run that [`checkpoints.begin`] has noted in the output folder."""
+    train_metrics: TrainMetrics
     _saves_checkpoint = False
     push_in_progress: PushInProgress | None
 
@@ -57,7 +64,7 @@ class SavingTrainer(_BaseTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._saves_checkpoint = True
         try:
-            with self._without_limit() as limit:
+            with self._hidden("save_total_limit") as (limit,):  # beyond which transformers would remove whole folders
                 super()._save_checkpoint(model, trial)
         finally:
             self._saves_checkpoint = False
@@ -68,7 +75,7 @@ class SavingTrainer(_BaseTrainer):
             checkpoints.rotate(folder, limit, [name, self.state.best_model_checkpoint])
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
-        with self._without_limit() as limit:
+        with self._hidden("save_total_limit") as (limit,):
             output = super()._finalize_training(trial, *args)
         if self.args.should_save and limit == 1 and self.state.best_model_checkpoint is not None:
             checkpoints.rotate(self._get_output_dir(trial), limit, [self.state.best_model_checkpoint])
@@ -97,14 +104,58 @@ class SavingTrainer(_BaseTrainer):
             self.state.best_model_checkpoint = checkpoint
         self.best_loaded = int(checkpoint.rpartition("-")[2]), len(self.state.log_history)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which resumes with the checkpoint's numbers of steps between two logs, evaluations and
+        checkpoints: here they are those of the arguments."""
+        self.train_metrics.clear()
+        with self._hidden("logging_steps", "eval_steps", "save_steps"):
+            found = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As transformers', with what each process has added up since the last log."""
+        super()._save_rng_state(output_dir)
+        own = {
+            "step": self._globalstep_last_logged,
+            "loss": self._tr_loss.item(),
+            "metrics": self.train_metrics.state(),
+        }
+        of_processes = gather_object([own])
+        if self.args.should_save:
+            with output_file(Path(output_dir) / SUMS) as file:
+                json.dump(of_processes, file)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As transformers', and goes on with the sums since the last log, which earlier versions have not kept."""
+        super()._load_rng_state(checkpoint)
+        of_processes = checkpoints.read_json(Path(checkpoint) / SUMS) if checkpoint else None
+        # A checkpoint of an epoch's last step stands before the epoch's log, which is not made up for.
+        missed = self.args.logging_strategy == IntervalStrategy.EPOCH and float(self.state.epoch).is_integer()
+        if not of_processes or missed:
+            return
+        mean = sum(own["loss"] for own in of_processes) / len(of_processes)
+        if len(of_processes) == self.args.world_size:
+            own = of_processes[self.args.process_index]
+            loss, metrics = own["loss"], own["metrics"]
+        else:
+            loss, metrics = mean, _shared([own["metrics"] for own in of_processes], self.args.world_size)
+        self._tr_loss += loss
+        self._total_loss_scalar -= mean  # `train_loss` is the mean over the steps that this call takes
+        self._globalstep_last_logged = of_processes[0]["step"]
+        self.train_metrics.load_state(metrics, self._tr_loss.device)
+
     @contextmanager
-    def _without_limit(self) -> Iterator[int | None]:
-        """Gives `save_total_limit`, which transformers does not see in the block: it would remove whole folders."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+    def _hidden(self, *names: str) -> Iterator[list[Any]]:
+        """Gives the values of arguments that transformers does not see in the block."""
+        values = [getattr(self.args, name) for name in names]
         try:
-            yield limit
+            for name in names:
+                setattr(self.args, name, None)
+            yield values
         finally:
-            self.args.save_total_limit = limit
+            for name, value in zip(names, values, strict=True):
+                setattr(self.args, name, value)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Uploads the model of a checkpoint from where it is, without pickles: transformers would first write it over
@@ -118,7 +169,7 @@ class SavingTrainer(_BaseTrainer):
             HfApi(token=self.args.hub_token).upload_folder, repo_id=cast(str, self.hub_model_id),
             folder_path=checkpoint_folder, revision=self.args.hub_revision, run_as_future=True,
         )  # fmt: skip
-        ignored = [*LOGS, checkpoints.RECORD]
+        ignored = [*LOGS, checkpoints.RECORD, SUMS]
         jobs = [upload(commit_message=message, allow_patterns=list(FILES), ignore_patterns=ignored)]
         names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         if strategy in names:
@@ -128,3 +179,11 @@ class SavingTrainer(_BaseTrainer):
             cast(PushInProgress, self.push_in_progress).jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(cast(Any, jobs))
+
+
+def _shared(states: Sequence[Mapping[str, Any]], processes: int) -> dict[str, list[float]]:
+    """States of [`TrainMetrics`] as those of another number of processes, which together are the same."""
+    return {
+        name: [sum(parts) / processes for parts in zip(*(state[name] for state in states), strict=True)]
+        for name in states[0]
+    }

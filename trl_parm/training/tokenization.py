@@ -29,6 +29,8 @@ logger = logging.get_logger(__name__)
 COLUMNS = ("prompt_ids", "first_ids", "second_ids", "labels")
 """Columns of a tokenized pair: the prompt, the two responses, and +1, −1 or 0 for each objective."""
 WEIGHT, OUTCOMES = "weight", "outcomes"
+LEAST_WEIGHT, MOST_WEIGHT = 2.0**-126, 1e30
+"""Between these float32 has all digits of a weight, and of what a step adds up."""
 """Further columns: what the pair counts for in the loss, where that was asked for, and what became of it."""
 RANKED, LABELLED = ("chosen", "rejected"), ("response_0", "response_1")
 KEPT = {
@@ -201,18 +203,20 @@ class PairReader:
         """Raises `ValueError` if the weights of all pairs are 0."""
         if not total:
             raise ValueError(
-                f"All weights in column {self.weight_column!r} of the data set {self.name!r} are 0, so that nothing "
-                "would be learned from it. Give a positive weight to at least one pair, or leave the data set out."
+                f"All weights in column {self.weight_column!r} of the data set {self.name!r} are 0, for which those "
+                f"below {LEAST_WEIGHT:.2g} are taken, so that nothing would be learned from it. Give a positive "
+                "weight to at least one pair, or leave the data set out."
             )
 
     def _weight(self, row: Mapping[str, Any], where: str) -> float:
         value = row.get(cast(str, self.weight_column))
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if not isinstance(value, int | float) or not 0 <= value <= MOST_WEIGHT:
             raise ValueError(
                 f"The weight in column {self.weight_column!r} of {where} is {value!r}, but it must be a number, 0 or "
-                "larger. A pair of weight 0 adds nothing to the loss."
+                f"larger, up to {MOST_WEIGHT:g}. Only ratios of weights matter; a pair of weight 0 adds nothing to "
+                "the loss."
             )
-        return float(value)
+        return float(value) if value >= LEAST_WEIGHT else 0.0
 
     def _label(self, row: Mapping[str, Any], objective: str, where: str) -> int:
         if not self.labelled:
