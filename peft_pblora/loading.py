@@ -56,7 +56,8 @@ def load_adapter(
         ValueError: a file that can't be read or has no tensors, weights that are NaN or infinite or no floating-point
             numbers, tensors that are missing, have another shape than the configuration (such as its number of
             objectives) and the model ask for, or have no place; weights of another base model; a `config` for a model
-            with adapters. The model is as it was then.
+            with adapters; without a model, an adapter that names none, or one that is not there. The model is as it
+            was then.
     """
     folder = str(folder)
     names = set(getattr(model, "peft_config", None) or ()) if model is not None else set()
@@ -77,16 +78,16 @@ def load_adapter(
         own = tensors if model is None else without_base(model, found, tensors)
     put_back = _remember(model, found)
     try:
-        with refused(folder):
-            if isinstance(model, PeftModel):
-                model.load_adapter(folder, adapter_name, is_trainable=is_trainable, **kwargs)
-                loaded = model
-            else:
-                kwargs |= {"adapter_name": adapter_name, "is_trainable": is_trainable, "config": config, **kwargs}
-                if model is None:
-                    loaded = cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs))
-                else:
-                    loaded = PeftModel.from_pretrained(model, folder, **kwargs)
+        kwargs |= {"adapter_name": adapter_name, "is_trainable": is_trainable}
+        if isinstance(model, PeftModel):
+            with refused(folder):
+                model.load_adapter(folder, **kwargs)
+            loaded = model
+        elif model is None:
+            loaded = _on_its_base(folder, place, config=config, **kwargs)
+        else:
+            with refused(folder):
+                loaded = PeftModel.from_pretrained(model, folder, config=config, **kwargs)
         check_loaded(loaded, folder, adapter_name, tensors, place)
     except BaseException:
         if isinstance(model, PeftModel):
@@ -102,6 +103,37 @@ def load_adapter(
         if own.get(key) is not tensors[key] or one.place.weight is not one.weight:
             one.put_back(own.get(key))
     return loaded
+
+
+def named_base(folder: str, config: PeftConfig, otherwise: str = "") -> str:
+    """The model that an adapter was trained on, by its configuration. Raises `ValueError` if that names none: it says
+    to write it there, or what else there is to do."""
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The adapter {folder!r} names no base model: `base_model_name_or_path` in its adapter_config.json is "
+            "empty, as PEFT writes it of a model made in memory. Write there which model it was trained on"
+            f"{otherwise}."
+        )
+    return config.base_model_name_or_path
+
+
+def _on_its_base(folder: str, place: dict[str, Any], **kwargs: Any) -> PeftModel:
+    """An adapter on the model that it names. Raises `ValueError` if it names none, or that can't be read."""
+    with refused(folder):
+        named = PeftConfig.from_pretrained(folder, **place)
+    base = named_base(folder, named, ", or load it onto that model")
+    try:
+        with refused(folder):
+            return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs))
+    except ValueError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        reason = shorten(str(error.__cause__), 120, placeholder="…").rstrip(".")
+        raise ValueError(
+            f"The adapter {folder!r} was trained on {base!r}, as `base_model_name_or_path` in its adapter_config.json "
+            f"says, which can't be read ({reason}). Start where that folder is, write there which model it is, or "
+            "load the adapter onto that model."
+        ) from error.__cause__
 
 
 def check_start(config: PeftConfig) -> None:

@@ -391,6 +391,7 @@ BAD = [
     ("evaluate", {"preferences": ["[1, 0"]}, "`preferences` is '[1, 0', which is no JSON"),
     ("evaluate", {"preferences": [[1, 0]], "grid_steps": 2}, "`preferences` are given, and `grid_steps` too"),
     ("export", {"preferences": [[1, 0]], "grid_steps": 2}, "`preferences` are given, and `grid_steps` too"),
+    ("export", {"grid_steps": None}, "`grid_steps`, for a regular grid, or `vertices`, for one LoRA for each"),
     ("evaluate", {"grid_steps": None}, "Give `preferences`, points of the simplex, or `grid_steps`"),
     ("evaluate", {"grid_steps": 0}, "`grid_steps` is 0, but it must be 1 or larger"),
     ("evaluate", {"grid_steps": 2.5}, "`grid_steps` is 2.5, but it must be a whole number"),
@@ -606,6 +607,24 @@ def test_a_configuration_with_keys_that_are_lost_is_refused(tmp_path, capfd):
     path.write_bytes(b"\xff\xfe")
     assert run("generate", "--config", path) == 2
     assert "The configuration file is no YAML" in capfd.readouterr().err
+
+
+def test_an_adapter_that_names_no_base_model_is_told_so(tmp_path, folder, capfd):
+    """In one line, before anything is said of results or written."""
+    tiny_arm(tiny_llama()).save_pretrained(tmp_path / "arm")
+    method = {"method": "parm", "arm": str(tmp_path / "arm")}
+    given = {
+        "generate": {"model_name_or_path": str(folder / "base"), "prompts": ["w1"], "method": method},
+        "evaluate": evaluation(folder, methods=["base", method], output_dir=str(tmp_path / "out")),
+        "export": {"adapter": str(tmp_path / "arm"), "vertices": True, "output_dir": str(tmp_path / "out")},
+    }
+    given["generate"]["preferences"] = [{"helpful": 0.5, "harmless": 0.5}]
+    for verb, arguments in given.items():
+        assert run(verb, "--config", write(tmp_path / "given.yaml", arguments)) == 2
+        said = capfd.readouterr()
+        assert "results go to" not in said.out + said.err
+        assert f"The adapter {str(tmp_path / 'arm')!r} names no base model: " in said.err.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_file_is_no_prompt(tmp_path, folder, capfd, monkeypatch):

@@ -355,6 +355,20 @@ def test_an_adapter_from_another_machine_acts_on_the_base(folder, tmp_path, capl
     answering.close()
 
 
+def test_an_adapter_that_names_no_base_acts_on_the_one_that_is_given(folder, tmp_path, caplog):
+    """As PEFT writes one that was made on a model in memory."""
+    tiny_arm(tiny_llama(0), OBJECTIVES).save_pretrained(tmp_path / "arm")
+    models = load_models(str(tmp_path / "arm"), str(folder / "base"), "float32")
+    assert "arm names no base model: it acts on" in caplog.text
+    answering = Answering(models)
+    assert texts(list(answering.ask(QUESTION))[-1]) == twin(QUESTION)
+    answering.close()
+    with pytest.raises(ValueError, match=r"names no base model: .*, or give the base model \(`--model`\).$"):
+        load_models(str(tmp_path / "arm"))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load_models(str(tmp_path / "arm"), str(folder / "small"))
+
+
 def refusals(folder):
     return [
         (["--arm", str(folder / "lora")], "has no objectives: it is of type LORA"),

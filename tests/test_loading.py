@@ -29,7 +29,9 @@ from peft_pblora import (
 from trl_parm import BASE, LM, Guided, GuidedLogitsProcessor, PreferenceARMTrainer, rewarded_soup
 from trl_parm.cli.main import main
 from trl_parm.demo.loading import load_models
+from trl_parm.evaluation.methods import Entry
 from trl_parm.evaluation.models import Models
+from trl_parm.evaluation.unloaded import Unloaded
 from trl_parm.reward_models import RewardSource
 
 
@@ -239,6 +241,55 @@ def test_a_configuration_for_a_model_with_adapters_is_refused(base):
     with pytest.raises(ValueError, match=r"`config` is given, but the model has adapters already \(default\)"):
         load_adapter(arm, folder, "second", config=arm.peft_config["default"])
     assert list(arm.peft_config) == ["default"]
+
+
+NAMELESS = "The adapter '.*' names no base model: `base_model_name_or_path` in its adapter_config.json is empty"
+
+
+def nameless(base):
+    """The folder of an adapter that was made on a model in memory, as PEFT writes it."""
+    folder = base.parent / "nameless"
+    tiny_arm(tiny_llama()).save_pretrained(folder)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    return folder
+
+
+def test_an_adapter_that_names_no_base_model_is_told_so(base):
+    folder = nameless(base)
+    with pytest.raises(ValueError, match=f"{NAMELESS}.*, or load it onto that model.$"):
+        load_adapter(None, folder)
+    assert load_adapter(backbone(base), folder).get_base_model() is not None
+    models = Models(str(base))
+    for load in (models.guide, models.adapter, models.apart, models.whole, Unloaded(str(base)).adapter):
+        with pytest.raises(ValueError, match=NAMELESS):
+            load(str(folder))
+    assert models.guide(str(folder), backbone=str(base)).model.get_base_model() is models.base
+
+
+MODELS = {
+    "parm": "arm", "arm_alone": "arm", "cage": "arm", "untrained_arm": "arm", "genarm": "arms", "mod": "policies",
+    "rewarded_soups": "policies",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_a_method_whose_adapter_names_no_base_model_is_refused_before_all_else(base, method):
+    name = str(nameless(base))
+    value = name if MODELS[method] == "arm" else dict.fromkeys(OBJECTIVES, name)
+    entry = Entry.of({"method": method, MODELS[method]: value})
+    with pytest.raises(ValueError, match=NAMELESS):
+        entry.check_models(OBJECTIVES, str(base))
+
+
+def test_the_base_model_of_an_adapter_that_is_not_there_is_named(base):
+    """Neither its file nor the network is at fault."""
+    folder = nameless(base)
+    file = folder / "adapter_config.json"
+    for gone in ("/gone/base", "gone/base"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": gone}))
+        with pytest.raises(ValueError, match=f"was trained on '{gone}', as `base_model_name_or_path`") as refusal:
+            load_adapter(None, folder)
+        assert "Get the file again" not in str(refusal.value)
 
 
 def test_an_adapter_below_a_folder_is_not_that_of_the_folder(base):

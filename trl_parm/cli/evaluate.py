@@ -49,12 +49,14 @@ def main(argv: list[str]) -> None:
     objectives, folder = list(sources), Path(arguments.output_dir)
     preferences = grid(arguments.preferences, arguments.grid_steps, objectives, arguments.allow_off_simplex)
     methods: list[Any] = arguments.methods or []
-    prompts = arguments.read_prompts()
-    runs = sum(len(Entry.of(method).runs(preferences)) for method in methods)
-    say(f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}", processes)
+    prompts, entries = arguments.read_prompts(), list(map(Entry.of, methods))
+    runs = sum(len(entry.runs(preferences)) for entry in entries)
+    said = f"{len(methods)} methods, {runs} runs of {len(prompts)} prompts; results go to {folder / RESULTS}"
 
     def start(name: str) -> None:
         write_run(folder, "evaluate", arguments, processes)
+        if name == entries[0].name:  # once all is checked
+            say(said, processes)
         say(name, processes)
 
     table = arguments.evaluate(

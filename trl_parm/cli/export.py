@@ -29,6 +29,11 @@ class ExportArguments:
         required(self, "adapter", "output_dir")
         if self.vertices and (self.preferences or self.grid_steps is not None):
             raise ValueError("`vertices` names the preferences already. Leave out `preferences` and `grid_steps`.")
+        if not (self.vertices or self.preferences or self.grid_steps is not None):
+            raise ValueError(
+                "Give `preferences`, points of the simplex, `grid_steps`, for a regular grid, or `vertices`, for one "
+                "LoRA for each objective."
+            )
 
 
 def main(argv: list[str]) -> None:

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from peft_pblora import load_adapter
+from peft_pblora.loading import named_base
 from peft_pblora.preference import Preference
 from peft_pblora.switch import AdapterSwitch, backbone_of, changes_below
 from trl_parm.cpu import optimize_loaded, products_of
@@ -249,7 +250,7 @@ class Models:
             ValueError: an adapter or a backbone that can't be read, or that do not fit.
         """
         config = adapter_config(name)
-        backbone = cast(str, backbone or config.base_model_name_or_path)
+        backbone = backbone or named_base(name, config)
         loaded = canonical(self.name), *self._whole
         if canonical(backbone) not in loaded:
             _check_backbone(name, backbone)
@@ -339,7 +340,7 @@ class Models:
                 torch.cuda.empty_cache()
 
     def _load(self, name: str) -> PreTrainedModel:
-        if backbone := _read(backbone_name, name, "model"):
+        if backbone := backbone_name(name):
             return cast(PreTrainedModel, load_adapter(self._load(backbone), name).get_base_model().eval())
         load = partial(_read, AutoModelForCausalLM.from_pretrained, what="model")
         model = load_whole(load, name, **self.kwargs)
@@ -349,10 +350,11 @@ class Models:
 
 
 def backbone_name(name: str) -> str | None:
-    """The model that an adapter was trained on, or `None` for a whole model."""
-    if find_adapter_config_file(name) is None:
+    """The model that an adapter was trained on, or `None` for a whole model. Raises `ValueError` for an adapter that
+    names none, or that can't be read."""
+    if _read(find_adapter_config_file, name, "model") is None:
         return None
-    return cast(str, adapter_config(name).base_model_name_or_path)
+    return named_base(name, adapter_config(name))
 
 
 def adapter_config(name: str) -> PeftConfig:
@@ -362,7 +364,7 @@ def adapter_config(name: str) -> PeftConfig:
 
 def check_readable(name: str, base: str) -> None:
     """Raises `ValueError` for a model without a configuration, or an adapter on such a one; it loads no weights."""
-    backbone = _read(backbone_name, name, "model")
+    backbone = backbone_name(name)
     if backbone is None:
         read_config(name)
     elif canonical(backbone) != canonical(base):
