@@ -42,7 +42,7 @@ def test_sliders_steer(tmp_path, monkeypatch):
 def test_a_judge_may_be_what_we_serve(tmp_path):
     save_models(tmp_path)
     twin, preference = Twin(tmp_path), {"helpful": 0.25, "brief": 0.75}
-    request = {"temperature": 0, "max_tokens": 12, "preference": preference}
+    request = {"temperature": 0, "max_tokens": 12, "stop": [" w"], "preference": preference}
     responses = ["w3 w9", "w4 w5 w6", "w7"]
     with running(arguments(tmp_path, methods=None)) as here:
         endpoint = Endpoint(f"{here.url}/v1", "parm", request=request, cache="", pause=0.0)
@@ -52,7 +52,8 @@ def test_a_judge_may_be_what_we_serve(tmp_path):
         assert endpoint.counted["completion_tokens"] > 0
         (refused,) = Judge(Endpoint(f"{here.url}/v1", "gpt", cache=""), "{response}")(["w2"], ["w3"])
     texts = [twin.text(f"w1 {response}", preference) for response in responses]
-    assert found == [int(re.findall(r"w(\d+)", text)[-1]) for text in texts]
+    assert all(" w" in text for text in texts)  # at which all answers end
+    assert found == [int(re.findall(r"w(\d+)", text.split(" w")[0])[-1]) for text in texts]
     assert len(set(found)) > 1
     assert isinstance(refused, Failure)
     assert "gpt" in refused.reason
