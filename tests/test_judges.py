@@ -51,6 +51,7 @@ def judge(server, cache, template=TEMPLATE, **settings) -> Judge:
         ("7", {"negate": True}, -7),
         ("7/10", {}, "2 numbers in the answer '7/10'"),
         ("between 3 and 4", {}, "2 numbers"),
+        ("3e-1", {}, "no number in '3e-1'"),
         ("I can't say.", {}, 'no number in "I can\'t say."'),
         ("", {}, "no number"),
         ("11", {"most": 10}, "11 is out of range"),

@@ -18,15 +18,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_ROWS = 4
 """With AVX512 products with fewer rows take as long, and on some CPUs longer: they are filled up."""
 FEW = range(2, 128)
-"""The rows with which products in float32 are faster from packed weights on a CPU without AVX512. A single row, and
-more rows, are PyTorch's own kernels' there, as `benchmarks/linear_layers.py` measures."""
+"""The rows with which products in float32 from packed weights are, on the whole, faster on a CPU without AVX512. One
+row, and more rows, are PyTorch's own kernels' there (`benchmarks/linear_layers.py`, on one such CPU)."""
 
 
 def optimize_for_cpu(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Makes the linear layers of a model on a CPU multiply by oneDNN with packed weights, in training too.
 
     A product with a few rows, as in decoding, then costs one reading of the weights; PyTorch's default kernels take
-    longer. Without AVX512 products in float32 are made so where that is faster, with 2 to 127 rows. Each plain
+    longer. Without AVX512 products in float32 are made so with 2 to 127 rows alone. Each plain
     `nn.Linear` is replaced, in place, by a [`PackedLinear`] with the same parameters, so that adapters, saving,
     merging and training go on as before, and weights that change are packed anew. It costs the memory of one packed
     copy of the weights. [`undo_optimize_for_cpu`] takes it back.

@@ -137,7 +137,7 @@ class Endpoint:
         if isinstance(found, Failure):
             return found, {"requests": 1, "failed": 1}
         answer, usage, cut = found
-        value = read(answer) if not cut else _cut_off(answer)
+        value = _cut_off(answer) if cut else read(answer)
         if place is not None and not isinstance(value, Failure):
             _keep(place, {"base_url": self.base_url, "request": body, "answer": answer, "usage": usage})
         return value, {"requests": 1, **usage}

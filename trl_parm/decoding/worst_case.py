@@ -12,7 +12,7 @@ from trl_parm.algebra import BASE, Combination, Scorer, Step, of_rows
 
 
 WORST_CASE = "worst_case"
-HALVINGS = {torch.float32: 40, torch.float64: 60}
+HALVINGS, IN_FLOAT64 = 40, 60
 ROUNDS = 100
 TOLERANCE = 1e-4
 MOST_GAP = 1e-2
@@ -57,7 +57,7 @@ def worst_weights(
         if gap < tolerance or not left:
             break
         low, high = torch.zeros_like(weights[:1]), weights.gather(0, best)
-        for _ in range(HALVINGS.get(weights.dtype, 40)):
+        for _ in range(IN_FLOAT64 if weights.dtype == torch.float64 else HALVINGS):
             moved = (low + high) / 2
             found = expected(weights.scatter_add(0, best, -moved).scatter_add(0, worst, moved))
             more = found.gather(0, worst) < found.gather(0, best)
