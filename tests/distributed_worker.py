@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two processes of the distributed tests: trains one step of half the batch and saves the gradients.
 
-python distributed_worker.py RANK WORLD PORT {ddp,fsdp,fsdp-factors} OUTPUT
+python distributed_worker.py RANK WORLD MEETING {ddp,fsdp,fsdp-factors} OUTPUT
 
 `fsdp-factors` makes every trained matrix a unit of its own, as PEFT's `fsdp_auto_wrap_policy` does.
 """
@@ -68,6 +68,7 @@ def main() -> None:
     if rank == 0:
         torch.save(found, output)
     dist.barrier()
+    del model  # DDP must not be the last to hold the process group: its end could wait for a thread that waits for it
     dist.destroy_process_group()
 
 

@@ -42,9 +42,9 @@ def environment() -> dict[str, str]:
     }  # fmt: skip
 
 
-def run(folder: Path, *command: str, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(folder: Path, *command: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
     process = subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     out, err = communicate(process, timeout)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -118,6 +118,36 @@ def test_two_processes_train_like_one(folder, request, engine):
     assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
         assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
+
+
+ENDS = """
+import gc, sys
+import torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+from trl_parm.cli.main import main
+
+destroy, made = torch.distributed.destroy_process_group, DistributedDataParallel.__init__
+told = []
+def construct(self, *args, **kwargs):
+    told.append("made")
+    made(self, *args, **kwargs)
+def end(*args):
+    told.append(sum(type(found) is DistributedDataParallel for found in gc.get_objects()))
+    destroy(*args)
+DistributedDataParallel.__init__, torch.distributed.destroy_process_group = construct, end
+main(["train", *sys.argv[1:]])
+print("told:", told)
+"""
+
+
+def test_the_process_group_outlives_what_holds_it(folder):
+    """The last to hold it waits for its threads, one of which may need the interpreter's lock, which DDP has then."""
+    alone_in_a_group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    finished = run(
+        folder, sys.executable, "-c", ENDS, "--config", "config.yaml", "--output_dir", "ends",
+        MASTER_PORT="0", ACCELERATE_USE_CPU="1", **alone_in_a_group,
+    )  # fmt: skip
+    assert "told: ['made', 0]" in finished.stdout, finished.stderr
 
 
 @pytest.mark.slow

@@ -110,6 +110,10 @@ def _train(arguments: ARMArguments, config: PreferenceARMConfig) -> None:
             say(_outcome(folder, facts.get("accuracies"), facts.get("diagnosis")))
     # Without this a process may end while another still talks to it, and be counted as failed.
     trainer.accelerator.wait_for_everyone()
+    # DDP before the process group: the last to hold that one waits for Gloo's threads, and DDP would wait with the
+    # interpreter's lock, which such a thread may need in order to end.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
 
 
