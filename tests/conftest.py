@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny real models made on the spot, so that no test needs the network."""
 
+import gc
 import os
 import re
 from importlib.util import find_spec
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items) -> None:
         for marker, (there, reason) in NEEDS.items():
             if not there and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage, which takes many times as long among all that was imported and collected."""
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_llama(seed: int = 0, vocab_size: int = 64, **changes) -> LlamaForCausalLM:

@@ -33,6 +33,7 @@ from trl_parm.evaluation import (
     standardized,
 )
 from trl_parm.evaluation.measures import write_csv
+from trl_parm.evaluation.metrics import hypervolumes
 
 
 # Check values of a published comparison: points (help, −cost) at α_help 0, .2, .4, .6, .8, 1.
@@ -84,6 +85,19 @@ def test_hypervolume_counts_unit_cubes(rows):
     else:
         with pytest.warns(UserWarning, match="hypervolume is 0"):
             assert hypervolume(rows, [0, 0, 0]) == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@given(data=st.data())
+@pytest.mark.filterwarnings("ignore:No point lies above")
+def test_hypervolumes_of_many_are_those_of_each(k, data):
+    """Among them points that are equal, on the edge and below the reference point."""
+    rows = st.lists(st.tuples(*[st.integers(-3, 4) | st.floats(-2, 3)] * k), min_size=4, max_size=4)
+    sets = np.array(data.draw(st.lists(rows, min_size=1, max_size=5)), dtype=float)
+    reference = np.array(data.draw(st.tuples(*[st.sampled_from([-1.0, 0.0, 0.5])] * k)))
+    before = sets.copy()
+    assert hypervolumes(sets, reference) == pytest.approx([hypervolume(each, reference) for each in sets], abs=1e-12)
+    assert (sets == before).all()
 
 
 @given(points)
@@ -147,6 +161,10 @@ def test_bootstrap_equals_its_definition():
     estimate = hypervolume(PARM, (-3, -5))
     reach = np.quantile([abs(value - estimate) for value in drawn], 0.9)
     assert found == pytest.approx((estimate, estimate - reach, estimate + reach))
+    at_once = bootstrap(
+        lambda means: hypervolumes(means, (-3, -5)), values, resamples=300, confidence=0.9, seed=3, vectorized=True
+    )
+    assert at_once == pytest.approx(found)
     assert str(Interval(1.234, 1, 2)) == "1.23 [1.00, 2.00]"
     assert str(Interval(-0.001, -0.004, 0.0)) == "0.00 [0.00, 0.00]"
 
@@ -225,6 +243,8 @@ def test_an_interval_over_seeds_is_that_over_prompts_and_students_together():
     assert value == pytest.approx(np.mean(values))
     assert high - value == pytest.approx(np.hypot(value - low_of_prompts, of_seeds[1] - value))
     assert value - low == pytest.approx(high - value)
+    at_once = seed_bootstrap(lambda means: (WEIGHTS * means).sum(-1).mean(-1), rewards, seed=3, vectorized=True)
+    assert at_once == pytest.approx((value, low, high))
     one = seed_bootstrap(lambda mean: mean_inner_product(WEIGHTS, mean), rewards[:1], seed=3)
     assert one == bootstrap(lambda mean: mean_inner_product(WEIGHTS, mean), rewards[0], seed=3)
     assert math.isnan(seed_bootstrap(lambda mean: mean.sum(), rewards[:, :1]).low)
@@ -267,6 +287,31 @@ def test_all_measures_in_one_table():
     assert text.count("help -3.41, harmless -17.88") == 3
     assert "138.02 [" in text
     assert [row["help"] for row in correlations(found, OBJECTIVES)] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_measures_are_those_of_each_resample(k, seeds):
+    """Of a method at every preference and of a control, each by the function that users have."""
+    rng, grid, names = np.random.default_rng(k), np.array(preference_grid(list("abc"[:k]), 3)), list("abc"[:k])
+    runs = {"PARM": rng.normal(size=(seeds, 9, len(grid), k)), "base": rng.normal(size=(seeds, 9, 1, k))}
+    found = [Front(name, grid if name == "PARM" else None, [], of, 1.0, 1.0, 0, 0) for name, of in runs.items()]
+    point = [-2.0] * k
+    of_means = {"hypervolume": lambda mean: hypervolume(mean, point)}
+    of_means["mean inner product"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
+    for i, name in enumerate(names):
+        of_means[f"spread of {name}"] = lambda mean, i=i: spread(grid, np.broadcast_to(mean, grid.shape), i)
+    for row in measure(found, names, [point], 40):
+        value, low, high = seed_bootstrap(of_means[row["measure"]], runs[row["method"]], 40)
+        low = max(low, 0.0) if row["measure"] == "hypervolume" else low
+        assert (row["value"], row["low"], row["high"]) == pytest.approx((value, low, high))
+    both = np.concatenate([runs["PARM"], runs["base"]], axis=2)
+    rows = differences(found, names, [point], "base", 40)
+    assert len(rows) == len(of_means)
+    for row in rows:
+        of = of_means[row["measure"]]
+        expected = seed_bootstrap(lambda mean, of=of: of(mean[:-1]) - of(mean[-1:]), both, 40)
+        assert (row["value"], row["low"], row["high"]) == pytest.approx(tuple(expected))
 
 
 def test_paired_differences_cancel_what_prompts_share():

@@ -34,7 +34,9 @@ def means(budget: Budget, methods: Sequence[str]) -> list[dict[str, Any]]:
         for point, (preference, label) in enumerate(zip(grid, front.labels)):
             cell = {"method": front.method, "preference": preference, "label": label}
             for i, name in enumerate(budget.objectives):
-                value, low, high = seed_bootstrap(lambda mean: mean[0], front.runs[:, :, point, [i]], budget.resamples)
+                value, low, high = seed_bootstrap(
+                    lambda means: means[:, 0], front.runs[:, :, point, [i]], budget.resamples, vectorized=True
+                )
                 error = mean_and_error(front.rewards[:, point, i].tolist())[1]
                 cell |= {name: value, f"{name}_error": error, f"{name}_low": low, f"{name}_high": high}
             found.append(cell)

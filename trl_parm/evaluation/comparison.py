@@ -117,7 +117,9 @@ def compare(
             if not len(values):
                 rows.append({**head, **dict.fromkeys(("first", "second", "difference", "low", "high", "wins"))})
                 continue
-            difference, low, high = bootstrap(lambda m: float(m[0] - m[1]), values, resamples, seed=seed)
+            difference, low, high = bootstrap(
+                lambda means: means[:, 0] - means[:, 1], values, resamples, seed=seed, vectorized=True
+            )
             first, second = values.mean(0).tolist()
             wins = float(np.mean((np.sign(values[:, 0] - values[:, 1]) + 1) / 2))
             rows.append(
@@ -176,7 +178,7 @@ def _rate(found: Sequence[tuple[Any, Any]], resamples: int, seed: int) -> dict[s
     if not whole:
         return {"prompts": 0, WINS: None, "error": None, "low": None, "high": None, CONSISTENT: None, **failed}
     wins = [(straight + swapped) / 2 for straight, swapped in whole]
-    _, low, high = bootstrap(lambda mean: float(mean[0]), np.array(wins)[:, None], resamples, seed=seed)
+    _, low, high = bootstrap(lambda means: means[:, 0], np.array(wins)[:, None], resamples, seed=seed, vectorized=True)
     mean, error = mean_and_error(wins)
     alike = sum(straight == swapped for straight, swapped in whole) / len(whole)
     return {

@@ -255,7 +255,7 @@ def summarize(
         cell = {"method": method, "preference": None if weights is None else list(weights), "label": label}
         for i, name in enumerate(objectives):
             cell[name], cell[f"{name}_error"] = mean_and_error(values[:, i].tolist())
-            interval = bootstrap(lambda mean: mean[0], values[:, [i]], resamples, seed=seed)
+            interval = bootstrap(lambda means: means[:, 0], values[:, [i]], resamples, seed=seed, vectorized=True)
             _, cell[f"{name}_low"], cell[f"{name}_high"] = interval
         summary.append(cell)
     return summary

@@ -18,11 +18,9 @@ from peft_pblora.preference import check_columns
 from .fronts import Front
 from .metrics import (
     Interval,
-    hypervolume,
-    mean_inner_product,
+    hypervolumes,
     rank_correlations,
     seed_bootstrap,
-    spread,
     vertices,
 )
 
@@ -33,6 +31,8 @@ STANDARD_REFERENCES = (-1, 0)
 """Reference points of standardised rewards in all objectives: a standard deviation below the base model, and at it."""
 NO_VARIANCE = 1e-9
 """Up to which share of the variance of all answers those of a resample are taken for alike."""
+Measure = Callable[[np.ndarray], np.ndarray]
+"""Of many sets of mean rewards, `(sets, points, k)`: a number for each."""
 HYPERVOLUME, INNER_PRODUCT, SPREAD = "hypervolume", "mean inner product", "spread of {}"
 
 
@@ -67,7 +67,7 @@ def measure(
             if front.preferences is None and name not in (HYPERVOLUME, INNER_PRODUCT):
                 continue  # one point is nowhere else at another preference
             of, values = _with_scale(statistic, front.runs, front.scale)
-            value, low, high = seed_bootstrap(of, values, resamples, seed=seed)
+            value, low, high = seed_bootstrap(of, values, resamples, seed=seed, vectorized=True)
             low = max(low, 0.0) if name == HYPERVOLUME else low
             seeds, prompts = front.runs.shape[:2]
             head = {"method": front.method, "points": len(front.labels), "prompts": prompts, "seeds": seeds}
@@ -107,10 +107,10 @@ def differences(
             n, seeds = rewards.shape[2], max(len(rewards), len(other))
             both = [np.broadcast_to(runs, (seeds, *runs.shape[1:])) for runs in (rewards, other)]
             of, values = _with_scale(
-                lambda mean, n=n, of=statistic: of(mean[:n]) - of(mean[n:]),
+                lambda means, n=n, of=statistic: of(means[:, :n]) - of(means[:, n:]),
                 np.concatenate(both, axis=2), found[0].scale,  # which all have in common
             )  # fmt: skip
-            value, low, high = seed_bootstrap(of, values, resamples, seed=seed)
+            value, low, high = seed_bootstrap(of, values, resamples, seed=seed, vectorized=True)
             head = {"method": method, "minus": against, "measure": name, "reference": reference}
             differs = None if math.isnan(low) else low > 0 or high < 0
             rows.append({**head, "value": value, "low": low, "high": high, "differs": differs})
@@ -211,9 +211,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         writer.writerows({key: "" if _is_nan(value) else value for key, value in row.items()} for row in rows)
 
 
-def _with_scale(
-    statistic: Callable[[np.ndarray], float], runs: np.ndarray, scale: np.ndarray | None
-) -> tuple[Callable[[np.ndarray], float], np.ndarray]:
+def _with_scale(statistic: Measure, runs: np.ndarray, scale: np.ndarray | None) -> tuple[Measure, np.ndarray]:
     """A measure of mean rewards, and what it is measured on, `(seeds, prompts, ..., k)`. Standardised rewards of other
     prompts have another scale, which is resampled with them; a resample without any deviation keeps the one it has.
 
@@ -222,10 +220,11 @@ def _with_scale(
         return statistic, runs
     whole = _variance(*scale.mean(0))
 
-    def of_scaled(mean: np.ndarray) -> float:
-        centre, square = mean[-2:]
+    def of_scaled(means: np.ndarray) -> np.ndarray:
+        centre, square = means[:, -2:].swapaxes(0, 1)
         variance = _variance(centre, square) / whole
-        return statistic((mean[:-2] - centre) / np.sqrt(np.where(variance > NO_VARIANCE, variance, 1.0)))
+        deviation = np.sqrt(np.where(variance > NO_VARIANCE, variance, 1.0))
+        return statistic((means[:, :-2] - centre[:, None]) / deviation[:, None])
 
     return of_scaled, np.concatenate([runs, np.broadcast_to(scale, (len(runs), *scale.shape))], axis=2)
 
@@ -236,9 +235,9 @@ def _variance(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
 
 def _statistics(
     found: Sequence[Front], objectives: Sequence[str], references: Sequence[Sequence[float]]
-) -> dict[tuple[str, str], Callable[[np.ndarray], float]]:
-    """Measures of mean rewards `(points, k)`, by name and reference point."""
-    statistics: dict[tuple[str, str], Callable[[np.ndarray], float]] = {}
+) -> dict[tuple[str, str], Measure]:
+    """Measures by name and reference point. One point stands for all preferences."""
+    statistics: dict[tuple[str, str], Measure] = {}
     for point in references:
         if len(point) != len(objectives):
             raise ValueError(
@@ -246,14 +245,17 @@ def _statistics(
                 f"objectives ({', '.join(objectives)})."
             )
         name = ", ".join(f"{o} {value:g}" for o, value in zip(objectives, point, strict=True))
-        statistics[HYPERVOLUME, name] = lambda mean, point=point: hypervolume(mean, point)
+        statistics[HYPERVOLUME, name] = lambda means, point=point: hypervolumes(means, point)
     grid = next((front.preferences for front in found if front.preferences is not None), None)
     if grid is not None:
-        statistics[INNER_PRODUCT, "-"] = lambda mean: mean_inner_product(grid, np.broadcast_to(mean, grid.shape))
-        if len(objectives) > 1 and vertices(grid) is not None:
+        statistics[INNER_PRODUCT, "-"] = lambda means: (grid * means).sum(-1).mean(-1)
+        places = vertices(grid)
+        if len(objectives) > 1 and places is not None:
             for i, objective in enumerate(objectives):
-                statistics[SPREAD.format(objective), "vertices"] = lambda mean, i=i: spread(
-                    grid, np.broadcast_to(mean, grid.shape), i
+                # how far a vertex lies above the mean of the others
+                shares = np.where(np.arange(len(places)) == i, 1.0, -1.0 / (len(places) - 1))
+                statistics[SPREAD.format(objective), "vertices"] = lambda means, i=i, shares=shares: (
+                    np.broadcast_to(means, (len(means), *grid.shape))[:, places, i] @ shares
                 )
     return statistics
 
