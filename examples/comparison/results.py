@@ -123,17 +123,24 @@ def read_piece(path: Path) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
             found = list(csv.DictReader(file))
-        return [_row(row, objectives, facts) for row in found]
+        preferences = {row["preference"]: [float(weight) for weight in row["preference"].split()] for row in found}
+        labels = {text: name_preference(α, list(objectives), True) if α else "-" for text, α in preferences.items()}
+        return [_row(row, preferences, labels, objectives, facts) for row in found]
     except (EOFError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no whole file of results: {error!r}. Take it from where it was made.") from error
 
 
-def _row(row: Mapping[str, str], objectives: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
-    weights = [float(weight) for weight in row["preference"].split()] or None
+def _row(
+    row: Mapping[str, str],
+    preferences: Mapping[str, list[float]],
+    labels: Mapping[str, str],
+    objectives: Sequence[str],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
     return {
         "method": row["method"],
-        "preference": weights,
-        "label": "-" if weights is None else name_preference(weights, list(objectives), True),
+        "preference": preferences[row["preference"]] or None,
+        "label": labels[row["preference"]],
         "prompt": f"{facts['prompts']}:{row['prompt']}",
         "response": "",
         **{name: float(row[name]) for name in objectives},

@@ -6,6 +6,7 @@ Mathematics only.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -193,7 +194,7 @@ def bootstrap(
     estimate, prompts = float(of(values.mean(0)[None])[0]), len(values)
     if prompts == 1:
         return Interval(estimate, math.nan, math.nan)
-    means = np.tensordot(_shares(np.random.default_rng(seed), prompts, resamples), values, axes=1)
+    means = np.tensordot(_shares(seed, prompts, resamples), values, axes=1)
     reach = float(np.quantile(np.abs(_quietly(of, means) - estimate), confidence))
     return Interval(estimate, estimate - reach, estimate + reach)
 
@@ -240,7 +241,7 @@ def seed_bootstrap(
     estimate = float(np.mean(found))
     if prompts == 1:
         return Interval(estimate, math.nan, math.nan)
-    shares = _shares(np.random.default_rng(seed), prompts, resamples)
+    shares = _shares(seed, prompts, resamples)
     drawn = np.mean([_quietly(of, np.tensordot(shares, of_seed, axes=1)) for of_seed in values], 0)
     of_prompts = float(np.quantile(np.abs(drawn - estimate), confidence))
     of_seeds = student.ppf((1 + confidence) / 2, seeds - 1) * np.std(found, ddof=1) / math.sqrt(seeds)
@@ -276,9 +277,12 @@ def vertices(preferences: ArrayLike) -> list[int] | None:
     return [int(places[0]) for places in found] if all(len(places) for places in found) else None
 
 
-def _shares(generator: np.random.Generator, count: int, resamples: int) -> np.ndarray:
+@functools.lru_cache(maxsize=4)  # a table of measures asks for the same ones again and again
+def _shares(seed: int, count: int, resamples: int) -> np.ndarray:
     """What each of some things counts for in each resample, shape `(resamples, count)`, rows of sum 1."""
-    return generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    shares = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    shares.flags.writeable = False
+    return shares
 
 
 def _one_by_one(statistic: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], np.ndarray]:
