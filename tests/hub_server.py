@@ -105,6 +105,7 @@ class HubServer(ThreadingHTTPServer):
     """Serves on a free port of loopback while used as a context manager; its state is kept in memory."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -128,7 +129,7 @@ class HubServer(ThreadingHTTPServer):
         return repository.commit(files)
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

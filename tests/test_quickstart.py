@@ -84,6 +84,7 @@ def test_a_report_of_one_prompt_has_no_errors(tmp_path, monkeypatch, capsys):
     assert text.count("more than two standard errors can't be told.") == 4
 
 
+@pytest.mark.slow
 def test_quickstart_without_a_chat_template(demo_folder):
     shutil.copytree(demo_folder / MODEL, demo_folder / "plain")
     (demo_folder / "plain/chat_template.jinja").unlink()
@@ -100,8 +101,8 @@ def test_quickstart_without_a_chat_template(demo_folder):
         (["--pairs", "nowhere.jsonl"], "There are no pairs at nowhere.jsonl"),
         pytest.param(["--pairs", "wrong.jsonl"], "Line 1 of wrong.jsonl lacks ['chosen'", marks=pytest.mark.slow),
         pytest.param(["--output", "stdout"], "is a file", marks=pytest.mark.slow),
-        (["--output", "taken"], "was not written by 'quickstart.py'"),
-        (["--beta", "0"], "must be a positive, finite number"),
+        pytest.param(["--output", "taken"], "was not written by 'quickstart.py'", marks=pytest.mark.slow),
+        pytest.param(["--beta", "0"], "must be a positive, finite number", marks=pytest.mark.slow),
     ],
 )
 def test_quickstart_refuses_bad_input_in_one_line(demo_folder, arguments, message):

@@ -284,7 +284,9 @@ def test_preference_stays_off_the_meta_device(tmp_path, low_cpu_mem_usage):
     torch.testing.assert_close(get_preference(on_meta), torch.tensor([0.2, 0.8]))
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), "fsdp-factors"])
+@pytest.mark.parametrize(
+    "kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("fsdp-factors", marks=pytest.mark.slow)]
+)
 def test_two_processes_give_the_gradients_of_one(tmp_path, kind):
     """Per-row preferences, different on each rank; the authors' pattern trains with a stale preference under FSDP2."""
     arm = tiny_arm().train()

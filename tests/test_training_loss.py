@@ -45,10 +45,16 @@ def test_loss_of_a_step_equals_the_naive_twin(tmp_path, tokenizer, form, prefere
 WEIGHTS = {"helpful": [3.0, 0.5, 0.0, 1.0], "harmless": [1.0, 0.0, 2.0, 0.25]}
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
-    "changes", [{}, {"preference_per": "pair"}, {"global_weight": 0.5}, {"aggregation": "tchebycheff"}]
-)
+    ("changes", "accumulation"),
+    [
+        ({}, 1), ({}, 2), ({"preference_per": "pair"}, 2), ({"global_weight": 0.5}, 2),
+        ({"aggregation": "tchebycheff"}, 2),
+        *(pytest.param(changes, 1, marks=pytest.mark.slow) for changes in (
+            {"preference_per": "pair"}, {"global_weight": 0.5}, {"aggregation": "tchebycheff"}
+        )),
+    ],
+)  # fmt: skip
 def test_weights_of_pairs_make_a_weighted_mean(tmp_path, tokenizer, changes, accumulation):
     """The loss of a step from float64 margins, pair by pair; a pair of weight 0 adds nothing."""
     data = {name: pairs(4, 9 * i).add_column("w", WEIGHTS[name]) for i, name in enumerate(OBJECTIVES)}

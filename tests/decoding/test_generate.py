@@ -194,8 +194,14 @@ def two_turns(guided, more=2, **settings):
 
 
 @every_place
-@pytest.mark.parametrize("first", [{}, {"prompt_lookup_num_tokens": 3}], ids=["plain", "drafted"])
-@pytest.mark.parametrize("drafts", ["lookup", "small", "guided"])
+@pytest.mark.parametrize(
+    ("drafts", "first"),
+    [
+        ("lookup", {}), pytest.param("lookup", {"prompt_lookup_num_tokens": 3}, marks=pytest.mark.slow),
+        pytest.param("small", {}, marks=pytest.mark.slow), ("small", {"prompt_lookup_num_tokens": 3}),
+        ("guided", {}), pytest.param("guided", {"prompt_lookup_num_tokens": 3}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_drafts_go_on_from_a_cache_that_was_returned(drafts, first, on_base):
     """With new tokens after the text and without; the text is that of a call without a cache."""
     guided = parm_model(on_base)
