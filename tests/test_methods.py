@@ -337,7 +337,15 @@ def test_adapters_have_names_of_their_own(tmp_path):
         torch.testing.assert_close(logits, twin(ids).logits.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["parm", "arm_alone", "genarm", "mod_w2s", "args", "transfer_q"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "parm",
+        "mod_w2s",
+        "transfer_q",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("arm_alone", "genarm", "args")),
+    ],
+)
 def test_preferences_in_one_batch_write_what_each_writes_alone(folder, tmp_path, monkeypatch, name):
     """Prompts of several lengths with a long common start, end tokens at other steps, and a run that was killed: with
     one text in a batch, and with all that fit."""

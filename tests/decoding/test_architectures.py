@@ -17,7 +17,7 @@ from trl_parm import Guided, GuidedLogitsProcessor, Prompt
 
 
 QUICK = {
-    ("PBLoRA", "all-linear", True, "model"): tuple(mode for mode in MODES if mode != "several sequences"),
+    ("PBLoRA", "all-linear", True, "model"): ("greedy", "beam search", "prompt lookup", "static cache", "no cache"),
     ("LoRAs", "attention", True, "processor"): ("greedy", "beam search", "one prompt"),
     ("PBLoRA", "attention", False, "processor"): ("several sequences", "prompt lookup", "one prompt, beams"),
     ("LoRAs", "all-linear", False, "model"): ("beam search", "static cache"),

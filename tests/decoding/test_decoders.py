@@ -34,8 +34,8 @@ FOR_EVERY_DECODER = {"model": ("greedy", "beam search"), "processor": ("several 
 
 
 def table():
-    """Every decoder in every mode. What differs from its neighbours in the formula alone is for `make test-slow`, and
-    every second one of all but PARM: an ARM on the base model by one door, one apart by the other.
+    """Every decoder in every mode. What differs from its neighbours in the formula alone is for `make test-slow`, as is
+    every second one: here an ARM on the base model comes by one door, one apart by the other.
 
     A preference for each of three rows needs three prompts. Assisted sampling drafts with other numbers in a guided
     model, whose assistant gets no processor.
@@ -45,9 +45,9 @@ def table():
             for by, door in enumerate(DOORS):
                 for on_base in (False, True) if decoder.has_arm else (False,):
                     place = "on the base" if on_base else "apart"
-                    quick = name in IN_EVERY_MODE or mode in FOR_EVERY_DECODER[door]
-                    if decoder.has_arm and name != "PARM":
-                        quick &= on_base == (number + by) % 2
+                    for_all = mode in FOR_EVERY_DECODER[door]
+                    turn = on_base == (number + by) % 2
+                    quick = turn and (for_all or name in IN_EVERY_MODE) or for_all and not decoder.has_arm
                     if decoder.rows and settings.get("prompts") == 1 or (door, mode) == ("model", "assisted sampling"):
                         continue
                     yield pytest.param(

@@ -344,9 +344,12 @@ def with_unknown(base):
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
-    ids=["greedy", "beams", "prompt lookup", "no cache"],
-)
+    [
+        pytest.param({}, id="greedy", marks=pytest.mark.slow), pytest.param({"num_beams": 2}, id="beams"),
+        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt lookup"),
+        pytest.param({"use_cache": False}, id="no cache", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "ids",
     [[[7, 9, 64]], [[7, 64, 64]], [[7, 64, 9, 8, 9, 64]], [[0, 7, 9, 64], [5, 64, 33, 9]], [[7, 8, 64, 7, 8]]],
