@@ -34,8 +34,8 @@ FOR_EVERY_DECODER = {"model": ("greedy", "beam search"), "processor": ("several 
 
 
 def table():
-    """Every decoder in every mode. What differs from its neighbours in the formula alone is for `make test-slow`, as is
-    every second one: here an ARM on the base model comes by one door, one apart by the other.
+    """Every decoder in every mode. What differs from its neighbours in the formula alone is for `make test-slow`, and
+    so is every second one: here an ARM on the base model comes by one door, one apart by the other.
 
     A preference for each of three rows needs three prompts. Assisted sampling drafts with other numbers in a guided
     model, whose assistant gets no processor.
