@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Every training collects garbage, which takes many times as long among all that was imported and collected."""
+    """Every training collects garbage, which takes much longer among all that was imported and collected."""
     gc.collect()
     gc.freeze()
 

@@ -129,7 +129,7 @@ class HubServer(ThreadingHTTPServer):
         return repository.commit(files)
 
     def __enter__(self) -> HubServer:
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -36,6 +36,8 @@ from trl_parm.evaluation.measures import write_csv
 from trl_parm.evaluation.metrics import hypervolumes
 
 
+OBJECTIVES = ["help", "harmless"]
+
 # Check values of a published comparison: points (help, −cost) at α_help 0, .2, .4, .6, .8, 1.
 WEIGHTS = [[w, 1 - w] for w in (0, 0.2, 0.4, 0.6, 0.8, 1)]
 PARM = [(-1.92, 10.58), (-0.72, 7.35), (0.89, 1.47), (3.74, -7.81), (4.49, -12.15), (4.95, -15.29)]
@@ -46,6 +48,8 @@ HYPERVOLUMES = [
     (PARM, (-3, -5), 42.1),
     (GENARM, (-3, -5), 32.9),
 ]
+
+POINT = [Front("base", None, ["-"], np.ones((1, 3, 1, 2)), 1.0, 1.0, 0, 0)]
 
 
 @pytest.mark.parametrize(("points", "reference", "volume"), HYPERVOLUMES)
@@ -118,6 +122,9 @@ def test_pareto_front_equals_the_definition(rows):
         (lambda: bootstrap(np.sum, [[float("nan")]]), "finite values"),
         (lambda: bootstrap(np.sum, []), "finite values"),
         (lambda: bootstrap(np.sum, [[1.0]], confidence=1.0), "`confidence` is 1.0"),
+        (lambda: bootstrap(np.sum, [[1.0], [2.0]], vectorized=True), r"shape \(\), but it needs \(1,\)"),
+        (lambda: seed_bootstrap(np.sum, np.ones((2, 3, 1)), vectorized=True), r"shape \(\), but it needs \(2,\)"),
+        (lambda: measure(POINT, OBJECTIVES, [[math.nan, 0]], 5), "`reference` has NaN"),
     ],
 )
 def test_bad_measures(call, message):
@@ -268,7 +275,6 @@ def table(fronts: dict, prompts: int = 12, spread: float = 1.0, **changes) -> li
     return rows
 
 
-OBJECTIVES = ["help", "harmless"]
 REFERENCES = [(-3.41, -17.88), (-3, -5)]
 
 

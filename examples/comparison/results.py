@@ -123,24 +123,24 @@ def read_piece(path: Path) -> list[dict[str, Any]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
             found = list(csv.DictReader(file))
-        preferences = {row["preference"]: [float(weight) for weight in row["preference"].split()] for row in found}
-        labels = {text: name_preference(α, list(objectives), True) if α else "-" for text, α in preferences.items()}
-        return [_row(row, preferences, labels, objectives, facts) for row in found]
+        preferences = {text: _preference(text, objectives) for text in {row["preference"] for row in found}}
+        return [_row(row, preferences[row["preference"]], objectives, facts) for row in found]
     except (EOFError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no whole file of results: {error!r}. Take it from where it was made.") from error
 
 
+def _preference(text: str, objectives: Sequence[str]) -> dict[str, Any]:
+    weights = [float(weight) for weight in text.split()] or None
+    label = "-" if weights is None else name_preference(weights, list(objectives), True)
+    return {"preference": weights, "label": label}
+
+
 def _row(
-    row: Mapping[str, str],
-    preferences: Mapping[str, list[float]],
-    labels: Mapping[str, str],
-    objectives: Sequence[str],
-    facts: Mapping[str, Any],
+    row: Mapping[str, str], preference: Mapping[str, Any], objectives: Sequence[str], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "method": row["method"],
-        "preference": preferences[row["preference"]] or None,
-        "label": labels[row["preference"]],
+        **preference,
         "prompt": f"{facts['prompts']}:{row['prompt']}",
         "response": "",
         **{name: float(row[name]) for name in objectives},

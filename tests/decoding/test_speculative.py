@@ -105,8 +105,8 @@ def decode(door, base, formula, prompts=3, drafts=None, prompt=None, ids=None, p
 
 
 TABLE = [
-    pytest.param(name, setting, door, marks=[] if setting == "greedy" or (number + by) % 2 else pytest.mark.slow)
-    for name in CASES
+    pytest.param(name, setting, door, marks=[] if setting == "greedy" or (i + number + by) % 2 else pytest.mark.slow)
+    for i, name in enumerate(CASES)
     for number, setting in enumerate(SETTINGS)
     if setting == "greedy" or name in IN_ALL_SETTINGS
     for by, door in enumerate(DOORS)

@@ -57,7 +57,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 def hypervolumes(points: np.ndarray, reference: ArrayLike) -> np.ndarray:
     """[`hypervolume`] of many sets of points, `(sets, n, k)`; of two objectives all at once, as the area below the
     staircase from the best point in the first objective to the worst one."""
-    reference = np.asarray(reference, dtype=float)
+    points, reference = _finite(points, "points", 3), _finite(reference, "reference", 1)
     if points.shape[2] != 2:
         require("eval", "`hypervolume`", "moocore")
         import moocore
@@ -183,14 +183,15 @@ def bootstrap(
         [`Interval`]: The estimate and its interval, NaN for a single prompt.
 
     Raises:
-        ValueError: no prompts, values that are not finite, a confidence outside of (0, 1), or no resamples.
+        ValueError: no prompts, values that are not finite, a confidence outside of (0, 1), no resamples, or a
+            vectorized statistic that does not give a number for each.
     """
     values = np.asarray(rewards, dtype=float)
     if values.ndim < 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"`rewards` has shape {values.shape}, but it needs (prompts, ...) and finite values.")
     if not 0 < confidence < 1 or resamples < 1:
         raise ValueError(f"`confidence` is {confidence}, `resamples` {resamples}. Give one in (0, 1), and 1 or more.")
-    of = statistic if vectorized else _one_by_one(statistic)
+    of = _of_many(statistic, vectorized)
     estimate, prompts = float(of(values.mean(0)[None])[0]), len(values)
     if prompts == 1:
         return Interval(estimate, math.nan, math.nan)
@@ -236,7 +237,7 @@ def seed_bootstrap(
     require("eval", "`seed_bootstrap`", "scipy")
     from scipy.stats import t as student
 
-    of = statistic if vectorized else _one_by_one(statistic)
+    of = _of_many(statistic, vectorized)
     found = of(values.mean(1))
     estimate = float(np.mean(found))
     if prompts == 1:
@@ -285,8 +286,17 @@ def _shares(seed: int, count: int, resamples: int) -> np.ndarray:
     return shares
 
 
-def _one_by_one(statistic: Callable[[np.ndarray], float]) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda means: np.array([statistic(mean) for mean in means])
+def _of_many(statistic: Callable[[np.ndarray], Any], vectorized: bool) -> Callable[[np.ndarray], np.ndarray]:
+    def of(means: np.ndarray) -> np.ndarray:
+        found = np.asarray(statistic(means) if vectorized else [statistic(mean) for mean in means], dtype=float)
+        if found.shape != (len(means),):
+            raise ValueError(
+                f"Of {len(means)} mean rewards the statistic gives an array of shape {found.shape}, but it needs "
+                f"({len(means)},): a number for each. One that takes them one by one is not `vectorized`."
+            )
+        return found
+
+    return of
 
 
 def _quietly(statistic: Callable[[np.ndarray], np.ndarray], means: np.ndarray) -> np.ndarray:
