@@ -139,6 +139,14 @@ def test_measured_numbers_are_those_of_the_benchmarks(page):
         assert number in results, f"{page.name} says {number}, but no benchmark does"
 
 
+def test_the_readme_has_the_table_of_results():
+    """The claims of the project as the comparison's page has them, whole, and its shares."""
+    readme, page = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", DOCS / "results.md"))
+    table = re.search(r"^\| task \|.*?\n\n", page, re.MULTILINE | re.DOTALL)
+    assert table and table[0] in readme
+    assert [share for share in re.findall(r"\d+\.\d%", readme) if share not in page] == []
+
+
 def public_names() -> list[tuple[str, str]]:
     found = [(package, name) for package in PACKAGES for name in importlib.import_module(package).__all__]
     return [(package, name) for package, name in found if name != "__version__"]
