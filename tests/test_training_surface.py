@@ -233,8 +233,10 @@ def test_a_loss_that_is_not_a_number_stops_before_the_first_step(tmp_path, token
         ({"peft_config": LORA}, ValueError, "no preference-conditioned adapter, but there are 2 objectives"),
         ({"peft_config": LORA, "data": labelled(3)}, ValueError, "does not say which column belongs to the objective"),
         ({"peft_config": {"r": 8}}, TypeError, "must be a `PeftConfig`"),
-        ({"eval_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
-        ({"train_preferences": [[0.5, 0.6]]}, ValueError, "must sum to 1"),
+        ({"eval_preferences": [[0.5, 0.6]]}, ValueError, r"`eval_preferences` has \[0.5, 0.6\]. .* must sum to 1"),
+        ({"train_preferences": [[0.5, 0.6]]}, ValueError, r"`train_preferences` has \[0.5, 0.6\]. .* must sum to 1"),
+        ({"eval_preferences": [{"helpfull": 1.0}]}, ValueError, r"`eval_preferences` has .* Did you mean 'helpful'"),
+        ({"train_preferences": [[[0.5, 0.5]]]}, ValueError, r"`train_preferences` has .* has no single name"),
         (
             {"eval_preferences": ["helpful"]},
             ValueError,

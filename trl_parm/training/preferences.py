@@ -47,13 +47,24 @@ class PreferenceSampler:
         return self.choices[int(torch.randint(len(self.choices), (), generator=generator))]
 
 
-def name_preferences(given: list | None, objectives: list[str]) -> dict[str, torch.Tensor]:
+def read_preferences(argument: str, given: Sequence, objectives: list[str]) -> list[tuple[str, torch.Tensor]]:
+    """Preferences of an argument with their names. Raises `ValueError` and `TypeError` as [`as_preference`] does."""
+    found = []
+    for preference in given:
+        try:
+            found.append((name_preference(preference, objectives), as_preference(preference, objectives)))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`{argument}` has {preference!r}. {error}") from None
+    return found
+
+
+def eval_preferences(given: Sequence | None, objectives: list[str]) -> dict[str, torch.Tensor]:
     """Preferences by name: the given ones, or the vertices and the uniform vector."""
     if given is None:
         given = torch.eye(len(objectives)).tolist()
         if len(objectives) > 1:
             given.append([1 / len(objectives)] * len(objectives))
-    return {name_preference(p, objectives): as_preference(p, objectives) for p in given}
+    return dict(read_preferences("eval_preferences", given, objectives))
 
 
 def mix(*counters: int) -> int:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer.utils import get_config_model_id
 
-from peft_pblora import PreferenceConfig, as_preference, get_preference, set_preference, use_preference
+from peft_pblora import PreferenceConfig, get_preference, set_preference, use_preference
 from peft_pblora.card import save_card
 from peft_pblora.output import output_files
 from peft_pblora.switch import AdapterSwitch, changes_below
@@ -56,7 +56,7 @@ from .model import (
     trained_adapter,
     without_noise,
 )
-from .preferences import PreferenceSampler, name_preferences
+from .preferences import PreferenceSampler, eval_preferences, read_preferences
 from .saving import SavingTrainer
 
 
@@ -142,13 +142,14 @@ class PreferenceARMTrainer(SavingTrainer):
             check_unconditioned(adapter)
             self.preference_text = PreferenceText(self.objectives, args.preference_template)
         self.arm_loss = args.arm_loss(self.objectives)
-        self.eval_preferences = name_preferences(args.eval_preferences, self.objectives)
+        self.eval_preferences = eval_preferences(args.eval_preferences, self.objectives)
         own = cast(Any, model)
         self._has_untrained = bool(is_peft_model(model)) and not changes_below(own.peft_config[self.adapter], own)
         if args.metric_for_best_model and compute_metrics is None:
             check_metric(args.metric_for_best_model, self.objectives, self.eval_preferences, self._has_untrained)
-        fixed = [as_preference(given, self.objectives) for given in cast(Any, args.train_preferences) or []]
-        self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, fixed)
+        fixed = read_preferences("train_preferences", args.train_preferences or [], self.objectives)
+        choices = [preference for _, preference in fixed]
+        self.preference_sampler = PreferenceSampler(args.seed, self.objectives, args.concentration, choices)
         self.responses = Responses(model, args)
         self.train_metrics = TrainMetrics(self.objectives, self.arm_loss.beta)
         self.limits = limits_of(model)
