@@ -6,7 +6,8 @@ TEST_ENV := CI=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # The oldest releases that setup.cfg allows and that resolve together.
 OLDEST := transformers==5.16.1 peft==0.21.0 trl==1.16.0 accelerate==1.10.1 datasets==4.8.0 huggingface_hub==1.5.0 \
 	safetensors==0.8.0 numpy==2.0.2 matplotlib==3.9.0 scipy==1.13.0 moocore==0.2.0 vaderSentiment==3.3.2
-OLDEST_TESTS := adapter adapter_layers adapter_state algebra answers arguments card cli cli_output combine \
+NEWEST := torch pytest pytest-xdist hypothesis optimum-quanto -e '.[eval]'
+MOST_TESTS := adapter adapter_layers adapter_state algebra answers arguments card cli cli_output combine \
 	comparison control_tokens cores cpu descriptions diagnosis evaluation export extras formats games \
 	judges kv_cache loading log_probs losses make_pairs measures methods noise output pair_data plots \
 	preference preference_text relabel rescore resume rows serving shapes sources training \
@@ -26,8 +27,8 @@ GPU_PY ?= $(if $(wildcard $(PY)),$(PY),python3)
 # For which machine wheels are collected.
 GPU_PYTHON_VERSION ?= 3.12
 
-.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-vllm test-deepspeed test-wheel gpu \
-	gpu-wheels findings docs check clean
+.PHONY: help demo reproduce-small test test-slow test-peft test-oldest test-newest test-vllm test-deepspeed test-wheel \
+	gpu gpu-wheels findings docs check clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -58,7 +59,12 @@ test-peft: $(VENV)/.ready  ## Run PEFT's own test matrix on our adapters (a few 
 	$(PY) tests/peft_matrix/run.py
 
 test-oldest: .venv-oldest/.ready  ## Run most tests on the oldest releases allowed
-	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 tests/decoding $(OLDEST_TESTS:%=tests/test_%.py)
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 tests/decoding $(MOST_TESTS:%=tests/test_%.py)
+
+test-newest: .venv-newest/.ready  ## Run most tests on the newest releases, without what constraints.txt holds fast
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check --upgrade --upgrade-strategy eager $(NEWEST)
+	.venv-newest/bin/python -m pip freeze | grep -E '^(torch|transformers|peft|trl|accelerate|datasets)=='
+	$(TEST_ENV) .venv-newest/bin/python -m pytest -n 2 tests/decoding $(MOST_TESTS:%=tests/test_%.py)
 
 test-vllm: .venv-vllm/.ready  ## Run coupled requests and evaluation on vLLM (a third party's build for CPUs; installs 3.5 GB)
 	.venv-vllm/bin/python tests/vllm_interfaces.py
@@ -110,7 +116,7 @@ check: $(VENV)/.ready  ## Lint, type-check and check who imports whom
 	$(VENV)/bin/lint-imports
 
 clean:  ## Remove what make has built; what is in runs stays
-	$(call remove_made,.venv .venv-oldest .venv-vllm .venv-deepspeed .venv-wheel build/wheel build/sdist build/site \
+	$(call remove_made,.venv .venv-oldest .venv-newest .venv-vllm .venv-deepspeed .venv-wheel build/wheel build/sdist build/site \
 		build/gpu-site build/gpu-rehearsal build/gpu-wheels)
 	rm -rf trl_parm.egg-info
 	@if [ -d build ]; then rmdir build 2>/dev/null || echo "build stays: it holds something else"; fi
@@ -148,6 +154,10 @@ $(VENV)/.scorers: $(VENV)/.demo
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check $(OLDEST) pytest pytest-xdist hypothesis \
 		optimum-quanto
 	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv-newest/.ready: setup.cfg pyproject.toml
+	test -x .venv-newest/bin/python || { $(call new_venv,.venv-newest); }
 	touch $@
 
 # DeepSpeed compiles an operation for processes on one machine when it is first used.
