@@ -143,7 +143,8 @@ def test_the_readme_has_the_table_of_results():
     """The claims of the project as the comparison's page has them, whole, and its shares."""
     readme, page = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", DOCS / "results.md"))
     table = re.search(r"^\| task \|.*?\n\n", page, re.MULTILINE | re.DOTALL)
-    assert table and table[0] in readme
+    assert table
+    assert table[0] in readme
     assert [share for share in re.findall(r"\d+\.\d%", readme) if share not in page] == []
 
 
