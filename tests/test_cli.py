@@ -209,6 +209,24 @@ def test_the_beginning_of_a_flag_is_none(folder, capsys):
         assert f"`{flag[2:]}` is no key of trl-parm generate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("preferences", "shown"),
+    [
+        ([[0.125, 0.875], [0.5, 0.5]], ["0.125, 0.875", "0.500, 0.500"]),
+        ([[1 / 3, 2 / 3], [1.0, 0.0]], ["0.3333, 0.6667", "1.0000, 0.0000"]),
+        ([[1 / 3, 2 / 3], [0.3333, 0.6667]], ["0.33333, 0.66667", "0.33330, 0.66670"]),
+    ],
+    ids=str,
+)
+def test_no_preference_looks_like_another_in_the_summary(folder, tmp_path, capsys, preferences, shown):
+    parm = {"method": "parm", "arm": str(folder / "arm")}
+    changes = {"grid_steps": None, "preferences": preferences, "methods": [parm], "num_prompts": 1}
+    given = evaluation(folder, output_dir=str(tmp_path / "out"), **changes)
+    assert run("evaluate", "--config", write(tmp_path / "evaluate.yaml", given)) == 0
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[1] for line in table.splitlines() if line.startswith("| PARM |")] == shown
+
+
 def test_weights_beyond_the_simplex(folder, tmp_path, capsys):
     """As the library decodes them; the table of them has measures, and the adapter is exported there."""
     methods = [

@@ -87,12 +87,24 @@ def main(argv: list[str]) -> None:
 def _means(summary: list[dict[str, Any]], objectives: list[str]) -> str:
     from trl_parm.evaluation.measures import markdown, with_error
 
+    places = _decimals([row["preference"] for row in summary if row["preference"] is not None])
     rows = [
         {
             "method": row["method"],
-            "preference": "-" if row["preference"] is None else ", ".join(f"{w:.2f}" for w in row["preference"]),
+            "preference": ", ".join(f"{w:.{places}f}" for w in row["preference"] or ()) or "-",
             **{name: with_error(row[name], row[f"{name}_error"]) for name in objectives},
         }
         for row in summary
     ]
     return f"Mean rewards ± standard error; preferences are ({', '.join(objectives)}):\n\n{markdown(rows)}"
+
+
+def _decimals(preferences: list[list[float]]) -> int:
+    """How many decimals show preferences as they are, or with four: two or more, and so many that none looks like
+    another."""
+    for places in range(2, 9):
+        shown = [[round(weight, places) for weight in preference] for preference in preferences]
+        exact = all(abs(w - own) < 1e-6 for row, one in zip(shown, preferences) for w, own in zip(row, one))
+        if (exact or places >= 4) and len(set(map(tuple, shown))) == len(set(map(tuple, preferences))):
+            return places
+    return 9
