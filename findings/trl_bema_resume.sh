@@ -21,7 +21,7 @@ install torch==2.13.0
 install transformers==5.24.0 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
 
 cd "$folder"
-export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRL_EXPERIMENTAL_SILENCE=1
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 "$folder/venv/bin/python" - <<'PYTHON'
 import torch
 from datasets import Dataset
